@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import json
 import os
 import shutil
@@ -21,10 +22,9 @@ from typing import Any
 import cv2
 import numpy as np
 import pandas as pd
-from sklearn.base import BaseEstimator, ClassifierMixin
 
 # %% auto #0
-__all__ = ['MODELS', 'ModelError', 'ModelEntry', 'register', 'make_model', 'Settings', 'square_picture', 'Pictures',
+__all__ = ['MODELS', 'ModelError', 'ModelEntry', 'register', 'make_model', 'Keywords', 'Settings', 'square_picture', 'Pictures',
            'open_pictures', 'read_batches', 'History', 'collapsed_to', 'PicturePredictor', 'PictureClassifier',
            'versions', 'save_model', 'load_model']
 
@@ -76,13 +76,43 @@ def make_model(
         raise ModelError(f"no model is called '{name}'. Choose one of: {', '.join(MODELS)}.")
     entry = MODELS[name]
     model_class = getattr(importlib.import_module(entry.module), entry.class_name)
-    known = model_class._get_param_names()
+    known = model_class.setting_names()
     if unknown := sorted(set(settings) - set(known)):
         raise ModelError(f"{name}: unknown setting '{unknown[0]}'. It has: {', '.join(known)}.")
     return model_class(**settings).check_settings()
 
 # %% ../nbs/60_models.ipynb #61e19801
-class Settings(BaseEstimator):
+class Keywords:
+    "scikit-learn's estimator protocol for classes that are set up by keywords only, their subclasses' keywords included."
+
+    @classmethod
+    def setting_names(cls) -> list[str]:
+        "Names of all keyword settings, the base class's first."
+        inits = [vars(c)["__init__"] for c in reversed(cls.__mro__) if "__init__" in vars(c) and c is not object]
+        found = [p.name for init in inits for p in inspect.signature(init).parameters.values() if p.kind == p.KEYWORD_ONLY]
+        return list(dict.fromkeys(found))
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        "Settings as they were given."
+        return {name: getattr(self, name) for name in self.setting_names()}
+
+    def set_params(self, **settings: Any):
+        "Change settings; Raises ModelError for a name that is not one."
+        for name, value in settings.items():
+            if name not in self.setting_names(): raise ModelError(f"'{name}' is not a setting of {type(self).__name__}.")
+            setattr(self, name, value)
+        return self
+
+    def __sklearn_tags__(self):
+        from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
+        return Tags(estimator_type="classifier", target_tags=TargetTags(required=True), transformer_tags=None,
+                    classifier_tags=ClassifierTags(), regressor_tags=None, input_tags=InputTags(three_d_array=True))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.get_params().items())})"
+
+# %% ../nbs/60_models.ipynb #44f83e4a
+class Settings(Keywords):
     "The settings that all models share; kept untouched until `check_settings`."
 
     def __init__(
@@ -241,11 +271,11 @@ def collapsed_to(
     winner = int(answers.argmax())
     true_share = float(np.mean(np.asarray(labels) == classes[winner]))
     if answers[winner] < share or true_share >= 0.9 * share: return ""
-    return (f"collapsed: answers '{classes[winner]}' to {answers[winner]:.0%} of {len(probabilities)} validation pictures,"
-            f" of which {true_share:.0%} are that. Its accuracy means nothing; train longer or check its input range.")
+    return (f"collapsed: answers '{classes[winner]}' to {answers[winner]:.0%} of {len(probabilities)} validation "
+            f"pictures; {true_share:.0%} are that. Its accuracy means nothing: train longer, or check the input range.")
 
 # %% ../nbs/60_models.ipynb #42e91f74
-class PicturePredictor(ClassifierMixin, Settings):
+class PicturePredictor(Settings):
     "Asks a trained network: `predict_proba`, `predict`, `features`. Subclasses implement the hooks."
     name = "model"  # key in `MODELS`
     channels: tuple[str, ...] = ("original",)  # what the network sees: ("original",) or ("original", "segmented")
@@ -286,6 +316,10 @@ class PicturePredictor(ClassifierMixin, Settings):
         "The most probable class name for each picture, str (n,)."
         return self.classes_[self.predict_proba(pictures).argmax(axis=1)]
 
+    def score(self, pictures: Any, labels: Sequence[str]) -> float:
+        "Share of right answers."
+        return float(np.mean(self.predict(pictures) == np.asarray(labels)))
+
     def features(self, pictures: Any) -> np.ndarray:
         "What the last layer sees, float32 (n, d): for shortcuts, neighbours and out-of-domain measures."
         return self._ask(pictures, self._features, 0)
@@ -304,7 +338,7 @@ class PictureClassifier(PicturePredictor):
             raise ModelError("these pictures have no labels. Pass Pairs, or Pictures(pictures, labels).")
         place = {name: i for i, name in enumerate(self.classes_)}
         if unknown := sorted(set(map(str, source.labels)) - set(place)):
-            raise ModelError(f"class '{unknown[0]}' is not one of {', '.join(place)}. Add it to classes, or leave it out.")
+            raise ModelError(f"class '{unknown[0]}' is not one of {', '.join(place)}. Add it to classes or drop it.")
         return np.array([place[str(label)] for label in source.labels], dtype=np.int64)
 
     def fit(
