@@ -1,0 +1,55 @@
+# Two commands do everything: `make study` and `make test`. Both install what they need into .venv first.
+#   make study                      the study on synthetic smears, nothing downloaded but packages
+#   make study DATA=folder          the study on your pictures (DATA=kaggle fetches the public set)
+#   make study DATA=folder ARGS='--weights local --n-jobs 2'   any option of `leukemia_nb study`
+SHELL := /bin/bash
+DATA ?=
+ARGS ?=
+PY := .venv/bin/python
+UV := $(shell command -v uv 2>/dev/null)
+export YOLO_OFFLINE ?= true
+export YOLO_AUTOINSTALL ?= false
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: help install study test notebooks lint lab bench export docs clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: .venv/installed  ## create .venv with everything
+
+.venv/installed: setup.py settings.ini constraints.txt
+ifdef UV
+	test -x $(PY) || uv venv --quiet --python python3 .venv
+	uv pip install --quiet --python $(PY) -c constraints.txt -e '.[dev]'
+else
+	test -x $(PY) || python3 -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+endif
+	touch $@
+
+study: install  ## run the whole study; DATA=folder for your pictures, DATA=kaggle for the public set
+	$(PY) -m leukemia_nb study $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+test: install lint notebooks  ## lint, types, every notebook, every test
+	$(PY) -m pytest -q tests
+
+lint: install
+	$(PY) -m ruff check leukemia_nb tests benchmarks setup.py
+	$(PY) -m mypy leukemia_nb
+
+notebooks: install
+	.venv/bin/python tests/run_notebooks.py
+
+lab: install  ## open JupyterLab on the notebooks
+	.venv/bin/jupyter lab --notebook-dir nbs
+
+bench: install  ## measure, into benchmarks/results
+	for script in benchmarks/*.py; do echo $$script; $(PY) $$script || exit 1; done
+
+export: install  ## notebooks to modules, README; clean the notebooks
+	.venv/bin/nbdev_export && .venv/bin/nbdev_clean && $(PY) tests/make_readme.py
+
+clean:  ## remove the environment, builds and caches; runs/ stays
+	rm -rf .venv build dist _docs _proc *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -exec rm -rf {} +

@@ -1,0 +1,4 @@
+"""`python -m leukemia_nb` is the command line."""
+from leukemia_nb.command_line import main
+
+main()
