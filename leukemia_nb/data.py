@@ -43,11 +43,11 @@ def class_of(folder_name: str  # name of one folder, such as `[Malignant] Pre-B`
 class OutputError(OSError):
     "A file that could not be written: the message names it, the reason and the remedy; `errno` is the system's."
 
-_REMEDIES = {errno.ENOSPC: "Free some space or choose another folder", errno.EDQUOT: "Free some space or choose another folder",
-             errno.EACCES: "Choose a folder you may write to", errno.EPERM: "Choose a folder you may write to",
-             errno.EROFS: "Choose a folder you may write to", errno.ENOTDIR: "A file stands where a folder is needed: choose another",
-             errno.EEXIST: "A file stands where a folder is needed: choose another",
-             errno.EISDIR: "A folder stands where the file should go: remove it", errno.ENAMETOOLONG: "Choose a shorter name"}
+_SPACE, _RIGHT = "Free some space or choose another folder", "Choose a folder you may write to"
+_REMEDIES = {errno.ENOSPC: _SPACE, errno.EDQUOT: _SPACE, errno.EACCES: _RIGHT, errno.EPERM: _RIGHT, errno.EROFS: _RIGHT,
+             errno.ENOTDIR: "A file stands where a folder is needed; choose another folder",
+             errno.EEXIST: "A file stands where a folder is needed; choose another folder",
+             errno.EISDIR: "A folder stands where the file should go; remove it", errno.ENAMETOOLONG: "Choose a shorter name"}
 
 @contextmanager
 def atomic_path(path: str | os.PathLike  # file to be written; its folder is made where it is missing
@@ -60,13 +60,14 @@ def atomic_path(path: str | os.PathLike  # file to be written; its folder is mad
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno not in _REMEDIES: raise
-        message = f"{path}: cannot be written: {os.strerror(error.errno)}. {_REMEDIES[error.errno]}. Nothing half-written was left."
-        problem = OutputError(message)
+        about_another = error.filename is not None and Path(error.filename) not in (temporary, path, *path.parents)
+        if error.errno not in _REMEDIES or about_another: raise
+        reason = f"{os.strerror(error.errno)}. {_REMEDIES[error.errno]}"
+        problem = OutputError(f"{path}: cannot be written: {reason}. Nothing half-written was left.")
         problem.errno = error.errno
         raise problem from error
     finally:
-        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
+        if path.parent.is_dir(): temporary.unlink(missing_ok=True)
 
 # %% ../nbs/10_data.ipynb #b45b7d59
 MAX_PIXELS = 50_000_000  # 150 MB unpacked; the largest pictures of the study have 5 million
@@ -81,8 +82,6 @@ def _to_rgb(picture: Image.Image  # any mode
     "Upright RGB of a Pillow picture of any mode."
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I;16"): picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode == "I" and picture.format in (None, "PNG", "PPM"):  # 16 bits as older Pillows read them
-        picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
     if picture.mode in ("I", "F"): raise ValueError("it holds 32-bit numbers, not colours")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -176,11 +175,13 @@ def _class_of_path(path: Path, folder: Path) -> str | None:
     return next((found for found in map(class_of, names) if found), None)
 
 # %% ../nbs/10_data.ipynb #9493eef2
-COLUMNS = ("pair", "class", "path", "sha256", "width", "height", "problem")
-
-def file_sha256(path: str | os.PathLike) -> str:
+def file_sha256(path: str | os.PathLike  # any file
+                ) -> str:  # 64 hexadecimal digits
     "sha256 of a file, read in pieces: memory does not depend on its size."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
+
+# %% ../nbs/10_data.ipynb #b1d75bb6
+COLUMNS = ("pair", "class", "path", "sha256", "width", "height", "problem")
 
 def _examine(path: Path) -> tuple[str, int, int, str]:
     "sha256, width, height and problem of one picture."
@@ -190,7 +191,7 @@ def _examine(path: Path) -> tuple[str, int, int, str]:
     except PictureError as error: return digest, 0, 0, str(error)
     return digest, width, height, ""
 
-# %% ../nbs/10_data.ipynb #2f32683a
+# %% ../nbs/10_data.ipynb #dc56a53b
 def _name_pairs(labels: Sequence[str], paths: Sequence[Path]) -> list[str]:
     "A unique name for each picture: class/stem, with -2, -3 … where it is taken (also by the same name in other case)."
     names, used = [], set()
@@ -207,9 +208,9 @@ def _mark_two_classes(manifest: pd.DataFrame) -> None:
     good = manifest[manifest["problem"] == ""]
     for _, same in good.groupby("sha256"):
         if same["class"].nunique() < 2: continue
-        for row in same.itertuples():
-            others = ", ".join(path for path in same["path"] if path != row.path)
-            manifest.loc[row.Index, "problem"] = f"{row.path}: the same picture lies under another class: {others}. Remove the wrong one."
+        for index, label, path in zip(same.index, same["class"], same["path"]):
+            others = ", ".join(same.loc[same["class"] != label, "path"])
+            manifest.loc[index, "problem"] = f"{path}: the same picture lies under another class: {others}. Remove the wrong one."
 
 # %% ../nbs/10_data.ipynb #0dd72185
 def build_manifest(folder: str | os.PathLike,  # holds a folder for each class, at any depth
@@ -251,20 +252,25 @@ def check_manifest(manifest: pd.DataFrame,  # as `build_manifest` makes it
         bad = f" ({there - good} more cannot be used: see the manifest's column `problem`)" if there > good else ""
         if not good: raise PictureError(f"class {label} is empty{bad}. Add pictures, or leave the class out.")
         if good < minimum:
-            raise PictureError(f"class {label} has {good} usable pictures, fewer than the {minimum} that a split needs{bad}. Add pictures.")
+            need = f"has {good} usable pictures, fewer than the {minimum} that a split needs"
+            raise PictureError(f"class {label} {need}{bad}. Add pictures, or leave the class out.")
     return usable.reset_index(drop=True)
 
 # %% ../nbs/10_data.ipynb #4fba9392
 _TEXT = ("pair", "class", "path", "sha256", "problem", "flip", "flag", "subset", "group", "original", "segmented")
 
-def write_table(path: str | os.PathLike, table: pd.DataFrame) -> None:
-    "Write a table as CSV, without its index, whole or not at all. Raises `OutputError`."
+def write_table(path: str | os.PathLike,  # the CSV
+                table: pd.DataFrame  # its index is not written
+                ) -> None:
+    "Write a table as CSV, whole or not at all. Raises `OutputError`."
     with atomic_path(path) as temporary: table.to_csv(temporary, index=False)
 
-def read_table(path: str | os.PathLike) -> pd.DataFrame:
-    "Read a table that `write_table` wrote; text columns come back as text, empty ones as ''."
-    table = pd.read_csv(path, dtype={name: str for name in _TEXT}, keep_default_na=False, na_values={})
-    return table
+# %% ../nbs/10_data.ipynb #38bbdbc0
+def read_table(path: str | os.PathLike  # a CSV of the study
+               ) -> pd.DataFrame:  # text columns as text, '' where empty
+    "Read a table that `write_table` wrote."
+    table = pd.read_csv(path, dtype={name: str for name in _TEXT}, keep_default_na=False, na_values=[""])
+    return table.fillna({name: "" for name in _TEXT if name in table})
 
 # %% ../nbs/10_data.ipynb #8bedeb9a
 KAGGLE_SET = "mohammadamireshraghi/blood-cell-cancer-all-4class"
@@ -275,7 +281,8 @@ def fetch_kaggle(name: str = KAGGLE_SET  # owner/name of a Kaggle data set
     by_hand = (f"Download https://www.kaggle.com/datasets/{name} with a browser, unpack it, "
                "and give the unpacked folder instead (make study DATA=folder).")
     try: import kagglehub
-    except ImportError: raise ConnectionError(f"{name}: kagglehub is not installed. pip install kagglehub; or: {by_hand}") from None
+    except ImportError:
+        raise ConnectionError(f"{name}: kagglehub is not installed. pip install kagglehub, or: {by_hand}") from None
     try: return Path(kagglehub.dataset_download(name))
     except Exception as error:  # no network, no such set, licence to be accepted, disk full: each has its own class
         raise ConnectionError(f"{name}: cannot be fetched from Kaggle ({type(error).__name__}). {by_hand}") from error

@@ -254,7 +254,8 @@ def _scale_bar(kind: str  # "small black", "small red" or "big black"
     bar = np.full((34 * size, length + 2 * left, 3), 255, np.uint8)
     cv2.line(bar, (left, line), (left + length, line), ink, 2 * size)
     for x in (left, left + length): cv2.line(bar, (x, line - 5 * size), (x, line + 5 * size), ink, 2 * size)
-    cv2.putText(bar, f"{10 * size} um", (left + 18 * size, 16 * size), cv2.FONT_HERSHEY_SIMPLEX, .5 * size, ink, size, cv2.LINE_AA)
+    place, font = (left + 18 * size, 16 * size), cv2.FONT_HERSHEY_SIMPLEX
+    cv2.putText(bar, f"{10 * size} um", place, font, .5 * size, ink, size, cv2.LINE_AA)
     opacity = 1 - bar[..., 1].astype(np.float32) / 255 if kind == "small red" else np.ones(bar.shape[:2], np.float32)
     return (np.full_like(bar, ink) if kind == "small red" else bar), opacity
 
@@ -283,6 +284,12 @@ class Smear:
     laboratory: str      # class whose laboratory gave the stain and the scale bar
 
 # %% ../nbs/12_synthetic.ipynb #ffecce56
+def _choose_laboratory(label: str, seed: int, confounded: float) -> str:
+    "The label's own laboratory with probability `confounded`, else any of the four."
+    chance, anyone = np.random.default_rng([seed, 3]).random(2)
+    return label if chance < confounded else FOUR_CLASSES[int(anyone * len(FOUR_CLASSES))]
+
+# %% ../nbs/12_synthetic.ipynb #e726cfa9
 def smear(label: str,  # class of the white cells, one of `FOUR_CLASSES`
           seed: int = 0,  # same seed, same picture to the byte
           height: int = 768,  # in pixels, 16 at least
@@ -296,8 +303,7 @@ def smear(label: str,  # class of the white cells, one of `FOUR_CLASSES`
     if min(height, width) < 16: raise ValueError(f"a smear of {width} x {height} pixels is too small to draw: 16 at least")
     if not 0 <= confounded <= 1: raise ValueError(f"confounded is a share between 0 and 1, not {confounded}")
     shape, scale = (height, width), (height * width / (768 * 1024)) ** .5
-    chance, anyone = np.random.default_rng([seed, 3]).random(2)
-    laboratory = laboratory or (label if chance < confounded else FOUR_CLASSES[int(anyone * len(FOUR_CLASSES))])
+    laboratory = laboratory or _choose_laboratory(label, seed, confounded)
     layers = _Layers(_red_cells(np.random.default_rng([seed, 4]), shape, scale), np.zeros(shape, np.float32),
                      np.zeros(shape, np.float32), np.zeros(shape, np.int32), np.zeros(shape, bool), np.full(shape, 9, np.float32))
     _debris(layers, np.random.default_rng([seed, 5]), scale)
@@ -320,10 +326,12 @@ def write_smears(folder: str | os.PathLike,  # made where it is missing; picture
                  ) -> pd.DataFrame:  # class, path, truth, cells, laboratory, seed; paths relative to the folder
     "Write smears as folder/<class>/<class>_001.png and their label maps (16 bit) as folder/truth/<class>/<class>_001.png."
     folder, rows = Path(folder), []
+    for label in classes:
+        if label not in KINDS: raise ValueError(f"{label!r} is no class that can be drawn; choose from {', '.join(KINDS)}")
     wanted = [(label, number) for label in classes for number in range(1, per_class + 1)]
     for label, number in tqdm(wanted, desc="drawing smears", disable=None):
         name = f"{label}/{label}_{number:03}.png"
-        own_seed = (seed * len(FOUR_CLASSES) + FOUR_CLASSES.index(label)) * 100_000 + number if label in FOUR_CLASSES else 0
+        own_seed = (seed * len(FOUR_CLASSES) + FOUR_CLASSES.index(label)) * 100_000 + number
         drawn = smear(label, own_seed, height, width, confounded)
         write_picture(folder / name, drawn.picture)
         write_picture(folder / "truth" / name, drawn.cells.astype(np.uint16))
