@@ -16,7 +16,7 @@ from math import floor
 import numpy as np
 import pandas as pd
 
-from .data import atomic_path
+from .data import write_table
 
 # %% ../nbs/40_splitting.ipynb #28f57d3f
 SUBSETS = ("train", "test", "validation")
@@ -212,9 +212,9 @@ def grouped_folds(table: pd.DataFrame,  # a row for each pair: class, sha256; pi
 def write_split(split: pd.DataFrame,  # as `split_pairs` makes it
                 path: str | os.PathLike  # CSV file
                 ) -> None:
-    "Check a split and write it, whole or not at all. Raises `SplitError`."
+    "Check a split and write it, whole or not at all. Raises `SplitError` and `OutputError`."
     check_split(split)
-    with atomic_path(path) as temporary: split.to_csv(temporary, index=False)
+    write_table(path, split)
 
 # %% ../nbs/40_splitting.ipynb #ba4c7459
 def read_split(path: str | os.PathLike,  # CSV file with at least pair, class, subset, sha256
