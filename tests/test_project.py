@@ -1,0 +1,147 @@
+"""The house rules: notebooks, generated package, wheel."""
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import ROOT
+
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+LIBRARY = [p for p in NOTEBOOKS if p.parent.name == "nbs" and p.name[0].isdigit()]
+STUDY = [p for p in NOTEBOOKS if p.parent.name == "study"]
+MODULES = sorted(p.stem for p in (ROOT / "leukemia_nb").glob("*.py") if not p.stem.startswith("_"))
+BIN = Path(sys.executable).parent
+TIDY = dict(cwd=ROOT, check=True, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The working tree, committed in a repository of its own."""
+    folder = tmp_path_factory.mktemp("copy") / "leukemia_nb"
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], **TIDY).stdout.split("\n")
+    for name in filter(None, files):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(folder)]
+    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "copy"]):
+        subprocess.run(git + arguments, check=True)
+    return folder
+
+
+def test_export_and_clean_leave_git_clean(copy):
+    for command in ("nbdev_export", "nbdev_clean"):
+        subprocess.run([BIN / command], cwd=copy, check=True, capture_output=True, timeout=300)
+    changed = subprocess.run(["git", "-C", copy, "status", "--short"], check=True, capture_output=True, text=True).stdout
+    assert changed == "", f"run `make export` and commit:\n{changed}"
+
+
+@pytest.mark.parametrize("notebook", STUDY, ids=lambda p: p.name)
+def test_the_parameters_tag_survives_cleaning(notebook, tmp_path, copy):
+    target = copy / "nbs" / "study" / notebook.name
+    subprocess.run([BIN / "nbdev_clean", "--fname", target], cwd=copy, check=True, capture_output=True)
+    tagged = [cell for cell in nbformat.read(target, 4).cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+
+
+@pytest.mark.parametrize("notebook", STUDY, ids=lambda p: p.name)
+def test_study_notebooks_have_typed_commented_parameters_and_no_exports(notebook):
+    cells = nbformat.read(notebook, 4).cells
+    source = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    tree = ast.parse(source)
+    assert all(isinstance(node, ast.AnnAssign) for node in tree.body)
+    assert all("  # " in line for line in source.splitlines())
+    assert not any("#| export" in cell.source or "#| default_exp" in cell.source for cell in cells)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.name)
+def test_every_notebook_has_a_title_and_a_subtitle(notebook):
+    first = next(cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "markdown")
+    lines = [line for line in first.splitlines() if line.strip()]
+    assert lines[0].startswith("# ") and lines[1].startswith("> ")
+
+
+@pytest.mark.parametrize("notebook", LIBRARY, ids=lambda p: p.name)
+def test_library_notebooks_are_committed_with_outputs_and_small(notebook):
+    cells = nbformat.read(notebook, 4).cells
+    assert any(cell.cell_type == "code" and cell.outputs for cell in cells)
+    assert not any(output.output_type == "error" for cell in cells if cell.cell_type == "code" for output in cell.outputs)
+    assert notebook.stat().st_size < 1_200_000
+
+
+def exported(notebook):
+    """The exported definitions of a library notebook: (cell number, name, node)."""
+    for number, cell in enumerate(nbformat.read(notebook, 4).cells):
+        if cell.cell_type == "code" and "#| export" in cell.source:
+            for node in ast.parse(cell.source).body:
+                if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                    yield number, node.name, node
+
+
+@pytest.mark.parametrize("notebook", LIBRARY, ids=lambda p: p.name)
+def test_every_public_definition_is_documented_and_shown(notebook):
+    cells = nbformat.read(notebook, 4).cells
+    for number, name, node in exported(notebook):
+        assert ast.get_docstring(node), f"{name} has no docstring"
+        later = [c.source for c in cells[number + 1:] if c.cell_type == "code" and "#| export" not in c.source]
+        assert any(name in source for source in later), f"{name} is never shown"
+
+
+def test_the_notebooks_are_valid():
+    for notebook in NOTEBOOKS:
+        nbformat.validate(json.loads(notebook.read_text(encoding="utf-8")))
+
+
+def test_the_sidebar_names_every_notebook():
+    sidebar = (ROOT / "nbs" / "sidebar.yml").read_text(encoding="utf-8")
+    missing = [str(p.relative_to(ROOT / "nbs")) for p in NOTEBOOKS if str(p.relative_to(ROOT / "nbs")) not in sidebar]
+    assert not missing
+
+
+def test_the_pages_can_be_processed_for_the_site(copy):
+    """The half of nbdev's docs that needs no Quarto."""
+    code = "from nbdev.serve import proc_nbs; print(proc_nbs())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, timeout=600,
+                          env={**os.environ, "PYTHONPATH": str(copy)})
+    assert done.returncode == 0, done.stderr
+    made = sorted(p.relative_to(copy / "_proc").as_posix() for p in (copy / "_proc").rglob("*.ipynb"))
+    assert made == sorted(p.relative_to(ROOT / "nbs").as_posix() for p in NOTEBOOKS)
+
+
+@pytest.fixture(scope="module")
+def wheel(copy):
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", "dist", "."], cwd=copy, check=True,
+                   capture_output=True, timeout=300)
+    return next((copy / "dist").glob("*.whl"))
+
+
+def test_the_wheel_holds_the_study_notebooks(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    for notebook in STUDY:
+        assert f"leukemia_nb/study_notebooks/{notebook.name}" in names
+
+
+def test_every_module_imports_from_the_wheel_in_a_clean_environment(wheel, tmp_path):
+    """Only the base requirements are installed: no TensorFlow, no torch, no nbdev."""
+    python = tmp_path / "env" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", *(["--without-pip"] if shutil.which("uv") else []), tmp_path / "env"], check=True)
+    install = ["uv", "pip", "install", "-q", "--python", python] if shutil.which("uv") else [python, "-m", "pip", "install", "-q"]
+    subprocess.run([*install, "-c", ROOT / "constraints.txt", wheel], check=True, timeout=900)
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module('leukemia_nb.' + name)\nprint('all')"
+    done = subprocess.run([python, "-c", code, *MODULES], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "all\n", done.stderr
+    again = subprocess.run([python, "-m", "leukemia_nb", "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and "segment" in again.stdout, again.stderr
+
+
+def test_no_module_imports_a_framework():
+    code = ("import importlib, sys\nimport leukemia_nb\nfor name in sys.argv[1:]: importlib.import_module('leukemia_nb.' + name)\n"
+            "print([n for n in ('tensorflow', 'keras', 'torch', 'ultralytics') if n in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code, *MODULES], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "[]", done.stderr
