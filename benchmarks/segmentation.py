@@ -1,0 +1,177 @@
+"""Speed and quality of segmentation, measured side by side in one run: writes benchmarks/results/segmentation.json.
+
+Ratios and quality on real pictures where ../shared/data is (LEUKEMIA_NB_SHARED names another place), otherwise on smears.
+"""
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import cv2
+import numpy as np
+from scipy.ndimage import find_objects
+
+from leukemia_nb.data import read_picture
+from leukemia_nb.segmentation import (METHODS, a_channel, cluster_mask, count_quality, cut_out, deck_mask, find_cells, kmeans_mask,
+                                      label_cells, mask_quality, segment)
+from leukemia_nb.pairing import save_png, squash
+from leukemia_nb.synthetic import smear
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("LEUKEMIA_NB_SHARED", ROOT.parent / "shared")) / "data"
+
+
+def machine() -> dict:
+    "Name of the machine and of what matters for speed."
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+               platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
+    return {"cpu": cpu, "cores": os.cpu_count(), "load": os.getloadavg()[0], "python": sys.version.split()[0],
+            "opencv": cv2.__version__, "numpy": np.__version__, "opencv_threads": cv2.getNumThreads()}
+
+
+def interval(values, draws=2000) -> dict:
+    "Mean with its 95 % bootstrap interval."
+    values = np.asarray(values, float)
+    means = np.random.default_rng(0).choice(values, (draws, len(values))).mean(1)
+    return {"n": len(values), "mean": round(values.mean(), 4), "low": round(np.quantile(means, .025), 4),
+            "high": round(np.quantile(means, .975), 4), "median": round(np.median(values), 4)}
+
+
+def fastest(task: Callable[[], object], repeats: int) -> float:
+    "Shortest of several times in seconds: the one least disturbed by other processes."
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter(); task(); times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def save_pair(picture: np.ndarray, mask: np.ndarray, folder: Path, level: int | None = None) -> None:
+    "Both pictures of a pair at 224x224 as the study saves them, or as PNG with one of OpenCV's compression levels."
+    for name, half in (("ori", picture), ("mask", cut_out(picture, mask))):
+        small, path = squash(half), folder / f"{name}.png"
+        if level is None: save_png(path, small)
+        else: cv2.imwrite(str(path), cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, level])
+
+
+def speed(pictures: list[np.ndarray]) -> dict:
+    "Exact clustering against cv2.kmeans, for the step, the segmentation and the pair on disk; every mask compared."
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for picture in pictures:
+            channel = a_channel(picture)
+            row = {"cluster_exact": fastest(lambda: cluster_mask(channel), 30), "cluster_kmeans": fastest(lambda: kmeans_mask(channel), 2),
+                   "deck": fastest(lambda: deck_mask(picture), 15),
+                   "deck_kmeans": fastest(lambda: deck_mask(picture, cluster=kmeans_mask), 2),
+                   "pair": fastest(lambda: save_pair(picture, deck_mask(picture), folder), 15),
+                   "pair_kmeans": fastest(lambda: save_pair(picture, deck_mask(picture, cluster=kmeans_mask), folder), 2),
+                   "seeded": fastest(lambda: find_cells(picture), 2)}
+            mask = deck_mask(picture)
+            row |= {f"save_png_{level or 'study'}": fastest(lambda: save_pair(picture, mask, folder, level), 5) for level in (None, 3, 9)}
+            row["equal"] = float((deck_mask(picture) == deck_mask(picture, cluster=kmeans_mask)).all())
+            rows.append(row)
+    table = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+    report = {f"{key}_ms": round(float(np.median(values)) * 1000, 3) for key, values in table.items() if key != "equal"}
+    for key in ("cluster", "deck", "pair"):
+        ratio = table[f"{key}_kmeans"] / table["cluster_exact" if key == "cluster" else key]
+        report[f"{key}_times_faster"] = {"median": round(float(np.median(ratio)), 1), "lowest": round(float(ratio.min()), 1)}
+    return {"pictures": len(rows), "size": "1024x768", "masks_equal": table["equal"].mean(), **report}
+
+
+def agreement(paths: list[Path]) -> dict:
+    "Masks of the exact 2-means and of cv2.kmeans' best of ten, before and after cleaning."
+    rows = []
+    for path in paths:
+        picture = read_picture(path)
+        channel = a_channel(picture)
+        pairs = (cluster_mask(channel), kmeans_mask(channel)), (deck_mask(picture), deck_mask(picture, cluster=kmeans_mask))
+        rows.append([value for one, two in pairs for value in ((one == two).all(), mask_quality(one, two)["iou"])])
+    same, iou, same_clean, iou_clean = np.array(rows, float).T
+    return {"n": len(rows), "identical_clusters": same.mean(), "lowest_iou": iou.min(), "mean_iou": iou.mean(),
+            "identical_masks": same_clean.mean(), "lowest_mask_iou": iou_clean.min()}
+
+
+def expert_masks() -> dict:
+    "IoU and Dice on whole cells of wbc_masks; odd numbers were used for development, even ones held back."
+    report = {}
+    for half, rest in (("odd, development", 1), ("even, held back", 0)):
+        for method in METHODS:
+            rows = [mask_quality(segment(read_picture(path), method), cv2.imread(str(path.with_suffix(".png")), 0) > 0)
+                    for path in sorted((DATA / "wbc_masks").glob("*.bmp")) if int(path.stem) % 2 == rest]
+            report.setdefault(half, {})[method] = {key: interval([row[key] for row in rows]) for key in ("iou", "dice")}
+    return report
+
+
+def boxes() -> dict:
+    "White cells of bccd found (box IoU >= 0.5), and labels that are none."
+    report = {method: {"pictures": 0, "white_cells": 0, "found": 0, "false": 0} for method in METHODS}
+    for path in sorted((DATA / "bccd" / "boxes").glob("*.xml")):
+        true = [[int(item.find(f"bndbox/{key}").text) for key in ("ymin", "xmin", "ymax", "xmax")]
+                for item in ET.parse(path).iter("object") if item.find("name").text == "WBC"]
+        picture = read_picture(DATA / "bccd" / "images" / f"{path.stem}.jpg")
+        for method, row in report.items():
+            labels = find_cells(picture) if method == "seeded" else label_cells(segment(picture))
+            found = [(w[0].start, w[1].start, w[0].stop, w[1].stop) for w in find_objects(labels)]
+            overlap = np.array([[box_iou(a, b) for b in found] for a in true]).reshape(len(true), len(found)) >= .5
+            hits = int(overlap.any(1).sum()) if found else 0
+            row["pictures"] += 1; row["white_cells"] += len(true); row["found"] += hits
+            row["false"] += len(found) - (int(overlap.any(0).sum()) if true else 0)
+    return report
+
+
+def box_iou(a, b) -> float:
+    "Overlap of two boxes (top, left, bottom, right)."
+    inner = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    return inner / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inner)
+
+
+def smears(height: int, width: int, seeds: int) -> dict:
+    "Masks and counts on drawn smears, for each method."
+    report = {}
+    for method in METHODS:
+        masks, counts = [], []
+        for label in ("Normal", "Pre-B", "Pro-B"):
+            for seed in range(100, 100 + seeds):
+                drawn = smear(label, seed, height, width)
+                labels = find_cells(drawn.picture) if method == "seeded" else label_cells(segment(drawn.picture))
+                masks.append(mask_quality(labels > 0, drawn.cells > 0)); counts.append(count_quality(labels, drawn.cells))
+        report[method] = {"iou": interval([row["iou"] for row in masks]), "dice": interval([row["dice"] for row in masks]),
+                          **{key: sum(row[key] for row in counts) for key in ("true", "found", "matched", "missed", "false")}}
+    return report
+
+
+def scale_bars(per_class: int = 60) -> dict:
+    "Share of pictures with something found in the bottom-right corner, where the scale bar is burned in (28x44 of 224)."
+    report = {}
+    for folder in ("Benign", "Early", "Pre", "Pro"):
+        paths = sorted((DATA / "taleqani" / folder).glob("*.jpg"))
+        paths = paths[::max(1, len(paths) // per_class)]
+        report[folder] = {"n": len(paths)} | {
+            method: round(float(np.mean([segment(read_picture(path), method)[208:218, 196:222].any() for path in paths])), 3)
+            for method in METHODS}
+    return report
+
+
+if __name__ == "__main__":
+    real = (DATA / "taleqani").is_dir()
+    pictures = ([picture for path in sorted((DATA / "kaggle_fullres").glob("*/*.jpg"))
+                 if (picture := read_picture(path)).shape == (768, 1024, 3)][:10] if real
+                else [smear(label, seed).picture for label in ("Normal", "Pre-B", "Pro-B") for seed in range(3)])
+    result = {"machine": machine(), "pictures": "real" if real else "synthetic", "speed": speed(pictures)}
+    result["synthetic_224"], result["synthetic_1024x768"] = smears(224, 224, 20), smears(768, 1024, 5)
+    if real:
+        every = sorted((DATA / "taleqani").glob("*/*.jpg"))
+        result |= {"agreement_with_kmeans_taleqani_224": agreement(every[::20]),
+                   "agreement_with_kmeans_wbc_masks": agreement(sorted((DATA / "wbc_masks").glob("*.bmp"))[::3]),
+                   "wbc_masks": expert_masks(), "bccd": boxes(), "scale_bar_corner": scale_bars()}
+    target = ROOT / "benchmarks" / "results" / "segmentation.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(result, indent=1, default=float) + "\n")
+    print(json.dumps(result, indent=1, default=float))

@@ -1,0 +1,211 @@
+"""The deck's recipe equals cv2.kmeans', the second method finds cells better; on made-up and, where they are, real pictures."""
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from leukemia_nb.data import read_picture
+from leukemia_nb.segmentation import (METHODS, a_channel, check_mask, clean_mask, count_cells, count_quality, cut_out, deck_mask,
+                                      draw_outlines, drop_small, find_cells, kmeans_mask, label_cells, mask_quality, segment,
+                                      smallest_area, two_means, whiten_background)
+from leukemia_nb.synthetic import smear
+
+sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
+
+
+@pytest.fixture(scope="module")
+def smears():
+    "Three smears of each class, 384 x 512."
+    return [smear(label, seed, 384, 512) for label in ("Normal", "Pre-B", "Pro-B") for seed in range(3)]
+
+
+def left_over(values, threshold):
+    parts = values[values <= threshold].astype(float), values[values > threshold].astype(float)
+    return sum(((part - part.mean()) ** 2).sum() for part in parts if part.size)
+
+
+@given(arrays(np.uint8, st.integers(1, 60), elements=st.integers(0, 255) | st.integers(100, 104)))
+def test_two_means_is_the_best_of_all_thresholds(values):
+    threshold, (low, high) = two_means(values)
+    scores = [left_over(values, t) for t in range(256)]
+    assert left_over(values, threshold) == pytest.approx(min(scores), abs=1e-6)
+    assert threshold in values and low <= threshold <= max(high, threshold)
+    if len(np.unique(values)) > 1:
+        assert low == pytest.approx(values[values <= threshold].mean())
+        assert high == pytest.approx(values[values > threshold].mean())
+
+
+@given(arrays(np.uint8, st.integers(2, 40), elements=st.integers(0, 5)))
+def test_two_means_takes_the_lowest_of_equal_thresholds(values):
+    threshold, _ = two_means(values)
+    best = left_over(values, threshold)
+    assert all(left_over(values, t) > best + 1e-9 for t in np.unique(values) if t < threshold)
+
+
+def test_two_means_of_constant_and_unusable_values():
+    assert two_means(np.full((3, 4), 9, np.uint8)) == (9, (9.0, 9.0))
+    with pytest.raises(ValueError, match="at least one"): two_means(np.zeros(0, np.uint8))
+    with pytest.raises(ValueError, match="expected uint8"): two_means(np.zeros(3))
+
+
+def test_counts_beyond_float32_are_exact():
+    values = np.zeros(2 ** 24 + 8, np.uint8); values[:3] = 200
+    assert two_means(values) == (0, (0.0, 200.0))
+
+
+def test_deck_equals_kmeans_on_smears(smears):
+    for drawn in smears:
+        small = np.ascontiguousarray(drawn.picture[::2, ::2])
+        assert mask_quality(deck_mask(small), deck_mask(small, cluster=kmeans_mask))["iou"] > .98
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, st.integers(0, 2 ** 32 - 1), st.sampled_from(sorted(METHODS)))
+def test_any_size_grey_and_noise(size, seed, method):
+    noise = np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
+    for picture in (noise, noise[..., ::-1], noise[..., 0], np.full_like(noise, seed % 256)):
+        mask = segment(picture, method)
+        assert mask.dtype == bool and mask.shape == size
+        assert check_mask(mask) or mask.any()
+    assert not segment(noise[..., 0], method).any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_picture_is_not_changed_and_result_repeats(method, smears):
+    picture = smears[0].picture
+    before = picture.copy()
+    first = segment(picture, method)
+    assert (segment(picture, method) == first).all() and (picture == before).all()
+
+
+def test_unusable_pictures_and_methods():
+    for wrong in (np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros(4, np.uint8)):
+        with pytest.raises(ValueError, match="expected a uint8 picture"): segment(wrong)
+        with pytest.raises(ValueError, match="expected a uint8 picture"): segment(wrong, "seeded")
+    with pytest.raises(ValueError, match="choose one of deck, seeded"): segment(np.zeros((4, 4, 3), np.uint8), "Deck")
+
+
+def test_cleaning_is_opencvs_open_then_close():
+    random = np.random.default_rng(1).random((80, 90)) < .5
+    ellipse = lambda size: cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
+    opened = cv2.dilate(cv2.erode(random.astype(np.uint8), ellipse(3)), ellipse(3))
+    assert (clean_mask(random) == (cv2.morphologyEx(opened, cv2.MORPH_CLOSE, ellipse(7)) > 0)).all()
+
+
+@given(arrays(bool, sizes), st.floats(0, 4e5))
+def test_dropping_small_components(mask, min_area):
+    number, labels = cv2.connectedComponents(mask.astype(np.uint8))
+    areas = np.bincount(labels.ravel(), minlength=number)
+    keep = areas >= smallest_area(mask.shape, min_area); keep[0] = False
+    assert (drop_small(mask, min_area) == keep[labels]).all()
+
+
+def test_dropping_many_components_takes_the_other_way():
+    mask = np.zeros((100, 100), bool); mask[::3, ::3] = True; mask[50:90, 50:90] = True
+    assert drop_small(mask, 1000).sum() >= 1600 and not drop_small(mask, 1000)[:40, :40].any()
+
+
+def test_smallest_area_is_a_share():
+    assert smallest_area((768, 1024)) == 500
+    assert smallest_area((1536, 2048)) == 2000
+    assert smallest_area((224, 224)) == pytest.approx(31.9, abs=.01)
+
+
+@given(arrays(bool, (6, 7)), arrays(bool, (6, 7)))
+def test_mask_quality_properties(one, two):
+    quality, other = mask_quality(one, two), mask_quality(two, one)
+    assert quality["iou"] == other["iou"] and quality["precision"] == other["recall"]
+    assert quality["dice"] == pytest.approx(2 * quality["iou"] / (1 + quality["iou"]))
+    assert mask_quality(one, one)["iou"] == 1
+
+
+def test_cut_out_is_the_bitwise_and(smears):
+    picture, mask = smears[0].picture, smears[0].cells > 0
+    assert (cut_out(picture, mask) == picture * mask[..., None]).all()
+    with pytest.raises(ValueError, match="differ in size"): cut_out(picture, mask[:-1])
+
+
+def test_touching_cells_are_told_apart():
+    for gap, distance in ((0, 46), (3, 50)):
+        mask = np.zeros((120, 200), np.uint8)
+        cv2.circle(mask, (60, 60), 25, 1, -1); cv2.circle(mask, (60 + distance + gap, 60), 25, 1, -1)
+        labels = label_cells(mask > 0)
+        assert labels.dtype == np.int32 and labels.max() == 2 and ((labels > 0) == (mask > 0)).all()
+    oval = cv2.ellipse(np.zeros((120, 200), np.uint8), (100, 60), (60, 35), 20, 0, 360, 1, -1) > 0
+    assert count_cells(oval) == 1
+
+
+@given(arrays(bool, sizes))
+@settings(deadline=None, max_examples=50)
+def test_labels_cover_the_mask(mask):
+    labels = label_cells(mask)
+    assert ((labels > 0) == mask).all()
+    assert (np.unique(labels[mask]) == np.arange(1, labels.max() + 1)).all()
+
+
+def test_seeded_beats_deck_and_counts_on_smears(smears):
+    deck = np.mean([mask_quality(segment(drawn.picture), drawn.cells > 0)["iou"] for drawn in smears])
+    found = [find_cells(drawn.picture) for drawn in smears]
+    seeded = np.mean([mask_quality(cells > 0, drawn.cells > 0)["iou"] for cells, drawn in zip(found, smears)])
+    assert seeded > .85 and seeded > deck
+    counts = [count_quality(cells, drawn.cells) for cells, drawn in zip(found, smears)]
+    assert sum(count["matched"] for count in counts) >= .9 * sum(count["true"] for count in counts)
+    assert sum(count["false"] for count in counts) <= .15 * sum(count["true"] for count in counts)
+    for cells in found: assert (np.unique(cells) == np.arange(cells.max() + 1)).all()
+
+
+def test_seeded_does_not_mind_the_lamp(smears):
+    picture = smears[4].picture
+    yellow = (picture * [1, .97, .7]).astype(np.uint8)
+    assert mask_quality(segment(yellow, "seeded"), segment(picture, "seeded"))["iou"] > .9
+    assert np.median(whiten_background(yellow).reshape(-1, 3), axis=0).min() > 200
+
+
+def test_outlines_stay_at_the_edge():
+    labels = np.zeros((40, 40), np.int32); labels[5:20, 5:20] = 1; labels[20:35, 5:20] = 2
+    drawn = draw_outlines(np.zeros((40, 40, 3), np.uint8), labels, (9, 8, 7), width=1)
+    assert (drawn[5, 5:20] == (9, 8, 7)).all() and (drawn[19, 5:20] == (9, 8, 7)).all() and not drawn[10, 10].any()
+
+
+def test_flags():
+    mask = np.zeros((100, 100), bool)
+    assert check_mask(mask) == "empty"
+    mask[40:60, 40:60] = True
+    assert check_mask(mask) == ""
+    assert "of the border" in check_mask(~mask) and "covers 96% of the picture" in check_mask(~mask)
+
+
+# ---- real pictures
+
+def masks(shared_data, rest):
+    "Picture and true whole cell of every second picture of wbc_masks (rest 1: odd numbers, for development)."
+    for path in sorted((shared_data / "wbc_masks").glob("*.bmp")):
+        if int(path.stem) % 2 == rest:
+            yield read_picture(path), cv2.imread(str(path.with_suffix(".png")), cv2.IMREAD_GRAYSCALE) > 0
+
+
+def test_deck_equals_kmeans_on_real_pictures(shared_data):
+    same, lowest = [], 1.0
+    for path in sorted((shared_data / "taleqani").glob("*/*.jpg"))[::100]:
+        channel = a_channel(read_picture(path))
+        exact, attempts = channel > two_means(channel)[0], kmeans_mask(channel)
+        same.append((exact == attempts).all())
+        lowest = min(lowest, mask_quality(exact, attempts)["iou"])
+    assert len(same) >= 20 and np.mean(same) >= .9 and lowest > .95
+
+
+def test_second_method_on_masks_held_back(shared_data):
+    quality = {method: np.mean([mask_quality(segment(picture, method), truth)["iou"] for picture, truth in masks(shared_data, 0)])
+               for method in METHODS}
+    assert quality["deck"] == pytest.approx(.81, abs=.01)
+    assert quality["seeded"] > .88
+
+
+def test_second_method_leaves_the_scale_bar(shared_data):
+    corner = {method: 0 for method in METHODS}
+    for path in sorted((shared_data / "taleqani" / "Early").glob("*.jpg"))[::20]:
+        picture = read_picture(path)
+        for method in METHODS: corner[method] += segment(picture, method)[208:216, 195:220].any()
+    assert corner["seeded"] <= corner["deck"] / 2
