@@ -1,0 +1,74 @@
+"""YOLO classifiers on the real pictures: accuracy after a few epochs from each source of weights, and time a picture.
+
+    LEUKEMIA_NB_WEIGHTS=../shared/weights python benchmarks/yolo.py [--per-class 100] [--epochs 3] [--recipe fixed]
+
+Training, validation and test pictures share no field of view (`overlap_group`). Writes benchmarks/results/yolo.json.
+"""
+import argparse
+import json
+import os
+import platform
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from leukemia_nb.data import read_picture
+from leukemia_nb.models import Pictures, make_model, versions
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"Benign": "Normal", "Pre": "Pre-B", "Pro": "Pro-B"}
+
+
+def parts_of(data: Path, per_class: int) -> dict[str, Pictures]:
+    table = pd.read_csv(data / "taleqani_fields.csv")
+    table["class"] = table.file.str.split("/").str[0].map(FOLDERS)
+    table = table.dropna(subset=["class"])
+    groups = np.random.default_rng(0).permutation(table.overlap_group.unique())
+    place = table.overlap_group.map(dict(zip(groups, np.linspace(0, 1, len(groups)))))
+    parts = {}
+    for name, low, high, number in (("train", 0, 0.7, per_class), ("validation", 0.7, 0.8, 40), ("test", 0.8, 1.01, 80)):
+        rows = table[(place >= low) & (place < high)].groupby("class").sample(frac=1, random_state=0)
+        rows = rows.groupby("class").head(number)
+        parts[name] = Pictures([read_picture(data / "taleqani" / file) for file in rows.file], rows["class"])
+    return parts
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    ask.add_argument("--per-class", type=int, default=100)
+    ask.add_argument("--epochs", type=int, default=3)
+    ask.add_argument("--recipe", default="fixed", choices=["fixed", "deck"])
+    ask.add_argument("--models", nargs="*", default=["yolov8", "yolo11", "yolo12"])
+    ask.add_argument("--weights", nargs="*", default=["local", "random"])
+    given = ask.parse_args()
+    parts, rows, done = parts_of(given.data, given.per_class), [], set()
+    for name in given.models:
+        for weights in given.weights:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                model = make_model(name, weights=weights, recipe=given.recipe, epochs=given.epochs)
+                cpu, wall = time.process_time(), time.perf_counter()
+                history = model.fit(parts["train"], parts["validation"], progress=print)
+            if (name, model.weights_source_) in done: continue
+            done.add((name, model.weights_source_))
+            trained = len(history) * len(parts["train"])
+            rows.append(dict(
+                model=name, recipe=given.recipe, weights=model.weights_source_, epochs=len(history), kept=model.best_epoch_,
+                train=len(parts["train"]), test=len(parts["test"]), collapsed=model.collapsed_,
+                test_accuracy=float((model.predict(parts["test"]) == parts["test"].labels).mean()),
+                val_accuracy=history.val_accuracy.round(4).tolist(), seconds=round(time.perf_counter() - wall, 1),
+                cpu_ms_a_picture=round(1000 * (time.process_time() - cpu) / trained, 1)))
+            print(rows[-1], flush=True)
+    results = dict(machine=platform.platform(), cores=os.cpu_count(), load=os.getloadavg(),
+                   versions=versions("torch", "ultralytics"), rows=rows)
+    folder = ROOT / "benchmarks" / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / "yolo.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
