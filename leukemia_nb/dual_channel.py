@@ -18,6 +18,15 @@ class DualChannel(BackboneClassifier):
     name, backbone = "dual_channel", "mobilenet_v2"
     channels = ("original", "segmented")
 
+    def __init__(
+        self,
+        *,
+        method: str = "deck",  # of `segment`, where only originals are given; the one that made the training pairs
+        **settings: Any,  # as for every model
+    ):
+        super().__init__(**settings)
+        self.method = method
+
     def head_layers(self, keras: Any) -> list[Any]:
         "Keras layers from the features (n, 2 * 1280), original first, to logits (n, k)."
         return [

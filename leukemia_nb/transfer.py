@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,9 +21,11 @@ import numpy as np
 
 from .models import History, ModelError, PictureClassifier, read_batches
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's start-up messages, not its errors in Python
+
 # %% auto #0
-__all__ = ['BACKBONES', 'WEIGHTS_FOLDER', 'Backbone', 'input_scaling', 'find_weight_file', 'download_weights', 'choose_weights',
-           'values_sha256', 'weights_source', 'normalise_as_imagenet', 'seeded', 'build_backbone',
+__all__ = ['BACKBONES', 'WEIGHTS_FOLDER', 'Backbone', 'input_scaling', 'start_quietly', 'find_weight_file', 'download_weights',
+           'choose_weights', 'values_sha256', 'weights_source', 'normalise_as_imagenet', 'seeded', 'build_backbone',
            'statistics_measurer', 'epoch_batches', 'variant_rows', 'BackboneNetwork', 'train_step', 'score_logits',
            'BackboneClassifier', 'EfficientNetB0', 'MobileNetV2', 'NASNetMobile']
 
@@ -41,14 +44,14 @@ class Backbone:
 
 
 _KERAS = "https://storage.googleapis.com/"
+_MOBILENET = "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5"
 BACKBONES: dict[str, Backbone] = {
     "efficientnet_b0": Backbone(
         "EfficientNetB0", 1280, 0, 255, _KERAS + "keras-applications/efficientnetb0_notop.h5",
         ("efficientnetb0_notop.h5",), md5="50bc09e76180e00e4465e1a485ddc09d"),
     "mobilenet_v2": Backbone(
-        "MobileNetV2", 1280, -1, 1, _KERAS + "tensorflow/keras-applications/mobilenet_v2/"
-        "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5",
-        ("mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5",), values="c009b1f1262c1f55420ed4f95d0f338acb97548930c6f6c8f3383b79544088a8"),
+        "MobileNetV2", 1280, -1, 1, _KERAS + "tensorflow/keras-applications/mobilenet_v2/" + _MOBILENET,
+        (_MOBILENET,), values="c009b1f1262c1f55420ed4f95d0f338acb97548930c6f6c8f3383b79544088a8"),
     "nasnet_mobile": Backbone(
         "NASNetMobile", 1056, -1, 1, _KERAS + "tensorflow/keras-applications/nasnet/NASNet-mobile-no-top.h5",
         ("NASNet-mobile-no-top.h5", "nasnet_mobile_no_top.h5"), md5="1ed92395b5b598bdda52abe5c0dbfd63"),
@@ -62,6 +65,21 @@ def input_scaling(
     "How a uint8 pixel becomes what the backbone is given: its own range, or the deck's 0..1 for all."
     if recipe == "deck": return 1 / 255, 0.0
     return (backbone.high - backbone.low) / 255, float(backbone.low)
+
+# %% ../nbs/62_transfer.ipynb #58c10bcc
+def start_quietly() -> None:
+    "Import Keras and TensorFlow with the native start-up messages thrown away (they say that there is no GPU, six times)."
+    if "tensorflow" in sys.modules: return
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        import keras
+        import tensorflow as tf
+        keras.ops.zeros(1), tf.config.list_physical_devices()
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept), os.close(nothing)
 
 # %% ../nbs/62_transfer.ipynb #d56fbdee
 WEIGHTS_FOLDER = "LEUKEMIA_NB_WEIGHTS"
@@ -81,11 +99,14 @@ def download_weights(
     backbone: Backbone,  # one of `BACKBONES`
 ) -> Path:  # in Keras' own cache, where a file of the right checksum is not fetched again
     "Keras' own download of the ImageNet weights. Raises ModelError that says which file to put where."
+    start_quietly()
     import keras
     try:
-        return Path(keras.utils.get_file(backbone.files[-1], backbone.url, cache_subdir="models", file_hash=backbone.md5 or None))
+        return Path(keras.utils.get_file(backbone.files[-1], backbone.url, cache_subdir="models",
+                                         file_hash=backbone.md5 or None))
     except Exception as error:
-        raise ModelError(f"ImageNet weights of {backbone.application} could not be downloaded ({type(error).__name__}). Put "
+        reason = (str(error).splitlines() or [""])[0].rsplit("-- ", 1)[-1][:100]
+        raise ModelError(f"ImageNet weights of {backbone.application} could not be downloaded ({reason}). Put "
                          f"{backbone.files[0]} from {backbone.url} into a folder and set {WEIGHTS_FOLDER} to it, or ask for "
                          f"weights='random'.") from error
 
@@ -99,7 +120,7 @@ def choose_weights(
     file = find_weight_file(backbone)
     return download_weights(backbone) if file is None and weights == "imagenet" else file
 
-# %% ../nbs/62_transfer.ipynb #0f0e8204
+# %% ../nbs/62_transfer.ipynb #c4585d8c
 def values_sha256(
     arrays: list[np.ndarray],  # weights of a network, in the order of its layers
 ) -> str:
@@ -108,7 +129,7 @@ def values_sha256(
     for array in arrays: digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
     return digest.hexdigest()
 
-
+# %% ../nbs/62_transfer.ipynb #fbe1435c
 def weights_source(
     backbone: Backbone,  # one of `BACKBONES`
     file: Path | None,  # what was loaded, None for random initialisation
@@ -160,6 +181,7 @@ def build_backbone(
     seed: int = 0,  # of the random initialisation
 ) -> tuple[Any, str]:  # keras model: pixels float32 (n, S, S, 3) in 0..255 -> maps (n, h, w, d); and the weights' source
     "The network with its rescaling in front. Raises ModelError for a file that is damaged or of another network."
+    start_quietly()
     import keras
     shape = (image_size, image_size, 3)
     with seeded(seed), warnings.catch_warnings():
@@ -312,7 +334,7 @@ def score_logits(
 class BackboneClassifier(BackboneNetwork):
     "A head on an ImageNet backbone; frozen, fine-tuned, or trained from random weights."
     cache_features = True  # False: the long way through a frozen backbone, the same weights in the end
-    statistics_pictures = 256  # training pictures for BatchNorm's statistics after an epoch from random weights
+    statistics_pictures = 256  # training pictures for BatchNorm's statistics of a random backbone; 0: Keras' own
     fine_tune_rate = 0.1  # share of the learning rate with which a pretrained backbone is fine-tuned
 
     def _cached(self, source: Any, history: History) -> np.ndarray:
@@ -321,12 +343,22 @@ class BackboneClassifier(BackboneNetwork):
         batches = read_batches(source, self.image_size, self.batch_size, self.channels, rows)
         return np.concatenate([self._features(batch) for batch in batches])[place]
 
+    def _statistics(self, train: Any) -> Callable[[], None] | None:
+        if not self.statistics_pictures: return None
+        measure = statistics_measurer(self.maps_, lambda batch: self.pooled(batch, True))
+        rows = epoch_batches(len(train), self.batch_size, self.seed, 0)
+        rows = rows[: -(-self.statistics_pictures // rows.shape[1])]
+        read = lambda some: next(read_batches(train, self.image_size, len(some), self.channels, some))
+        return lambda: measure(map(read, rows))
+
     def _fit(self, train: Any, validation: Any, history: History) -> None:
         start = time.perf_counter()
         file = choose_weights(BACKBONES[self.backbone], self.weights)
         self.weights_source_ = self._build(file)
         whole = (file is None) if self.fine_tune is None else self.fine_tune
         scratch = whole and file is None
+        measure = self._statistics(train) if file is None else None
+        if measure and not whole: measure()
         self.trained_ = "whole network" if whole else "head"
         if not whole and self.cache_features:
             seen = self._cached(train, history), self._cached(validation, history)
@@ -340,37 +372,36 @@ class BackboneClassifier(BackboneNetwork):
                 return next(read_batches((train, validation)[which], self.image_size, len(rows), self.channels, rows))
             def forward(batch): return self.logits(batch, True, scratch)
             def ask(batch): return self._scores(self._pooled(batch))
-        self._learn(self.targets(train), self.targets(validation), history, read, forward, ask, whole, scratch)
-
-    def _learn(self, y_train, y_val, history, read, forward, ask, whole, scratch):
         rate = self.learning_rate * (self.fine_tune_rate if whole and not scratch else 1)
+        self._learn(self.targets(train), self.targets(validation), history, read, forward, ask, whole, rate, measure)
+
+    def _learn(self, y_train, y_val, history, read, forward, ask, whole, rate, measure):
         parts = [self.maps_, self.head_] if whole else [self.head_]
         step = train_step(forward, [v for part in parts for v in part.trainable_variables], rate)
-        measure = statistics_measurer(self.maps_, lambda batch: self.pooled(batch, True)) if scratch else None
         val_rows = np.array_split(np.arange(len(y_val)), range(self.batch_size, len(y_val), self.batch_size))
         best: list[Any] = []
         for epoch in range(self.epochs):
             start = time.perf_counter()
             batches = epoch_batches(len(y_train), self.batch_size, self.seed, epoch)
             loss, accuracy = np.mean([step(read(0, rows), y_train[rows]).numpy() for rows in batches], axis=0)
-            if measure: measure(read(0, rows) for rows in batches[: -(-self.statistics_pictures // batches.shape[1])])
+            if measure and whole: measure()
             val = score_logits(np.concatenate([ask(read(1, rows)).numpy() for rows in val_rows]), y_val)
             if history.add(accuracy, loss, *val, time.perf_counter() - start):
                 best = [part.get_weights() for part in parts]
             if history.stop: break
         for part, weights in zip(parts, best, strict=True): part.set_weights(weights)
 
-
+# %% ../nbs/62_transfer.ipynb #50517ff9
 class EfficientNetB0(BackboneClassifier):
     "EfficientNet-B0 (Tan and Le 2019) with the deck's head."
     name = backbone = "efficientnet_b0"
 
-
+# %% ../nbs/62_transfer.ipynb #e423d241
 class MobileNetV2(BackboneClassifier):
     "MobileNetV2 (Sandler et al. 2018) with the deck's head."
     name = backbone = "mobilenet_v2"
 
-
+# %% ../nbs/62_transfer.ipynb #eb3f9f09
 class NASNetMobile(BackboneClassifier):
     "NASNet-A Mobile (Zoph et al. 2018) with the deck's head."
     name = backbone = "nasnet_mobile"

@@ -1,0 +1,320 @@
+"""ImageNet backbones: weight files, input ranges, cached features, BatchNorm, fine-tuning, folders."""
+import inspect
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, strategies as st
+
+from leukemia_nb import transfer
+from leukemia_nb.models import ModelError, Pictures, load_model, make_model
+from leukemia_nb.transfer import (BACKBONES, WEIGHTS_FOLDER, Backbone, MobileNetV2, build_backbone, choose_weights,
+                                  epoch_batches, input_scaling, variant_rows)
+
+pytestmark = pytest.mark.filterwarnings("ignore:mobilenet_v2 collapsed:RuntimeWarning",
+                                        "ignore:dual_channel collapsed:RuntimeWarning")
+MODULES = {"efficientnet_b0": "efficientnet", "mobilenet_v2": "mobilenet_v2", "nasnet_mobile": "nasnet"}
+
+
+def tiny(weights=None, include_top=False, input_shape=(32, 32, 3)):
+    """A network with the parts that matter: convolution, BatchNorm, dropout; 8 features."""
+    import keras
+    layers = keras.layers
+    return keras.Sequential([keras.Input(input_shape), layers.Conv2D(8, 5, strides=4), layers.BatchNormalization(),
+                             layers.ReLU(), layers.SpatialDropout2D(0.2)], name="tiny")
+
+
+@pytest.fixture()
+def tiny_backbone(monkeypatch):
+    """MobileNetV2's place in the registry taken by a network that trains in milliseconds."""
+    import keras
+    monkeypatch.setattr(keras.applications, "Tiny", tiny, raising=False)
+    monkeypatch.setitem(BACKBONES, "mobilenet_v2", Backbone("Tiny", 8, -1, 1, "file:///nowhere/tiny.h5", ("tiny.h5",)))
+    monkeypatch.delenv(WEIGHTS_FOLDER, raising=False)
+
+
+@pytest.fixture()
+def tiny_weights(tiny_backbone, tmp_path, monkeypatch):
+    """A folder with a file of weights for it, its BatchNorm statistics away from their start."""
+    network = tiny()
+    rng = np.random.default_rng(5)
+    network.set_weights([rng.uniform(0.5, 1.5, w.shape) for w in network.get_weights()])
+    (tmp_path / "weights").mkdir()
+    write_like_keras(network, tmp_path / "weights" / "tiny.h5")
+    monkeypatch.setenv(WEIGHTS_FOLDER, str(tmp_path / "weights"))
+    return network
+
+
+def write_like_keras(network, file):
+    """The layout of the published files: layers' groups at the top of an HDF5 file."""
+    import h5py
+    from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
+    with h5py.File(file, "w") as opened: save_weights_to_hdf5_group(opened, network)
+
+
+class Balanced(Pictures):
+    """Like `Pairs` of a balanced training table: rows of the same pair and flip are the same picture."""
+    reads = 0
+
+    def __init__(self, pictures, labels, size, copies):
+        rows = [i for i in range(len(pictures)) for _ in range(copies[i])]
+        super().__init__([pictures[i] for i in rows], [labels[i] for i in rows], size)
+        self.table = pd.DataFrame(dict(pair=[f"p{i}" for i in rows], flip="none"))
+
+    def read(self, index, channel="original"):
+        self.reads += np.size(np.arange(len(self))[index])
+        return super().read(index, channel)
+
+
+def made_up(n, seed, size=32):
+    rng = np.random.default_rng(seed)
+    labels = np.array(["Normal", "Pre-B", "Pro-B"])[np.arange(n) % 3]
+    tint = {"Normal": (230, 180, 190), "Pre-B": (150, 110, 170), "Pro-B": (190, 190, 120)}
+    noise = rng.normal(0, 25, (n, size, size, 3))
+    return (np.array([tint[label] for label in labels])[:, None, None] + noise).clip(0, 255).astype(np.uint8), labels
+
+
+@pytest.fixture()
+def sources():
+    pictures, labels = made_up(14, 0)
+    return Balanced(list(pictures), labels, 32, [1, 2, 1, 3] + [1] * 10), Pictures(*made_up(9, 1), 32)
+
+
+def trained(sources, cache=True, model=MobileNetV2, **settings):
+    made = model(**dict(image_size=32, batch_size=4, epochs=4, patience=9, learning_rate=0.02, weights="local") | settings)
+    made.cache_features = cache
+    made.fit(*sources)
+    return made
+
+
+def same_weights(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a.get_weights(), b.get_weights(), strict=True))
+
+
+# ---- weight files
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_names_addresses_and_checksums_are_those_of_the_installed_keras(name):
+    import importlib
+    backbone, module = BACKBONES[name], importlib.import_module(f"keras.src.applications.{MODULES[name]}")
+    source = inspect.getsource(module)
+    folder, file = backbone.url.rsplit("/", 1)
+    assert folder + "/" in source and file == backbone.files[0]
+    if name == "efficientnet_b0": assert module.WEIGHTS_HASHES["b0"][1] == backbone.md5
+    if name == "nasnet_mobile": assert all(f'"{text}"' in source for text in (backbone.files[-1], backbone.md5))
+    if name == "mobilenet_v2": assert "file_hash" not in source and backbone.values
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_folder_path_gives_what_keras_own_imagenet_path_gives(name, tmp_path, monkeypatch):
+    """Keras' download is replaced by a file of random numbers in the published layout; then both ways must agree."""
+    import importlib
+    import keras
+    backbone, module = BACKBONES[name], importlib.import_module(f"keras.src.applications.{MODULES[name]}")
+    network = getattr(keras.applications, backbone.application)(weights=None, include_top=False, input_shape=(32, 32, 3))
+    rng = np.random.default_rng(0)
+    for layer in network.layers:
+        if type(layer).__name__ == "BatchNormalization":
+            layer.set_weights([rng.uniform(0.8, 1.2, w.shape) for w in layer.get_weights()])
+        if type(layer).__name__ == "Normalization":
+            layer.set_weights([np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225]), np.int32(0)])
+    file = tmp_path / backbone.files[0]
+    write_like_keras(network, file)
+    monkeypatch.setenv(WEIGHTS_FOLDER, str(tmp_path))
+    asked = []
+    monkeypatch.setattr(module.file_utils, "get_file", lambda *a, **k: asked.append(a) or str(file))
+    theirs = getattr(keras.applications, backbone.application)(weights="imagenet", include_top=False, input_shape=(32, 32, 3))
+    assert asked and asked[0][1] == backbone.url
+    assert choose_weights(backbone, "imagenet") == file
+    ours, source = build_backbone(backbone, 32, "fixed", file)
+    assert source.startswith("unconfirmed") and len(ours.get_weights()) == len(network.get_weights())
+    pixels = rng.integers(0, 256, (2, 32, 32, 3)).astype(np.float32)
+    scale, offset = input_scaling(backbone, "fixed")
+    expected = theirs(pixels * np.float32(scale) + np.float32(offset)).numpy()
+    assert np.ptp(expected) > 0
+    np.testing.assert_allclose(ours(pixels).numpy(), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_fixed_range_is_what_keras_preprocessing_gives(name):
+    import importlib
+    module = importlib.import_module(f"keras.applications.{MODULES[name]}")
+    pixels = np.arange(256, dtype=np.float32).reshape(1, 16, 16, 1).repeat(3, axis=-1)
+    scale, offset = input_scaling(BACKBONES[name], "fixed")
+    np.testing.assert_allclose(pixels * scale + offset, module.preprocess_input(pixels.copy()), atol=1e-5)
+    assert input_scaling(BACKBONES[name], "deck") == (1 / 255, 0)
+
+
+def test_damaged_and_foreign_files_are_refused_by_name(tiny_weights, tmp_path):
+    import keras
+    file = tmp_path / "weights" / "tiny.h5"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="tiny.h5: not the weights of Tiny"): build_backbone(BACKBONES["mobilenet_v2"], 32, "fixed", file)
+    write_like_keras(keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)]), file)
+    with pytest.raises(ModelError, match="Layer count mismatch"): build_backbone(BACKBONES["mobilenet_v2"], 32, "fixed", file)
+
+
+def test_without_network_one_line_says_what_to_put_where(tiny_backbone, sources):
+    with pytest.raises(ModelError, match=r"^ImageNet weights of Tiny .* Put tiny.h5 from file:///nowhere.*LEUKEMIA_NB_WEIGHTS") as told:
+        trained(sources, weights="imagenet")
+    assert "\n" not in str(told.value)
+
+
+def test_local_and_random_never_download(tiny_backbone, sources, monkeypatch):
+    monkeypatch.setattr(transfer, "download_weights", lambda backbone: pytest.fail("downloaded"))
+    assert trained(sources, weights="local", epochs=1).weights_source_ == "random initialisation"
+    assert trained(sources, weights="random", epochs=1).weights_source_ == "random initialisation"
+
+
+def test_random_is_random_even_where_a_file_is(tiny_weights, sources):
+    assert trained(sources, weights="random", epochs=1).weights_source_ == "random initialisation"
+    assert trained(sources, weights="imagenet", epochs=1).weights_source_.startswith("unconfirmed (tiny.h5")
+
+
+def test_a_weights_folder_that_is_not_there(monkeypatch):
+    monkeypatch.setenv(WEIGHTS_FOLDER, "/no/such/folder")
+    with pytest.raises(ModelError, match="LEUKEMIA_NB_WEIGHTS=/no/such/folder is not a folder"):
+        choose_weights(BACKBONES["mobilenet_v2"], "local")
+
+
+# ---- order and variants
+
+@given(st.integers(1, 60), st.integers(1, 40), st.integers(0, 5), st.integers(0, 3))
+def test_every_picture_is_seen_each_epoch_in_batches_of_one_size(n, batch_size, seed, epoch):
+    batches = epoch_batches(n, batch_size, seed, epoch)
+    assert batches.shape[1] == min(n, batch_size)
+    counts = np.bincount(batches.ravel(), minlength=n)
+    assert counts.min() == 1 and counts.max() <= 2
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["none", "vertical"])), min_size=1, max_size=20))
+def test_variants_are_read_once_and_find_their_rows(rows):
+    class Source: table = pd.DataFrame(rows, columns=["pair", "flip"])
+    chosen, place = variant_rows(Source())
+    assert len(chosen) == len(set(rows)) and [rows[chosen[p]] for p in place] == rows
+
+
+# ---- training
+
+def test_cached_and_long_way_end_in_the_same_weights(tiny_weights, sources):
+    cached, long = trained(sources), trained(sources, cache=False)
+    assert cached.trained_ == long.trained_ == "head"
+    assert same_weights(cached.head_, long.head_) and same_weights(cached.maps_, long.maps_)
+    assert cached.history_.drop(columns="seconds").equals(long.history_.drop(columns="seconds"))
+    assert np.array_equal(cached.predict_proba(sources[1]), long.predict_proba(sources[1]))
+
+
+def test_a_variant_is_read_once_whatever_the_epochs(tiny_weights, sources):
+    trained(sources, epochs=4)
+    assert sources[0].reads == 14 < len(sources[0])
+
+
+def test_frozen_means_frozen(tiny_weights, sources):
+    assert same_weights(trained(sources).maps_, tiny_weights)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(weights="random"), dict(fine_tune=True)])
+def test_the_same_seed_gives_the_same_model_and_another_seed_another(tiny_weights, sources, settings):
+    first, second, other = (trained(sources, seed=seed, epochs=2, **settings) for seed in (3, 3, 4))
+    assert same_weights(first.head_, second.head_) and same_weights(first.maps_, second.maps_)
+    assert not same_weights(first.head_, other.head_)
+
+
+def test_fine_tuning_leaves_pretrained_statistics_alone(tiny_weights, sources):
+    before, after = tiny_weights.layers[1].get_weights(), trained(sources, fine_tune=True).maps_.layers[-1].layers[1].get_weights()
+    assert not np.array_equal(before[0], after[0])  # gamma is trained
+    assert np.array_equal(before[2], after[2]) and np.array_equal(before[3], after[3])  # mean and variance are not
+
+
+def test_statistics_of_a_network_trained_from_nothing_are_those_of_its_training_pictures(tiny_backbone, sources):
+    model = trained(sources, weights="random", epochs=1, batch_size=18)
+    convolution, batch_norm = model.maps_.layers[-1].layers[:2]
+    pixels = sources[0].read(slice(None)).astype(np.float32) / 127.5 - 1
+    assert len(sources[0]) == 18 - 1  # one batch holds all
+    seen = convolution(pixels).numpy().reshape(-1, 8)
+    np.testing.assert_allclose(batch_norm.moving_mean.numpy(), seen.mean(axis=0), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(batch_norm.moving_variance.numpy(), seen.var(axis=0), rtol=1e-2, atol=1e-4)
+
+
+def test_fine_tune_decides_by_the_weights_unless_told(tiny_weights, sources):
+    told = {(w, f): trained(sources, epochs=1, weights=w, fine_tune=f).trained_
+            for w in ("local", "random") for f in (None, True, False)}
+    assert [k for k, v in told.items() if v == "whole network"] == [("local", True), ("random", None), ("random", True)]
+
+
+def test_best_epoch_is_kept_and_patience_ends_training(tiny_weights, sources, monkeypatch):
+    losses = iter([0.9, 0.5, 0.7, 0.8, 0.9])
+
+    def scripted(logits, targets): return 0.5, next(losses)
+    monkeypatch.setattr(transfer, "score_logits", scripted)
+    longer = trained(sources, epochs=9, patience=2)
+    assert longer.best_epoch_ == 2 and len(longer.history_) == 4
+    losses = iter([0.9, 0.5])
+    kept = trained(sources, epochs=2, patience=2)
+    assert same_weights(longer.head_, kept.head_)
+
+
+def test_fewer_pictures_than_a_batch_and_one_class_only(tiny_weights):
+    pictures, labels = made_up(3, 0)
+    model = trained((Pictures(pictures, labels, 32), Pictures(pictures[:1], labels[:1], 32)), batch_size=32)
+    assert model.predict_proba(pictures).shape == (3, 3)
+
+
+def test_progress_lines(tiny_weights, sources):
+    lines = []
+    MobileNetV2(image_size=32, epochs=2, weights="local").fit(*sources, progress=lines.append)
+    assert len(lines) == 4 and "features of 14 pictures" in lines[0] and "epoch 2/2" in lines[-1]
+
+
+def test_users_random_numbers_are_left_alone(tiny_weights, sources):
+    np.random.seed(7)
+    expected = np.random.rand(3)
+    np.random.seed(7)
+    trained(sources, epochs=1)
+    assert np.array_equal(np.random.rand(3), expected)
+
+
+def test_saved_and_loaded_answers_are_identical_without_the_weights_folder(tiny_weights, sources, tmp_path, monkeypatch):
+    model = trained(sources)
+    folder = model.save(tmp_path / "model")
+    monkeypatch.delenv(WEIGHTS_FOLDER)
+    again = load_model(folder)
+    assert np.array_equal(again.predict_proba(sources[1]), model.predict_proba(sources[1]))
+    assert np.array_equal(again.features(sources[1]), model.features(sources[1]))
+    assert again.weights_source_ == model.weights_source_
+
+
+def test_answers_do_not_depend_on_how_many_are_asked(tiny_weights, sources):
+    model = trained(sources)
+    together = model.predict_proba(sources[1])
+    assert np.allclose(np.concatenate([model.predict_proba(sources[1].read([i])) for i in range(9)]), together, atol=1e-6)
+
+
+# ---- the real thing
+
+@pytest.fixture()
+def real_weights(shared_weights, monkeypatch):
+    monkeypatch.setenv(WEIGHTS_FOLDER, str(shared_weights))
+
+
+def test_the_known_mobilenet_file_is_recognised(real_weights):
+    file = choose_weights(BACKBONES["mobilenet_v2"], "imagenet")
+    assert build_backbone(BACKBONES["mobilenet_v2"], 32, "fixed", file)[1] == f"ImageNet ({file.name}, values as known)"
+
+
+def test_real_pictures_are_learned_and_cached_equals_long(real_weights, shared_data):
+    from leukemia_nb.data import read_picture
+    names = {"Benign": "Normal", "Pre": "Pre-B", "Pro": "Pro-B"}
+    files = [(file, name) for folder, name in names.items()
+             for file in sorted((shared_data / "taleqani" / folder).iterdir())[::20][:22]]
+    pictures, labels = [read_picture(file) for file, _ in files], np.array([name for _, name in files])
+    parts = [Pictures([pictures[i] for i in rows], labels[rows], 96)
+             for rows in (np.arange(66)[np.arange(66) % 3 > 0], np.arange(66)[::3])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cached = make_model("mobilenet_v2", image_size=96, epochs=15, batch_size=16, learning_rate=0.005)
+        cached.fit(*parts)
+    assert cached.score(parts[1], parts[1].labels) > 0.8
+    long = trained(parts, cache=False, image_size=96, epochs=15, patience=5, batch_size=16, learning_rate=0.005)
+    assert same_weights(cached.head_, long.head_)
