@@ -19,7 +19,8 @@ def draw_copies(pairs: list[str],  # names of the pairs of one class
     "Draw flipped copies at random, none twice until every variant is used. Raises `ValueError` without pairs."
     if number and not pairs: raise ValueError("no pairs to copy")
     drawn: list[tuple[str, str, int]] = []
-    kinds, repeat = FLIPS[1:3], 0
+    kinds: tuple[str, ...] = FLIPS[1:3]
+    repeat = 0
     while len(drawn) < number:
         fresh = [(pair, kind, repeat) for pair in pairs for kind in kinds]
         drawn += [fresh[place] for place in generator.permutation(len(fresh))]

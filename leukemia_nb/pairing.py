@@ -78,7 +78,7 @@ def save_png(path: str | os.PathLike,  # file to be written
     "Write a PNG quickly, whole or not at all. Raises `OutputError`."
     fast = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE,
             cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
-    _, data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), fast)
+    data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), fast)[1].tobytes()
     with atomic_path(path) as temporary: temporary.write_bytes(data)
     return hashlib.sha256(data).hexdigest()
 

@@ -9,7 +9,7 @@ __all__ = ['SUBSETS', 'SplitError', 'subset_sizes', 'smallest_class', 'merge_gro
 # %% ../nbs/40_splitting.ipynb #62feb711
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from math import floor
 
@@ -59,7 +59,7 @@ def merge_groups(table: pd.DataFrame,  # any table
         first = np.full(len(known), -1)
         for place in np.flatnonzero(codes >= 0):
             if first[codes[place]] < 0: first[codes[place]] = place
-            else: parent[root(place)] = root(first[codes[place]])
+            else: parent[root(int(place))] = root(int(first[codes[place]]))
     return pd.factorize(np.array([root(place) for place in range(len(table))], int))[0]
 
 # %% ../nbs/40_splitting.ipynb #de916865
@@ -89,8 +89,9 @@ def usable_pairs(pairs_table: pd.DataFrame  # pair, class, sha256 and, where the
         raise SplitError(f"no usable picture of class {', '.join(empty)}. Look at column problem of the pairs table.")
     return table
 
-def _some(pairs: Sequence[str], most: int = 6) -> str:
-    return ", ".join(list(pairs)[:most]) + (f" and {len(pairs) - most} more" if len(pairs) > most else "")
+def _some(pairs: Iterable[str], most: int = 6) -> str:
+    pairs = list(pairs)
+    return ", ".join(pairs[:most]) + (f" and {len(pairs) - most} more" if len(pairs) > most else "")
 
 # %% ../nbs/40_splitting.ipynb #ba239a7a
 def deal(sizes: Sequence[int],  # pairs in each group

@@ -1,5 +1,6 @@
 """Properties of the split: exact counts, duplicates and groups in one subset, refusals that name the pictures."""
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -195,10 +196,10 @@ def test_real_pictures(shared_data):
     folder = shared_data / "taleqani"
     table = build_manifest(folder)
     fields = pd.read_csv(shared_data / "taleqani_fields.csv").set_index("file")["overlap_group"]
-    table["field"] = fields[table["path"]].to_numpy()
+    table["field"] = fields[[Path(path).relative_to(folder.absolute()).as_posix() for path in table["path"]]].to_numpy()
     pro = table[table["class"] == "Pro-B"]
     table["pixels"] = ""
-    table.loc[pro.index, "pixels"] = [pixel_hash(read_picture(folder / path)) for path in pro["path"]]
+    table.loc[pro.index, "pixels"] = [pixel_hash(read_picture(path)) for path in pro["path"]]
     deck, grouped = split_pairs(table), split_pairs(table, groups="field")
     for _, rows in deck.groupby("class"): assert rows["subset"].value_counts().to_dict() == subset_sizes(len(rows))
     assert deck.groupby("pixels")["subset"].nunique()[1:].max() == 1
