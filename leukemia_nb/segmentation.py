@@ -180,7 +180,7 @@ def _cut(mask: np.ndarray, depth: float) -> np.ndarray:
 
 # %% ../nbs/20_segmentation.ipynb #6549cd7e
 def label_cells(mask: np.ndarray,  # bool (H, W)
-                depth: float = 0.15,  # a waist counts when it is narrower than its lower summit by this share
+                depth: float = 0.1,  # a waist counts when it is narrower than its lower summit by this share
                 solid: float = 0.93  # components filling this share of their convex hull are one cell
                 ) -> np.ndarray:  # int32 (H, W), 0 background, 1..n cells
     "Number the cells of a mask, touching ones divided by a watershed on the distance to the outside."
