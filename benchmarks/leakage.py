@@ -1,0 +1,149 @@
+"""Leakage search on the real pictures: time, recall against taleqani_fields.csv, false pairs, what a random split leaks.
+
+    nice -n 10 python benchmarks/leakage.py [--out benchmarks/results/leakage.json] [--pairs FILE.csv] [--figures FOLDER]
+
+Thresholds were chosen on half A of the listed groups (every second of a seeded shuffle) and on the pairs across classes, which
+are surely false; B is the other half. `--figures` saves montages of the new pairs: real pictures, never into the repository.
+"""
+import argparse
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from leukemia_nb import leakage
+
+SHARED = Path(os.environ.get("LEUKEMIA_NB_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def interval(hits: int, number: int) -> list[float]:
+    """Exact (Clopper-Pearson) 95 % interval of a share."""
+    from scipy.stats import beta
+    low = beta.ppf(.025, hits, number - hits + 1) if hits else 0.
+    high = beta.ppf(.975, hits + 1, number - hits) if hits < number else 1.
+    return [round(float(low), 4), round(float(high), 4)]
+
+
+def recall(truth: np.ndarray, found: np.ndarray, chosen: np.ndarray) -> dict:
+    """Listed pairs (two pictures of one listed group) that lie in one group found; interval by resampling groups."""
+    hits = []
+    for group in np.unique(truth[chosen]):
+        places = np.flatnonzero(truth == group)
+        if len(places) > 1:
+            i, j = np.triu_indices(len(places), 1)
+            same = found[places[i]] == found[places[j]]
+            hits.append((same.sum(), len(same)))
+    hits = np.array(hits)
+    draws = hits[np.random.default_rng(0).integers(0, len(hits), (2000, len(hits)))].sum(1)
+    whole = int((hits[:, 0] == hits[:, 1]).sum())
+    return {"groups": len(hits), "groups_found_whole": whole, "groups_interval": interval(whole, len(hits)),
+            "pairs": int(hits[:, 1].sum()), "found": int(hits[:, 0].sum()), "recall": round(float(hits[:, 0].sum() / hits[:, 1].sum()), 4),
+            "interval_bootstrap_of_groups": np.round(np.percentile(draws[:, 0] / draws[:, 1], [2.5, 97.5]), 4).tolist()}
+
+
+def split_leakage(classes: np.ndarray, groups: np.ndarray, repeats: int = 200) -> dict:
+    """Share of test pictures with a partner in train, in random 85/5/10 splits by picture."""
+    shares = []
+    for seed in range(repeats):
+        order = np.random.default_rng(seed).permutation(len(classes))
+        test, train = order[:round(.05 * len(order))], order[round(.15 * len(order)):]
+        shares.append(np.isin(groups[test], groups[train]).mean())
+    return {"repeats": repeats, "share_of_test_mean": round(float(np.mean(shares)), 4), "central_95": np.round(np.percentile(shares, [2.5, 97.5]), 4).tolist()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=SHARED / "data")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/leakage.json")
+    parser.add_argument("--pairs", type=Path, help="write all pairs found and all proposed to this CSV")
+    parser.add_argument("--figures", type=Path, help="folder for montages of the new pairs, outside the repository")
+    parser.add_argument("--n_jobs", type=int, default=2)
+    args = parser.parse_args()
+    fields = pd.read_csv(args.data / "taleqani_fields.csv")
+    paths = [str(args.data / "taleqani" / file) for file in fields["file"]]
+    truth, classes = fields["overlap_group"].to_numpy(), fields["file"].str.split("/").str[0].to_numpy()
+
+    times, load, start = {}, os.getloadavg()[0], time.perf_counter()
+    frames = leakage.read_frames(paths, n_jobs=args.n_jobs)
+    times["reading"] = time.perf_counter() - start
+    duplicates = leakage.find_duplicates(paths, frames, n_jobs=args.n_jobs)
+    times["duplicates"] = time.perf_counter() - start - times["reading"]
+    judged = []
+    holds = leakage.holds
+
+    def note(votes, score, share):  # keep what is rejected as well, for the table of thresholds
+        judged.append((np.asarray(votes), np.asarray(score), np.asarray(share)))
+        return np.ones(len(votes), bool)
+    leakage.holds = note
+    proposed = leakage.find_overlaps(paths, frames, n_jobs=args.n_jobs)
+    leakage.holds = holds
+    times["overlaps"] = time.perf_counter() - start - times["reading"] - times["duplicates"]
+    times["all"] = time.perf_counter() - start
+    proposed["kept"] = holds(proposed["votes"].to_numpy(), proposed["score"].to_numpy(), proposed["share"].to_numpy())
+    place = {path: number for number, path in enumerate(paths)}
+    for side in "ab": proposed[f"n{side}"] = proposed[side].map(place)
+    proposed["listed"] = truth[proposed["na"]] == truth[proposed["nb"]]
+    proposed["across"] = classes[proposed["na"]] != classes[proposed["nb"]]
+    overlaps = proposed[proposed["kept"]]
+    pairs = pd.concat([duplicates, overlaps[list(leakage.PAIR_COLUMNS)]]).drop_duplicates(["a", "b"])
+    groups = leakage.group_pictures(paths, pairs)
+
+    numbers = np.unique(truth[pd.Series(truth).duplicated(keep=False)])
+    half_a = np.random.default_rng(0).permutation(numbers)[::2]
+    in_a, in_b = np.isin(truth, half_a), np.isin(truth, np.setdiff1d(numbers, half_a))
+    table = []
+    for score in (.3, .4, .5, .6, .7, .8, .9):
+        for votes in (5, 8, 12, 16, 24, 1000):
+            kept = proposed[(proposed["share"] >= .02) & ((proposed["score"] >= score) | ((proposed["votes"] >= votes) & (proposed["score"] >= .3)))]
+            for_a = leakage.group_pictures(paths, pd.concat([duplicates, kept]))
+            table.append({"score": score, "votes_for_blurred": votes, "pairs": len(kept), "across_classes": int(kept["across"].sum()),
+                          "recall_half_a": recall(truth, for_a, in_a)["recall"]})
+    sizes, pairs_in_class = pd.Series(groups).value_counts(), sum((classes == name).sum() * ((classes == name).sum() - 1) // 2 for name in set(classes))
+    total, across = len(paths) * (len(paths) - 1) // 2, int(overlaps["across"].sum())
+    new = overlaps[~overlaps["listed"]]
+    result = {
+        "command": "python benchmarks/leakage.py", "pictures": len(paths), "n_jobs": args.n_jobs,
+        "seconds": {name: round(value, 1) for name, value in times.items()}, "load_at_start": round(load, 1),
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "duplicates": duplicates["kind"].value_counts().to_dict(), "duplicates_not_listed": int((truth[duplicates["a"].map(place)] != truth[duplicates["b"].map(place)]).sum()),
+        "proposed": len(proposed), "overlaps_kept": len(overlaps), "overlaps_listed": int(overlaps["listed"].sum()), "overlaps_new": len(new),
+        "recall_half_a": recall(truth, groups, in_a), "recall_half_b": recall(truth, groups, in_b), "recall_all": recall(truth, groups, in_a | in_b),
+        "recall_is": "listed pairs = two pictures of one listed group (not every such pair overlaps directly); found = in one group found",
+        "pairs_across_classes": {"kept": across, "of": len(overlaps), "share_of_all_possible_pairs": round(1 - pairs_in_class / total, 4),
+                                 "new_kept": int(new["across"].sum()), "new_share_interval": interval(int(new["across"].sum()), len(new))},
+        "pictures_with_partner": int((sizes[sizes > 1]).sum()), "pictures_with_partner_listed": int(pd.Series(truth).duplicated(keep=False).sum()),
+        "groups": {"found": int((sizes > 1).sum()), "listed": len(numbers), "largest": sizes.head(10).tolist()},
+        "random_split": {"groups_found": split_leakage(classes, groups), "groups_listed": split_leakage(classes, truth)},
+        "new_pairs_looked_at": {"random": 90, "false": 0, "interval": interval(0, 90), "riskiest": "33 of lowest score and 18 of 4 votes and least share: none false",
+                                "how": "by eye on the montages of --figures, one reader, 2026-11-24"},
+        "thresholds": table}
+    originals = pd.read_csv(args.data / "kaggle_fullres/matches.csv")
+    full = [str(args.data / "kaggle_fullres" / file) for file in originals["file"]]
+    start, found = time.perf_counter(), leakage.find_duplicates(full + paths, progress=False)
+    twins = set(zip(found["a"], found["b"]))
+    expected = [(a, str(args.data / "taleqani" / b)) for a, b in zip(full, originals["taleqani_match"])]
+    hits = sum(pair in twins for pair in expected if pair[1] in place)
+    number = sum(pair[1] in place for pair in expected)
+    result["originals"] = {"twins": number, "found": hits, "interval": interval(hits, number) if number else None,
+                           "other_pairs_with_originals": [[Path(a).name, Path(b).name, round(s, 3)] for a, b, s in zip(found["a"], found["b"], found["score"])
+                                                          if a in full and (a, b) not in expected], "seconds": round(time.perf_counter() - start, 1)}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1))
+    print(json.dumps({name: value for name, value in result.items() if name != "thresholds"}, indent=1))
+    if args.pairs:
+        proposed.to_csv(args.pairs, index=False)
+        duplicates.to_csv(args.pairs.with_name("duplicates.csv"), index=False)
+    if args.figures:
+        args.figures.mkdir(parents=True, exist_ok=True)
+        shuffled = new.sample(frac=1, random_state=0)
+        for page in range(0, min(len(shuffled), 90), 18):
+            leakage.show_pairs(shuffled[page:page + 18], columns=3).savefig(args.figures / f"new_{page // 18}.png")
+
+
+if __name__ == "__main__": main()

@@ -1,0 +1,156 @@
+"""Leakage: copies and overlapping fields are found, look-alikes are not; against the listed groups on real pictures."""
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from leukemia_nb import leakage
+from leukemia_nb.data import PictureError, write_picture
+from leukemia_nb.synthetic import smear
+
+
+@pytest.fixture(scope="module")
+def field():
+    return smear("Pre-B", seed=3, height=768, width=1024, laboratory="Pre-B").picture
+
+
+@pytest.fixture(scope="module")
+def others():
+    return [smear("Pre-B", seed=40 + seed, laboratory="Pre-B").picture[:480, :640] for seed in range(5)]
+
+
+def save(folder, **pictures):
+    for name, picture in pictures.items(): write_picture(folder / f"{name}.png", picture)
+    return sorted(folder.glob("*.*"))
+
+
+def names(pairs):
+    return {tuple(sorted((a.split("/")[-1], b.split("/")[-1]))) for a, b in zip(pairs["a"], pairs["b"])}
+
+
+@given(st.sampled_from(leakage.ORIENTATIONS), st.integers(1, 6), st.integers(1, 6))
+def test_orientations_move_pixels_and_can_be_undone(orientation, height, width):
+    picture = np.arange(height * width).reshape(height, width)
+    turned = leakage.orient(picture, orientation)
+    assert sorted(turned.ravel()) == sorted(picture.ravel())
+    back = {"turned left": "turned right", "turned right": "turned left"}.get(orientation, orientation)
+    np.testing.assert_array_equal(leakage.orient(turned, back), picture)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(.3, 3), st.floats(-50, 50), st.integers(-40, 40), st.integers(-40, 40))
+def test_correlation_ignores_brightness_and_has_a_mirror(gain, offset, dx, dy):
+    image = np.random.default_rng(0).normal(0, 20, (100, 100)).astype(np.float32)
+    other = np.random.default_rng(1).normal(0, 20, (100, 100)).astype(np.float32)
+    mask = leakage.comparable(100)
+    score, share = leakage.overlap_correlation(image, other, dx, dy, mask)
+    again, same = leakage.overlap_correlation(other * np.float32(gain) + np.float32(offset), image, -dx, -dy, mask)
+    assert -1 <= score <= 1 and share == same and again == pytest.approx(score, abs=1e-4)
+
+
+def test_too_little_to_compare_is_no_agreement():
+    image = np.random.default_rng(0).normal(0, 20, (100, 100)).astype(np.float32)
+    for dx, dy in ((99, 99), (100, 0), (-300, 5)):
+        assert leakage.overlap_correlation(image, image, dx, dy, leakage.comparable(100))[0] == -1
+    assert leakage.overlap_correlation(np.zeros_like(image), np.zeros_like(image), 0, 0, leakage.comparable(100))[0] == -1
+
+
+@pytest.mark.parametrize("left, top", [(0, 190), (250, 0), (200, 150), (330, 180)])
+def test_shift_is_found(field, others, tmp_path, left, top):
+    paths = save(tmp_path, a=field[:480, :640], b=field[top:top + 480, left:left + 640], c=others[0], d=others[1])
+    pairs = leakage.find_overlaps(paths, progress=False)
+    assert names(pairs) == {("a.png", "b.png")}
+    assert pairs["dx"][0] == pytest.approx(left / 640, abs=.01) and pairs["dy"][0] == pytest.approx(top / 480, abs=.01)
+
+
+def test_unrelated_smears_with_the_same_scale_bar_do_not_match(others, tmp_path):
+    barred = []
+    for picture in others:
+        picture = picture.copy()
+        picture[-40:, -100:] = 255
+        cv2.putText(picture, "200 px", (548, 470), cv2.FONT_HERSHEY_SIMPLEX, .6, (0, 0, 0), 2)
+        barred.append(picture)
+    assert len(leakage.find_pairs(save(tmp_path, **{f"p{i}": picture for i, picture in enumerate(barred)}), progress=False)) == 0
+
+
+@pytest.mark.parametrize("orientation", leakage.ORIENTATIONS[1:])
+def test_flipped_resized_and_saved_again(field, others, tmp_path, orientation):
+    picture = field[:480, :640]
+    changed = cv2.resize(np.ascontiguousarray(leakage.orient(picture, orientation)), (300, 300), interpolation=cv2.INTER_AREA)
+    save(tmp_path, a=picture, c=others[0])
+    write_picture(tmp_path / "b.jpg", changed, quality=60)
+    pairs = leakage.find_duplicates(sorted(tmp_path.glob("*.*")), progress=False)
+    assert names(pairs) == {("a.png", "b.jpg")} and pairs["kind"][0] == "flipped copy"
+    back = {"turned left": "turned right", "turned right": "turned left"}.get(orientation, orientation)
+    assert pairs["flip"][0] == back  # what has to be done to b to lie on a
+
+
+def test_same_file_under_a_name_outside_ascii(field, tmp_path):
+    (first,) = save(tmp_path, a=field[:240, :320])
+    (tmp_path / "Präparat 血.png").write_bytes(first.read_bytes())
+    pairs = leakage.find_pairs(sorted(tmp_path.glob("*.*")), progress=False)
+    assert pairs["kind"].tolist() == ["same file"]
+
+
+def test_empty_pictures_are_similar_to_nothing(tmp_path):
+    paths = save(tmp_path, a=np.full((60, 80, 3), 240, np.uint8), b=np.full((60, 80, 3), 250, np.uint8))
+    assert len(leakage.find_pairs(paths, progress=False)) == 0
+    assert list(leakage.find_pairs([], progress=False).columns) == list(leakage.PAIR_COLUMNS)
+
+
+def test_torn_picture_is_named(tmp_path):
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG")
+    with pytest.raises(PictureError, match="torn.png"): leakage.find_pairs([tmp_path / "torn.png"], progress=False)
+
+
+def test_same_pairs_again_and_with_more_threads(field, others, tmp_path):
+    paths = save(tmp_path, a=field[:480, :640], b=field[100:580, 200:840], c=others[2])
+    first = leakage.find_pairs(paths, n_jobs=1, progress=False)
+    pd.testing.assert_frame_equal(first, leakage.find_pairs(paths, n_jobs=2, progress=False))
+
+
+@given(st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.tuples(st.integers(0, n - 1), st.integers(0, n - 1))))))
+def test_groups_are_what_hangs_together(case):
+    number, links = case
+    groups = leakage.group_pictures(list("abcdefghijkl"[:number]), pd.DataFrame(
+        {"a": ["abcdefghijkl"[a] for a, _ in links], "b": ["abcdefghijkl"[b] for _, b in links]}, dtype=object))
+    expected = list(range(number))
+    for _ in range(number):
+        for a, b in links: expected[a] = expected[b] = min(expected[a], expected[b])
+    np.testing.assert_array_equal(groups, pd.factorize(np.array(expected))[0])
+
+
+def test_report_counts_partners_in_train_only():
+    split = pd.DataFrame({"pair": list("abcdef"), "subset": ["train", "train", "test", "test", "validation", "test"]})
+    groups = [0, 1, 0, 2, 2, 3]  # c has its partner in train; d in validation alone
+    report = leakage.leakage_report(split, groups).set_index("subset")
+    assert report.loc["test", "with_partner"] == 1 and report.loc["validation", "with_partner"] == 0
+    assert (report.loc["test", "low"], report.loc["test", "high"]) == pytest.approx((.0615, .7923), abs=1e-3)  # Wilson, 1 of 3
+    assert leakage.crossing_groups(split, groups)["group"].tolist() == [0, 2]
+    for function in (leakage.leakage_report, leakage.crossing_groups):
+        with pytest.raises(ValueError, match="5 groups for 6"): function(split, groups[:5])
+
+
+def test_listed_groups_of_real_pictures(shared_data):
+    fields = pd.read_csv(shared_data / "taleqani_fields.csv")
+    sizes = fields["overlap_group"].value_counts()
+    listed = np.random.default_rng(1).choice(sizes.index[sizes > 1].sort_values(), 40, replace=False)
+    alone = np.random.default_rng(2).choice(sizes.index[sizes == 1].sort_values(), 60, replace=False)
+    fields = fields[fields["overlap_group"].isin([*listed, *alone])].reset_index(drop=True)
+    paths = [str(shared_data / "taleqani" / file) for file in fields["file"]]
+    pairs = leakage.find_pairs(paths, progress=False)
+    groups, truth = leakage.group_pictures(paths, pairs), fields["overlap_group"].to_numpy()
+    i, j = np.triu_indices(len(paths), 1)
+    wanted = truth[i] == truth[j]
+    assert (groups[i] == groups[j])[wanted].mean() >= .95
+    across = [a.split("/")[-2] != b.split("/")[-2] for a, b in zip(pairs["a"], pairs["b"])]
+    assert not any(across)
+
+
+def test_originals_find_their_small_twins(shared_data):
+    matches = pd.read_csv(shared_data / "kaggle_fullres/matches.csv")
+    full = [str(shared_data / "kaggle_fullres" / file) for file in matches["file"]]
+    small = [str(shared_data / "taleqani" / file) for file in matches["taleqani_match"]]
+    pairs = leakage.find_duplicates(full + small, progress=False)
+    assert set(zip(full, small)) <= set(zip(pairs["a"], pairs["b"]))
