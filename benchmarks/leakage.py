@@ -41,9 +41,9 @@ def recall(truth: np.ndarray, found: np.ndarray, chosen: np.ndarray) -> dict:
             hits.append((same.sum(), len(same)))
     hits = np.array(hits)
     draws = hits[np.random.default_rng(0).integers(0, len(hits), (2000, len(hits)))].sum(1)
-    whole = int((hits[:, 0] == hits[:, 1]).sum())
+    (found_pairs, pairs), whole = hits.sum(0).tolist(), int((hits[:, 0] == hits[:, 1]).sum())
     return {"groups": len(hits), "groups_found_whole": whole, "groups_interval": interval(whole, len(hits)),
-            "pairs": int(hits[:, 1].sum()), "found": int(hits[:, 0].sum()), "recall": round(float(hits[:, 0].sum() / hits[:, 1].sum()), 4),
+            "pairs": pairs, "found": found_pairs, "recall": round(found_pairs / pairs, 4),
             "interval_bootstrap_of_groups": np.round(np.percentile(draws[:, 0] / draws[:, 1], [2.5, 97.5]), 4).tolist()}
 
 
@@ -54,7 +54,8 @@ def split_leakage(classes: np.ndarray, groups: np.ndarray, repeats: int = 200) -
         order = np.random.default_rng(seed).permutation(len(classes))
         test, train = order[:round(.05 * len(order))], order[round(.15 * len(order)):]
         shares.append(np.isin(groups[test], groups[train]).mean())
-    return {"repeats": repeats, "share_of_test_mean": round(float(np.mean(shares)), 4), "central_95": np.round(np.percentile(shares, [2.5, 97.5]), 4).tolist()}
+    return {"repeats": repeats, "share_of_test_mean": round(float(np.mean(shares)), 4),
+            "central_95": np.round(np.percentile(shares, [2.5, 97.5]), 4).tolist()}
 
 
 def main() -> None:
@@ -100,28 +101,37 @@ def main() -> None:
     table = []
     for score in (.3, .4, .5, .6, .7, .8, .9):
         for votes in (5, 8, 12, 16, 24, 1000):
-            kept = proposed[(proposed["share"] >= .02) & ((proposed["score"] >= score) | ((proposed["votes"] >= votes) & (proposed["score"] >= .3)))]
+            blurred = (proposed["votes"] >= votes) & (proposed["score"] >= .3)
+            kept = proposed[(proposed["share"] >= .02) & ((proposed["score"] >= score) | blurred)]
             for_a = leakage.group_pictures(paths, pd.concat([duplicates, kept]))
-            table.append({"score": score, "votes_for_blurred": votes, "pairs": len(kept), "across_classes": int(kept["across"].sum()),
-                          "recall_half_a": recall(truth, for_a, in_a)["recall"]})
-    sizes, pairs_in_class = pd.Series(groups).value_counts(), sum((classes == name).sum() * ((classes == name).sum() - 1) // 2 for name in set(classes))
-    total, across = len(paths) * (len(paths) - 1) // 2, int(overlaps["across"].sum())
-    new = overlaps[~overlaps["listed"]]
+            table.append({"score": score, "votes_for_blurred": votes, "pairs": len(kept),
+                          "across_classes": int(kept["across"].sum()), "recall_half_a": recall(truth, for_a, in_a)["recall"]})
+    sizes, in_class = pd.Series(groups).value_counts(), pd.Series(classes).value_counts()
+    across, new = int(overlaps["across"].sum()), overlaps[~overlaps["listed"]]
+    possible_across = 1 - (in_class * (in_class - 1)).sum() / (len(paths) * (len(paths) - 1))
+    elsewhere = truth[duplicates["a"].map(place)] != truth[duplicates["b"].map(place)]
     result = {
         "command": "python benchmarks/leakage.py", "pictures": len(paths), "n_jobs": args.n_jobs,
         "seconds": {name: round(value, 1) for name, value in times.items()}, "load_at_start": round(load, 1),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "duplicates": duplicates["kind"].value_counts().to_dict(), "duplicates_not_listed": int((truth[duplicates["a"].map(place)] != truth[duplicates["b"].map(place)]).sum()),
-        "proposed": len(proposed), "overlaps_kept": len(overlaps), "overlaps_listed": int(overlaps["listed"].sum()), "overlaps_new": len(new),
-        "recall_half_a": recall(truth, groups, in_a), "recall_half_b": recall(truth, groups, in_b), "recall_all": recall(truth, groups, in_a | in_b),
-        "recall_is": "listed pairs = two pictures of one listed group (not every such pair overlaps directly); found = in one group found",
-        "pairs_across_classes": {"kept": across, "of": len(overlaps), "share_of_all_possible_pairs": round(1 - pairs_in_class / total, 4),
-                                 "new_kept": int(new["across"].sum()), "new_share_interval": interval(int(new["across"].sum()), len(new))},
-        "pictures_with_partner": int((sizes[sizes > 1]).sum()), "pictures_with_partner_listed": int(pd.Series(truth).duplicated(keep=False).sum()),
+        "duplicates": duplicates["kind"].value_counts().to_dict(), "duplicates_not_listed": int(elsewhere.sum()),
+        "proposed": len(proposed), "overlaps_kept": len(overlaps), "overlaps_listed": int(overlaps["listed"].sum()),
+        "overlaps_new": len(new), "recall_half_a": recall(truth, groups, in_a),
+        "recall_half_b": recall(truth, groups, in_b), "recall_all": recall(truth, groups, in_a | in_b),
+        "recall_is": "listed pairs = two pictures of one listed group (not every such pair overlaps directly); "
+                     "found = in one group found",
+        "pairs_across_classes": {"kept": across, "of": len(overlaps),
+                                 "share_of_all_possible_pairs": round(float(possible_across), 4),
+                                 "new_kept": int(new["across"].sum()),
+                                 "new_share_interval": interval(int(new["across"].sum()), len(new))},
+        "pictures_with_partner": int((sizes[sizes > 1]).sum()),
+        "pictures_with_partner_listed": int(pd.Series(truth).duplicated(keep=False).sum()),
         "groups": {"found": int((sizes > 1).sum()), "listed": len(numbers), "largest": sizes.head(10).tolist()},
         "random_split": {"groups_found": split_leakage(classes, groups), "groups_listed": split_leakage(classes, truth)},
-        "new_pairs_looked_at": {"random": 90, "false": 0, "interval": interval(0, 90), "riskiest": "33 of lowest score and 18 of 4 votes and least share: none false",
-                                "how": "by eye on the montages of --figures, one reader, 2026-11-24"},
+        "new_pairs_looked_at": {
+            "random": 90, "false": 0, "interval": interval(0, 90),
+            "riskiest": "33 of lowest score and 18 of 4 votes and least share: none false",
+            "how": "by eye on the montages of --figures, one reader, 2026-11-24"},
         "thresholds": table}
     originals = pd.read_csv(args.data / "kaggle_fullres/matches.csv")
     full = [str(args.data / "kaggle_fullres" / file) for file in originals["file"]]
@@ -130,9 +140,10 @@ def main() -> None:
     expected = [(a, str(args.data / "taleqani" / b)) for a, b in zip(full, originals["taleqani_match"])]
     hits = sum(pair in twins for pair in expected if pair[1] in place)
     number = sum(pair[1] in place for pair in expected)
+    others = [[Path(a).name, Path(b).name, round(score, 3)] for a, b, score in zip(found["a"], found["b"], found["score"])
+              if a in full and (a, b) not in expected]
     result["originals"] = {"twins": number, "found": hits, "interval": interval(hits, number) if number else None,
-                           "other_pairs_with_originals": [[Path(a).name, Path(b).name, round(s, 3)] for a, b, s in zip(found["a"], found["b"], found["score"])
-                                                          if a in full and (a, b) not in expected], "seconds": round(time.perf_counter() - start, 1)}
+                           "other_pairs_with_originals": others, "seconds": round(time.perf_counter() - start, 1)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1))
     print(json.dumps({name: value for name, value in result.items() if name != "thresholds"}, indent=1))

@@ -110,7 +110,12 @@ def test_same_pairs_again_and_with_more_threads(field, others, tmp_path):
     pd.testing.assert_frame_equal(first, leakage.find_pairs(paths, n_jobs=2, progress=False))
 
 
-@given(st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.tuples(st.integers(0, n - 1), st.integers(0, n - 1))))))
+def linked(number):
+    place = st.integers(0, number - 1)
+    return st.tuples(st.just(number), st.lists(st.tuples(place, place)))
+
+
+@given(st.integers(1, 12).flatmap(linked))
 def test_groups_are_what_hangs_together(case):
     number, links = case
     groups = leakage.group_pictures(list("abcdefghijkl"[:number]), pd.DataFrame(
