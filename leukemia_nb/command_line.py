@@ -63,7 +63,7 @@ def segment(
     n_jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
 ) -> None:
     "Find the white cells of pictures: masks, overlays and a quality-control table."
-    from leukemia_nb.pairing import segment_folder
+    from leukemia_nb.quality_control import segment_folder
 
     table = segment_folder(pictures, out, method=method, n_jobs=n_jobs)
     bad, flagged = int((table.problem != "").sum()), int((table.flag != "").sum())

@@ -24,7 +24,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from .data import CLASSES, FOUR_CLASSES, atomic_path
+from .data import CLASSES, FOUR_CLASSES, atomic_path, read_table, write_table
 from . import models
 from .models import MODELS
 from .pairing import Pairs
@@ -49,7 +49,7 @@ class Run:
         path = self.folder.joinpath(*parts)
         if not path.is_file():
             raise StudyError(f"{path}: not there yet. Run the step that writes it: leukemia_nb study --run {self.folder}")
-        return pd.read_csv(path, keep_default_na=False)
+        return read_table(path)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -59,8 +59,7 @@ class Run:
     def write_table(self, table: pd.DataFrame, *parts: str) -> Path:
         "Write a table as a CSV of the run, whole or not at all; gives its path."
         path = self.path(*parts)
-        with atomic_path(path) as temporary:
-            table.to_csv(temporary, index=False)
+        write_table(path, table)
         return path
 
     def write_json(self, content: Any, *parts: str) -> Path:
@@ -161,18 +160,20 @@ SPLIT = ("split.csv", "training.csv", "leakage.csv")
 # %% ../nbs/80_study.ipynb #d806d30c
 def study_steps(settings: StudySettings) -> list[Step]:
     "The steps of a study in an order in which they can run: prepare, split, a training for each model, compare, report."
-    asked = asdict(settings)
-    names = ("data", "classes", "per_class", "segmentation", "image_size", "seed", "n_jobs")
-    outside = (settings.data,) if settings.data else ()
-    steps = [Step("prepare", "10_prepare.ipynb", {name: asked[name] for name in names}, (), PREPARED, outside)]
-    outside = tuple(path for path in (settings.groups, settings.split_file) if path)
-    names = ("split", "groups", "split_file", "seed", "n_jobs")
-    steps.append(Step("split", "15_split.ipynb", {name: asked[name] for name in names}, PREPARED, SPLIT, outside))
-    outside = (settings.unseen,) if settings.unseen else ()
+    def some(*names: str) -> dict[str, Any]:
+        return {name: getattr(settings, name) for name in names}
+
+    def given(*paths: str) -> tuple[str, ...]:
+        return tuple(path for path in paths if path)
+
+    prepare = some("data", "classes", "per_class", "segmentation", "image_size", "seed", "n_jobs")
+    split = some("split", "groups", "split_file", "seed", "n_jobs")
+    steps = [Step("prepare", "10_prepare.ipynb", prepare, (), PREPARED, given(settings.data)),
+             Step("split", "15_split.ipynb", split, PREPARED, SPLIT, given(settings.groups, settings.split_file))]
     for model in settings.models:
         parameters = {"model": model, "settings": settings.model_settings(model), "unseen": settings.unseen}
         outputs = (f"models/{model}", f"predictions/{model}.csv", f"unseen/{model}.csv")
-        steps.append(Step(f"train-{model}", "20_train.ipynb", parameters, (*PREPARED, *SPLIT), outputs, outside))
+        steps.append(Step(f"train-{model}", "20_train.ipynb", parameters, (*PREPARED, *SPLIT), outputs, given(settings.unseen)))
     predictions = tuple(output for step in steps[2:] for output in step.outputs)
     compared = ("metrics/models.csv", "metrics/classes.csv", "metrics/unseen.csv", "figures/accuracy.png")
     trained = {"models": list(settings.models)}
