@@ -316,6 +316,8 @@ def training_settings(
     layers: int,  # number of layers of its network, the classifying one included
 ) -> dict[str, Any]:
     "A model's settings in ultralytics' words; what is not named here keeps ultralytics' default. Raises ModelError."
+    if model.image_size % 32:
+        raise ModelError(f"image_size={model.image_size} is not a multiple of 32, as YOLO needs. The usual one is 224.")
     if model.learning_rate > 1:
         raise ModelError(f"learning_rate={model.learning_rate!r} is above 1, which ultralytics refuses. The usual one is 0.001.")
     settings: dict[str, Any] = dict(

@@ -180,7 +180,9 @@ def test_loss_that_explodes_is_said(monkeypatch):
         make_model("yolov8", **SMALL).fit(tinted(2, 0), tinted(2, 1))
 
 
-def test_learning_rate_above_one_is_refused():
+def test_settings_ultralytics_cannot_use_are_refused():
+    with pytest.raises(ModelError, match="image_size=100 is not a multiple of 32"):
+        make_model("yolo12", **{**SMALL, "image_size": 100}).fit(tinted(2, 0), tinted(2, 1))
     with pytest.raises(ModelError, match="learning_rate=3.0 is above 1"):
         make_model("yolov8", learning_rate=3.0, **SMALL).fit(tinted(2, 0), tinted(2, 1))
 
