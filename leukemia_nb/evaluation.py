@@ -368,7 +368,8 @@ def confusion_figure(predictions: Mapping[str, pd.DataFrame],  # model name -> p
     across = min(4, max(1, len(predictions)))
     bands = -(-len(predictions) // across)
     with calm_style():
-        figure, axes = blank_figure(bands, across, (2.25 * across + 0.6, 2.35 * bands + 0.1))
+        figure, axes = blank_figure(bands, across, (2.25 * across + 0.6, 2.65 * bands))
+        figure.set_layout_engine("constrained", h_pad=0.1)
         for axis in axes.flat[len(predictions):]: axis.axis("off")
         for i, (name, table) in enumerate(predictions.items()):
             axis, counts = axes.flat[i], confusion_table(take_subset(table, subset))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'TEMPLATE', 'NOTICE', 'SECTIONS', 'Section', 'prose', 'table_html', 'figure_html', 'facts_html', 'tiles_html',
-           'render_report', 'write_section', 'read_section', 'data_section', 'split_section', 'processing_section',
-           'training_section', 'accuracy_section', 'class_section', 'unseen_section', 'reproduction_section',
-           'summary_html', 'report_sections', 'build_report']
+           'render_report', 'write_section', 'read_section', 'made_up_run', 'data_section', 'split_section',
+           'processing_section', 'training_section', 'accuracy_section', 'class_section', 'calibration_section',
+           'unseen_section', 'reproduction_section', 'summary_html', 'report_sections', 'build_report']
 
 # %% ../nbs/75_report.ipynb #83db077d
 import base64
@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .data import atomic_path, read_picture, read_table
-from .evaluation import (INK, PredictionsError, accuracy_figure, blank_figure, calm_style, class_table,
-                                    compare_models, confusion_figure, curves_figure, model_title, readable_comparison,
-                                    read_all_predictions, roc_figure, take_subset, unseen_html, unseen_table)
-from .uncertainty import calibration_table, compare_pairs, told_apart_sentence
+from .data import atomic_path, read_picture, read_table, write_picture, write_table
+from .evaluation import (DECK_ACCURACY, INK, PredictionsError, accuracy_figure, blank_figure, calm_style,
+                                    class_table, compare_models, confusion_figure, curves_figure, made_up_predictions,
+                                    model_title, read_all_predictions, readable_comparison, roc_figure, take_subset,
+                                    unseen_html, unseen_table, write_predictions)
+from .uncertainty import calibration_table, compare_pairs, reliability_figure, told_apart_sentence
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,9 +58,10 @@ def table_html(table: pd.DataFrame,  # shown without its index
         if pd.api.types.is_scalar(value) and pd.isna(value): return "–"
         return html.escape(f"{value:,.{digits}f}" if isinstance(value, float) else f"{value:,}"
                            if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else str(value))
-    side = {name: " class='number'" if pd.api.types.is_numeric_dtype(table[name]) else "" for name in table.columns}
-    head = "".join(f"<th{side[name]}>{html.escape(str(name))}</th>" for name in table.columns)
-    rows = "".join("<tr>" + "".join(f"<td{side[name]}>{show(value)}</td>" for name, value in zip(table.columns, row)) + "</tr>"
+    side = ["number" if pd.api.types.is_numeric_dtype(table[name]) else "" for name in table.columns]
+    head = "".join(f"<th class='{kind}'>{html.escape(str(name))}</th>" for name, kind in zip(table.columns, side))
+    cell = lambda text, kind: f"<td class='{kind or ('short' if len(text) < 30 else 'long')}'>{text}</td>"
+    rows = "".join(f"<tr>{''.join(cell(show(value), kind) for value, kind in zip(row, side))}</tr>"
                    for row in table.head(most).itertuples(index=False, name=None))
     more = f"<p class='note'>{len(table) - most:,} more rows are in the file.</p>" if len(table) > most else ""
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
@@ -77,13 +79,15 @@ def figure_html(figure: "Figure | str | os.PathLike",  # a figure, or a PNG, JPE
         path = Path(figure)
         if path.suffix.lower() not in kinds: raise ValueError(f"{path}: only PNG, JPEG and SVG can be put into a report.")
         kind, data = kinds[path.suffix.lower()], path.read_bytes()
-        style = f" style='max-width:min(100%,{width}px)'" if width else ""
+        style, wide = f" style='max-width:min(100%,{width}px)'" if width else "", width is None
     else:
         kind, data = _drawing(figure)
+        wide = figure.get_figwidth() > 7
         style = f" style='width:{width or round(figure.get_figwidth() * 108)}px'"
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    return f"<figure><div class='paper'><img src='{source}' alt='{html.escape(alt, quote=True)}'{style}></div>{below}</figure>"
+    picture = f"<img class='{'wide' if wide else ''}' src='{source}' alt='{html.escape(alt, quote=True)}'{style}>"
+    return f"<figure><div class='paper'>{picture}</div>{below}</figure>"
 
 def _drawing(figure: "Figure", most: int = 600_000) -> tuple[str, bytes]:
     photographs = any(axis.images for axis in figure.axes)
@@ -108,8 +112,9 @@ def facts_html(facts: Mapping[str, Any],  # name -> value
 def tiles_html(tiles: Sequence[tuple[str, str]]  # number and what it is
                ) -> str:  # HTML
     "A row of large numbers."
-    return "<div class='tiles'>" + "".join(f"<div class='tile'><b>{html.escape(number)}</b><span>{html.escape(label)}</span></div>"
-                                           for number, label in tiles) + "</div>"
+    inside = "".join(f"<div class='tile'><b>{html.escape(number)}</b><span>{html.escape(label)}</span></div>"
+                     for number, label in tiles)
+    return f"<div class='tiles'>{inside}</div>"
 
 # %% ../nbs/75_report.ipynb #0d3546d4
 STYLE = """
@@ -139,13 +144,16 @@ nav a { display:block; padding:5px 0; color:var(--ink); text-decoration:none; }
 nav a:hover, nav a:focus-visible { color:var(--accent); text-decoration:underline; }
 section { margin:0 0 52px; }
 .scroll { overflow-x:auto; margin:18px 0 22px; }
-table { border-collapse:collapse; font-size:.875rem; line-height:1.4; font-variant-numeric:tabular-nums; min-width:min(100%,340px); }
+table { border-collapse:collapse; font-size:.875rem; line-height:1.4; font-variant-numeric:tabular-nums;
+  min-width:min(100%,340px); }
 caption { text-align:left; font-weight:600; padding:0 0 8px; }
 th { text-align:left; color:var(--quiet); font-weight:600; border-bottom:1px solid var(--quiet); vertical-align:bottom; }
 th, td { padding:6px 18px 6px 0; }
 td { border-bottom:1px solid var(--line); vertical-align:top; }
 th:last-child, td:last-child { padding-right:2px; }
 .number { text-align:right; }
+td.short, td.number { white-space:nowrap; }
+td.long { min-width:24ch; overflow-wrap:anywhere; }
 .wrong { color:var(--wrong); }
 small, .note, figcaption { color:var(--quiet); font-size:.85rem; }
 .unseen td { white-space:nowrap; }
@@ -157,22 +165,26 @@ figcaption { margin-top:8px; max-width:70ch; }
 .tile { background:var(--soft); border-radius:8px; padding:14px 16px; }
 .tile b { display:block; font-size:1.55rem; line-height:1.25; font-variant-numeric:tabular-nums; }
 .tile span { display:block; color:var(--quiet); font-size:.85rem; line-height:1.35; }
-.facts { margin:0 0 20px; font-size:.9rem; display:grid; grid-template-columns:repeat(auto-fill,minmax(min(100%,360px),1fr)); gap:0 40px; }
-.facts div { display:flex; gap:16px; justify-content:space-between; border-bottom:1px solid var(--line); padding:5px 0; min-width:0; }
+.facts { margin:0 0 20px; font-size:.9rem; display:grid; gap:0 40px;
+  grid-template-columns:repeat(auto-fill,minmax(min(100%,360px),1fr)); }
+.facts div { display:flex; gap:16px; justify-content:space-between; border-bottom:1px solid var(--line); padding:5px 0;
+  min-width:0; }
 .facts dt { color:var(--quiet); flex:none; }
 .facts dd { margin:0; text-align:right; min-width:0; overflow-wrap:anywhere; }
-.notice { border:1px solid var(--line); border-radius:8px; background:var(--soft); padding:14px 18px; margin:22px 0 0; font-size:.95rem; }
-.notice p { margin:0; }
+.notice { border:1px solid var(--line); border-radius:8px; padding:12px 16px; margin:22px 0 0; font-size:.95rem; }
+.notice p { margin:0; max-width:none; }
 footer { grid-column:1/-1; border-top:1px solid var(--line); color:var(--quiet); font-size:.85rem; padding:18px 0 44px; }
 @media (max-width: 860px) {
   .frame { display:block; padding:0 18px; }
   header { padding-top:34px; margin-bottom:22px; } h1 { font-size:1.65rem; } .summary { font-size:1.03rem; }
   nav { margin-bottom:34px; } nav details { position:static; border:1px solid var(--line); border-radius:8px; padding:10px 14px; }
   nav summary { cursor:pointer; margin:0; } nav summary::after { content:" ▾"; } nav details[open] summary { margin-bottom:6px; }
-  nav a { padding:7px 0; } .tiles { grid-template-columns:1fr 1fr; gap:10px; } .tile b { font-size:1.3rem; } .paper { padding:6px; }
+  nav a { padding:7px 0; } .tiles { grid-template-columns:1fr 1fr; gap:10px; } .tile b { font-size:1.2rem; }
+  .paper { padding:6px; overflow-x:auto; } .paper img.wide { max-width:none; width:max(100%,640px) !important; }
 }
 @media print {
   :root { --page:#fff; --soft:#f4f6f8; --line:#ccd4da; --ink:#000; --quiet:#444; --accent:#000; --wrong:#7a1c52; }
+  .paper img.wide { width:100% !important; }
   body { font-size:10.5pt; } .frame { display:block; max-width:none; padding:0; } nav { display:none; }
   header { padding-top:0; } h2, caption { break-after:avoid; } figure, tr, .tiles, .facts div { break-inside:avoid; }
   .scroll { overflow:visible; } table { font-size:8pt; } th, td { padding-right:8pt; } a { text-decoration:none; }
@@ -261,6 +273,54 @@ def read_section(path: str | os.PathLike  # JSON file in sections/ of a run fold
         else: parts.append(figure_html(file, block.get("alt", caption), caption, block.get("width")))
     return Section(content["title"], "\n".join(parts))
 
+# %% ../nbs/75_report.ipynb #96b6c3c2
+def made_up_run(folder: str | os.PathLike  # empty folder
+                ) -> None:
+    "Write the files that a finished study leaves, with made-up content, for examples and tests."
+    folder, random = Path(folder), np.random.default_rng(0)
+    sizes, test = {"Normal": 60, "Pre-B": 110, "Pro-B": 90}, {"Normal": 25, "Pre-B": 47, "Pro-B": 39}
+    manifest = pd.DataFrame([{"pair": f"{c}/Snap_{i:03d}", "class": c, "path": f"{c}/Snap_{i:03d}.png", "width": 1024,
+                              "height": 768, "sha256": f"{random.integers(2**60):x}", "problem": ""}
+                             for c, n in sizes.items() for i in range(n)])
+    manifest.loc[59, "problem"] = "Normal/Snap_059.png: the file ends too early. Copy it again."
+    pairs = manifest[manifest["problem"] == ""].reset_index(drop=True)
+    for column, prefix in (("original", "ori"), ("segmented", "mask")):
+        pairs[column] = [f"{c}/{prefix}_{pair.split('/')[1]}.png" for c, pair in zip(pairs["class"], pairs["pair"])]
+    pairs = pairs.assign(cell_share=0.12, cells=7, flag=np.where(pairs.index % 40 == 39, "mask under 1 % of the picture", ""))
+    number = pairs["pair"].str[-3:].astype(int)
+    split = pairs[["pair", "class", "sha256"]].assign(subset=np.where(
+        number < pairs["class"].map(test), "test", np.where(number % 10 == 9, "validation", "train")))
+    for name, table in {"manifest": manifest, "pairs": pairs, "split": split,
+                        "training": split[split["subset"] == "train"].assign(flip="none"),
+                        "leakage": pd.DataFrame({"first": ["Pre-B/Snap_001"], "second": ["Pre-B/Snap_060"], "kind": ["overlap"]}),
+                        }.items(): write_table(folder / f"{name}.csv", table)
+    yy, xx = np.mgrid[:96, :96]
+    for row in pairs.itertuples():
+        spot = ((yy - 48) ** 2 + (xx - 50) ** 2 < {"Normal": 300, "Pre-B": 900, "Pro-B": 550}[row._2])[..., None]
+        write_picture(folder / "pairs" / row.original, np.where(spot, [104, 72, 150], [226, 198, 205]).astype(np.uint8))
+        write_picture(folder / "pairs" / row.segmented, np.where(spot, [104, 72, 150], 0).astype(np.uint8))
+    for i, (name, value) in enumerate(DECK_ACCURACY.items()): _made_up_model(folder, name, value, i)
+    (folder / "study.json").write_text(json.dumps({
+        "data": "/home/someone/a/rather/long/path/to/the/pictures/Original", "segmentation": "deck", "split": "deck",
+        "models": list(DECK_ACCURACY), "image_size": 224, "seed": 0, "versions": {"python": "3.11.7", "numpy": "2.4.6"}}))
+    (folder / "steps").mkdir(exist_ok=True)
+    for i, step in enumerate(["prepare", "split", "train-yolo11", "compare"]):
+        (folder / "steps" / f"{step}.json").write_text(json.dumps(
+            {"step": step, "seconds": 12.5 * (i + 1), "began": f"2026-01-01T10:0{i}:00"}))
+
+def _made_up_model(folder: Path, name: str, accuracy: float, seed: int) -> None:
+    both = pd.concat([made_up_predictions(accuracy, seed=seed),
+                      made_up_predictions(accuracy, (12, 24, 20), seed=50 + seed, subset="validation")])
+    if accuracy < 0.5: both = both.assign(**{"p_Normal": 0.3, "p_Pre-B": 0.3, "p_Pro-B": 0.4})
+    write_predictions(both, folder / "predictions" / f"{name}.csv")
+    write_predictions(made_up_predictions(0.85, (2, 2, 2), seed=seed, subset="unseen"), folder / "unseen" / f"{name}.csv")
+    epoch = np.arange(1, 11)
+    write_table(folder / "models" / name / "history.csv", pd.DataFrame(
+        {"epoch": epoch, "accuracy": 1 - 0.6 * np.exp(-epoch / 2), "loss": np.exp(-epoch / 3), "seconds": 3.2,
+         "val_accuracy": accuracy - 0.3 * np.exp(-epoch / 2), "val_loss": np.exp(-epoch / 3) + 0.002 * seed * epoch}))
+    source = "random initialisation" if "yolo" in name else f"ImageNet (keras file {name}_weights_224_1000_no_top.h5, sha256 ok)"
+    (folder / "models" / name / "model.json").write_text(json.dumps({"weights_source": source}))
+
 # %% ../nbs/75_report.ipynb #6ac4bdd7
 def _table(folder: Path, *names: str) -> pd.DataFrame | None:
     path = folder.joinpath(*names)
@@ -280,15 +340,17 @@ def data_section(folder: Path) -> str:
     text = f"{len(manifest):,} pictures in {len(counts)} classes: {told}{' and other sizes' if len(sizes) > 3 else ''}."
     parts = [prose(text), table_html(counts)]
     if problem.any():
-        parts.append(table_html(manifest.loc[problem, ["pair", "problem"]], "Pictures that could not be used", most=20))
+        bad = manifest.loc[problem, ["pair", "problem"]].rename(columns=str.capitalize)
+        parts.append(table_html(bad, "Pictures that could not be used", most=20))
     if pairs is not None and "flag" in pairs:
         flagged = pairs[pairs["flag"] != ""]
         share = f" On average the mask covers {pairs['cell_share'].mean():.1%} of a picture." if "cell_share" in pairs else ""
         parts.append(prose(f"Segmentation: {len(flagged):,} of {len(pairs):,} masks are flagged for a look.{share}"))
-        if len(flagged): parts.append(table_html(flagged.groupby(["class", "flag"]).size().rename("pictures").reset_index(), "Flagged masks"))
+        counts = flagged.groupby(["class", "flag"], sort=False).size().rename("pictures").reset_index()
+        if len(flagged): parts.append(table_html(counts.rename(columns=str.capitalize), "Flagged masks"))
     return "\n".join(parts)
 
-# %% ../nbs/75_report.ipynb #0d227571
+# %% ../nbs/75_report.ipynb #67351a86
 def split_section(folder: Path) -> str:
     "Pairs by class and subset, the training set after balancing, and related pictures across subsets."
     split, training, leakage = (_table(folder, f"{name}.csv") for name in ("split", "training", "leakage"))
@@ -303,9 +365,11 @@ def split_section(folder: Path) -> str:
     if leakage is not None:
         if not len(leakage): parts.append(prose("No related pictures were found in different subsets."))
         else:
-            parts.append(prose(f"**{len(leakage):,} pairs of related pictures lie in different subsets.** The test accuracy is "
-                               "flattered by them; the grouped split avoids it."))
-            parts.append(table_html(leakage, "Related pictures in different subsets", most=10))
+            said = "1 pair of related pictures lies" if len(leakage) == 1 else f"{len(leakage):,} pairs of related pictures lie"
+            parts.append(prose(f"**{said} in different subsets.** They may flatter the test accuracy; the grouped split "
+                               "keeps related pictures together."))
+            shown = leakage.rename(columns=lambda name: str(name).replace("_", " ").capitalize())
+            parts.append(table_html(shown, "Related pictures in different subsets", most=10))
     return "\n".join(parts)
 
 # %% ../nbs/75_report.ipynb #3675a581
@@ -321,10 +385,11 @@ def processing_section(folder: Path) -> str:
         if all(files): chosen.append((row["class"], files))
     if not chosen: return ""
     with calm_style():
-        figure, axes = blank_figure(2, len(chosen), (2.1 * len(chosen), 4.5))
+        figure, axes = blank_figure(2, len(chosen), (2.1 * len(chosen), 4.35))
         for i, (label, files) in enumerate(chosen):
             for j, file in enumerate(files):
-                axes[j, i].imshow(read_picture(file)); axes[j, i].set(xticks=[], yticks=[]); axes[j, i].spines[:].set_visible(False)
+                axes[j, i].imshow(read_picture(file))
+                axes[j, i].set(xticks=[], yticks=[]); axes[j, i].spines[:].set_visible(False)
                 if i == 0: axes[j, 0].set_ylabel(("original", "segmented")[j], color=INK)
             axes[0, i].set_title(label)
     study = _json(folder, "study.json")
@@ -347,12 +412,13 @@ def training_section(folder: Path) -> str:
     histories = {name: read_table(files[name]) for name in sorted(files, key=lambda n: order.index(n) if n in order else 99)}
     histories = {name: table for name, table in histories.items() if len(table)}
     if not histories: return ""
+    of = lambda table, name: table.get(name, pd.Series([np.nan])).astype(float)
     rows = pd.DataFrame([{"Model": model_title(name), "Epochs": len(table),
-                          "Best validation accuracy": table.get("val_accuracy", pd.Series([np.nan])).astype(float).max(),
-                          "Lowest validation loss": table.get("val_loss", pd.Series([np.nan])).astype(float).min(),
-                          "Seconds": table.get("seconds", pd.Series([np.nan])).astype(float).sum()} for name, table in histories.items()])
+                          "Best validation accuracy": of(table, "val_accuracy").max(),
+                          "Lowest validation loss": of(table, "val_loss").min(),
+                          "Seconds": f"{of(table, 'seconds').sum():,.0f}"} for name, table in histories.items()])
     return figure_html(curves_figure(histories), "Training and validation accuracy and loss by epoch for each model",
-                       "Accuracy above, loss below; grey for training, blue for validation.") + table_html(rows.round({"Seconds": 0}))
+                       "Accuracy above, loss below; grey for training, blue for validation.") + table_html(rows)
 
 def _predictions(folder: Path) -> dict[str, pd.DataFrame]:
     return read_all_predictions(folder / "predictions") if any((folder / "predictions").glob("*.csv")) else {}
@@ -367,16 +433,20 @@ def accuracy_section(folder: Path) -> str:
     if not predictions: return ""
     comparison = compare_models(predictions, weights=_weights(folder, list(predictions)))
     said = told_apart_sentence(compare_pairs(predictions)) if len(predictions) > 1 else ""
-    parts = [prose("Right answers on pictures that no model saw in training. The interval is exact (Clopper and Pearson) and takes "
-                   f"pictures as independent. The deck's figures are from its own 111 test pictures.\n\n{said}"),
-             table_html(readable_comparison(comparison)),
-             figure_html(accuracy_figure(comparison), "Test accuracy of each model with its interval and the deck's value",
-                         "Dots: this run, with the exact 95 % interval. Diamonds: the deck.")]
+    parts = [prose("Right answers on pictures that no model saw in training. The interval is exact (Clopper and Pearson) and "
+                   "takes pictures as independent. The deck's figures are from its own 111 test pictures."
+                   f"\n\n{said}"),
+             table_html(readable_comparison(comparison).drop(columns=["Weights", "Note"], errors="ignore"))]
     for row in comparison[comparison["collapsed"] != ""].itertuples():
         parts.append(prose(f"**{row.title} has collapsed:** it answers {row.collapsed} for every picture."))
+    parts.append(figure_html(accuracy_figure(comparison), "Test accuracy of each model with its interval and the deck's value",
+                             "Dots: this run, with the exact 95 % interval. Diamonds: the deck."))
+    if (comparison["weights"] != "").any():
+        parts.append(table_html(comparison[["title", "weights"]].set_axis(["Model", "Weights"], axis=1),
+                                "Where the weights before training came from"))
     return "\n".join(parts)
 
-# %% ../nbs/75_report.ipynb #aa7948d6
+# %% ../nbs/75_report.ipynb #ea0e81c0
 def class_section(folder: Path) -> str:
     "Confusion matrices, the table by class, ROC curves and calibration."
     predictions = _predictions(folder)
@@ -389,17 +459,31 @@ def class_section(folder: Path) -> str:
                          "Precision": row.precision, "F1": row.f1,
                          "Sensitivity (95 %)": interval(row.sensitivity, row.sensitivity_low, row.sensitivity_high),
                          "Specificity (95 %)": interval(row.specificity, row.specificity_low, row.specificity_high)})
-    parts = [figure_html(confusion_figure(predictions), "Confusion matrix of each model", "Rows: true class. Columns: answer. Numbers are pictures."),
-             table_html(pd.DataFrame(rows), "By class")]
-    try: parts.append(figure_html(roc_figure(predictions), "ROC curves by class", "One class against the rest; the legend has the mean area."))
+    parts = [figure_html(confusion_figure(predictions), "Confusion matrix of each model",
+                         "Rows: true class. Columns: answer. Numbers are pictures."), table_html(pd.DataFrame(rows), "By class")]
+    try: parts.append(figure_html(roc_figure(predictions), "ROC curves by class",
+                                  "One class against the rest; the legend has the mean area."))
     except PredictionsError as error: parts.append(prose(f"No ROC curves: {error}"))
-    found = calibration_table(predictions)
-    names = {"title": "Model", "accuracy": "Accuracy", "confidence": "Mean confidence", "ece": "ECE", "brier": "Brier", "log_loss": "Log loss",
-             "temperature": "Temperature", "scaled_ece": "ECE, scaled", "scaled_log_loss": "Log loss, scaled", "note": "Note"}
-    shown = found[[name for name in names if name in found and (name != "note" or found["note"].fillna("").any())]].rename(columns=names)
-    parts.append(table_html(shown, "Calibration: can the confidence be believed?"))
-    parts.append(prose("ECE is the mean distance between confidence and accuracy. The temperature is fitted on validation pictures only."))
     return "\n".join(parts)
+
+# %% ../nbs/75_report.ipynb #01263d44
+def calibration_section(folder: Path) -> str:
+    "How well confidence and accuracy agree, before and after temperature scaling."
+    predictions = _predictions(folder)
+    if not predictions: return ""
+    found = calibration_table(predictions)
+    if "note" in found:   # a temperature at the limit of its range is no finding
+        limit = found["note"].fillna("") != ""
+        found.loc[limit, ["temperature", "scaled_ece", "scaled_log_loss"]] = np.nan
+    names = {"title": "Model", "accuracy": "Accuracy", "confidence": "Mean confidence", "ece": "ECE", "brier": "Brier",
+             "log_loss": "Log loss", "temperature": "Temperature", "scaled_ece": "ECE, scaled",
+             "scaled_log_loss": "Log loss, scaled"}
+    text = ("Of all answers given with confidence 0.9, nine in ten should be right. ECE is the mean distance between confidence "
+            "and accuracy. The temperature is fitted on validation pictures only; where a model has all of them right, "
+            "none can be fitted and the row has dashes.")
+    picture = figure_html(reliability_figure(predictions), "Accuracy against confidence for each model",
+                          "On the diagonal: honest. Below it: too sure. Bars: exact 95 % intervals; area: share of pictures.")
+    return prose(text) + table_html(found[[name for name in names if name in found]].rename(columns=names)) + picture
 
 # %% ../nbs/75_report.ipynb #92dceff3
 def unseen_section(folder: Path) -> str:
@@ -408,9 +492,10 @@ def unseen_section(folder: Path) -> str:
     table = unseen_table(read_all_predictions(folder / "unseen"))
     shown, picture = table.head(40), folder / "figures" / "unseen.png"
     more = f" The first {len(shown)} of {len(table):,} are shown." if len(table) > len(shown) else ""
-    grid = figure_html(picture, "New pictures with the models' answers", "New pictures, each with the answers below it.") if picture.is_file() else ""
-    return prose(f"Answer and confidence of each model for pictures outside the study's subsets. A cross marks a wrong answer.{more}"
-                 ) + grid + f"<div class='scroll'>{unseen_html(shown)}</div>"
+    grid = figure_html(picture, "New pictures with the models' answers", "Each picture with the answers below it."
+                       ) if picture.is_file() else ""
+    return prose("Answer and confidence of each model for pictures outside the study's subsets. A cross marks a wrong answer."
+                 + more) + grid + f"<div class='scroll'>{unseen_html(shown)}</div>"
 
 # %% ../nbs/75_report.ipynb #fa8d4fba
 def reproduction_section(folder: Path) -> str:
@@ -418,9 +503,11 @@ def reproduction_section(folder: Path) -> str:
     study = _json(folder, "study.json")
     versions = study.pop("versions", {})
     show = lambda value: ", ".join(map(str, value)) if isinstance(value, list) else value
-    parts = [facts_html({name: show(value) for name, value in study.items() if not isinstance(value, dict)}, "Parameters")] if study else []
+    asked = {name.replace("_", " "): show(value) for name, value in study.items() if not isinstance(value, dict)}
+    parts = [facts_html(asked, "Parameters")] if study else []
     if versions: parts.append(facts_html(versions, "Versions"))
-    steps = sorted((_json(path.parent, path.name) for path in folder.glob("steps/*.json")), key=lambda step: str(step.get("began", "")))
+    steps = [_json(path.parent, path.name) for path in folder.glob("steps/*.json")]
+    steps.sort(key=lambda step: str(step.get("began", "")))
     if steps:
         rows = pd.DataFrame([{"Step": step.get("step", ""), "Began": str(step.get("began", "")).replace("T", " "),
                               "Seconds": float(step.get("seconds", np.nan))} for step in steps])
@@ -432,7 +519,7 @@ def reproduction_section(folder: Path) -> str:
 SECTIONS: tuple[tuple[str, Callable[[Path], str]], ...] = (
     ("The pictures", data_section), ("The split", split_section), ("Processing", processing_section),
     ("Training", training_section), ("Test accuracy", accuracy_section), ("By class", class_section),
-    ("New pictures", unseen_section))
+    ("Calibration", calibration_section), ("New pictures", unseen_section))
 
 def summary_html(folder: Path  # run folder
                  ) -> str:  # HTML
@@ -444,7 +531,9 @@ def summary_html(folder: Path  # run folder
     trained = f", trained on {int((split['subset'] == 'train').sum()):,}" if split is not None else ""
     top = table.loc[table["right"] == best["right"], "title"].tolist()
     who = top[0] if len(top) == 1 else f"{', '.join(top[:-1])} and {top[-1]}"
-    count = f"{len(table)} models{trained} pictures, were" if trained else f"{len(table)} models were"
+    words = "no one two three four five six seven eight nine ten".split()
+    many = words[len(table)].capitalize() if len(table) < len(words) else str(len(table))
+    count = f"{many} models{trained + ' pictures,' if trained else ''} were"
     if len(table) == 1: count = count.replace("models", "model").replace("were", "was")
     text = (f"{count} put to {best['pictures']} test pictures. {who} did best: right on {best['right']} of {best['pictures']} "
             f"({best['accuracy']:.1%}; exact 95 % interval {best['low']:.1%} to {best['high']:.1%}).")

@@ -11,6 +11,7 @@ __all__ = ['TEMPERATURES', 'Interval', 'cluster_bootstrap', 'grouped_accuracy', 
 
 # %% ../nbs/72_uncertainty.ipynb #4072b472
 import os
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +156,7 @@ def told_apart_sentence(table: pd.DataFrame  # from `compare_pairs`
             parts.append(f"{model_title(better)} is right more often than {model_title(worse)}")
     if len(rest) > 1 and not any(differs[name] & set(rest) for name in rest):
         parts.append(f"{say(rest)} cannot be told apart")
-    elif len(rest) > 1:
+    elif not table["told_apart"].all():
         parts.append("no other two models can be told apart")
     return f"{'. '.join(part[0].upper() + part[1:] for part in parts)} ({test})."
 
@@ -335,7 +336,7 @@ def cached_features(path: str | os.PathLike,  # .npz file to keep them in
         try:
             with np.load(path, allow_pickle=False) as kept:
                 if np.array_equal(kept["keys"], keys): return kept["features"]
-        except (OSError, ValueError, KeyError): pass   # broken or foreign: made anew
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): pass   # broken or foreign: made anew
     features = np.asarray(compute(), np.float32)
     if features.ndim != 2 or len(features) != len(keys):
         raise ValueError(f"features of shape {features.shape} for {len(keys)} pictures: (pictures, features) is expected.")
