@@ -106,9 +106,10 @@ def made_up_predictions(accuracy: float = 0.95,  # share of right answers, met t
     values[np.arange(n), answer] = np.maximum(top, values.max(axis=1) + 1e-6)
     values /= values.sum(axis=1, keepdims=True)
     number = np.concatenate([np.arange(1, count + 1) for count in per_class])
-    pair = [f"{classes[t]}/{subset}_{i:03d}" for t, i in zip(truth, number)]
+    true = [classes[int(t)] for t in truth]
+    pair = [f"{name}/{subset}_{i:03d}" for name, i in zip(true, number)]
     return pd.DataFrame({"pair": pair, "path": [f"{name}.png" for name in pair], "subset": subset,
-                         "class": [classes[t] for t in truth], **{f"p_{c}": values[:, i] for i, c in enumerate(classes)}})
+                         "class": true, **{f"p_{c}": values[:, i] for i, c in enumerate(classes)}})
 
 # %% ../nbs/70_evaluation.ipynb #b16bfa72
 def predictions_table(pairs: pd.DataFrame,  # rows with `pair`, `path` (or `original`), `subset` and `class`

@@ -381,8 +381,8 @@ def processing_section(folder: Path) -> str:
     chosen = []
     for _, rows in fine.groupby("class", sort=False):
         row = rows.iloc[len(rows) // 2]
-        files = [_existing(folder, row[name]) for name in ("original", "segmented")]
-        if all(files): chosen.append((row["class"], files))
+        files = [file for name in ("original", "segmented") if (file := _existing(folder, row[name]))]
+        if len(files) == 2: chosen.append((row["class"], files))
     if not chosen: return ""
     with calm_style():
         figure, axes = blank_figure(2, len(chosen), (2.1 * len(chosen), 4.35))
@@ -494,7 +494,7 @@ def unseen_section(folder: Path) -> str:
     more = f" The first {len(shown)} of {len(table):,} are shown." if len(table) > len(shown) else ""
     grid = figure_html(picture, "New pictures with the models' answers", "Each picture with the answers below it."
                        ) if picture.is_file() else ""
-    return prose("Answer and confidence of each model for pictures outside the study's subsets. A cross marks a wrong answer."
+    return prose("Answer and confidence of each model for pictures that it was not trained on. A cross marks a wrong answer."
                  + more) + grid + f"<div class='scroll'>{unseen_html(shown)}</div>"
 
 # %% ../nbs/75_report.ipynb #fa8d4fba

@@ -95,10 +95,10 @@ def mcnemar(first: int,  # pictures that only the first model has right
 def holm(values: Sequence[float]  # p values
          ) -> np.ndarray:  # corrected p values in the same order
     "Holm's (1979) correction for several tests: the chance of any false claim stays below the level."
-    values = np.asarray(values, float)
-    order, n = np.argsort(values), len(values)
+    raw = np.asarray(values, float)
+    order, n = np.argsort(raw), len(raw)
     corrected = np.empty(n)
-    corrected[order] = np.minimum(1, np.maximum.accumulate(values[order] * (n - np.arange(n))))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(raw[order] * (n - np.arange(n))))
     return corrected
 
 # %% ../nbs/72_uncertainty.ipynb #8a4a4175
@@ -331,16 +331,16 @@ def cached_features(path: str | os.PathLike,  # .npz file to keep them in
                     compute: Callable[[], np.ndarray]  # called only when needed; returns (n, d)
                     ) -> np.ndarray:  # float32 (n, d)
     "Features from the file if it was made for the same keys, otherwise computed and kept."
-    path, keys = Path(path), np.asarray(keys, str)
+    path, wanted = Path(path), np.asarray(keys, str)
     if path.is_file():
         try:
             with np.load(path, allow_pickle=False) as kept:
-                if np.array_equal(kept["keys"], keys): return kept["features"]
+                if np.array_equal(kept["keys"], wanted): return kept["features"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): pass   # broken or foreign: made anew
     features = np.asarray(compute(), np.float32)
     if features.ndim != 2 or len(features) != len(keys):
         raise ValueError(f"features of shape {features.shape} for {len(keys)} pictures: (pictures, features) is expected.")
-    with atomic_path(path) as temporary, open(temporary, "wb") as file: np.savez(file, keys=keys, features=features)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file: np.savez(file, keys=wanted, features=features)
     return features
 
 # %% ../nbs/72_uncertainty.ipynb #ebbbd259
