@@ -292,7 +292,7 @@ def made_up_run(folder: str | os.PathLike  # empty folder
         number < pairs["class"].map(test), "test", np.where(number % 10 == 9, "validation", "train")))
     for name, table in {"manifest": manifest, "pairs": pairs, "split": split,
                         "training": split[split["subset"] == "train"].assign(flip="none"),
-                        "leakage": pd.DataFrame({"first": ["Pre-B/Snap_001"], "second": ["Pre-B/Snap_060"], "kind": ["overlap"]}),
+                        "leakage": pd.DataFrame({"subset": ["validation", "test"], "pictures": [16, 111], "with_partner": [5, 40]}),
                         }.items(): write_table(folder / f"{name}.csv", table)
     yy, xx = np.mgrid[:96, :96]
     for row in pairs.itertuples():
@@ -362,14 +362,11 @@ def split_section(folder: Path) -> str:
     counts.loc["All"] = counts.sum()
     parts = [prose("Both pictures of a pair, and exact copies of it, are in one subset. Only training pictures are flipped."),
              table_html(counts.astype(int).rename_axis("Class").reset_index())]
-    if leakage is not None:
-        if not len(leakage): parts.append(prose("No related pictures were found in different subsets."))
-        else:
-            said = "1 pair of related pictures lies" if len(leakage) == 1 else f"{len(leakage):,} pairs of related pictures lie"
-            parts.append(prose(f"**{said} in different subsets.** They may flatter the test accuracy; the grouped split "
-                               "keeps related pictures together."))
-            shown = leakage.rename(columns=lambda name: str(name).replace("_", " ").capitalize())
-            parts.append(table_html(shown, "Related pictures in different subsets", most=10))
+    if leakage is not None and {"subset", "pictures", "with_partner"} <= set(leakage.columns):
+        told = " and ".join(f"{row.with_partner} of {row.pictures} {row.subset} pictures" for row in leakage.itertuples())
+        if leakage["with_partner"].sum() == 0: parts.append(prose("No picture has a related one in the training set."))
+        else: parts.append(prose(f"**{told} show something that a training picture shows too**: the same field of view, part "
+                                 "of it, or a copy. They may flatter the accuracy; the grouped split keeps relatives together."))
     return "\n".join(parts)
 
 # %% ../nbs/75_report.ipynb #3675a581

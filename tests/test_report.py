@@ -22,6 +22,7 @@ from leukemia_nb.report import (
     prose,
     render_report,
     report_sections,
+    split_section,
     summary_html,
     table_html,
     tiles_html,
@@ -194,3 +195,21 @@ def test_one_model_and_a_test_set_without_every_class(tmp_path):
     assert "One model was put to 20 test pictures" in page and "No ROC curves: no picture of Normal" in page
     one, two = (build_report(tmp_path, tmp_path / name).read_bytes() for name in ("a.html", "b.html"))
     assert one == two  # the same files, the same page
+
+
+@pytest.mark.parametrize(
+    "partners, said",
+    [
+        ((5, 40), "5 of 16 validation pictures and 40 of 111 test pictures show"),
+        ((0, 0), "No picture has a related one"),
+    ],
+)
+def test_leakage_is_told(tmp_path, partners, said):
+    write_table(
+        tmp_path / "split.csv", pd.DataFrame({"pair": ["a"], "class": ["Normal"], "subset": ["train"], "sha256": "x"})
+    )
+    write_table(
+        tmp_path / "leakage.csv",
+        pd.DataFrame({"subset": ["validation", "test"], "pictures": [16, 111], "with_partner": partners}),
+    )
+    assert said in split_section(tmp_path)
