@@ -1,0 +1,182 @@
+"""What the cell-centred model and a frozen MobileNetV2 read on the real pictures: cells or background.
+
+    nice -n 10 .venv/bin/python benchmarks/cell_model.py [--shared ../shared] [--every 1]
+
+Five folds grouped by overlapping fields (StratifiedGroupKFold, seed 0). Fold 0 is the test part, on which nothing was chosen;
+fold 1 is the validation part, on which everything was (features, networks, augmentation); the other folds are training. The
+cross-validated rows repeat the same recipe with every fold as test part in turn, so they include the pictures the choices were made
+on. Writes benchmarks/results/cell_model.json. About 10 minutes.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import cv2
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from leukemia_nb.cell_model import COLOURS, CellModel, cell_crops, population
+from leukemia_nb.counterfactuals import follow_rates, make_counterfactuals, paste_cells
+from leukemia_nb.data import CLASSES, read_picture
+from leukemia_nb.models import History
+from leukemia_nb.segmentation import find_cells
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"Benign": "Normal", "Pre": "Pre-B", "Pro": "Pro-B"}
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def share(hits: np.ndarray) -> dict:
+    "Share of True with its exact 95 % interval."
+    ci = binomtest(int(np.sum(hits)), len(hits)).proportion_ci(0.95, method="exact")
+    return {"share": round(float(np.mean(hits)), 4), "low": round(float(ci.low), 4), "high": round(float(ci.high), 4),
+            "n": len(hits)}
+
+
+def features(pictures: np.ndarray, shared: Path) -> np.ndarray:
+    "Frozen MobileNetV2, averaged over the picture."
+    os.environ["LEUKEMIA_NB_WEIGHTS"] = str(shared / "weights")
+    import tensorflow as tf
+
+    from leukemia_nb.transfer import BACKBONES, build_backbone, find_weight_file
+    network, _ = build_backbone(BACKBONES["mobilenet_v2"], 224, "fixed", find_weight_file(BACKBONES["mobilenet_v2"]))
+    ask = tf.function(lambda x: tf.reduce_mean(network(tf.cast(x, tf.float32), training=False), (1, 2)),
+                      input_signature=[tf.TensorSpec((None, 224, 224, 3), tf.uint8)])
+    return np.concatenate([ask(pictures[i : i + 32]).numpy() for i in range(0, len(pictures), 32)])
+
+
+def part(found: tuple, rows: np.ndarray) -> tuple:
+    "Measurements of some pictures, renumbered."
+    cells, owner, n = found
+    place = np.full(n, -1)
+    place[rows] = np.arange(len(rows))
+    keep = place[owner] >= 0
+    return cells[keep], place[owner][keep], len(rows)
+
+
+def fit_cells(found: list, y: np.ndarray, train: np.ndarray, validation: np.ndarray) -> CellModel:
+    "CellModel.fit on measurements made before."
+    model = CellModel(classes=CLASSES)
+    model.classes_ = np.array(CLASSES)
+    model.shares_ = np.bincount(y[train]) / len(train)
+    parts = [part(f, train) for f in found]
+    model._learn_population(parts, y[train])
+    model._learn_cells(parts, y[train], part(found[0], validation), y[validation], History(model.epochs, model.patience))
+    return model
+
+
+def fit_whole(values: np.ndarray, y: np.ndarray, train: np.ndarray, validation: np.ndarray):
+    "Logistic regression on features of whole pictures, strength chosen on validation."
+    fits = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=500)).fit(values[train], y[train])
+            for c in (1e-3, 1e-2, 1e-1, 1)]
+    return max(fits, key=lambda m: m.score(values[validation], y[validation]))
+
+
+def edge_numbers(pictures: np.ndarray) -> np.ndarray:
+    "Only the outermost pixels of the tight masks, where an old background would show: means and deviations of L, A, B."
+    kernel, rows, owner = np.ones((3, 3), np.uint8), [], []
+    for i, picture in enumerate(pictures):
+        for crop, mask in zip(*cell_crops(picture)):
+            inner = cv2.erode(mask.astype(np.uint8), kernel)
+            ring = mask & (inner == 0)
+            if ring.sum() < 5: continue
+            lab = cv2.cvtColor(crop, cv2.COLOR_RGB2LAB)[ring].astype(float)
+            rows.append(np.r_[lab.mean(axis=0), lab.std(axis=0)])
+            owner.append(i)
+    return population(np.array(rows), np.array(owner), len(pictures))
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
+    options.add_argument("--every", type=int, default=1, help="take every n-th picture, to try the script")
+    asked = options.parse_args()
+    table = pd.read_csv(asked.shared / "data/taleqani_fields.csv")
+    table["class"] = table.file.str.split("/").str[0].map(FOLDERS)
+    table = table.dropna(subset="class").iloc[:: asked.every].reset_index(drop=True)
+    pictures = np.stack([read_picture(asked.shared / "data/taleqani" / file) for file in table.file])
+    labels = table["class"].to_numpy(dtype=str)
+    y = np.searchsorted(CLASSES, labels)
+    folds = [test for _, test in StratifiedGroupKFold(5, shuffle=True, random_state=0).split(y, y, table.overlap_group)]
+    test, everyone = folds[0], np.arange(len(y))
+    report: dict = {"pictures": len(y), "groups": int(table.overlap_group.nunique()), "test": len(test),
+                    "validation": len(folds[1])}
+
+    say("measuring cells")
+    measurer = CellModel(classes=CLASSES)
+    start = time.process_time()
+    found = [measurer.measure(pictures, colours=c, most=10) for c in COLOURS]
+    report["cpu_seconds_a_picture"] = round((time.process_time() - start) / len(COLOURS) / len(y), 3)
+    report["pictures_without_cells"] = int(len(y) - len(np.unique(found[0][1])))
+    say("features of whole pictures")
+    whole = features(pictures, asked.shared)
+
+    say("five folds")
+    right = {name: np.zeros(len(y), bool) for name in ("mobilenet_v2", *COLOURS)}
+    for k, fold in enumerate(folds):
+        validation = folds[(k + 1) % 5]
+        train = np.setdiff1d(everyone, np.r_[fold, validation])
+        cells, net = fit_cells(found, y, train, validation), fit_whole(whole, y, train, validation)
+        right["mobilenet_v2"][fold] = net.predict(whole[fold]) == y[fold]
+        for colours, f in zip(COLOURS, found):
+            right[colours][fold] = cells.opinions(*part(f, fold)).argmax(axis=1) == y[fold]
+        if k == 0: first = cells, net, train
+    names = {"mobilenet_v2": "MobileNetV2, whole picture", "own": "cells", "jitter": "cells, colours disturbed",
+             "matched": "cells, colours matched", "grey": "cells, grey"}
+    report["untouched_test"] = {names[k]: share(v[test]) for k, v in right.items()}
+    report["untouched_cross_validated"] = {names[k]: share(v) for k, v in right.items()}
+    report["only_one_is_right_test"] = {"MobileNetV2": int((right["mobilenet_v2"] & ~right["own"])[test].sum()),
+                                       "cells": int((right["own"] & ~right["mobilenet_v2"])[test].sum())}
+
+    say("counterfactual test pictures")
+    cells, net, train = first
+    mine = pictures[test]
+    masks = np.stack([find_cells(p) for p in mine])
+    swaps, rows = make_counterfactuals(mine, masks, labels[test], ["swap"], seed=2)
+    empty, empty_rows = make_counterfactuals(mine, masks, labels[test], ["no cells"], seed=2)
+    hard = np.stack([paste_cells(mine[r.row], masks[r.row], empty[r.partner], 0.3, 0) for r in rows.itertuples()])
+    recoloured, recolour_rows = make_counterfactuals(
+        mine, masks, labels[test], ["recolour", "recolour background", "recolour cells", "bar swapped"], seed=2)
+    sets = [(swaps, rows), (hard, rows.assign(kind="swap, old rim kept")), (empty, empty_rows)]
+    sets += [(recoloured[(recolour_rows.kind == k).to_numpy()], recolour_rows[recolour_rows.kind == k])
+             for k in recolour_rows.kind.unique()]
+    names = np.array(CLASSES)
+    lines = []
+    for made, about in sets:
+        say(about.kind.iloc[0])
+        for model, said in (("cells", cells.predict(made)), ("MobileNetV2", names[net.predict(features(made, asked.shared))])):
+            lines.append(follow_rates(about, said).assign(model=model))
+    report["follows_test"] = pd.concat(lines).round(4).to_dict("records")
+    pairs = rows.assign(right=cells.predict(swaps) == rows.cells).groupby(["cells", "other"]).right.agg(["mean", "size"])
+    report["swap_by_pair"] = [dict(cells=a, background=b, share=round(float(m), 3), n=int(n)) for (a, b), (m, n)
+                              in zip(pairs.index, pairs.to_numpy())]
+
+    say("edge only")
+    edge = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(edge_numbers(pictures[train]), y[train])
+    control = [("untouched", pd.DataFrame({"kind": "untouched", "cells": labels[test], "other": ""}), mine),
+               ("swap", rows, swaps), ("hard", rows.assign(kind="swap, old rim kept"), hard)]
+    report["edge_only_test"] = pd.concat(
+        [follow_rates(about, names[edge.predict(edge_numbers(made))]) for _, about, made in control]).round(4).to_dict("records")
+
+    target = ROOT / "benchmarks/results/cell_model.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if asked.every == 1: target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
