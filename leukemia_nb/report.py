@@ -292,7 +292,8 @@ def made_up_run(folder: str | os.PathLike  # empty folder
         number < pairs["class"].map(test), "test", np.where(number % 10 == 9, "validation", "train")))
     for name, table in {"manifest": manifest, "pairs": pairs, "split": split,
                         "training": split[split["subset"] == "train"].assign(flip="none"),
-                        "leakage": pd.DataFrame({"subset": ["validation", "test"], "pictures": [16, 111], "with_partner": [5, 40]}),
+                        "leakage": pd.DataFrame({"subset": ["validation", "test"], "pictures": [16, 111],
+                                                 "with_partner": [5, 40]}),
                         }.items(): write_table(folder / f"{name}.csv", table)
     yy, xx = np.mgrid[:96, :96]
     for row in pairs.itertuples():
