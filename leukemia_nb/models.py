@@ -173,8 +173,9 @@ class Pictures(Sequence):
         pictures: np.ndarray | Sequence[np.ndarray],  # uint8 (n, H, W, 3), list of (H, W, 3), or (n, 2, H, W, 3)
         labels: Sequence[str] | None = None,  # n class names
         size: int = 224,  # side of the squares that are read
+        method: str = "deck",  # of `leukemia_nb.segmentation.segment`, for segmented twins that are not given
     ):
-        self.pictures, self.size = pictures, size
+        self.pictures, self.size, self.method = pictures, size, method
         self.paired = getattr(pictures, "ndim", 0) == 5
         if isinstance(pictures, np.ndarray) and pictures.ndim not in (4, 5):
             raise ModelError(f"pictures have shape {pictures.shape}; give (n, H, W, 3), one picture as a list of one.")
@@ -190,7 +191,7 @@ class Pictures(Sequence):
             picture = picture[0 if channel == "original" else 1]
         elif channel == "segmented":
             from leukemia_nb.segmentation import cut_out, segment
-            picture = cut_out(picture, segment(picture))
+            picture = cut_out(picture, segment(picture, self.method))
         return square_picture(picture, self.size)
 
     def read(self, index, channel: str = "original") -> np.ndarray:
@@ -207,9 +208,10 @@ class Pictures(Sequence):
 def open_pictures(
     pictures: Any,  # a `Pairs`, a `Pictures`, an array or a list, see `Pictures`
     size: int = 224,  # side of the squares a model wants
+    method: str = "deck",  # how segmented twins that are not given are made
 ) -> Any:
     "Anything a user may pass, as something with `len`, `labels` and `read`."
-    return pictures if hasattr(pictures, "read") and hasattr(pictures, "__len__") else Pictures(pictures, size=size)
+    return pictures if hasattr(pictures, "read") else Pictures(pictures, size=size, method=method)
 
 
 def read_batches(
@@ -217,12 +219,12 @@ def read_batches(
     size: int,  # side of the squares
     batch_size: int,  # pictures a batch
     channels: Sequence[str] = ("original",),  # one channel gives (n, size, size, 3), two give (n, 2, size, size, 3)
-    rows: Sequence[int] | None = None,  # rows and their order; None: all
+    rows: Sequence[int] | np.ndarray | None = None,  # rows and their order; None: all
 ) -> Iterator[np.ndarray]:
     "uint8 batches; only one is held at a time, and the last may be short."
-    rows = np.arange(len(source)) if rows is None else np.asarray(rows)
-    for start in range(0, len(rows), batch_size):
-        index = rows[start : start + batch_size]
+    order = np.arange(len(source)) if rows is None else np.asarray(rows)
+    for start in range(0, len(order), batch_size):
+        index = order[start : start + batch_size]
         read = [np.stack([square_picture(p, size) for p in source.read(index, channel)]) for channel in channels]
         yield read[0] if len(read) == 1 else np.stack(read, axis=1)
 
@@ -261,8 +263,8 @@ class History:
 # %% ../nbs/60_models.ipynb #8d784fdf
 def collapsed_to(
     probabilities: np.ndarray,  # float (n, k), columns in the order of `classes`
-    labels: Sequence[str],  # n true class names
-    classes: Sequence[str],  # k class names
+    labels: Sequence[str] | np.ndarray,  # n true class names
+    classes: Sequence[str] | np.ndarray,  # k class names
     share: float = 0.95,  # this share of answers in one class is a collapse, unless the truth is like that too
 ) -> str:  # "" if the model has not collapsed
     "One line that names the class a model gives to (nearly) everything, or an empty text."
@@ -279,6 +281,8 @@ class PicturePredictor(Settings):
     "Asks a trained network: `predict_proba`, `predict`, `features`. Subclasses implement the hooks."
     name = "model"  # key in `MODELS`
     channels: tuple[str, ...] = ("original",)  # what the network sees: ("original",) or ("original", "segmented")
+    classes_: np.ndarray  # str (k,), once trained: the order of the columns
+    weights_source_: str  # once trained: which weights the network started from
 
     def _predict(self, batch: np.ndarray) -> np.ndarray:
         "Probabilities (n, k) of a uint8 batch (n, S, S, 3), or (n, 2, S, S, 3) for a model of two channels."
@@ -299,7 +303,7 @@ class PicturePredictor(Settings):
     def _ask(self, pictures: Any, question: Callable[[np.ndarray], np.ndarray], width: int) -> np.ndarray:
         if not hasattr(self, "classes_"):
             raise ModelError(f"{self.name} is not trained. Call fit, or load_model(folder).")
-        source = open_pictures(pictures, self.image_size)
+        source = open_pictures(pictures, self.image_size, getattr(self, "method", "deck"))
         batches = read_batches(source, self.image_size, self.batch_size, self.channels)
         answers = [np.asarray(question(batch), dtype=np.float32) for batch in batches]
         return np.concatenate(answers) if answers else np.zeros((0, width), np.float32)

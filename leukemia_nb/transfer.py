@@ -79,7 +79,7 @@ def start_quietly() -> None:
         keras.ops.zeros(1), tf.config.list_physical_devices()
     finally:
         os.dup2(kept, 2)
-        os.close(kept), os.close(nothing)
+        for handle in (kept, nothing): os.close(handle)
 
 # %% ../nbs/62_transfer.ipynb #d56fbdee
 WEIGHTS_FOLDER = "LEUKEMIA_NB_WEIGHTS"
@@ -153,8 +153,10 @@ def normalise_as_imagenet(
     layer = next(layer for layer in network.layers if type(layer).__name__ == "Normalization")
     deviation = np.array([0.229, 0.224, 0.225], dtype=np.float32)
     mean, variance = (np.ravel(w.numpy()) for w in (layer.adapt_mean, layer.adapt_variance))
-    mean, variance = (mean, variance * deviation) if loaded else (np.float32([0.485, 0.456, 0.406]), deviation**2)
-    layer.adapt_mean.assign(mean), layer.adapt_variance.assign(variance)
+    if loaded: variance = variance * deviation
+    else: mean, variance = np.array([0.485, 0.456, 0.406], dtype=np.float32), deviation**2
+    layer.adapt_mean.assign(mean)
+    layer.adapt_variance.assign(variance)
     layer.finalize_state()
 
 # %% ../nbs/62_transfer.ipynb #6a5ec35b

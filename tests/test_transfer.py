@@ -150,13 +150,16 @@ def test_damaged_and_foreign_files_are_refused_by_name(tiny_weights, tmp_path):
     import keras
     file = tmp_path / "weights" / "tiny.h5"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="tiny.h5: not the weights of Tiny"): build_backbone(BACKBONES["mobilenet_v2"], 32, "fixed", file)
+    with pytest.raises(ModelError, match="tiny.h5: not the weights of Tiny"):
+        build_backbone(BACKBONES["mobilenet_v2"], 32, "fixed", file)
     write_like_keras(keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)]), file)
-    with pytest.raises(ModelError, match="Layer count mismatch"): build_backbone(BACKBONES["mobilenet_v2"], 32, "fixed", file)
+    with pytest.raises(ModelError, match="Layer count mismatch"):
+        build_backbone(BACKBONES["mobilenet_v2"], 32, "fixed", file)
 
 
 def test_without_network_one_line_says_what_to_put_where(tiny_backbone, sources):
-    with pytest.raises(ModelError, match=r"^ImageNet weights of Tiny .* Put tiny.h5 from file:///nowhere.*LEUKEMIA_NB_WEIGHTS") as told:
+    line = r"^ImageNet weights of Tiny .* Put tiny.h5 from file:///nowhere.*LEUKEMIA_NB_WEIGHTS"
+    with pytest.raises(ModelError, match=line) as told:
         trained(sources, weights="imagenet")
     assert "\n" not in str(told.value)
 
@@ -222,7 +225,8 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another(tiny_weight
 
 
 def test_fine_tuning_leaves_pretrained_statistics_alone(tiny_weights, sources):
-    before, after = tiny_weights.layers[1].get_weights(), trained(sources, fine_tune=True).maps_.layers[-1].layers[1].get_weights()
+    before = tiny_weights.layers[1].get_weights()
+    after = trained(sources, fine_tune=True).maps_.layers[-1].layers[1].get_weights()
     assert not np.array_equal(before[0], after[0])  # gamma is trained
     assert np.array_equal(before[2], after[2]) and np.array_equal(before[3], after[3])  # mean and variance are not
 
@@ -235,6 +239,14 @@ def test_statistics_of_a_network_trained_from_nothing_are_those_of_its_training_
     seen = convolution(pixels).numpy().reshape(-1, 8)
     np.testing.assert_allclose(batch_norm.moving_mean.numpy(), seen.mean(axis=0), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(batch_norm.moving_variance.numpy(), seen.var(axis=0), rtol=1e-2, atol=1e-4)
+
+
+def test_a_frozen_random_backbone_is_measured_once_and_not_trained(tiny_backbone, sources):
+    cached, long = (trained(sources, cache=cache, weights="random", fine_tune=False, batch_size=18) for cache in (True, False))
+    assert cached.trained_ == "head" and same_weights(cached.head_, long.head_) and same_weights(cached.maps_, long.maps_)
+    convolution, batch_norm = cached.maps_.layers[-1].layers[:2]
+    seen = convolution(sources[0].read(slice(None)).astype(np.float32) / 127.5 - 1).numpy().reshape(-1, 8)
+    np.testing.assert_allclose(batch_norm.moving_mean.numpy(), seen.mean(axis=0), rtol=1e-3, atol=1e-4)
 
 
 def test_fine_tune_decides_by_the_weights_unless_told(tiny_weights, sources):
