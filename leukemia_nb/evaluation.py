@@ -324,7 +324,9 @@ def accuracy_figure(comparison: pd.DataFrame  # from `compare_models`
             axis.text(1.02, i, f"{row.right}/{row.pictures}", transform=axis.get_yaxis_transform(), va="center")
         axis.set(yticks=place, yticklabels=comparison["title"], ylim=(len(comparison) - 0.4, -0.6), xlabel="accuracy")
         lowest = np.nanmin(comparison[["low", "deck"]].to_numpy(float))
-        axis.set_xlim(max(0.0, np.floor(lowest * 20) / 20 - 0.02), 1.012)
+        left = max(0.0, np.floor(lowest * 20) / 20 - 0.02)
+        axis.set_xlim(left, 1 + 0.018 * (1 - left))
+        axis.set_xticks([tick for tick in axis.get_xticks() if left <= tick <= 1.0001])
         axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axis.tick_params(axis="y", length=0); axis.spines["left"].set_visible(False); axis.grid(axis="x")
         axis.set_axisbelow(True)
@@ -339,7 +341,7 @@ def curves_figure(histories: Mapping[str, pd.DataFrame]  # model name -> epoch, 
     across = min(4, max(1, len(histories)))
     bands = -(-len(histories) // across)
     with calm_style():
-        figure, axes = blank_figure(2 * bands, across, (2.3 * across + 0.8, 3.1 * bands))
+        figure, axes = blank_figure(2 * bands, across, (max(4.6, 2.3 * across + 0.8), 3.1 * bands))
         for place in range(bands * across, len(histories), -1):
             for axis in axes[2 * (bands - 1):, (place - 1) % across]: axis.axis("off")
         for i, (name, history) in enumerate(histories.items()):
