@@ -48,7 +48,9 @@ def tighten(
 def _usable(picture: np.ndarray, cells: np.ndarray, smallest: int) -> list[tuple[int, int, int]]:
     "Number and centre (row, column) of cells that are large and red enough and not under the bar; whole ones if there are any."
     size = np.bincount(cells.ravel())
-    red, whole, cut = a_channel(picture), [], []
+    red = a_channel(picture)
+    whole: list[tuple[int, int, int]] = []
+    cut: list[tuple[int, int, int]] = []
     found = [k for k in range(1, len(size)) if size[k] >= smallest]
     medians = np.array([np.median(red[cells == k]) for k in found]).round().astype(np.uint8)
     if len(found) > 1:  # red cells that a picture with few white cells brings along
@@ -83,7 +85,8 @@ def cell_crops(
 
 # %% ../nbs/68_cell_model.ipynb #743cbd4d
 COLOURS = ("own", "jitter", "matched", "grey")
-_MEAN, _DEVIATION = np.float32([135, 158, 100]), np.float32([22, 7, 9])  # L, A, B of a typical blast: the common reference
+# L, A, B of a typical blast: the common reference
+_MEAN, _DEVIATION = np.array([135, 158, 100], np.float32), np.array([22, 7, 9], np.float32)
 
 
 def recolour(

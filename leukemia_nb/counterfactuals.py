@@ -124,7 +124,8 @@ def fill_in(
     random, size = np.random.default_rng(seed), max(8, round(window * min(hole.shape)))
     unknown, filled = hole.copy(), picture.astype(np.float32)
     forbidden = (hole if avoid is None else hole | avoid).astype(np.float32)
-    sources = [tuple(np.ascontiguousarray(a[::y, ::x]) for a in (filled, forbidden)) for y in (1, -1) for x in (1, -1)]
+    turned = [(slice(None, None, y), slice(None, None, x)) for y in (1, -1) for x in (1, -1)]
+    sources = [(np.ascontiguousarray(filled[turn]), np.ascontiguousarray(forbidden[turn])) for turn in turned]
     while unknown.any():
         place = _next_window(unknown, size)
         known = ~unknown[place]
@@ -206,7 +207,7 @@ def move_bar(
     red, green, blue = np.moveaxis(donor.astype(np.float32), -1, 0)
     is_label = donor[bar].min(axis=1).mean() > 150 if bar.any() else False
     alpha = bar.astype(np.float32) if is_label else bar * np.clip((red - np.maximum(green, blue)) / 110, 0, 1)
-    ink = donor if is_label else np.float32([215, 25, 35])
+    ink = donor if is_label else np.array([215, 25, 35], np.float32)
     return np.clip(np.rint(alpha[..., None] * ink + (1 - alpha[..., None]) * picture), 0, 255).astype(np.uint8)
 
 # %% ../nbs/76_counterfactuals.ipynb #1d5428cf
@@ -245,7 +246,7 @@ def _make(kind: str, pictures: Any, cells: Any, row: int, partner: int, seed: in
 def make_counterfactuals(
     pictures: np.ndarray,  # uint8 (n, H, W, 3) RGB
     cells: np.ndarray | None,  # int32 labels or bool masks (n, H, W); None: found here
-    labels: Sequence[str],  # n class names
+    labels: Sequence[str] | np.ndarray,  # n class names
     kinds: Sequence[str] = ("swap",),  # of `KINDS`
     seed: int = 0,  # of partners and fillings
 ) -> tuple[np.ndarray, pd.DataFrame]:  # uint8 (m, H, W, 3); table [kind, row, partner, cells, other], m = n for each kind
@@ -260,8 +261,7 @@ def make_counterfactuals(
         for row, partner in enumerate(partners):
             made.append(_make(kind, pictures, cells, row, int(partner), seed + row))
             other = labels[row if kind in ("no cells", "bar erased") else partner]
-            mine = {"no cells": "", "recolour cells": labels[row]}.get(kind, labels[row])
-            rows.append((kind, row, int(partner), mine, other))
+            rows.append((kind, row, int(partner), "" if kind == "no cells" else labels[row], other))
     return np.stack(made), pd.DataFrame(rows, columns=["kind", "row", "partner", "cells", "other"])
 
 # %% ../nbs/76_counterfactuals.ipynb #9bb05a23
@@ -275,7 +275,7 @@ def _share(hits: int, n: int) -> tuple[float, float, float]:
 
 def follow_rates(
     table: pd.DataFrame,  # columns kind, cells, other, as `make_counterfactuals` gives them
-    predictions: Sequence[str],  # a class name for each row
+    predictions: Sequence[str] | np.ndarray,  # a class name for each row
 ) -> pd.DataFrame:  # a row for each kind and answer: [kind, follows, n, count, share, low, high]
     "How often predictions are the class of the cells, of everything else, or neither, with exact 95 % intervals."
     predictions = np.asarray(predictions, dtype=str)

@@ -222,7 +222,7 @@ def build_manifest(folder: str | os.PathLike,  # holds a folder for each class, 
     if not folder.is_dir(): raise PictureError(f"{folder}: there is no such folder. Check the path.")
     found = [(path, _class_of_path(path, folder)) for path in find_pictures(folder)]
     paths = [path for path, label in found if label in classes]
-    labels = [label for _, label in found if label in classes]
+    labels = [label for _, label in found if label is not None and label in classes]
     unknown = sorted({path.parent.relative_to(folder).as_posix() for path, label in found if label is None})
     if not paths: raise PictureError(_nothing_found(folder, len(found), unknown, classes))
     if unknown: warnings.warn(f"{folder}: pictures in {', '.join(unknown)} left out: no class has that name", stacklevel=2)

@@ -118,8 +118,8 @@ def similar_thumbnails(frames: np.ndarray,  # uint8 (n, S, S)
                        block: int = 1024  # pictures compared at a time
                        ) -> pd.DataFrame:  # a, b: places in `frames`, a < b; flip
     "Pairs of frames whose thumbnails correlate in one of the eight orientations."
-    small = [cv2.resize(frame, (side, side), interpolation=cv2.INTER_AREA) for frame in frames]
-    small = np.array(small, np.float32).reshape(-1, side, side)
+    resized = [cv2.resize(frame, (side, side), interpolation=cv2.INTER_AREA) for frame in frames]
+    small = np.array(resized, np.float32).reshape(-1, side, side)
     small -= small.mean((1, 2), keepdims=True)
     small /= np.maximum(np.linalg.norm(small, axis=(1, 2), keepdims=True), side)  # flat pictures are similar to nothing
     found, vectors = [], small.reshape(-1, side * side)
@@ -167,8 +167,8 @@ def describe(frame: np.ndarray,  # uint8 (S, S)
              ) -> tuple[np.ndarray, np.ndarray]:  # float32 (n, 3): x, y, diameter; float16 (n, 128) of unit length
     "Points that stand out in a frame, and upright RootSIFT descriptions of them."
     image = cv2.createCLAHE(2., (4, 4)).apply(frame)  # evens out the contrast of pale and dark smears
-    sift = cv2.SIFT_create(3 * number, contrastThreshold=.01, edgeThreshold=20)
-    found = {}
+    sift = cv2.SIFT_create(3 * number, contrastThreshold=.01, edgeThreshold=20)  # type: ignore[attr-defined]
+    found: dict = {}
     for point in sift.detect(image, comparable(len(frame)).astype(np.uint8) * 255):
         point.angle = 0
         found.setdefault((round(point.pt[0], 1), round(point.pt[1], 1), round(point.size, 1)), point)
@@ -235,8 +235,8 @@ def match_points(points: np.ndarray,  # float32 (N, 3): x, y, diameter
              for k in places[:-1] if held[k + 1] > held[k] for start in range(asked[k], asked[k + 1], 2048)]
     work = Parallel(n_jobs, prefer="threads", return_as="generator")(
         delayed(_match_drawer)(*task, points, descriptions, owner, top, least) for task in tasks)
-    found = list(tqdm(work, "matches", len(tasks), disable=not progress, leave=False))
-    found = np.concatenate(found) if found else np.zeros((0, 3))
+    parts = list(tqdm(work, "matches", len(tasks), disable=not progress, leave=False))
+    found = np.concatenate(parts) if parts else np.zeros((0, 3))
     found = found[np.lexsort((-found[:, 2], found[:, 0]))]
     rank = np.arange(len(found)) - np.searchsorted(found[:, 0], found[:, 0])
     return found[rank < top, :2].astype(np.int64)
@@ -306,8 +306,9 @@ def blend(first: np.ndarray,  # uint8 (S, S, 3)
           ) -> np.ndarray:  # uint8 (S, S, 3), the part that both show as a chessboard of both
     "Lay the second picture over the first in every other square; the rest of the first is pale."
     size = len(first)
-    moved = cv2.warpAffine(second, np.float32([[1, 0, dx * size], [0, 1, dy * size]]), (size, size))
-    inside = cv2.warpAffine(np.ones((size, size), np.uint8), np.float32([[1, 0, dx * size], [0, 1, dy * size]]), (size, size)) > 0
+    move = np.array([[1, 0, dx * size], [0, 1, dy * size]], np.float32)
+    moved = cv2.warpAffine(second, move, (size, size))
+    inside = cv2.warpAffine(np.ones((size, size), np.uint8), move, (size, size)) > 0
     place = np.arange(size) * squares // size
     odd = (place[:, None] + place) % 2 == 1
     pale = (255 - (255 - first.astype(int)) // 4).astype(np.uint8)
@@ -375,7 +376,7 @@ def crossing_groups(split: pd.DataFrame,  # pair, subset
 
 # %% ../nbs/45_leakage.ipynb #a9cb3ec9
 def leakage_report(split: pd.DataFrame,  # pair, subset ("train" and others)
-                   groups: Sequence  # group of each row
+                   groups: Sequence | np.ndarray  # group of each row
                    ) -> pd.DataFrame:  # subset, pictures, with_partner, share, low, high: 95 % interval of the share
     "How many pictures of each other subset have a partner in train. Raises ValueError if the lengths differ."
     if len(groups) != len(split): raise ValueError(f"{len(groups)} groups for {len(split)} rows of the split")

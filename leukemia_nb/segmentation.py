@@ -72,7 +72,7 @@ def cluster_overlay(picture: np.ndarray,  # uint8 (H, W, 3) RGB
                     strength: float = 0.45  # 0 = picture alone, 1 = colours alone
                     ) -> np.ndarray:  # uint8 (H, W, 3) RGB
     "The picture tinted red inside the mask and green outside, as the deck shows its clusters."
-    tint = np.where(mask[..., None], np.uint8([230, 40, 40]), np.uint8([40, 170, 70]))
+    tint = np.where(mask[..., None], np.array([230, 40, 40], np.uint8), np.array([40, 170, 70], np.uint8))
     return cv2.addWeighted(picture, 1 - strength, tint, strength, 0)
 
 # %% ../nbs/20_segmentation.ipynb #5c47cb7f

@@ -302,8 +302,9 @@ def run_step(
     return {**record, "skipped": False}
 
 # %% ../nbs/80_study.ipynb #7fb797f7
-def _attempt(step: Step, run: Run, redo: bool) -> dict[str, Any]:
-    "run_step with the error as a value, so that the steps beside it go on."
+def _attempt(step: Step, run: Run, redo: bool, threads: int) -> dict[str, Any]:
+    "run_step with its share of the machine's threads, and the error as a value, so that the steps beside it go on."
+    os.environ.update(OMP_NUM_THREADS=str(threads), TF_NUM_INTRAOP_THREADS=str(threads), TF_NUM_INTEROP_THREADS="1")
     try:
         return run_step(step, run, redo=redo)
     except StudyError as error:
@@ -327,9 +328,11 @@ def run_study(
         for group in generations(study_steps(settings)):
             names = ", ".join(step.name for step in group)
             say(f"{names} …")
-            jobs = (joblib.delayed(_attempt)(step, run, step.name in redo) for step in group)
+            beside = min(n_jobs, len(group))
+            threads = max(1, (os.cpu_count() or 1) // beside)
+            jobs = (joblib.delayed(_attempt)(step, run, step.name in redo, threads) for step in group)
             errors = []
-            for record in joblib.Parallel(n_jobs=min(n_jobs, len(group)), return_as="generator_unordered")(jobs):
+            for record in joblib.Parallel(n_jobs=beside, return_as="generator_unordered")(jobs):
                 said = record.get("error") or ("unchanged" if record["skipped"] else f"{record['seconds']:.0f} s")
                 say(f"  {record['step']}: {said}")
                 errors += [record["error"]] if "error" in record else []

@@ -67,7 +67,7 @@ def _rho(z: np.ndarray,  # complex64, positions about the centre in pixels, x + 
         outline += np.float32(radius * wave.real) * power.real - np.float32(radius * wave.imag) * power.imag
     return far / outline
 
-def _blob(centre: tuple[float, float],  # x, y in pixels
+def _blob(centre: Sequence[float] | np.ndarray,  # x, y in pixels
           radius: float,  # mean radius in pixels
           waves: dict[int, complex],  # k -> a_k * exp(i phi_k): 2 makes ovals, 9 makes crenated cells
           shape: tuple[int, int],  # height and width of the picture
@@ -218,7 +218,7 @@ def _debris(layers: _Layers, rng: np.random.Generator, scale: float) -> None:
         layers.violet[window] += inside * (1 + np.float32(.3) * _texture(rng, grain, scale, rho.shape)) * np.float32(density)
 
 # %% ../nbs/12_synthetic.ipynb #04a6c297
-def _lamp(rng: np.random.Generator, background: Sequence[int], shape: tuple[int, int]) -> np.ndarray:
+def _lamp(rng: np.random.Generator, background: Sequence[int] | np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     "Empty glass as the lamp lights it: float32 (H, W, 3), RGB 0-255 and a little beyond."
     y, x = np.mgrid[-1:1:9j, -1:1:12j][..., None]
     tilt = rng.normal(0, .01, (2, 3)) + rng.normal(0, .01, (2, 1))
