@@ -4,7 +4,7 @@
 
 Five folds grouped by overlapping fields (StratifiedGroupKFold, seed 0). Fold 0 is the test part, on which nothing was chosen;
 fold 1 is the validation part, on which everything was (features, networks, augmentation); the other folds are training. The
-cross-validated rows repeat the same recipe with every fold as test part in turn, so they include the pictures the choices were made
+cross-validated rows repeat the recipe with every fold as test part in turn, so they include pictures the choices were made
 on. Writes benchmarks/results/cell_model.json. About 10 minutes.
 """
 from __future__ import annotations
