@@ -260,6 +260,7 @@ class BackboneNetwork(PictureClassifier):
         return keras.layers.Dense(units, activation=activation, kernel_initializer=start)
 
     def _build(self, file: Path | None) -> str:
+        start_quietly()
         import keras
         import tensorflow as tf
         backbone = BACKBONES[self.backbone]
