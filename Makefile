@@ -5,13 +5,14 @@
 SHELL := /bin/bash
 DATA ?=
 ARGS ?=
+RUN ?= runs/synthetic
 PY := .venv/bin/python
 UV := $(shell command -v uv 2>/dev/null)
 export YOLO_OFFLINE ?= true
 export YOLO_AUTOINSTALL ?= false
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install study test notebooks lint lab bench export docs clean
+.PHONY: help install study test notebooks lint lab bench results export docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,23 +33,28 @@ study: install  ## run the whole study; DATA=folder for your pictures, DATA=kagg
 	$(PY) -m leukemia_nb study $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: install lint notebooks  ## lint, types, every notebook, every test
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q --timeout 900 tests
 
 lint: install
 	$(PY) -m ruff check leukemia_nb tests benchmarks setup.py
 	$(PY) -m mypy leukemia_nb
 
-notebooks: install
-	.venv/bin/python tests/run_notebooks.py
+notebooks: install  ## run every notebook as a test
+	timeout 1800 .venv/bin/nbdev_test --n_workers 2 --do_print
 
 lab: install  ## open JupyterLab on the notebooks
 	.venv/bin/jupyter lab --notebook-dir nbs
 
 bench: install  ## measure, into benchmarks/results
-	for script in benchmarks/*.py; do echo $$script; $(PY) $$script || exit 1; done
+	for script in $(filter-out benchmarks/collect_study.py,$(wildcard benchmarks/*.py)); do echo $$script; $(PY) $$script || exit 1; done
+
+results: install  ## keep the numbers of a finished study for the documentation: RUN=runs/name
+	$(PY) benchmarks/collect_study.py $(RUN)
 
 export: install  ## notebooks to modules, README; clean the notebooks
-	.venv/bin/nbdev_export && .venv/bin/nbdev_clean && $(PY) tests/make_readme.py
+	.venv/bin/nbdev_export
+	.venv/bin/nbdev_clean
+	.venv/bin/jupyter nbconvert --to markdown --no-input --output-dir . --output README nbs/index.ipynb
 
 clean:  ## remove the environment, builds and caches; runs/ stays
 	rm -rf .venv build dist _docs _proc *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

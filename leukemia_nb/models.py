@@ -50,6 +50,7 @@ MODELS: dict[str, ModelEntry] = {
     "yolov8": ModelEntry("YOLOv8", "leukemia_nb.yolo", "YOLOv8", "torch"),
     "yolo11": ModelEntry("YOLO11", "leukemia_nb.yolo", "YOLO11", "torch"),
     "yolo12": ModelEntry("YOLO12", "leukemia_nb.yolo", "YOLO12", "torch"),
+    "cells": ModelEntry("Cell-centred (ours)", "leukemia_nb.cell_model", "CellModel", "numpy"),
 }
 
 # %% ../nbs/60_models.ipynb #50f345db

@@ -1,4 +1,4 @@
-"""The driver's contracts, and the smoke study of all seven models."""
+"""The driver's contracts, and the smoke study of all eight models."""
 import json
 import os
 import signal
@@ -15,7 +15,7 @@ from leukemia_nb.models import MODELS
 from leukemia_nb.study import (SMOKE, Run, Step, StudyError, StudySettings, check_parameters, fingerprint, generations, run_step,
                                run_study, study_notebook, study_steps)
 
-DECK_MODELS = ("efficientnet_b0", "mobilenet_v2", "nasnet_mobile", "dual_channel", "yolov8", "yolo11", "yolo12")
+ALL_MODELS = ("efficientnet_b0", "mobilenet_v2", "nasnet_mobile", "dual_channel", "yolov8", "yolo11", "yolo12", "cells")
 
 
 def write_notebook(path, code, parameters="run = ''\nvalue = 1", tags=("parameters",)):
@@ -96,7 +96,7 @@ def test_a_step_that_does_not_write_what_it_promised_fails(counter):
 
 def test_steps_follow_their_inputs():
     groups = generations(study_steps(StudySettings(weights="random")))
-    assert [len(group) for group in groups] == [1, 1, len(MODELS), 1, 1]
+    assert [len(group) for group in groups] == [1, 1, len(MODELS) + 1, len(MODELS) + 1, 1, 1]
     with pytest.raises(StudyError, match="no step writes manifest.csv"):
         generations(study_steps(StudySettings(weights="random"))[1:])
 
@@ -158,23 +158,23 @@ def test_a_killed_study_goes_on_where_it_stopped(tmp_path):
 
 @pytest.fixture(scope="module")
 def smoke_study(tmp_path_factory):
-    """The whole smoke study, all seven models."""
+    """The whole smoke study, all eight models."""
     folder = tmp_path_factory.mktemp("smoke") / "run"
     said = []
-    run_study(replace(SMOKE, models=DECK_MODELS), folder, n_jobs=2, say=said.append)
+    run_study(replace(SMOKE, models=ALL_MODELS), folder, n_jobs=2, say=said.append)
     return Run(folder), said
 
 
 def test_the_smoke_study_leaves_everything_it_promises(smoke_study):
     run, _ = smoke_study
-    for step in study_steps(replace(SMOKE, models=DECK_MODELS)):
+    for step in study_steps(replace(SMOKE, models=ALL_MODELS)):
         assert (run.folder / "notebooks" / f"{step.name}.ipynb").is_file()
         for output in step.outputs:
             assert (run.folder / output).exists(), output
     assert not list(run.folder.glob("notebooks/*.partial.ipynb"))
     models = run.table("metrics/models.csv")
-    assert models.model.tolist() == list(DECK_MODELS)
-    assert models.weights.str.contains("random").all()
+    assert models.model.tolist() == list(ALL_MODELS)
+    assert models.weights.str.contains("random|no pretrained").all()
 
 
 def test_the_report_is_one_file_without_requests(smoke_study):
@@ -186,7 +186,7 @@ def test_the_report_is_one_file_without_requests(smoke_study):
 def test_predictions_cover_validation_and_test(smoke_study):
     run, _ = smoke_study
     split = run.table("split.csv")
-    for model in DECK_MODELS:
+    for model in ALL_MODELS:
         table = run.table("predictions", f"{model}.csv")
         for subset in ("validation", "test"):
             assert set(table.pair[table.subset == subset]) == set(split.pair[split.subset == subset])
@@ -196,14 +196,14 @@ def test_predictions_cover_validation_and_test(smoke_study):
 def test_run_again_does_nothing(smoke_study):
     run, _ = smoke_study
     said = []
-    run_study(replace(SMOKE, models=DECK_MODELS), run.folder, say=said.append)
-    assert sum("unchanged" in line for line in said) == 4 + len(DECK_MODELS)
+    run_study(replace(SMOKE, models=ALL_MODELS), run.folder, say=said.append)
+    assert sum("unchanged" in line for line in said) == 6 + 2 * len(ALL_MODELS)
 
 
 def test_a_changed_setting_of_one_model_retrains_that_model_alone(smoke_study):
     run, _ = smoke_study
     said = []
-    settings = replace(SMOKE, models=DECK_MODELS, train=("mobilenet_v2:batch_size=16",))
+    settings = replace(SMOKE, models=ALL_MODELS, train=("mobilenet_v2:batch_size=16",))
     run_study(settings, run.folder, say=said.append, until="train")
     again = [line.split(":")[0].strip() for line in said if " s" in line and "unchanged" not in line and "…" not in line]
     assert again == ["train-mobilenet_v2"]
