@@ -129,7 +129,7 @@ def changes_figure(picture: np.ndarray,  # uint8 (H, W, 3) RGB
     "One picture at every level: a row a change, the untouched picture among the levels."
     wanted = {name: change.levels for name, change in CHANGES.items()} if changes is None else changes
     across = 1 + max(len(levels) for levels in wanted.values())
-    side = 1.25
+    side = 1.0
     with calm_style():
         down = side * len(picture) / picture.shape[1] + 0.22
         figure, axes = blank_figure(len(wanted), across, (side * across + 0.9, down * len(wanted)))

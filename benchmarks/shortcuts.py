@@ -1,0 +1,78 @@
+"""Shortcut controls on the real pictures, cross-validated over all of them, in random and in grouped folds.
+
+    nice -n 15 python benchmarks/shortcuts.py [--per-class N] [--jobs 2]
+
+Writes benchmarks/results/shortcuts.json. The pictures stay where they are (`../shared/data`, or LEUKEMIA_NB_SHARED).
+"""
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from leukemia_nb.data import atomic_path, class_of, file_sha256, read_picture
+from leukemia_nb.shortcuts import CONTROLS, control_features, control_table, cross_validate_controls
+from leukemia_nb.uncertainty import cached_features
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("LEUKEMIA_NB_SHARED", ROOT.parent / "shared")) / "data"
+
+
+def known_pictures(per_class: int | None) -> pd.DataFrame:
+    "Files of the three study classes with class and field group; at most `per_class` of each, drawn with seed 0."
+    table = pd.read_csv(SHARED / "taleqani_fields.csv").rename(columns={"overlap_group": "group"})
+    table["class"] = [class_of(name.split("/")[0]) for name in table["file"]]
+    table = table[table["class"].isin(("Normal", "Pre-B", "Pro-B"))].assign(pair=lambda t: t["file"], path=lambda t: t["file"])
+    if per_class: table = table.groupby("class").sample(per_class, random_state=0)
+    return table.sort_values("pair", ignore_index=True)
+
+
+class Files:
+    "Pictures of a table, read when asked for."
+    def __init__(self, table: pd.DataFrame): self.files = [SHARED / "taleqani" / name for name in table["file"]]
+    def __len__(self) -> int: return len(self.files)
+    def read(self, row: int) -> np.ndarray: return read_picture(self.files[row])
+
+
+def features_of(table: pd.DataFrame, cache: Path, n_jobs: int) -> dict[str, np.ndarray]:
+    "What every control sees of every picture, kept in a file from one run to the next."
+    files, widths = Files(table), {}
+    blank = control_features(np.full((1, 224, 224, 3), 230, np.uint8))
+    widths = {name: numbers.shape[1] for name, numbers in blank.items()}
+    keys = [f"{file_sha256(file)} {sorted(widths.items())}" for file in files.files]
+    joined = cached_features(cache, keys, lambda: np.hstack(list(control_features(files, n_jobs=n_jobs).values())))
+    parts = np.split(joined, np.cumsum(list(widths.values()))[:-1], axis=1)
+    return dict(zip(widths, parts))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--per-class", type=int, help="pictures of each class; all of them if left out")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "leukemia_nb_shortcuts.npz")
+    asked = parser.parse_args()
+    table, began = known_pictures(asked.per_class), time.time()
+    features = features_of(table, asked.cache, asked.jobs)
+    seconds = {"features": round(time.time() - began, 1)}
+    results = {}
+    for folds, groups in (("random 5-fold", None), ("grouped 5-fold", table["group"])):
+        began = time.time()
+        found = control_table(cross_validate_controls(features, table, groups, n_jobs=asked.jobs))
+        seconds[folds] = round(time.time() - began, 1)
+        results[folds] = {row["name"]: {"accuracy": round(row["accuracy"], 4), "low": round(row["low"], 4),
+                                        "high": round(row["high"], 4), "interval": row["interval"]}
+                          for row in found.to_dict("records")}
+        print(folds, found[["title", "accuracy", "low", "high"]].round(3).to_string(index=False), sep="\n")
+    report = {"pictures": len(table), "by_class": table["class"].value_counts().to_dict(), "groups": table["group"].nunique(),
+              "chance": round(float(table["class"].value_counts(normalize=True).iloc[0]), 4),
+              "controls": {name: CONTROLS[name].sees for name in features}, "seconds": seconds, "results": results}
+    with atomic_path(ROOT / "benchmarks" / "results" / "shortcuts.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
