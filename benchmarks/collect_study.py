@@ -10,7 +10,8 @@ from leukemia_nb.data import read_table, write_table
 
 RESULTS = Path(__file__).parent / "results"
 TABLES = ("metrics/models.csv", "metrics/classes.csv", "metrics/grouped_accuracy.csv", "metrics/pairs_of_models.csv",
-          "metrics/calibration.csv", "leakage.csv")
+          "metrics/calibration.csv", "metrics/controls.csv", "metrics/follow.csv", "metrics/worth.csv", "metrics/robustness.csv",
+          "leakage.csv")
 
 
 def collect(run: Path, out: Path) -> None:

@@ -22,6 +22,7 @@ app = typer.Typer(
          "For research use only; nothing it prints is medical advice.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )
+app.callback()(lambda: None)  # commands have names even while there is only one
 
 # %% ../nbs/90_command_line.ipynb #5da4ec9b
 def main() -> None:
