@@ -15,7 +15,7 @@ import pandas as pd
 
 from .evaluation import blank_figure, calm_style, model_title
 from .models import ModelError, open_pictures, read_batches
-from .segmentation import draw_outlines, find_cells
+from .segmentation import find_cells
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,17 +134,15 @@ def saliency_figure(
 ) -> Figure:
     "A row a picture: the picture with its cells outlined, then each heatmap laid over it, cells outlined again."
     with calm_style():
-        figure, axes = blank_figure(len(pictures), 1 + len(heatmaps), (1.55 * (1 + len(heatmaps)), 1.5 * len(pictures) + 0.3))
+        figure, axes = blank_figure(len(pictures), 1 + len(heatmaps), (1.6 * (1 + len(heatmaps)), 1.55 * len(pictures) + 0.25))
         for row, (picture, mask) in enumerate(zip(pictures, masks)):
-            large = cv2.resize(picture, (448, 448), interpolation=cv2.INTER_LINEAR)
-            cells = cv2.resize(mask.astype(np.uint8), (448, 448), interpolation=cv2.INTER_LINEAR) > 0
-            dim = np.repeat(cv2.cvtColor(large, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
-            for axis, (title, maps) in zip(axes[row], {"cells": None, **heatmaps}.items()):
-                base, colour = (large, (0, 130, 0)) if maps is None else (dim, (255, 255, 255))
-                axis.imshow(draw_outlines(base, cells, colour, 3))
+            grey = np.repeat(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
+            for axis, title, maps in zip(axes[row], ("picture", *heatmaps), (None, *heatmaps.values())):
+                axis.imshow(picture if maps is None else grey, interpolation="bilinear")
                 if maps is not None:
-                    heat = cv2.resize(np.asarray(maps[row], np.float32), (448, 448))
-                    axis.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.15 + 0.6 * np.clip(heat, 0, 1))
+                    heat = np.clip(np.asarray(maps[row], np.float32), 0, 1)
+                    axis.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.1 + 0.7 * heat, interpolation="bilinear")
+                if mask.any(): axis.contour(mask, [0.5], colors="#00843d" if maps is None else "#19d3e0", linewidths=0.9)
                 axis.set(xticks=[], yticks=[]); axis.spines[:].set_visible(False)
                 if row == 0: axis.set_title(title, fontsize=9)
             if len(titles): axes[row, 0].set_ylabel(titles[row], fontsize=9)
@@ -312,16 +310,16 @@ def saliency_table(
     size = getattr(model, "image_size", 224)
     source = open_pictures(pictures, size, getattr(model, "method", "deck"))
     if masks is None: masks = [find_cells(picture) > 0 for batch in read_batches(source, size, 32) for picture in batch]
-    maps = saliency_maps(model, source, method=method) if heatmaps is None else heatmaps
+    maps = saliency_maps(model, pictures, method=method) if heatmaps is None else heatmaps
     table = pd.DataFrame([energy_inside(*pair) for pair in zip(maps, masks)], columns=["energy_inside", "area_inside", "ratio"])
     flat = maps.reshape(len(maps), -1).astype(np.float64)
     flat = flat / np.where(flat.sum(axis=1, keepdims=True) > 0, flat.sum(axis=1, keepdims=True), np.nan)
     crossed = flat @ np.stack([around_cells(mask).ravel() for mask in masks]).T.astype(np.float64)
     np.fill_diagonal(crossed, np.nan)
     table["other_maps"] = pd.DataFrame(crossed).mean().to_numpy()
-    table.insert(0, "answer", model.predict(source))
+    table.insert(0, "answer", model.predict(pictures))
     two = len(getattr(model, "channels", "1")) == 2 and hasattr(model, "maps_")
-    table["original_share"] = channel_shares(model, source)[:, 0] if two else 1.0
+    table["original_share"] = channel_shares(model, pictures)[:, 0] if two else 1.0
     return table
 
 # %% ../nbs/78_saliency.ipynb #9e551b36
