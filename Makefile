@@ -1,11 +1,12 @@
 # Two commands do everything: `make study` and `make test`. Both install what they need into .venv first.
 #   make study                      the study on synthetic smears, nothing downloaded but packages
 #   make study DATA=folder          the study on your pictures (DATA=kaggle fetches the public set)
-#   make study DATA=folder ARGS='--weights local --n-jobs 2'   any option of `leukemia_nb study`
+#   make study DATA=folder ARGS='--weights local'   any option of `leukemia_nb study`
 SHELL := /bin/bash
 DATA ?=
 ARGS ?=
 RUN ?= runs/synthetic
+JOBS ?= 2
 PY := .venv/bin/python
 UV := $(shell command -v uv 2>/dev/null)
 export YOLO_OFFLINE ?= true
@@ -30,7 +31,7 @@ endif
 	touch $@
 
 study: install  ## run the whole study; DATA=folder for your pictures, DATA=kaggle for the public set
-	$(PY) -m leukemia_nb study $(if $(DATA),--data "$(DATA)") $(ARGS)
+	$(PY) -m leukemia_nb study --n-jobs $(JOBS) $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: install lint notebooks  ## lint, types, every notebook, every test
 	$(PY) -m pytest -q --timeout 900 tests

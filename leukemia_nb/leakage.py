@@ -11,19 +11,17 @@ __all__ = ['BAR_CORNER', 'ORIENTATIONS', 'PAIR_COLUMNS', 'read_frame', 'read_fra
 # %% ../nbs/45_leakage.ipynb #e1f3ce1f
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import cv2
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
-from matplotlib.figure import Figure
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
-from sklearn.cluster import MiniBatchKMeans
 from tqdm.auto import tqdm
 
 from .data import file_sha256, read_picture
+
+if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% ../nbs/45_leakage.ipynb #04cae682
 def read_frame(path: str | os.PathLike,  # picture of any size
@@ -185,6 +183,7 @@ def make_drawers(descriptions: np.ndarray,  # float16 (N, 128)
     "Centres of drawers of similar descriptions, by k-means on a sample."
     number = int(np.clip(len(descriptions) // 300, 1, 1024))
     sample = descriptions[::max(len(descriptions) // (40 * number), 1)].astype(np.float32)
+    from sklearn.cluster import MiniBatchKMeans
     means = MiniBatchKMeans(number, init="random", n_init=1, max_iter=20, batch_size=4096, random_state=seed)
     return means.fit(sample).cluster_centers_.astype(np.float32)
 
@@ -318,9 +317,10 @@ def blend(first: np.ndarray,  # uint8 (S, S, 3)
 def show_pairs(pairs: pd.DataFrame,  # `PAIR_COLUMNS`, a row for each pair to be shown
                columns: int = 2,  # pairs in a row of the figure
                size: int = 224  # side of a picture in pixels
-               ) -> Figure:  # for each pair: a, b as it lies on a, and both over each other
+               ) -> "Figure":  # for each pair: a, b as it lies on a, and both over each other
     "Show pairs of pictures with the part they share framed, and laid over each other."
     rows = max(-(-len(pairs) // columns), 1)
+    import matplotlib.pyplot as plt
     fig, axes = plt.subplots(rows, 3 * columns, figsize=(4.8 * columns, 1.95 * rows), dpi=72, squeeze=False)
     for axis in axes.flat: axis.axis("off")
     for row, trio in zip(pairs.itertuples(), axes.reshape(-1, 3)):
@@ -343,6 +343,8 @@ def group_pictures(paths: Sequence[str | os.PathLike],  # all pictures, with or 
                    pairs: pd.DataFrame  # a, b: paths, from `find_duplicates`, `find_overlaps` or both
                    ) -> np.ndarray:  # int (n,), numbered in order of appearance
     "Number the groups of pictures that hang together through pairs. Raises KeyError for a pair of unknown paths."
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
     place = {str(path): number for number, path in enumerate(paths)}
     a, b = ([place[path] for path in pairs[side]] for side in "ab")
     links = coo_matrix((np.ones(len(a)), (a, b)), shape=(len(place), len(place)))

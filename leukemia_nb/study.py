@@ -183,9 +183,9 @@ def study_steps(settings: StudySettings) -> list[Step]:
     made_of = seen | some("seed") | {"pictures": settings.audit}
     steps.append(Step("counterfactuals", "25_counterfactuals.ipynb", made_of, (*PREPARED, *SPLIT), COUNTERFACTUALS))
     for model in settings.models:
-        outputs = (f"audit/{model}.csv", f"audit/robustness/{model}.csv")
+        audited = (f"audit/{model}.csv", f"audit/robustness/{model}.csv")
         steps.append(Step(f"audit-{model}", "28_audit.ipynb", seen | {"model": model, "pictures": min(60, settings.audit)},
-                          (*SPLIT, *COUNTERFACTUALS, f"models/{model}"), outputs))
+                          (*SPLIT, *COUNTERFACTUALS, f"models/{model}"), audited))
     audits = tuple(output for step in steps[-len(settings.models):] for output in step.outputs)
     compared = ("metrics/models.csv", "metrics/classes.csv", "metrics/unseen.csv", "figures/accuracy.png")
     worth = ("metrics/controls.csv", "metrics/follow.csv", "metrics/robustness.csv", "sections/50_worth.json")
@@ -386,7 +386,7 @@ def run_pairs(
     return Pairs(rows.reset_index(drop=True).assign(subset=subset), run.folder / "pairs", size=size)
 
 # %% ../nbs/80_study.ipynb #9f43cc6f
-EMBEDDED = StudySettings(per_class=120, image_size=96, weights="random", audit=60)
+EMBEDDED = StudySettings(per_class=60, image_size=96, weights="random", epochs=5, audit=24)
 "The study of synthetic smears: every model is trained from random weights, nothing is downloaded."
 
 # %% ../nbs/80_study.ipynb #1452529e
