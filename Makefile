@@ -46,8 +46,10 @@ notebooks: install  ## run every notebook as a test
 lab: install  ## open JupyterLab on the notebooks
 	.venv/bin/jupyter lab --notebook-dir nbs
 
-bench: install  ## measure, into benchmarks/results
-	for script in $(filter-out benchmarks/collect_study.py,$(wildcard benchmarks/*.py)); do echo $$script; $(PY) $$script || exit 1; done
+bench: install  ## measure, into benchmarks/results.json
+	for script in $(filter-out benchmarks/collect_study.py benchmarks/merge.py,$(wildcard benchmarks/*.py)); do \
+	  echo $$script; $(PY) $$script || exit 1; done
+	$(PY) benchmarks/merge.py
 
 results: install  ## keep the numbers of a finished study for the documentation: RUN=runs/name
 	$(PY) benchmarks/collect_study.py $(RUN)
