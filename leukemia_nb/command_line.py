@@ -90,7 +90,7 @@ def prepare(
     manifest = build_manifest(data, classes=names)
     run.write_table(manifest, "manifest.csv")
     check_manifest(manifest, minimum=1, classes=names)
-    pairs = prepare_pairs(manifest, out, size=size, method=method, n_jobs=n_jobs)
+    pairs = prepare_pairs(manifest, out / "pairs", size=size, method=method, n_jobs=n_jobs)
     run.write_table(pairs, "pairs.csv")
     flagged, bad = int((pairs.flag != "").sum()), int((manifest.problem != "").sum())
     typer.echo(f"{len(pairs)} pairs in {out}, {flagged} flagged; {bad} pictures with problems in manifest.csv")

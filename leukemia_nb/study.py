@@ -213,7 +213,9 @@ def generations(steps: Sequence[Step]) -> list[list[Step]]:
 # %% ../nbs/80_study.ipynb #dfcd5b5e
 def study_notebook(name: str) -> Path:
     "Path of a study notebook, in the installed package or `nbs/study` of a checkout. Raises StudyError for an unknown one."
-    here = Path(__file__).parent
+    import leukemia_nb
+
+    here = Path(str(leukemia_nb.__file__)).parent
     for folder in (here / "study_notebooks", here.parent / "nbs" / "study"):
         if (folder / name).is_file():
             return folder / name
