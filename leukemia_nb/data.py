@@ -104,7 +104,8 @@ def read_picture(path: str | os.PathLike  # JPEG, PNG, TIFF, BMP, WebP
     except (PermissionError, IsADirectoryError) as error:
         raise PictureError(f"{path}: cannot be opened: {error.strerror}. Check what it is and who may read it.") from None
     except Image.DecompressionBombError: raise PictureError(_too_large(path, "far")) from None
-    except Image.UnidentifiedImageError: return _read_with_opencv(path)
+    except (Image.UnidentifiedImageError, ImportError):  # ultralytics, once loaded, asks for pi_heif instead
+        return _read_with_opencv(path)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
         raise PictureError(f"{path}: the picture is damaged or cut off ({error}). Copy it again, or remove it.") from error
 

@@ -29,6 +29,7 @@ from .models import MODELS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else: Figure = Any  # loaded with the first figure; the name is for the documentation
 
 # %% ../nbs/70_evaluation.ipynb #f8b4aade
 DECK_ACCURACY = {"efficientnet_b0": 0.3514, "mobilenet_v2": 0.9910, "nasnet_mobile": 0.9640, "dual_channel": 0.9910,

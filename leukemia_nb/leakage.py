@@ -11,7 +11,7 @@ __all__ = ['BAR_CORNER', 'ORIENTATIONS', 'PAIR_COLUMNS', 'read_frame', 'read_fra
 # %% ../nbs/45_leakage.ipynb #e1f3ce1f
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from .data import file_sha256, read_picture
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
+else: Figure = Any  # loaded with the first figure; the name is for the documentation
 
 # %% ../nbs/45_leakage.ipynb #04cae682
 def read_frame(path: str | os.PathLike,  # picture of any size

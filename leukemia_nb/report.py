@@ -32,6 +32,7 @@ from .uncertainty import calibration_table, compare_pairs, reliability_figure, t
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else: Figure = Any  # loaded with the first figure; the name is for the documentation
 
 # %% ../nbs/75_report.ipynb #d959e1e8
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from .evaluation import (GREY, MODEL_COLOURS, PALE, answers, blank_figure, calm_
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else: Figure = Any  # loaded with the first figure; the name is for the documentation
 
 # %% ../nbs/79_robustness.ipynb #54679e13
 def shift_hue(picture: np.ndarray,  # uint8 (H, W, 3) RGB

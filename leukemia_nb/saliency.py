@@ -19,6 +19,7 @@ from .segmentation import find_cells
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else: Figure = Any  # loaded with the first figure; the name is for the documentation
 
 # %% auto #0
 __all__ = ['keras_gradients', 'torch_gradients', 'target_positions', 'heatmap_of', 'grad_cam', 'saliency_figure', 'around_cells',

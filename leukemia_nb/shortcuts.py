@@ -24,6 +24,7 @@ from .uncertainty import cross_validated_accuracy, grouped_accuracy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else: Figure = Any  # loaded with the first figure; the name is for the documentation
 
 # %% ../nbs/74_shortcuts.ipynb #495ab472
 def bar_corner(shape: tuple[int, ...]  # (H, W) or (H, W, 3)

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,7 @@ from .evaluation import (CLASS_COLOURS, GREY, INK, MODEL_COLOURS, PALE, Predicti
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else: Figure = Any  # loaded with the first figure; the name is for the documentation
 
 # %% ../nbs/72_uncertainty.ipynb #da67fe51
 @dataclass(frozen=True)

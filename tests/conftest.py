@@ -25,3 +25,11 @@ def shared_weights() -> Path:
     if not folder.is_dir():
         pytest.skip(f"pretrained weights not here: {folder}")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torch_before_tensorflow() -> None:
+    """All test modules share a process: torch must be loaded first, the other order aborts it."""
+    from leukemia_nb.yolo import yolo_framework
+
+    yolo_framework()

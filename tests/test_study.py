@@ -179,7 +179,7 @@ def test_the_smoke_study_leaves_everything_it_promises(smoke_study):
 
 def test_the_report_is_one_file_without_requests(smoke_study):
     text = (smoke_study[0].folder / "report.html").read_text(encoding="utf-8")
-    assert "data:image" in text and "EfficientNet-B0" in text and "YOLO12" in text and "esearch use only" in text
+    assert "data:image" in text and "EfficientNet-B0" in text and "YOLO12" in text and "For research only" in text
     assert 'src="http' not in text and "url(http" not in text and "<link" not in text
 
 
