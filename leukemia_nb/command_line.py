@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .data import CLASSES, FOUR_CLASSES, PictureError, build_manifest, check_manifest, fetch_kaggle
+from .data import PictureError, build_manifest, check_manifest, fetch_kaggle
 from .models import MODELS, ModelError
 from .splitting import SplitError
 
@@ -46,14 +46,11 @@ def synth(
     seed: Annotated[int, typer.Option(help="The same seed gives the same pictures.")] = 0,
 ) -> None:
     "Draw synthetic blood smears with the true cell masks beside them."
+    from leukemia_nb.study import class_names
     from leukemia_nb.synthetic import write_smears
 
-    table = write_smears(out, per_class, classes=_classes(classes), seed=seed, height=height, width=width)
+    table = write_smears(out, per_class, classes=class_names(classes), seed=seed, height=height, width=width)
     typer.echo(f"{len(table)} smears in {out}")
-
-# %% ../nbs/90_command_line.ipynb #2fcfbf72
-def _classes(count: int) -> tuple[str, ...]:
-    return CLASSES if count == 3 else FOUR_CLASSES
 
 # %% ../nbs/90_command_line.ipynb #a633ea85
 @app.command()
@@ -84,9 +81,9 @@ def prepare(
 ) -> None:
     "Turn a folder of pictures into pairs: each picture and its segmented twin, resized."
     from leukemia_nb.pairing import prepare_pairs
-    from leukemia_nb.study import Run
+    from leukemia_nb.study import Run, class_names
 
-    run, names = Run(out), _classes(classes)
+    run, names = Run(out), class_names(classes)
     manifest = build_manifest(data, classes=names)
     run.write_table(manifest, "manifest.csv")
     check_manifest(manifest, minimum=1, classes=names)

@@ -24,7 +24,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from .data import CLASSES, FOUR_CLASSES, atomic_path, read_table, write_table
+from .data import CLASSES, FOUR_CLASSES, atomic_path, file_sha256, read_table, write_table
 from . import models
 from .models import MODELS
 from .pairing import Pairs
@@ -238,16 +238,13 @@ def check_parameters(
 # %% ../nbs/80_study.ipynb #809fe265
 def _digest(path: Path) -> str:
     "SHA-256 of a file's content, or of the names and contents below a folder; 'missing' where nothing is."
-    digest = hashlib.sha256()
-    if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            digest.update(f"{file.relative_to(path)}\0{_digest(file)}\0".encode())
-    elif path.is_file():
-        with open(path, "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    else:
+    if path.is_file():
+        return file_sha256(path)
+    if not path.is_dir():
         return "missing"
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(path)}\0{_digest(file)}\0".encode())
     return digest.hexdigest()
 
 # %% ../nbs/80_study.ipynb #93020f4e
