@@ -422,6 +422,10 @@ def training_section(folder: Path) -> str:
 def _predictions(folder: Path) -> dict[str, pd.DataFrame]:
     return read_all_predictions(folder / "predictions") if any((folder / "predictions").glob("*.csv")) else {}
 
+def _relatives(folder: Path) -> dict[str, str] | None:
+    split = _table(folder, "split.csv")
+    return None if split is None or "related" not in split else dict(split.set_index("pair")["related"])
+
 def _weights(folder: Path, names: Sequence[str]) -> dict[str, str]:
     return {name: str(_json(folder, "models", name, "model.json").get("weights_source", "")) for name in names}
 
@@ -431,7 +435,7 @@ def accuracy_section(folder: Path) -> str:
     predictions = _predictions(folder)
     if not predictions: return ""
     comparison = compare_models(predictions, weights=_weights(folder, list(predictions)))
-    said = told_apart_sentence(compare_pairs(predictions)) if len(predictions) > 1 else ""
+    said = told_apart_sentence(compare_pairs(predictions, groups=_relatives(folder))) if len(predictions) > 1 else ""
     parts = [prose("Right answers on pictures that no model saw in training. The interval is exact (Clopper and Pearson) and "
                    "takes pictures as independent. The deck's figures are from its own 111 test pictures."
                    f"\n\n{said}"),
@@ -538,7 +542,7 @@ def summary_html(folder: Path  # run folder
     text = (f"{count} put to {best['pictures']} test pictures. {who} {did} right on {best['right']} of "
             f"{best['pictures']} "
             f"({best['accuracy']:.1%}; exact 95 % interval {best['low']:.1%} to {best['high']:.1%}).")
-    if len(table) > 1: text += " " + told_apart_sentence(compare_pairs(predictions))
+    if len(table) > 1: text += " " + told_apart_sentence(compare_pairs(predictions, groups=_relatives(folder)))
     tiles = [(f"{best['accuracy']:.1%}", f"best test accuracy, {best['right']} of {best['pictures']}"),
              (f"{best['low']:.1%} – {best['high']:.1%}", "its exact 95 % interval"),
              (f"{table['accuracy'].min():.1%}", f"lowest, {table.loc[table['accuracy'].idxmin(), 'title']}"),

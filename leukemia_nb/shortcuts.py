@@ -333,7 +333,7 @@ def controls_figure(table: pd.DataFrame  # from `control_table`
             axis.hlines(y, row.low, row.high, color=colour, alpha=0.45, linewidth=3)
             axis.plot(row.accuracy, y, "o" if row.kind == "control" else "s", color=colour, markersize=7)
             axis.text(1.02, y, f"{row.accuracy:.1%}", transform=axis.get_yaxis_transform(), va="center", color=INK)
-            words = row.sees if row.kind == "control" else ""
+            words = row.sees if row.sees != "the picture" else ""
             axis.annotate(row.title, (0, y), (-8, 5 if words else 0), xycoords=axis.get_yaxis_transform(),
                           textcoords="offset points", ha="right", va="center")
             axis.annotate(words, (0, y), (-8, -5), xycoords=axis.get_yaxis_transform(), textcoords="offset points",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREPARED', 'SPLIT', 'COUNTERFACTUALS', 'EMBEDDED', 'SMOKE', 'Run', 'StudyError', 'StudySettings', 'class_names',
-           'Step', 'study_steps', 'generations', 'study_notebook', 'check_parameters', 'fingerprint', 'finished',
-           'run_step', 'run_study', 'versions', 'run_pairs', 'smoke_run']
+           'Step', 'study_steps', 'generations', 'needed', 'study_notebook', 'check_parameters', 'fingerprint',
+           'finished', 'run_step', 'run_study', 'versions', 'run_pairs', 'smoke_run']
 
 # %% ../nbs/80_study.ipynb #46a37d65
 import hashlib
@@ -97,6 +97,7 @@ class StudySettings:
     train: tuple[str, ...] = ()  # settings of single models, as "model:setting=value"
     seed: int = 0  # of the synthetic smears, split, flips and training
     audit: int = 200  # test and validation pictures that the counterfactual pictures are made of
+    repeats: int = 3  # of the cross-validation
     n_jobs: int = 1  # worker processes of the prepare step
 
     def __post_init__(self) -> None:
@@ -161,39 +162,72 @@ COUNTERFACTUALS = ("audit/counterfactuals.csv", "audit/counterfactuals.npy")
 "What the counterfactuals step writes: the pictures, and what is in each."
 
 # %% ../nbs/80_study.ipynb #d806d30c
-def study_steps(settings: StudySettings) -> list[Step]:
-    "The steps in an order in which they can run: prepare, split, train, counterfactuals, audit, compare, worth, report."
-    def some(*names: str) -> dict[str, Any]:
-        return {name: getattr(settings, name) for name in names}
+def _chosen(settings: StudySettings, *names: str, **more: Any) -> dict[str, Any]:
+    "Some settings by name, and more parameters, for a step."
+    return {name: getattr(settings, name) for name in names} | more
 
-    def given(*paths: str) -> tuple[str, ...]:
-        return tuple(path for path in paths if path)
 
-    prepare = some("data", "classes", "per_class", "segmentation", "image_size", "seed", "n_jobs")
-    split = some("split", "groups", "split_file", "seed", "n_jobs")
-    steps = [Step("prepare", "10_prepare.ipynb", prepare, (), PREPARED, given(settings.data)),
-             Step("split", "15_split.ipynb", split, PREPARED, SPLIT, given(settings.groups, settings.split_file))]
-    for model in settings.models:
-        parameters = {"model": model, "settings": settings.model_settings(model), "unseen": settings.unseen}
-        outputs = (f"models/{model}", f"predictions/{model}.csv", f"unseen/{model}.csv")
-        steps.append(Step(f"train-{model}", "20_train.ipynb", parameters, (*PREPARED, *SPLIT), outputs, given(settings.unseen)))
-    trained = {"models": list(settings.models)}
-    seen = {"image_size": settings.image_size}
-    predictions = tuple(output for step in steps[2:] for output in step.outputs)
-    made_of = seen | some("seed") | {"pictures": settings.audit}
-    steps.append(Step("counterfactuals", "25_counterfactuals.ipynb", made_of, (*PREPARED, *SPLIT), COUNTERFACTUALS))
-    for model in settings.models:
-        audited = (f"audit/{model}.csv", f"audit/robustness/{model}.csv")
-        steps.append(Step(f"audit-{model}", "28_audit.ipynb", seen | {"model": model, "pictures": min(60, settings.audit)},
-                          (*SPLIT, *COUNTERFACTUALS, f"models/{model}"), audited))
-    audits = tuple(output for step in steps[-len(settings.models):] for output in step.outputs)
-    compared = ("metrics/models.csv", "metrics/classes.csv", "metrics/unseen.csv", "figures/accuracy.png")
-    worth = ("metrics/controls.csv", "metrics/follow.csv", "metrics/robustness.csv", "sections/50_worth.json")
-    steps.append(Step("compare", "30_compare.ipynb", trained, (*SPLIT, *predictions), compared))
-    asked, read = trained | seen | some("seed"), (*PREPARED, *SPLIT, *predictions)
-    steps.append(Step("worth", "35_worth.ipynb", asked, (*read, *audits), worth))
-    steps.append(Step("report", "40_report.ipynb", trained, (*read, *compared, *worth), ("report.html",)))
+def _given(*paths: str) -> tuple[str, ...]:
+    "The paths that are not empty."
+    return tuple(path for path in paths if path)
+
+
+def _outputs(steps: Iterable[Step]) -> tuple[str, ...]:
+    "All that some steps write."
+    return tuple(output for step in steps for output in step.outputs)
+
+# %% ../nbs/80_study.ipynb #2e1d4815
+def _preparation(settings: StudySettings) -> list[Step]:
+    "From pictures to a training set."
+    prepare = _chosen(settings, "data", "classes", "per_class", "segmentation", "image_size", "seed", "n_jobs")
+    split = _chosen(settings, "split", "groups", "split_file", "seed", "n_jobs")
+    return [Step("prepare", "10_prepare.ipynb", prepare, (), PREPARED, _given(settings.data)),
+            Step("split", "15_split.ipynb", split, PREPARED, SPLIT, _given(settings.groups, settings.split_file))]
+
+# %% ../nbs/80_study.ipynb #3d0c5246
+def _training(settings: StudySettings, model: str) -> Step:
+    "One model, trained and asked."
+    asked = {"model": model, "settings": settings.model_settings(model), "unseen": settings.unseen}
+    outputs = (f"models/{model}", f"predictions/{model}.csv", f"unseen/{model}.csv")
+    return Step(f"train-{model}", "20_train.ipynb", asked, (*PREPARED, *SPLIT), outputs, _given(settings.unseen))
+
+
+def _audit(settings: StudySettings, model: str) -> Step:
+    "One trained model under questions."
+    asked = _chosen(settings, "image_size", model=model, pictures=min(60, settings.audit), explained=min(30, settings.audit // 2))
+    outputs = (f"audit/{model}.csv", *(f"audit/{kind}/{model}.csv" for kind in ("robustness", "saliency", "randomisation")))
+    return Step(f"audit-{model}", "28_audit.ipynb", asked, (*PREPARED, *SPLIT, *COUNTERFACTUALS, f"models/{model}"), outputs)
+
+# %% ../nbs/80_study.ipynb #571b154e
+def _background(settings: StudySettings) -> list[Step]:
+    "What needs no trained model: the counterfactual pictures, cross-validation, EfficientNet's two by two."
+    read = (*PREPARED, *SPLIT)
+    pictures = _chosen(settings, "image_size", "seed", pictures=settings.audit)
+    folds = _chosen(settings, "image_size", "weights", "seed", folds=5, repeats=settings.repeats)
+    steps = [Step("counterfactuals", "25_counterfactuals.ipynb", pictures, read, COUNTERFACTUALS),
+             Step("cross-validate", "32_cross_validate.ipynb", folds, read, ("metrics/cross_validation.csv",))]
+    if "efficientnet_b0" in settings.models:
+        small = {"image_size": min(96, settings.image_size), "per_class": settings.audit // 2, "epochs": 8}
+        steps.append(Step("efficientnet", "33_efficientnet.ipynb", _chosen(settings, "weights", "seed", **small), read,
+                          ("metrics/efficientnet.csv", "sections/60_efficientnet.json")))
     return steps
+
+# %% ../nbs/80_study.ipynb #007d275a
+def study_steps(settings: StudySettings) -> list[Step]:
+    "The steps in an order in which they can run, from the pictures to the report."
+    preparation, background = _preparation(settings), _background(settings)
+    trainings = [_training(settings, model) for model in settings.models]
+    audits = [_audit(settings, model) for model in settings.models]
+    trained = (*PREPARED, *SPLIT, *_outputs(trainings))
+    models = {"models": list(settings.models)}
+    compare = Step("compare", "30_compare.ipynb", models, trained, (
+        "metrics/models.csv", "metrics/classes.csv", "metrics/unseen.csv", "figures/accuracy.png"))
+    worth = Step("worth", "35_worth.ipynb", models | _chosen(settings, "image_size", "seed"), (
+        *trained, "metrics/cross_validation.csv", *_outputs(audits)), (
+        "metrics/controls.csv", "metrics/follow.csv", "metrics/robustness.csv", "metrics/saliency.csv", "sections/50_worth.json"))
+    report = Step("report", "40_report.ipynb", models, (
+        *trained, *_outputs(background), *compare.outputs, *worth.outputs), ("report.html",))
+    return [*preparation, *trainings, *background, *audits, compare, worth, report]
 
 # %% ../nbs/80_study.ipynb #1246ad6d
 def generations(steps: Sequence[Step]) -> list[list[Step]]:
@@ -209,6 +243,25 @@ def generations(steps: Sequence[Step]) -> list[list[Step]]:
         left = [step for step in left if step not in ready]
         written.update(output for step in ready for output in step.outputs)
     return groups
+
+# %% ../nbs/80_study.ipynb #7603a087
+def needed(
+    steps: Sequence[Step],  # all steps of a study
+    names: Sequence[str],  # steps, or kinds of step as "train"; empty: all steps
+) -> list[Step]:  # in the order of `steps`
+    "The steps of these names, and those that write what they read. Raises StudyError for an unknown name."
+    def matches(step: Step, name: str) -> bool:
+        return name in (step.name, step.name.split("-")[0])
+
+    if unknown := [name for name in names if not any(matches(step, name) for step in steps)]:
+        raise StudyError(f"no step is called {unknown[0]!r}; there are {', '.join(step.name for step in steps)}.")
+    kept = {step.name for step in steps if not names or any(matches(step, name) for name in names)}
+    read = {name for step in steps if step.name in kept for name in step.inputs}
+    for step in reversed(steps):
+        if read & set(step.outputs):
+            kept.add(step.name)
+            read |= set(step.inputs)
+    return [step for step in steps if step.name in kept]
 
 # %% ../nbs/80_study.ipynb #dfcd5b5e
 def study_notebook(name: str) -> Path:
@@ -302,7 +355,7 @@ def run_step(
     partial, began = run.path("notebooks", f"{step.name}.partial.ipynb"), time.time()
     try:
         papermill.execute_notebook(str(notebook), str(partial), parameters, progress_bar=False, cwd=str(run.folder),
-                                   stdout_file=sys.stdout, extra_arguments=["--log-level=ERROR"])
+                                   stdout_file=sys.stdout, extra_arguments=["--log-level=CRITICAL"])
     except papermill.PapermillExecutionError as error:
         raise StudyError(f"step {step.name} failed: {error.ename}: {error.evalue}\nThe notebook up to there: {partial}") from None
     if missing := [name for name in step.outputs if not (run.folder / name).exists()]:
@@ -330,7 +383,7 @@ def run_study(
     n_jobs: int = 1,  # steps side by side
     redo: Sequence[str] = (),  # names of steps to run again although they are finished
     say: Callable[[str], None] = print,  # gets a line for each step
-    until: str = "",  # stop after the generation of this step, or of this kind of step ("train")
+    until: Sequence[str] = (),  # only what these steps or kinds of step ("train") need, and they themselves; empty: all
 ) -> Run:
     "Run a study, or what of it is not finished; gives the run. Raises StudyError when a step fails."
     import joblib
@@ -338,7 +391,7 @@ def run_study(
     run = Run(Path(folder))
     with _locked(run):
         run.write_json(asdict(settings) | {"versions": versions()}, "study.json")
-        for group in generations(study_steps(settings)):
+        for group in generations(needed(study_steps(settings), until)):
             names = ", ".join(step.name for step in group)
             say(f"{names} …")
             beside = min(n_jobs, len(group))
@@ -351,8 +404,6 @@ def run_study(
                 errors += [record["error"]] if "error" in record else []
             if errors:
                 raise StudyError("\n".join(errors) + "\nWhat is finished stays finished; the same command goes on from here.")
-            if until and any(step.name.split("-")[0] == until or step.name == until for step in group):
-                break
     return run
 
 # %% ../nbs/80_study.ipynb #f2ca7509
@@ -385,16 +436,16 @@ def run_pairs(
     return Pairs(rows.reset_index(drop=True).assign(subset=subset), run.folder / "pairs", size=size)
 
 # %% ../nbs/80_study.ipynb #9f43cc6f
-EMBEDDED = StudySettings(per_class=60, image_size=96, weights="random", epochs=5, audit=24)
+EMBEDDED = StudySettings(per_class=60, image_size=96, weights="random", epochs=5, audit=24, repeats=1)
 "The study of synthetic smears: every model is trained from random weights, nothing is downloaded."
 
 # %% ../nbs/80_study.ipynb #1452529e
-SMOKE = StudySettings(per_class=24, image_size=32, weights="random", models=("mobilenet_v2",), epochs=1, audit=12)
+SMOKE = StudySettings(per_class=24, image_size=32, weights="random", models=("mobilenet_v2",), epochs=1, audit=12, repeats=1)
 "The smallest study that still touches every step: 72 small synthetic smears, one model, one epoch."
 
 # %% ../nbs/80_study.ipynb #2db98355
-def smoke_run(until: str = "split") -> str:
-    "Run the smoke study up to a kind of step in a temporary folder; gives the folder's path."
+def smoke_run(*until: str) -> str:
+    "Run the smoke study up to some steps or kinds of step, `split` if none is named, in a temporary folder; gives its path."
     import tempfile
 
-    return str(run_study(SMOKE, tempfile.mkdtemp(prefix="smoke-"), until=until, say=lambda line: None).folder)
+    return str(run_study(SMOKE, tempfile.mkdtemp(prefix="smoke-"), until=until or ("split",), say=lambda line: None).folder)

@@ -142,7 +142,7 @@ def test_every_step_knows_the_parameters_it_is_given():
 def test_a_killed_study_goes_on_where_it_stopped(tmp_path):
     run = tmp_path / "run"
     code = ("from leukemia_nb.study import SMOKE, run_study\n"
-            f"run_study(SMOKE, {str(run)!r}, until='train')")
+            f"run_study(SMOKE, {str(run)!r}, until=['train'])")
     with subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL) as process:
         end = time.time() + 240
         while not (run / "steps/prepare.json").exists() and time.time() < end:
@@ -152,7 +152,7 @@ def test_a_killed_study_goes_on_where_it_stopped(tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
     assert (run / "steps/prepare.json").exists() and not (run / "steps/train-mobilenet_v2.json").exists()
     said = []
-    run_study(SMOKE, run, say=said.append, until="prepare")
+    run_study(SMOKE, run, say=said.append, until=["prepare"])
     assert "  prepare: unchanged" in said
 
 
@@ -204,7 +204,7 @@ def test_a_changed_setting_of_one_model_retrains_that_model_alone(smoke_study):
     run, _ = smoke_study
     said = []
     settings = replace(SMOKE, models=ALL_MODELS, train=("mobilenet_v2:batch_size=16",))
-    run_study(settings, run.folder, say=said.append, until="train")
+    run_study(settings, run.folder, say=said.append, until=["train"])
     again = [line.split(":")[0].strip() for line in said if " s" in line and "unchanged" not in line and "…" not in line]
     assert again == ["train-mobilenet_v2"]
 
