@@ -5,7 +5,6 @@
 # %% ../nbs/60_models.ipynb #38ef7238
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.metadata
 import inspect
@@ -17,11 +16,16 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
-import pandas as pd
+
+from .data import file_sha256
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+else: DataFrame = Any  # loaded with the first table; the name is for the documentation
 
 # %% auto #0
 __all__ = ['MODELS', 'ModelError', 'ModelEntry', 'register', 'make_model', 'Keywords', 'Settings', 'square_picture', 'Pictures',
@@ -257,8 +261,9 @@ class History:
         return improved
 
     @property
-    def table(self) -> pd.DataFrame:
+    def table(self) -> DataFrame:
         "The rows as a table [epoch, accuracy, loss, val_accuracy, val_loss, seconds]."
+        import pandas as pd
         return pd.DataFrame(self.rows, columns=["epoch", "accuracy", "loss", "val_accuracy", "val_loss", "seconds"])
 
 # %% ../nbs/60_models.ipynb #8d784fdf
@@ -351,7 +356,7 @@ class PictureClassifier(PicturePredictor):
         train: Any,  # a `Pairs` or `Pictures` with labels
         validation: Any,  # likewise; chooses the epoch, trains nothing
         progress: Callable[[str], Any] | None = None,  # called with one line an epoch, for example `print`
-    ) -> pd.DataFrame:  # history: one row an epoch
+    ) -> DataFrame:  # history: one row an epoch
         "Train, keep the weights of the lowest validation loss, warn (RuntimeWarning) if the model has collapsed."
         self.check_settings()
         if not len(train) or not len(validation):
@@ -387,11 +392,6 @@ def versions(
     return found
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic): return value.tolist()
     return list(value) if isinstance(value, tuple) else value
@@ -417,7 +417,7 @@ def save_model(
             collapsed=model.collapsed_, best_epoch=int(model.best_epoch_),
             settings={key: _plain(value) for key, value in model.get_params().items()},
             versions=versions("leukemia_nb", "numpy", "keras", "tensorflow", "torch", "ultralytics"),
-            files={p.relative_to(unfinished).as_posix(): _sha256(p)
+            files={p.relative_to(unfinished).as_posix(): file_sha256(p)
                    for p in sorted(unfinished.rglob("*")) if p.is_file()},
         )
         (unfinished / "model.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -448,12 +448,13 @@ def load_model(
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder / 'model.json'} is damaged ({error}). Train the model again.") from error
     for file, digest in files.items():
-        if not (folder / file).is_file() or _sha256(folder / file) != digest:
+        if not (folder / file).is_file() or file_sha256(folder / file) != digest:
             raise ModelError(f"{folder / file} is missing or not what was saved. Train the model again.")
     model = make_model(name, **facts["settings"])
     model.classes_ = np.array(facts["classes"], dtype=str)
     model.weights_source_, model.collapsed_ = facts["weights_source"], facts["collapsed"]
     model.best_epoch_ = facts["best_epoch"]
+    import pandas as pd
     model.history_ = pd.read_csv(folder / "history.csv")
     model._load(folder)
     return model

@@ -23,7 +23,7 @@ import numpy as np
 
 from .data import PictureError, atomic_path, file_sha256, find_pictures, read_picture, write_picture
 from .models import ModelError, square_picture
-from .segmentation import count_cells, cut_out, draw_outlines, find_cells, segment
+from .segmentation import count_cells, cut_out, draw_outlines, find_cells, label_cells, segment
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -31,7 +31,9 @@ else: DataFrame = Any  # loaded with the first table; the name is for the docume
 
 # %% auto #0
 __all__ = ['SEAL', 'OUTPUTS', 'unseal', 'made_up_model_file', 'open_model_file', 'list_pictures', 'row_columns', 'reasons',
-           'Predictions', 'doubt_in_words', 'row_text', 'Look', 'Predictor', 'overlay', 'predictions_html']
+           'Predictions', 'doubt_in_words', 'row_text', 'Look', 'Predictor', 'overlay', 'predictions_html', 'saliency',
+           'Task', 'model_of', 'overlay_file', 'answer_files', 'read_unfinished', 'write_rows', 'iter_answers',
+           'predict_files', 'exported_models', 'compare_models_on', 'comparison_text']
 
 # %% ../nbs/84_predictor.ipynb #9b8dcdba
 SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"  # protobuf for metadata_props {key "sha256", value of 64 characters}; the digest follows
@@ -169,7 +171,7 @@ def list_pictures(
     "Paths of the pictures that files, folders and patterns mean."
     given = [pictures] if isinstance(pictures, str | os.PathLike) else pictures
     found: list[str] = []
-    for each in map(os.fspath, given):
+    for each in [os.fspath(one) for one in given]:
         if os.path.isdir(each): found += map(str, find_pictures(each)) or [each]
         elif has_magic(each) and not os.path.exists(each): found += sorted(glob(each, recursive=True)) or [each]
         else: found.append(each)
@@ -244,7 +246,7 @@ def row_text(
     row: dict,  # an answer
 ) -> str:  # one line
     "An answer as a line of text."
-    if row["error"]: return f"{row['path']}: not answered: {row['error']}"
+    if row["error"]: return f"not answered: {row['error']}"
     found = f"{row['class']} {row['confidence']:.1%}"
     if row["abstain"]: found = f"abstains: {row['why']} (nearest: {found})"
     cells = "" if row["blasts"] is None else f"; {row['blasts']} cells on {row['blast_area']:.1%} of the picture"
@@ -399,14 +401,15 @@ def overlay(
     method: str = "deck",  # of segmentation
     heat: np.ndarray | None = None,  # float (S, S), 0..1: saliency laid over the picture in grey
 ) -> np.ndarray:  # uint8 (H, W, 3) RGB
-    "The picture with its cells outlined, and where it mattered to the model, if that is given."
-    cells = find_cells(picture) if method == "seeded" else segment(picture, method)
-    if heat is None: return draw_outlines(picture, cells)
+    "The picture with each of its cells outlined, and where it mattered to the model, if that is given."
+    cells = find_cells(picture) if method == "seeded" else label_cells(segment(picture, method))
+    width = max(1, round(max(picture.shape) / 220))
+    if heat is None: return draw_outlines(picture, cells, (0, 205, 90), width)
     grey = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     strength = cv2.resize(heat.astype(np.float32), picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)[..., None]
     glow = cv2.applyColorMap((255 * strength[..., 0]).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
     mixed = grey + (glow - grey.astype(np.float32)) * (0.1 + 0.7 * strength)
-    return draw_outlines(np.clip(mixed, 0, 255).astype(np.uint8), cells, (25, 211, 224))
+    return draw_outlines(np.clip(mixed, 0, 255).astype(np.uint8), cells, (25, 211, 224), width)
 
 # %% ../nbs/84_predictor.ipynb #bc0f5989
 _STYLE = """<style>
@@ -442,10 +445,21 @@ def _data_uri(picture: np.ndarray, width: int = 560) -> str:
 def _bars_html(row: dict, classes: Sequence[str]) -> str:
     "A bar for each class; pale where the model abstains."
     from leukemia_nb.evaluation import class_colours
-    bars = [f'<div class="lnb-bar"><span>{html.escape(name)}</span><span class="lnb-track"><i style="width:{row[f"p_{name}"]:.1%};'
-            f'background:{colour};opacity:{0.45 if row["abstain"] else 1}"></i></span>'
-            f'<span class="lnb-num">{row[f"p_{name}"]:.1%}</span></div>' for name, colour in zip(classes, class_colours(classes))]
+    bars, strength = [], 0.45 if row["abstain"] else 1
+    for name, colour in zip(classes, class_colours(classes)):
+        share = f"{row[f'p_{name}']:.1%}"
+        track = f'<i style="width:{share};background:{colour};opacity:{strength}"></i>'
+        bars.append(f'<div class="lnb-bar"><span>{html.escape(name)}</span><span class="lnb-track">{track}</span>'
+                    f'<span class="lnb-num">{share}</span></div>')
     return "".join(bars)
+
+
+def _found_html(row: dict) -> str:
+    "Number and area of the cells found."
+    if row["blasts"] is None: return ""
+    what = "white cells" if row["abstain"] or row["class"] == "Normal" else "blasts"
+    return (f'<div class="lnb-found"><b>{row["blasts"]}</b> {what} found, <b>{row["blast_area"]:.1%}</b> of the picture '
+            f'({row["blast_pixels"]:,} pixels)</div>')
 
 
 def _card_html(row: dict, info: dict, picture: Any) -> str:
@@ -457,12 +471,9 @@ def _card_html(row: dict, info: dict, picture: Any) -> str:
     pixels = picture if isinstance(picture, np.ndarray) else read_picture(picture)
     shown = _data_uri(overlay(pixels[0] if pixels.ndim == 4 else pixels, info["segmentation"]))
     answer = f'No answer <small>nearest: {html.escape(row["class"])}</small>' if row["abstain"] else html.escape(row["class"])
-    what = "white cells" if row["abstain"] or row["class"] == "Normal" else "blasts"
-    found = "" if row["blasts"] is None else (f'<div class="lnb-found"><b>{row["blasts"]}</b> {what} found, <b>{row["blast_area"]:.1%}</b> '
-                                              f'of the picture ({row["blast_pixels"]:,} pixels)</div>')
     return (f'<div class="lnb-card"><img class="lnb-pic" alt="{name}, its cells outlined" src="{shown}"><div class="lnb-say">'
             f'<div class="lnb-name">{name}</div><div class="lnb-class">{answer}</div>{doubt}'
-            f'{_bars_html(row, info["classes"])}{found}</div></div>')
+            f'{_bars_html(row, info["classes"])}{_found_html(row)}</div></div>')
 
 
 def predictions_html(
@@ -474,5 +485,202 @@ def predictions_html(
     shown = list(zip(predictions.rows, predictions.pictures))[:most]
     rest = f"{len(predictions) - len(shown)} more in .table. " if len(predictions) > len(shown) else ""
     cards = "".join(_card_html(row, info, picture) for row, picture in shown)
-    foot = f"{rest}{info['title']}, version {info['version']}. Probabilities are calibrated. Research use only: not medical advice."
+    foot = (f"{rest}{info['title']}, version {info['version']}. Probabilities are calibrated. "
+            "Research use only: not medical advice.")
     return f'{_STYLE}<div class="lnb">{cards}<div class="lnb-foot">{html.escape(foot)}</div></div>'
+
+# %% ../nbs/84_predictor.ipynb #b36e17e3
+def saliency(
+    model: Predictor,  # an exported model
+    pictures: Any,  # paths, folders, patterns or uint8 RGB arrays
+    grid: int = 7,  # squares along a side: grid * grid + 1 answers a picture
+) -> np.ndarray:  # float32 (n, S, S), 0..1
+    "Occlusion maps of the model's answers, see `leukemia_nb.saliency.occlusion_map`. Raises PictureError."
+    from leukemia_nb.saliency import occlusion_map
+    pixels = [each if isinstance(each, np.ndarray) else read_picture(each) for each in _as_list(pictures)]
+    return occlusion_map(model, pixels, grid=grid)
+
+# %% ../nbs/84_predictor.ipynb #a4d61305
+class Task(NamedTuple):
+    "What a worker needs to know to answer a batch of files; plain values, so that it can be sent anywhere."
+    model: str  # the model file
+    overlays: str = ""  # folder for pictures with outlines; "": none
+    saliency: bool = False  # save saliency maps there too
+    threads: int = 0  # of the network; 0: as many as there are cores
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(file: str, threads: int, changed: float) -> Predictor:
+    return Predictor.load(file, threads=threads)
+
+
+def model_of(
+    task: Task,  # names the model file
+) -> Predictor:
+    "The model of this process, opened once as long as the file is the same. Raises ModelError."
+    return _opened(task.model, task.threads, os.path.getmtime(task.model) if os.path.exists(task.model) else 0.0)
+
+
+def overlay_file(
+    row: dict,  # an answer
+    folder: str | os.PathLike,  # of the overlays
+    kind: str = "cells",  # "cells" or "saliency"
+) -> Path:
+    "Name of an overlay: the picture's own, with the first digits of its sha256, so that names cannot collide."
+    return Path(folder) / f"{Path(row['path']).stem}-{row['sha256'][:8]}-{kind}.jpg"
+
+
+def answer_files(
+    task: Task,  # model and what is wanted beside the rows
+    paths: Sequence[str],  # one batch of files
+) -> list[dict]:  # rows, one a file, in order
+    "Answer one batch; the unit of work of every way of running many. Raises ModelError, OutputError."
+    model = model_of(task)
+    rows = [row for part in model.iter_predict(paths, max(1, len(paths))) for row in part.rows]
+    for row in rows:
+        if not task.overlays or row["error"]: continue
+        picture = read_picture(row["path"])
+        write_picture(overlay_file(row, task.overlays), overlay(picture, model.method))
+        if task.saliency:
+            heat = saliency(model, picture)[0]
+            write_picture(overlay_file(row, task.overlays, "saliency"), overlay(picture, model.method, heat))
+    return rows
+
+# %% ../nbs/84_predictor.ipynb #1de08255
+def read_unfinished(
+    file: str | os.PathLike,  # of rows, one JSON object a line
+    version: str = "",  # rows of other versions of a model are passed by; "": all are taken
+) -> Iterator[dict]:  # rows without errors
+    "Rows of a run that was stopped; a last line that was cut off is none."
+    if not os.path.exists(file): return
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try: row = json.loads(line)
+            except ValueError: return
+            if not row["error"] and version in ("", row["model_version"]): yield row
+
+
+def _keep_finished(journal: Path, wanted: Sequence[str], version: str, task: Task) -> list[str]:
+    "Reduce the rows of a stopped run to those that still hold; gives the files that are left to do."
+    kinds = ["cells", "saliency"][: 1 + task.saliency] if task.overlays else []
+    def holds(row: dict) -> bool:
+        drawn = all(overlay_file(row, task.overlays, kind).is_file() for kind in kinds)
+        return row["path"] in left and drawn and os.path.isfile(row["path"]) and file_sha256(row["path"]) == row["sha256"]
+    left = dict.fromkeys(wanted)
+    with atomic_path(journal) as temporary, open(temporary, "w", encoding="utf-8") as lines:
+        for row in read_unfinished(journal, version):
+            if not holds(row): continue
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            left.pop(row["path"])
+    return list(left)
+
+# %% ../nbs/84_predictor.ipynb #dde6410d
+def write_rows(
+    journal: str | os.PathLike,  # rows, one JSON object a line
+    classes: Sequence[str],  # class names
+    out: str | os.PathLike | None = None,  # CSV file
+    json_file: str | os.PathLike | None = None,  # JSON file: a list of objects
+) -> None:
+    "Turn rows into the files that are wanted, each whole or not at all, holding one row at a time. Raises OutputError."
+    if out:
+        with (atomic_path(out) as temporary, open(temporary, "w", encoding="utf-8", newline="") as target,
+              open(journal, encoding="utf-8") as lines):
+            table = csv.DictWriter(target, row_columns(classes))
+            table.writeheader()
+            table.writerows(json.loads(line) for line in lines)
+    if json_file:
+        with (atomic_path(json_file) as temporary, open(temporary, "w", encoding="utf-8") as target,
+              open(journal, encoding="utf-8") as lines):
+            target.write("[\n")
+            target.writelines(f"{',' if place else ''}{line}" for place, line in enumerate(lines))
+            target.write("]\n")
+
+# %% ../nbs/84_predictor.ipynb #a212271e
+def iter_answers(
+    task: Task,  # model and what is wanted beside the rows
+    paths: Sequence[str],  # files
+    batch_size: int = 32,  # files a batch; the first one is alone, so that an answer is there at once
+    n_jobs: int | None = 1,  # worker processes; None: joblib's configuration, which may be a cluster
+) -> Iterator[list[dict]]:  # rows of a batch, batches in order
+    "Answer many files, here or in worker processes, each of which opens the model once."
+    batches = [paths[:1], *(paths[start : start + batch_size] for start in range(1, len(paths), batch_size))]
+    if n_jobs == 1: return (answer_files(task, batch) for batch in batches)
+    from joblib import Parallel, delayed
+    alone = task._replace(threads=1)
+    return iter(Parallel(n_jobs=n_jobs, return_as="generator")(delayed(answer_files)(alone, batch) for batch in batches))
+
+
+def predict_files(
+    paths: Sequence[str],  # files, as `list_pictures` gives them
+    task: Task,  # model and what is wanted beside the rows
+    out: str | os.PathLike | None = None,  # CSV file
+    json_file: str | os.PathLike | None = None,  # JSON file
+    batch_size: int = 32,  # files a batch
+    n_jobs: int | None = 1,  # worker processes; None: joblib's configuration
+    say: Callable[[list[dict]], Any] = len,  # called with the rows of each batch
+) -> int:  # files whose answers were there from a run that was stopped
+    "Answer files into tables, going on where a stopped run left off. Raises ModelError, OutputError."
+    about = model_of(task).info
+    journal = Path(f"{out or json_file}.unfinished")
+    left = _keep_finished(journal, paths, about["version"], task)
+    with open(journal, "a", encoding="utf-8") as lines:
+        for rows in iter_answers(task, left, batch_size, n_jobs) if left else ():
+            lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            lines.flush()
+            say(rows)
+    write_rows(journal, about["classes"], out, json_file)
+    journal.unlink()
+    return len(paths) - len(left)
+
+# %% ../nbs/84_predictor.ipynb #56e17e85
+def exported_models(
+    run: str | os.PathLike,  # a study's run folder
+) -> list[Path]:  # model files, in the order of `leukemia_nb.models.MODELS`
+    "Model files of a run. Raises ModelError where there are none."
+    from leukemia_nb.models import MODELS
+    order = {name: place for place, name in enumerate(MODELS)}
+    files = sorted(Path(run, "exported").glob("*.onnx"), key=lambda file: (order.get(file.stem, len(order)), file.stem))
+    if not files: raise ModelError(f"{run}: no exported models in it (exported/*.onnx). Run the study's export step.")
+    return files
+
+
+def compare_models_on(
+    paths: Sequence[str],  # files
+    models: Sequence[str | os.PathLike],  # model files
+    say: Callable[[str], Any] = len,  # called with the message of each file that cannot be read
+) -> DataFrame:  # picture, path, true label, then answer, confidence and doubt a model
+    "What every model says about new pictures, as `evaluation.unseen_table` has it. Raises PictureError, ModelError."
+    from leukemia_nb.data import class_of
+    from leukemia_nb.evaluation import model_title, predictions_table, unseen_table
+    found: dict[str, DataFrame] = {}
+    doubts: dict[str, Any] = {}
+    for file in models:
+        model = Predictor.load(file)
+        table = model.predict(list(paths)).table
+        good = table[table["error"] == ""].reset_index(drop=True)
+        if not found:
+            for error in table.loc[table["error"] != "", "error"]: say(error)
+        if not len(good): raise PictureError(f"none of {len(paths)} pictures can be read. Check the paths.")
+        labels = [class_of(Path(path).parent.name) or "" for path in good["path"]]
+        known = good.assign(pair=good["path"], subset="unseen", **{
+            "class": [label if label in model.classes_ else "" for label in labels]})
+        name, columns = model.info["name"], [f"p_{label}" for label in model.classes_]
+        found[name] = predictions_table(known, good[columns].to_numpy(float), model.classes_.tolist())
+        doubts[f"{model_title(name)} doubt"] = good.set_index("path")["why"]
+    compared = unseen_table(found)
+    return compared.assign(**{name: compared["path"].map(why) for name, why in doubts.items()})
+
+
+def comparison_text(
+    table: DataFrame,  # from `compare_models_on`
+) -> str:  # a line a picture, a column a model
+    "The comparison as text: answers with their confidence, in brackets where the model abstains."
+    from leukemia_nb.evaluation import model_names
+    names = model_names(table)
+    lines = [["picture", "true label", *names]]
+    for _, row in table.iterrows():
+        said = [f"{row[name]} {row[f'{name} confidence']:.2f}" for name in names]
+        said = [f"({text})" if row[f"{name} doubt"] else text for name, text in zip(names, said)]
+        lines.append([Path(row["picture"]).name, row["true label"] or "-", *said])
+    wide = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, wide)).rstrip() for line in lines)
