@@ -1,5 +1,7 @@
 """Fixtures shared by the tests."""
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,21 @@ def shared_weights() -> Path:
     folder = SHARED / "weights"
     if not folder.is_dir():
         pytest.skip(f"pretrained weights not here: {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working tree, committed in a repository of its own."""
+    folder = tmp_path_factory.mktemp("copy") / "leukemia_nb"
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
+    for name in filter(None, files):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(folder)]
+    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "copy"]):
+        subprocess.run(git + arguments, check=True)
     return folder
 
 

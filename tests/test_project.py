@@ -1,7 +1,6 @@
 """The house rules: notebooks, generated package, wheel."""
 import ast
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,22 +16,6 @@ LIBRARY = [p for p in NOTEBOOKS if p.parent.name == "nbs" and p.name[0].isdigit(
 STUDY = [p for p in NOTEBOOKS if p.parent.name == "study"]
 MODULES = sorted(p.stem for p in (ROOT / "leukemia_nb").glob("*.py") if not p.stem.startswith("_"))
 BIN = Path(sys.executable).parent
-TIDY = dict(cwd=ROOT, check=True, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    """The working tree, committed in a repository of its own."""
-    folder = tmp_path_factory.mktemp("copy") / "leukemia_nb"
-    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], **TIDY).stdout.split("\n")
-    for name in filter(None, files):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(folder)]
-    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "copy"]):
-        subprocess.run(git + arguments, check=True)
-    return folder
 
 
 def test_export_and_clean_leave_git_clean(copy):
@@ -58,21 +41,6 @@ def test_study_notebooks_have_typed_commented_parameters_and_no_exports(notebook
     assert all(isinstance(node, ast.AnnAssign) for node in tree.body)
     assert all("  # " in line for line in source.splitlines())
     assert not any("#| export" in cell.source or "#| default_exp" in cell.source for cell in cells)
-
-
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.name)
-def test_every_notebook_has_a_title_and_a_subtitle(notebook):
-    first = next(cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "markdown")
-    lines = [line for line in first.splitlines() if line.strip()]
-    assert lines[0].startswith("# ") and lines[1].startswith("> ")
-
-
-@pytest.mark.parametrize("notebook", LIBRARY, ids=lambda p: p.name)
-def test_library_notebooks_are_committed_with_outputs_and_small(notebook):
-    cells = nbformat.read(notebook, 4).cells
-    assert any(cell.cell_type == "code" and cell.outputs for cell in cells)
-    assert not any(output.output_type == "error" for cell in cells if cell.cell_type == "code" for output in cell.outputs)
-    assert notebook.stat().st_size < 1_200_000
 
 
 def exported(notebook):
@@ -104,22 +72,6 @@ def test_public_functions_are_shown_after_their_cell(notebook):
 def test_the_notebooks_are_valid():
     for notebook in NOTEBOOKS:
         nbformat.validate(json.loads(notebook.read_text(encoding="utf-8")))
-
-
-def test_the_sidebar_names_every_notebook():
-    sidebar = (ROOT / "nbs" / "sidebar.yml").read_text(encoding="utf-8")
-    missing = [str(p.relative_to(ROOT / "nbs")) for p in NOTEBOOKS if str(p.relative_to(ROOT / "nbs")) not in sidebar]
-    assert not missing
-
-
-def test_the_pages_can_be_processed_for_the_site(copy):
-    """The half of nbdev's docs that needs no Quarto."""
-    code = "from nbdev.serve import proc_nbs; print(proc_nbs())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, timeout=600,
-                          env={**os.environ, "PYTHONPATH": str(copy)})
-    assert done.returncode == 0, done.stderr
-    made = sorted(p.relative_to(copy / "_proc").as_posix() for p in (copy / "_proc").rglob("*.ipynb"))
-    assert made == sorted(p.relative_to(ROOT / "nbs").as_posix() for p in NOTEBOOKS)
 
 
 @pytest.fixture(scope="module")
