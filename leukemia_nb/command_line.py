@@ -117,7 +117,7 @@ def predict(
 
     For research use only. A run that was stopped goes on where it was when the same command is given again.
     """
-    from leukemia_nb.predictor import Task, iter_answers, list_pictures, predict_files, row_text
+    from leukemia_nb.predictor import Task, iter_answers, list_pictures, predict_files, row_text, unfinished_file
 
     if saliency and not overlays: raise typer.BadParameter("--saliency needs a folder: --overlays FOLDER")
     paths = list_pictures(pictures)
@@ -130,8 +130,12 @@ def predict(
 
     if out or json:
         from tqdm import tqdm
-        with tqdm(total=len(paths), unit="picture", disable=None) as bar:
-            resumed = predict_files(paths, task, out, json, batch_size, n_jobs, lambda rows: bar.update(count(rows)))
+        try:
+            with tqdm(total=len(paths), unit="picture", disable=None) as bar:
+                resumed = predict_files(paths, task, out, json, batch_size, n_jobs, lambda rows: bar.update(count(rows)))
+        except KeyboardInterrupt:
+            typer.echo(f"stopped: answers so far are in {unfinished_file(out, json)}; the same command goes on.", err=True)
+            raise typer.Exit(130) from None
         kept = f" ({resumed} of them before)" if resumed else ""
         typer.echo(f"{len(paths)} pictures in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
     else:

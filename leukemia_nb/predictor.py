@@ -32,8 +32,8 @@ else: DataFrame = Any  # loaded with the first table; the name is for the docume
 # %% auto #0
 __all__ = ['SEAL', 'OUTPUTS', 'unseal', 'made_up_model_file', 'open_model_file', 'list_pictures', 'row_columns', 'reasons',
            'Predictions', 'doubt_in_words', 'row_text', 'Look', 'Predictor', 'overlay', 'predictions_html', 'saliency',
-           'Task', 'model_of', 'overlay_file', 'answer_files', 'read_unfinished', 'write_rows', 'iter_answers',
-           'predict_files', 'exported_models', 'compare_models_on', 'comparison_text']
+           'Task', 'model_of', 'overlay_file', 'answer_files', 'unfinished_file', 'read_unfinished', 'write_rows',
+           'iter_answers', 'predict_files', 'exported_models', 'compare_models_on', 'comparison_text']
 
 # %% ../nbs/84_predictor.ipynb #9b8dcdba
 SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"  # protobuf for metadata_props {key "sha256", value of 64 characters}; the digest follows
@@ -160,8 +160,8 @@ def open_model_file(
     except Exception as error:  # onnxruntime has a class of its own for each of its troubles
         reason = str(error).splitlines()[0]
         raise ModelError(f"{file}: cannot be started ({reason}). Export the model again, or update onnxruntime.") from error
-    if info["format"] != 1 or [output.name for output in session.get_outputs()] != OUTPUTS:
-        raise ModelError(f"{file}: made by another version of leukemia_nb (format {info['format']}). Update, or export again.")
+    if info.get("format") != 1 or [output.name for output in session.get_outputs()] != OUTPUTS:
+        raise ModelError(f"{file}: made by another version of leukemia_nb. Update leukemia_nb, or export the model again.")
     return session, info
 
 # %% ../nbs/84_predictor.ipynb #b3990125
@@ -172,7 +172,7 @@ def list_pictures(
     given = [pictures] if isinstance(pictures, str | os.PathLike) else pictures
     found: list[str] = []
     for each in [os.fspath(one) for one in given]:
-        if os.path.isdir(each): found += map(str, find_pictures(each)) or [each]
+        if os.path.isdir(each): found += [str(path) for path in find_pictures(each)] or [each]
         elif has_magic(each) and not os.path.exists(each): found += sorted(glob(each, recursive=True)) or [each]
         else: found.append(each)
     return list(dict.fromkeys(found))
@@ -385,6 +385,10 @@ class Predictor:
         "What the last layer sees, float32 (n, d); Raises PictureError."
         return self._numbers(pictures, 1)
 
+    def score(self, pictures: Any, labels: Sequence[str]) -> float:
+        "Share of right answers, abstaining or not; Raises PictureError."
+        return float(np.mean(self.classes_[self.predict_proba(pictures).argmax(axis=1)] == np.asarray(labels)))
+
 
 def _as_list(pictures: Any) -> list:
     "Paths and arrays, one a picture, of anything that may be asked about."
@@ -485,7 +489,8 @@ def predictions_html(
     shown = list(zip(predictions.rows, predictions.pictures))[:most]
     rest = f"{len(predictions) - len(shown)} more in .table. " if len(predictions) > len(shown) else ""
     cards = "".join(_card_html(row, info, picture) for row, picture in shown)
-    foot = (f"{rest}{info['title']}, version {info['version']}. Probabilities are calibrated. "
+    test = f", right on {info['test']['right']} of {info['test']['pictures']} test pictures" if info["test"] else ""
+    foot = (f"{rest}{info['title']}, version {info['version']}{test}. Probabilities are calibrated. "
             "Research use only: not medical advice.")
     return f'{_STYLE}<div class="lnb">{cards}<div class="lnb-foot">{html.escape(foot)}</div></div>'
 
@@ -547,6 +552,14 @@ def answer_files(
     return rows
 
 # %% ../nbs/84_predictor.ipynb #1de08255
+def unfinished_file(
+    out: str | os.PathLike | None,  # CSV file that is wanted
+    json_file: str | os.PathLike | None = None,  # JSON file that is wanted
+) -> Path:
+    "Where the rows go until all are there."
+    return Path(f"{out or json_file}.unfinished")
+
+
 def read_unfinished(
     file: str | os.PathLike,  # of rows, one JSON object a line
     version: str = "",  # rows of other versions of a model are passed by; "": all are taken
@@ -621,7 +634,7 @@ def predict_files(
 ) -> int:  # files whose answers were there from a run that was stopped
     "Answer files into tables, going on where a stopped run left off. Raises ModelError, OutputError."
     about = model_of(task).info
-    journal = Path(f"{out or json_file}.unfinished")
+    journal = unfinished_file(out, json_file)
     left = _keep_finished(journal, paths, about["version"], task)
     with open(journal, "a", encoding="utf-8") as lines:
         for rows in iter_answers(task, left, batch_size, n_jobs) if left else ():

@@ -1,0 +1,257 @@
+"""Asking model files: the seal, bad files, rows, stopping and going on, the display."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from leukemia_nb.data import PictureError, read_picture, write_picture
+from leukemia_nb.models import ModelError, square_picture
+from leukemia_nb.predictor import (SEAL, Predictor, Task, answer_files, compare_models_on, comparison_text, doubt_in_words,
+                                   exported_models, list_pictures, made_up_model_file, open_model_file, overlay_file,
+                                   predict_files, predictions_html, read_unfinished, reasons, row_columns, saliency, unseal)
+from leukemia_nb.segmentation import count_cells, cut_out, segment
+from leukemia_nb.synthetic import smear, write_smears
+
+CLASSES = ["Normal", "Pre-B", "Pro-B"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("predictor")
+    for kind in ("picture", "pair", "cells"): made_up_model_file(folder / f"run/exported/{kind}.onnx", kind)
+    write_smears(folder / "smears", 3, height=192, width=256)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def file(place): return place / "run/exported/picture.onnx"
+
+
+@pytest.fixture(scope="module")
+def paths(place): return list_pictures(place / "smears")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.binary(max_size=300), st.integers(0, 10_000), st.integers(1, 255))
+def test_any_changed_byte_breaks_the_seal(body, where, change):
+    import hashlib
+    data = bytearray(body + SEAL + hashlib.sha256(body).hexdigest().encode())
+    assert unseal(bytes(data)) == hashlib.sha256(body).hexdigest()
+    data[where % len(data)] ^= change
+    with pytest.raises(ModelError, match="damaged|cut off"): unseal(bytes(data))
+
+
+def test_the_seal_is_protobuf_that_others_can_read(file):
+    import onnx
+    model = onnx.load(file)
+    onnx.checker.check_model(model)
+    entries = {entry.key: entry.value for entry in model.metadata_props}
+    assert entries["sha256"] == unseal(file.read_bytes()) and json.loads(entries["leukemia_nb"])["classes"] == CLASSES
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda data: data[:-1], "cut off"), (lambda data: data[: len(data) // 2], "cut off"), (lambda data: b"", "cut off"),
+    (lambda data: data.replace(b"Softmax", b"Hardmax"), "damaged"), (lambda data: b"\xff\xd8\xff" * 100, "not a model file"),
+])
+def test_a_damaged_model_file_is_one_line(file, tmp_path, damage, message):
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ModelError, match=message) as error: Predictor.load(bad)
+    assert str(bad) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_sealed_file_that_is_no_network_is_one_line(tmp_path):
+    import hashlib
+    body = b"not a protobuf"
+    (tmp_path / "odd.onnx").write_bytes(body + SEAL + hashlib.sha256(body).hexdigest().encode())
+    with pytest.raises(ModelError, match="cannot be started") as error: open_model_file(tmp_path / "odd.onnx")
+    assert "\n" not in str(error.value)
+
+
+def test_files_folders_and_patterns(place, paths):
+    assert len(paths) == 9 and list_pictures(str(place / "smears/*/*.png")) == paths
+    assert list_pictures([place / "smears", paths[0], "no/such*.png"]) == [*paths, "no/such*.png"]
+    assert list_pictures(place / "run") == [str(place / "run")]
+
+
+def test_a_folder_with_magic_letters_is_a_folder(tmp_path):
+    write_picture(tmp_path / "[Malignant] Pre-B" / "a.png", smear("Pre-B", 0, 96, 128).picture)
+    assert [Path(each).name for each in list_pictures(tmp_path / "[Malignant] Pre-B")] == ["a.png"]
+
+
+def test_rows_have_all_columns_and_say_what_is_in_the_picture(file, paths):
+    import hashlib
+    table = Predictor.load(file).predict(paths).table
+    assert list(table) == row_columns(CLASSES) and list(table["path"]) == paths
+    picture = read_picture(paths[4])
+    mask = segment(picture)
+    row = table.iloc[4]
+    assert (row["blasts"], row["blast_pixels"]) == (count_cells(mask), mask.sum())
+    assert row["sha256"] == hashlib.sha256(Path(paths[4]).read_bytes()).hexdigest()
+    np.testing.assert_allclose(table[[f"p_{name}" for name in CLASSES]].sum(axis=1), 1, atol=1e-5)
+    assert (table["confidence"] == table[[f"p_{name}" for name in CLASSES]].max(axis=1)).all()
+
+
+@pytest.mark.parametrize("kind", ["picture", "pair", "cells"])
+def test_batches_arrays_and_paths_agree(place, paths, kind):
+    model = Predictor.load(place / f"run/exported/{kind}.onnx")
+    whole = model.predict_proba(paths)
+    assert whole.shape == (9, 3) and whole.dtype == np.float32
+    pixels = [read_picture(path) for path in paths]
+    np.testing.assert_allclose(model.predict_proba(pixels), whole, atol=1e-6)
+    for size in (1, 4):
+        parts = list(model.iter_predict(paths, batch_size=size))
+        assert max(map(len, parts)) == size
+        np.testing.assert_allclose([row["p_Pre-B"] for part in parts for row in part.rows], whole[:, 1], atol=2e-6)
+
+
+def test_a_pair_that_is_given_is_not_made_again(place, paths):
+    model, picture = Predictor.load(place / "run/exported/pair.onnx"), read_picture(paths[3])
+    twin = cut_out(picture, segment(picture))
+    pair = np.stack([square_picture(picture, 224), square_picture(twin, 224)])
+    np.testing.assert_allclose(model.predict_proba(pair[None]), model.predict_proba([picture]), atol=1e-6)
+    assert not np.allclose(model.predict_proba(np.stack([pair[[0, 0]]])), model.predict_proba(pair[None]), atol=1e-3)
+
+
+def test_a_picture_without_cells_is_not_answered(place):
+    blank = np.full((96, 128, 3), 235, np.uint8)
+    for kind in ("picture", "pair", "cells"):
+        row = Predictor.load(place / f"run/exported/{kind}.onnx").predict([blank]).rows[0]
+        assert row["abstain"] and "no cells found" in row["why"] and row["blasts"] == 0
+        assert np.isfinite([row[f"p_{name}"] for name in CLASSES]).all()
+
+
+def test_bad_pictures_are_rows_and_the_rest_goes_on(file, paths, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    bad = [str(tmp_path / name) for name in ("broken.jpg", "empty.png", "nowhere.png", "folder")]
+    table = Predictor.load(file).predict([bad[0], paths[0], *bad[1:]]).table
+    assert list(table["error"] == "") == [False, True, False, False, False]
+    assert table.loc[table["error"] != "", "abstain"].all() and (table.loc[table["error"] != "", "class"] == "").all()
+    assert all(path in error for path, error in zip(table["path"], table["error"]) if error)
+
+
+@pytest.mark.parametrize("array", [np.zeros((20, 30), np.uint8), np.zeros((20, 30, 3)), np.zeros((20, 30, 4), np.uint8)])
+def test_arrays_that_are_no_pictures(file, array):
+    model = Predictor.load(file)
+    assert "uint8 RGB" in model.predict([array]).rows[0]["error"]
+    with pytest.raises(PictureError, match="uint8 RGB"): model.predict_proba([array])
+
+
+@given(st.floats(0, 1), st.floats(0, 10), st.sampled_from([None, 0, 5]))
+def test_nothing_doubtful_is_accepted(confidence, distance, blasts):
+    why = reasons(confidence, distance, blasts, {"confidence": 0.7, "distance": 3.0})
+    assert (why == "") == (confidence >= 0.7 and distance <= 3.0 and blasts != 0)
+
+
+def test_not_a_number_is_doubtful():
+    limits = {"confidence": 0.7, "distance": 3.0}
+    assert reasons(float("nan"), 1, 3, limits) == "not sure"
+    assert reasons(0.9, float("nan"), 3, limits) == "unlike the training pictures"
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_csv_and_json_hold_the_same(file, paths, tmp_path, n_jobs):
+    said = []
+    assert predict_files(paths, Task(str(file)), tmp_path / "a.csv", tmp_path / "a.json", 4, n_jobs, said.extend) == 0
+    table, rows = pd.read_csv(tmp_path / "a.csv", keep_default_na=False), json.loads((tmp_path / "a.json").read_text())
+    assert list(table["path"]) == paths == [row["path"] for row in rows] == [row["path"] for row in said]
+    np.testing.assert_allclose(table["confidence"], [row["confidence"] for row in rows])
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.csv", "a.json"]
+
+
+def test_a_stopped_run_goes_on_where_it_was(file, paths, tmp_path):
+    def stop(rows):
+        if rows[0]["path"] == paths[4]: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): predict_files(paths, Task(str(file)), tmp_path / "a.csv", batch_size=3, say=stop)
+    assert [row["path"] for row in read_unfinished(tmp_path / "a.csv.unfinished")] == paths[:7]
+    assert not (tmp_path / "a.csv").exists()
+    with open(tmp_path / "a.csv.unfinished", "a") as lines: lines.write('{"path": "cut of')
+    asked = []
+    assert predict_files(paths, Task(str(file)), tmp_path / "a.csv", say=asked.extend) == 7
+    assert [row["path"] for row in asked] == paths[7:]
+    assert list(pd.read_csv(tmp_path / "a.csv")["path"]) == paths
+
+
+def test_changed_files_other_models_and_errors_are_asked_again(place, file, tmp_path):
+    write_smears(tmp_path / "s", 1, height=96, width=128)
+    mine = [*list_pictures(tmp_path / "s"), str(tmp_path / "later.png")]
+    journal = tmp_path / "a.csv.unfinished"
+    rows = answer_files(Task(str(file)), mine)
+    journal.write_text("".join(json.dumps(row) + "\n" for row in [rows[0] | {"model_version": "other"}, *rows[1:]]))
+    write_picture(mine[1], smear("Normal", 9, 96, 128).picture)
+    write_picture(mine[3], smear("Pro-B", 9, 96, 128).picture)
+    asked = []
+    assert predict_files(mine, Task(str(file)), tmp_path / "a.csv", say=asked.extend) == 1
+    assert {row["path"] for row in asked} == {mine[0], mine[1], mine[3]} and not any(row["error"] for row in asked)
+
+
+def test_a_killed_run_loses_nothing(file, place, tmp_path):
+    """SIGKILL in the middle of a real process; the second run answers only what is left."""
+    source = list_pictures(place / "smears")
+    for number in range(300): os.link(source[number % 9], tmp_path / f"{number:04d}.png")
+    command = [sys.executable, "-m", "leukemia_nb", "predict", str(tmp_path), "--model", str(file), "--batch-size", "5",
+               "--out", str(tmp_path / "a.csv")]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journal, end = tmp_path / "a.csv.unfinished", time.monotonic() + 120
+    while time.monotonic() < end and run.poll() is None and len(list(read_unfinished(journal))) < 20: time.sleep(0.02)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    kept = len(list(read_unfinished(journal)))
+    assert 20 <= kept < 300 and not (tmp_path / "a.csv").exists()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and f"{kept} of them before" in done.stdout
+    assert pd.read_csv(tmp_path / "a.csv")["path"].tolist() == list_pictures(tmp_path)
+
+
+def test_overlays_and_saliency(place, paths, tmp_path):
+    for kind in ("picture", "pair"):
+        task = Task(str(place / f"run/exported/{kind}.onnx"), str(tmp_path / kind), saliency=True)
+        row = answer_files(task, paths[4:5])[0]
+        for what in ("cells", "saliency"):
+            assert read_picture(overlay_file(row, task.overlays, what)).shape == read_picture(paths[4]).shape
+    heat = saliency(Predictor.load(place / "run/exported/picture.onnx"), paths[4])
+    assert heat.shape == (1, 224, 224) and heat.min() >= 0 and heat.max() <= 1
+
+
+def test_every_model_beside_the_others(place, paths, tmp_path):
+    problems = []
+    table = compare_models_on([*paths, "nowhere.png"], exported_models(place / "run"), problems.append)
+    assert len(table) == 9 and len(problems) == 1 and set(table["true label"]) == set(CLASSES)
+    single = Predictor.load(place / "run/exported/pair.onnx").predict(paths).table
+    np.testing.assert_allclose(table.set_index("path").loc[paths, "made_up_pair confidence"], single["confidence"], atol=1e-5)
+    text = comparison_text(table.assign(**{"made_up_pair doubt": "not sure"}))
+    assert len(text.splitlines()) == 10 and len(re.findall(r"\(P?[rN]o.*? \d\.\d\d\)|\(P.*? \d\.\d\d\)", text)) == 9
+    with pytest.raises(ModelError, match="no exported models"): exported_models(tmp_path)
+    with pytest.raises(PictureError, match="none of 1"): compare_models_on(["nowhere.png"], exported_models(place / "run"))
+
+
+def test_the_display_is_safe_and_says_all(file, paths, tmp_path):
+    odd = tmp_path / "<b>&.png"
+    odd.write_bytes(Path(paths[4]).read_bytes())
+    predictions = Predictor.load(file).predict([odd, "nowhere.png", *paths])
+    text = predictions_html(predictions, most=3)
+    assert "<b>&" not in text and "&lt;b&gt;&amp;" in text and "Research use only" in text
+    assert text.count('class="lnb-card"') == 3 and text.count("<img") == 2 and "8 more in .table" in text
+    assert text.count('class="lnb-bar"') == 6 and predictions[0]._repr_html_().count("<img") == 1
+    assert "nowhere.png" in doubt_in_words(predictions.rows[1])
+
+
+def test_the_predict_path_loads_nothing_heavy(file, paths):
+    code = ("import sys\nfrom leukemia_nb.command_line import app\n"
+            f"try: app(['predict', {paths[0]!r}, '--model', {str(file)!r}])\nexcept SystemExit as end: print('status', end.code)\n"
+            "heavy = ('tensorflow', 'torch', 'keras', 'onnx', 'sklearn', 'matplotlib', 'seaborn', 'pandas', 'joblib', 'scipy', 'skimage')\n"
+            "print([name for name in heavy if name in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-2:] == ["status 0", "[]"], done.stdout + done.stderr
