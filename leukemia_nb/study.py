@@ -225,9 +225,11 @@ def study_steps(settings: StudySettings) -> list[Step]:
     worth = Step("worth", "35_worth.ipynb", models | _chosen(settings, "image_size", "seed"), (
         *trained, "metrics/cross_validation.csv", *_outputs(audits)), (
         "metrics/controls.csv", "metrics/follow.csv", "metrics/robustness.csv", "metrics/saliency.csv", "sections/50_worth.json"))
-    report = Step("report", "40_report.ipynb", models, (
-        *trained, *_outputs(background), *compare.outputs, *worth.outputs), ("report.html",))
-    return [*preparation, *trainings, *background, *audits, compare, worth, report]
+    measured = (*trained, *_outputs([*background, compare, worth]))
+    cards = Step("cards", "36_cards.ipynb", models, (*measured, *_outputs(audits)), (
+        "metrics/reporting_items.csv", "sections/70_reporting.json", *(f"cards/{model}.md" for model in settings.models)))
+    report = Step("report", "40_report.ipynb", models, (*measured, *cards.outputs), ("report.html",))
+    return [*preparation, *trainings, *background, *audits, compare, worth, cards, report]
 
 # %% ../nbs/80_study.ipynb #1246ad6d
 def generations(steps: Sequence[Step]) -> list[list[Step]]:
