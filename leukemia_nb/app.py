@@ -61,8 +61,8 @@ def cells_svg(
         outlines = cv2.findContours((cells == label).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]
         if not outlines: continue
         path = "".join("M" + " ".join(f"{x},{y}" for x, y in outline[:, 0]) + "Z" for outline in outlines)
-        left, top = np.concatenate(outlines)[:, 0].min(axis=0)
-        drawn.append(f'<path d="{path}"/><text x="{max(left, 4)}" y="{max(top, height // 40)}">{label}</text>')
+        x, y = min(np.concatenate(outlines)[:, 0], key=lambda point: point[1])
+        drawn.append(f'<path d="{path}"/><text x="{x}" y="{max(y - height // 100, height // 30)}">{label}</text>')
     return f'<svg viewBox="0 0 {width} {height}" font-size="{width / 48:.0f}" aria-hidden="true">{"".join(drawn)}</svg>'
 
 
@@ -86,14 +86,18 @@ def headline(
 ) -> tuple[str, str]:  # a few words, a sentence
     "What the models say together."
     if not rows: return "No models", "The cells are found without them."
+    number = len(rows)
     votes = Counter(row["class"] for row in rows if not row["abstain"]).most_common()
     reasons = Counter(row["why"] for row in rows if row["abstain"]).most_common()
     said = [f"{count} say{'s' * (count == 1)} {name}" for name, count in votes]
-    said += [f"{count} abstain{'s' * (count == 1)} ({why})" for why, count in reasons]
-    sentence = f"{len(rows)} model{'s' * (len(rows) > 1)}: {', '.join(said)}."
+    silent = [f"{count} abstain{'s' * (count == 1)} ({why})" for why, count in reasons]
+    sentence = f"{number} model{'s' * (number > 1)}: {', '.join(said + silent)}."
     if not votes: return "No answer", sentence
-    if sum(count for _, count in votes) * 2 < len(rows): return "Most models abstain", sentence
-    return votes[0][0] if len(votes) == 1 else "The models disagree", sentence
+    if 2 * sum(count for _, count in votes) < number: return "Most models abstain", sentence
+    if len(votes) > 1: return "The models disagree", sentence
+    name, count = votes[0]
+    who = "The model says" if number == 1 else f"{'All' if count == number else f'{count} of'} {number} models say"
+    return f"{who} {name}", f"{', '.join(silent)}." if silent else "None abstains."
 
 
 def _bar(row: dict, name: str, colour: str) -> str:
@@ -146,8 +150,9 @@ STYLE = """<style>
 .app .app-try .widget-html-content{font-size:13px;color:var(--soft)}
 .app .app-try button{width:auto;height:auto;padding:0;line-height:1.5;font-size:13px;background:none;border:0;box-shadow:none;
  color:#2b659b;text-decoration:underline;text-underline-offset:2px}
-.app button.app-go{width:auto;height:auto;padding:8px 16px;margin-top:20px;font-size:15px;line-height:1.4;background:#fff;
- border:1px solid #9fb0be;border-radius:8px;color:var(--ink)}
+.app button{font-family:inherit}
+.app button.app-go{align-self:flex-start;width:auto;height:auto;padding:8px 16px;margin-top:20px;font-size:15px;line-height:1.4;
+ background:#fff;border:1px solid #9fb0be;border-radius:8px;color:var(--ink)}
 .app button.app-go:hover{border-color:#47a;background:#f7f9fb}
 .app-note{border-left:3px solid #9fb0be;background:#f7f9fb;padding:10px 14px;margin:12px 0 0}
 .app-note.app-wrong{border-color:#c2571a;background:#fdf4ee;overflow-wrap:anywhere}
@@ -157,11 +162,11 @@ STYLE = """<style>
 .app-picture img{width:100%;border-radius:8px;display:block}
 .app-picture svg{position:absolute;inset:0;width:100%;height:100%;overflow:visible}
 .app-picture path{fill:none;stroke:#00843d;stroke-width:2px;vector-effect:non-scaling-stroke;stroke-linejoin:round}
-.app-picture text{fill:#00602c;font-weight:650;paint-order:stroke;stroke:#fffc;stroke-width:.22em}
+.app-picture text{text-anchor:middle;fill:#00602c;font-weight:650;paint-order:stroke;stroke:#fffc;stroke-width:.22em}
 .app-picture:has(input:not(:checked)) svg{visibility:hidden}
-.app-picture figcaption{display:flex;flex-wrap:wrap;gap:0 4px;margin-top:8px;align-items:baseline}
-.app-picture figcaption label{margin-left:auto;cursor:pointer;font-size:13px;white-space:nowrap}
-.app-picture figcaption input{vertical-align:-2px;margin:0 3px 0 12px;accent-color:#00843d}
+.app-picture figcaption{display:flex;flex-wrap:wrap;gap:0 20px;margin-top:8px;align-items:baseline;justify-content:space-between}
+.app-picture figcaption label{cursor:pointer;font-size:13px;white-space:nowrap}
+.app-picture figcaption input{vertical-align:-2px;margin:0 4px 0 0;accent-color:#00843d}
 .app-picture figcaption span{flex-basis:100%;font-size:13px;color:var(--soft);overflow-wrap:anywhere}
 .app-line{display:grid;grid-template-columns:minmax(130px,1.25fr) repeat(var(--classes),minmax(60px,1fr));gap:2px 14px;
  padding:9px 0;border-top:1px solid var(--rule);align-items:center}
@@ -214,8 +219,8 @@ def look_html(
     heat = saliency(model, picture)[0]
     small = cv2.resize((cells > 0).astype(np.uint8), heat.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0
     energy, area, _ = energy_inside(heat, small)
-    said = f"{energy:.0%} on the cells, by chance {area:.0%}" if np.isfinite(energy) and small.any() else "nothing stands out"
-    return (f'<figure><img src="{_data_uri(overlay(picture, model.method, heat), 480)}" alt=""><figcaption>'
+    said = f"{energy:.0%} on the cells, by chance {area:.0%}" if heat.any() else "no part alone changes its answer"
+    return (f'<figure><img src="{_data_uri(overlay(picture, "seeded", heat), 480)}" alt=""><figcaption>'
             f'<b>{html.escape(model.info["title"])}</b><small>{said}</small></figcaption></figure>')
 
 # %% ../nbs/95_app.ipynb #3a4af0f0
@@ -320,7 +325,7 @@ class Panel:
 
     def _clear(self, message: str = "", wrong: bool = False) -> None:
         "Take everything about the last picture away."
-        self.picture = self.cells = None
+        self.shown: tuple[np.ndarray, np.ndarray] | None = None  # picture and cells
         for part in (self.seen, self.answers, self.looks): part.value = ""
         self.message.value, self.button.layout.display = _note(message, wrong), "none"
 
@@ -355,8 +360,9 @@ class Panel:
     ) -> None:
         "Show a picture with its cells, then each model's answer as it comes."
         self._clear()
-        self.picture, self.cells = picture, find_cells(picture)
-        self.seen.value = picture_html(name, picture, self.cells)
+        cells = find_cells(picture)
+        self.shown = picture, cells
+        self.seen.value = picture_html(name, picture, cells)
         self.answers.value = f'<p class="app-soft">Asking {len(self.models)} models …</p>'
         rows = [model.predict(picture).rows[0] for model in self.models]
         self.answers.value = answers_html(rows, [model.info["title"] for model in self.models], self.classes)
@@ -364,12 +370,13 @@ class Panel:
 
     def explain(self) -> None:
         "Show where each model looks, one after the other."
+        if self.shown is None: return
         words, found = self.button.description, []
         self.button.disabled = True
         try:
             for number, model in enumerate(self.models, 1):
                 self.button.description = f"Asking {model.info['title']} ({number} of {len(self.models)}) …"
-                found.append(look_html(model, self.picture, self.cells))
+                found.append(look_html(model, *self.shown))
                 self.looks.value = f'{LOOKS}<div class="app-looks">{"".join(found)}</div>'
         finally: self.button.description, self.button.disabled = words, False
         self.button.layout.display = "none"
@@ -413,7 +420,7 @@ POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' b
 
 def page_notebook() -> dict:  # a notebook, as JSON has it
     "The notebook that is served: one cell."
-    code = {"cell_type": "code", "id": "page", "metadata": {}, "execution_count": None, "outputs": [],
+    code: dict = {"cell_type": "code", "id": "page", "metadata": {}, "execution_count": None, "outputs": [],
             "source": "from leukemia_nb.app import panel\npanel()"}
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return {"cells": [code], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}

@@ -51,7 +51,7 @@ def look(page, file):
 def test_a_picture_is_shown_with_cells_answers_and_doubt(run, files):
     page = app.panel(run)
     look(page, files / "smear.png")
-    cells = page.cells.max()
+    cells = page.shown[1].max()
     assert cells > 3
     assert page.seen.value.count("<path") == cells and f"{cells} white cells found" in page.seen.value
     assert page.answers.value.count('class="app-line') == 1 + len(KINDS)
@@ -77,7 +77,7 @@ def test_a_bad_file_takes_the_last_picture_away(run, files):
     look(page, files / "letter.png")
     assert "letter.png: not a picture" in page.message.value
     assert page.seen.value == page.answers.value == page.looks.value == ""
-    assert page.button.layout.display == "none" and page.picture is None
+    assert page.button.layout.display == "none" and page.shown is None
     look(page, files / "smear.png")
     assert page.message.value == "" and page.seen.value
 
@@ -170,8 +170,9 @@ class Browser:
         arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
                      "--disable-background-networking", "--remote-debugging-port=0", f"--user-data-dir={folder}", "about:blank"]
         self.process = subprocess.Popen([CHROMIUM, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for(lambda: (Path(folder) / "DevToolsActivePort").is_file())
-        port = (Path(folder) / "DevToolsActivePort").read_text().splitlines()[0]
+        chosen = Path(folder) / "DevToolsActivePort"
+        wait_for(chosen.is_file)
+        port = chosen.read_text().splitlines()[0]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as answer:
             page = next(target for target in json.load(answer) if target["type"] == "page")
         self.socket = websocket.create_connection(page["webSocketDebuggerUrl"], suppress_origin=True, timeout=60)
