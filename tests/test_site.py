@@ -116,6 +116,17 @@ def test_the_readme_is_the_index():
     assert "make study " in readme and "make test " in readme and len(readme.splitlines()) < 90
 
 
+def test_the_readme_names_commands_that_there_are():
+    from leukemia_nb.command_line import app
+
+    readme, makefile = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "Makefile"))
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    named = re.findall(r"^leukemia_nb (\w+)", readme, re.MULTILINE)
+    assert named and set(named) <= commands
+    targets = re.findall(r"^make (\w+)", readme, re.MULTILINE)
+    assert targets and set(targets) <= set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
+
+
 def test_the_reference_names_every_public_function_and_class():
     shown = "\n".join(texts(cells_of(NBS / "reference.ipynb")))
     for notebook in NBS.glob("[0-9]*.ipynb"):
