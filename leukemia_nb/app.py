@@ -62,7 +62,8 @@ def cells_svg(
         if not outlines: continue
         path = "".join("M" + " ".join(f"{x},{y}" for x, y in outline[:, 0]) + "Z" for outline in outlines)
         x, y = min(np.concatenate(outlines)[:, 0], key=lambda point: point[1])
-        drawn.append(f'<path d="{path}"/><text x="{x}" y="{max(y - height // 100, height // 30)}">{label}</text>')
+        inside = min(max(x, width // 60), width - width // 60), max(y - height // 100, height // 30)
+        drawn.append(f'<path d="{path}"/><text x="{inside[0]}" y="{inside[1]}">{label}</text>')
     return f'<svg viewBox="0 0 {width} {height}" font-size="{width / 48:.0f}" aria-hidden="true">{"".join(drawn)}</svg>'
 
 
@@ -92,6 +93,7 @@ def headline(
     said = [f"{count} say{'s' * (count == 1)} {name}" for name, count in votes]
     silent = [f"{count} abstain{'s' * (count == 1)} ({why})" for why, count in reasons]
     sentence = f"{number} model{'s' * (number > 1)}: {', '.join(said + silent)}."
+    if 2 * sum("unlike" in row["why"] for row in rows) >= number: sentence += " What is outlined may not be cells."
     if not votes: return "No answer", sentence
     if 2 * sum(count for _, count in votes) < number: return "Most models abstain", sentence
     if len(votes) > 1: return "The models disagree", sentence
@@ -197,7 +199,7 @@ LOOKS = ("<h3>Where each model looks</h3><p class='app-soft'>Bright: covering th
          "Bright parts off the cells are a warning: the model may be reading the background.</p>")
 
 # %% ../nbs/95_app.ipynb #2694bc73
-MADE_UP = {"picture": "Made-up A (whole picture)", "pair": "Made-up B (with cut-out twin)", "cells": "Made-up C (cell by cell)"}
+MADE_UP = {"picture": "Made-up, of pictures", "pair": "Made-up, of pairs", "cells": "Made-up, of cells"}
 
 
 def made_up_models(

@@ -132,6 +132,13 @@ def test_a_blank_field_has_no_cells_and_no_answer(run):
     assert "No answer" in page.answers.value and "no cells found" in page.answers.value
 
 
+def test_a_picture_from_elsewhere_gets_no_answer_and_its_outlines_are_doubted(run):
+    page = app.panel(run)
+    page.show("negative.png", 255 - smear("Pre-B", seed=3, height=384, width=512).picture)
+    assert "No answer" in page.answers.value and "What is outlined may not be cells" in page.answers.value
+    assert "app-chosen" not in page.answers.value
+
+
 def test_the_app_needs_no_framework_and_no_widgets_to_be_imported():
     code = ("import sys, leukemia_nb.app\n"
             "print([n for n in ('tensorflow', 'torch', 'onnx', 'ipywidgets', 'voila', 'anywidget') if n in sys.modules])")
