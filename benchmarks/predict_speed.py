@@ -1,0 +1,270 @@
+"""From picture files to answers: our exported files beside Keras' `predict` and ultralytics' `predict`, the same weights.
+
+    python benchmarks/predict_speed.py [--run runs/taleqani] [--exported FOLDER] [--repeats 15]
+
+Every side has a process of its own, loaded and warm; the sides take turns, in a new order each time. Reading and resizing
+are the same functions on our side and Keras'; ultralytics reads with its own loader. With segmentation, every side also
+runs our segmentation and count. Times are wall time and, less disturbed by neighbours, processor time; medians, ratios of
+medians, and bootstrapped 95 % intervals. Writes benchmarks/results/predict_speed.json.
+"""
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results/predict_speed.json"
+OTHERS = {"mobilenet_v2": "keras", "yolov8": "ultralytics"}
+SIZES = {"224x224": (224, 224), "1024x768": (768, 1024)}
+
+
+# ---- inside a process: a function that answers files ----
+
+def ours(model: Path):
+    "Our exported file."
+    from leukemia_nb.predictor import Predictor
+    predictors = {count: Predictor.load(model, count=count) for count in (False, True)}
+
+    def answer(files: list[str], segment: bool) -> np.ndarray:
+        rows = predictors[segment].predict(files, batch_size=len(files)).rows
+        return np.array([[row[f"p_{name}"] for name in predictors[segment].classes_] for row in rows])
+    return answer
+
+
+def count_in(files: list[str]) -> None:
+    "Segmentation and number of cells, as in our predictor."
+    from leukemia_nb.data import read_picture
+    from leukemia_nb.segmentation import count_cells, segment
+    for file in files: count_cells(segment(read_picture(file)))
+
+
+def keras(folder: Path):
+    "The study's model as one Keras model, asked with `predict`."
+    from leukemia_nb.models import load_model
+    model = load_model(folder)
+    import keras as framework
+    pictures = framework.Input((model.image_size, model.image_size, 3), dtype="uint8")
+    values = model.maps_(framework.ops.cast(pictures, "float32"))
+    scores = model.head_(framework.layers.GlobalAveragePooling2D()(values))
+    whole = framework.Model(pictures, framework.layers.Softmax()(scores))
+    from leukemia_nb.data import read_picture
+    from leukemia_nb.models import square_picture
+
+    def answer(files: list[str], segment: bool) -> np.ndarray:
+        batch = np.stack([square_picture(read_picture(file), model.image_size) for file in files])
+        if segment: count_in(files)
+        return whole.predict(batch, batch_size=32, verbose=0)
+    return answer
+
+
+def ultralytics(folder: Path):
+    "The study's weights in an ultralytics `YOLO` object, asked with `predict`."
+    from leukemia_nb.models import load_model
+    from leukemia_nb.yolo import yolo_framework
+    model = load_model(folder)
+    yolo = yolo_framework().YOLO(f"{folder.name}n-cls.yaml", task="classify")
+    yolo.model = model.network_
+    yolo.model.names = dict(enumerate(model.classes_))
+
+    def answer(files: list[str], segment: bool) -> np.ndarray:
+        found = yolo.predict(files, imgsz=model.image_size, batch=len(files), device="cpu", verbose=False, save=False)
+        if segment: count_in(files)
+        return np.stack([result.probs.data.numpy() for result in found])
+    return answer
+
+
+def serve(side: str, model: str) -> None:
+    "Answer the requests that come on standard input, one JSON line each."
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a framework prints does not disturb
+    answer = globals()[side](Path(model))
+    print("ready", file=out, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        wall, processor = time.perf_counter(), time.process_time()
+        found = answer(request["files"], request["segment"])
+        print(json.dumps({"wall": time.perf_counter() - wall, "processor": time.process_time() - processor,
+                          "answers": np.asarray(found, float).tolist()}), file=out, flush=True)
+
+
+class Side:
+    "A process that answers."
+
+    def __init__(self, side: str, model: Path):
+        environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false"}
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"): environment.pop(name, None)
+        self.process = subprocess.Popen([sys.executable, __file__, "--inside", side, str(model)], text=True, cwd=ROOT,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+        assert self.process.stdout.readline() == "ready\n", f"{side} did not start"
+
+    def ask(self, files: list[str], segment: bool) -> dict:
+        self.process.stdin.write(json.dumps({"files": files, "segment": segment}) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+# ---- comparing ----
+
+def compare(first: Side, second: Side, files: list[str], batch: int, segment: bool, repeats: int, temperature: float) -> dict:
+    "Both sides on the same files, in turns; the temperature is only in our file, and is applied to theirs to compare."
+    times: dict[str, list[list[float]]] = {"wall": [[], []], "processor": [[], []]}
+    worst, random = 0.0, np.random.default_rng(0)
+    for repeat in range(-2, repeats):  # two rounds to warm up
+        some = [files[(repeat * batch + i) % len(files)] for i in range(batch)]
+        found: list[dict] = [{}, {}]
+        for which in random.permutation(2): found[which] = (first, second)[which].ask(some, segment)
+        if repeat < 0: continue
+        calibrated = np.array(found[1]["answers"]) ** (1 / temperature)
+        calibrated /= calibrated.sum(axis=1, keepdims=True)
+        worst = max(worst, float(np.abs(np.array(found[0]["answers"]) - calibrated).max()))
+        for clock in times:
+            for which in range(2): times[clock][which].append(found[which][clock] / batch * 1e3)
+    result: dict = {"batch": batch, "segmentation": segment, "repeats": repeats, "largest_difference": round(worst, 6)}
+    for clock, (ours_ms, theirs_ms) in times.items():
+        a, b = np.array(ours_ms), np.array(theirs_ms)
+        draws = random.integers(0, repeats, (2000, repeats))
+        ratios = np.quantile(np.median(b[draws], axis=1) / np.median(a[draws], axis=1), [0.025, 0.975])
+        result[clock] = {"ours_ms": round(float(np.median(a)), 2), "theirs_ms": round(float(np.median(b)), 2),
+                         "times_faster": round(float(np.median(b) / np.median(a)), 2), "interval": ratios.round(2).tolist()}
+    return result
+
+
+# ---- where the time goes ----
+
+def median_ms(step, repeats: int = 15) -> float:
+    "Median wall time of a step."
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return round(float(np.median(times[1:])) * 1e3, 2)
+
+
+def operations(model: Path) -> float:
+    "Multiplications and additions of one picture, in the convolutions and matrix products of a graph."
+    import onnx
+    from onnx import numpy_helper, shape_inference
+    graph = onnx.load(model)
+    size = graph.graph.input[0].type.tensor_type.shape
+    size.dim[0].Clear()
+    size.dim[0].dim_value = 1
+    graph = shape_inference.infer_shapes(graph).graph
+    known = [*graph.value_info, *graph.output]
+    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in known}
+    weights = {tensor.name: numpy_helper.to_array(tensor).shape for tensor in graph.initializer}
+    total = 0.0
+    for node in graph.node:
+        if node.op_type not in ("Conv", "Gemm", "MatMul") or node.input[1] not in weights: continue
+        kernel, out = weights[node.input[1]], shapes.get(node.output[0]) or [1]
+        if node.op_type == "Conv": total += 2 * np.prod(kernel) * np.prod(out[2:] or [1])
+        else: total += 2 * np.prod(kernel)
+    return float(total)
+
+
+def steps_of(file: str) -> dict:
+    "Reading, segmenting, counting and resizing of one picture, each alone."
+    from leukemia_nb.data import read_picture
+    from leukemia_nb.models import square_picture
+    from leukemia_nb.segmentation import count_cells, segment
+    picture = read_picture(file)
+    mask = segment(picture)
+    return {"read_ms": median_ms(lambda: read_picture(file)), "segment_ms": median_ms(lambda: segment(picture)),
+            "count_ms": median_ms(lambda: count_cells(mask)), "resize_ms": median_ms(lambda: square_picture(picture, 224))}
+
+
+def network_of(model: Path, file: str) -> dict:
+    "The network alone, beside what this machine's matrix product can do."
+    from leukemia_nb.data import read_picture
+    from leukemia_nb.models import square_picture
+    from leukemia_nb.predictor import Predictor
+    predictor = Predictor.load(model)
+    one = square_picture(read_picture(file), predictor.image_size)
+    square = np.random.default_rng(0).random((1536, 1536), dtype=np.float32)
+    seconds: dict[str, list[float]] = {"product": [], "1": [], "8": [], "32": []}
+    for _ in range(12):  # in turns, so that neighbours disturb all alike
+        for name, times in seconds.items():
+            start = time.perf_counter()
+            if name == "product": square @ square
+            else: predictor.ask([one] * int(name))
+            times.append((time.perf_counter() - start) / (1 if name == "product" else int(name)))
+    best = {name: min(times[1:]) * 1e3 for name, times in seconds.items()}
+    peak, needed = 2 * 1536 ** 3 / best.pop("product") / 1e6, operations(model) / 1e9  # GFLOP/s, GFLOP
+    limit = needed / peak * 1e3
+    return {"best_ms_per_picture_by_batch": {name: round(value, 2) for name, value in best.items()},
+            "gflop_per_picture": round(needed, 3), "matrix_product_gflop_per_second": round(peak, 1),
+            "limit_ms_per_picture": round(limit, 2),
+            "share_of_the_limit": {name: round(limit / value, 2) for name, value in best.items()}}
+
+
+def first_answer(python: str, model: Path, file: str, repeats: int) -> dict:
+    "Seconds from the command to its answer and its processor time, each time a new process."
+    wall, processor = [], []
+    for _ in range(repeats):
+        before, start = os.times(), time.perf_counter()
+        command = [python, "-m", "leukemia_nb", "predict", file, "--model", str(model.resolve())]
+        subprocess.run(command, check=True, capture_output=True, cwd=Path(file).parent)
+        wall.append(time.perf_counter() - start)
+        after = os.times()
+        processor.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    return {"seconds": round(float(np.median(wall)), 2), "largest_seconds": round(max(wall), 2),
+            "processor_seconds": round(float(np.median(processor)), 2), "repeats": repeats}
+
+
+def main(run: Path, exported: Path, repeats: int, python: str) -> None:
+    "Measure and write the results."
+    from leukemia_nb.data import atomic_path, write_picture
+    from leukemia_nb.predictor import open_model_file
+    from leukemia_nb.synthetic import smear
+    result: dict = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+                    "load_before": round(os.getloadavg()[0], 1), "pictures": "synthetic smears, JPEG", "compared": {}}
+    with tempfile.TemporaryDirectory() as name:
+        files: dict[str, list[str]] = {}
+        for size, shape in SIZES.items():
+            files[size] = [str(Path(name) / size / f"{i:02d}.jpg") for i in range(32)]
+            for i, file in enumerate(files[size]):
+                write_picture(file, smear(("Normal", "Pre-B", "Pro-B")[i % 3], i, *shape).picture)
+        result["steps"] = {size: steps_of(files[size][1]) for size in SIZES}
+        for model, theirs in OTHERS.items():
+            file, folder = exported / f"{model}.onnx", run / "models" / model
+            if not file.is_file() or not folder.is_dir():
+                print(f"{model}: no exported file or no trained model, left out")
+                continue
+            temperature = float(open_model_file(file)[1]["temperature"])
+            result.setdefault("network", {})[model] = network_of(file, files["224x224"][1])
+            result.setdefault("first_answer", {})[model] = first_answer(python, file, files["1024x768"][1], 5)
+            sides = Side("ours", file), Side(theirs, folder)
+            rows = result["compared"][f"{model}: ours against {theirs}"] = []
+            for size in SIZES:
+                for batch, segment in ((1, False), (1, True), (32, False), (32, True)):
+                    times = repeats if batch == 1 else max(5, repeats // 3)
+                    rows.append({"pictures": size, **compare(*sides, files[size], batch, segment, times, temperature)})
+                    print(model, rows[-1], flush=True)
+            for side in sides: side.close()
+    result["load_after"] = round(os.getloadavg()[0], 1)
+    if not result["compared"]: return print("nothing to compare: run a study and its export step first")
+    with atomic_path(RESULTS) as temporary: temporary.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in result.items() if key != "compared"}, indent=1))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, default=ROOT / "runs/taleqani", help="run folder with trained models")
+    parser.add_argument("--exported", type=Path, help="folder of exported files; RUN/exported if left out")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--python", default=sys.executable, help="Python that gives the first answer, base requirements only")
+    parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.inside: serve(*options.inside)
+    else: main(options.run, options.exported or options.run / "exported", options.repeats, options.python)
