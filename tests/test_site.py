@@ -179,7 +179,9 @@ def test_settings_of_the_site_name_files_that_are_there():
     settings = yaml.safe_load((NBS / "_quarto.yml").read_text(encoding="utf-8"))
     assert settings["project"]["type"] == "website"
     joined = [yaml.safe_load((NBS / file).read_text(encoding="utf-8")) for file in settings["metadata-files"]]
-    assert (NBS / next(one["format"]["html"]["css"] for one in joined if "format" in one)).is_file()
+    own = next(one for one in joined if "format" in one)
+    assert (NBS / own["format"]["html"]["css"]).is_file()
+    assert [entry["href"] for entry in own["website"]["navbar"]["left"] if entry["href"] not in SIDEBAR] == []
 
 
 @pytest.mark.parametrize("workflow", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda p: p.name)
