@@ -324,7 +324,7 @@ def write_smears(folder: str | os.PathLike,  # made where it is missing; picture
                  height: int = 768, width: int = 1024,  # in pixels
                  confounded: float = .5  # see `smear`
                  ) -> pd.DataFrame:  # class, path, truth, cells, laboratory, seed; paths relative to the folder
-    "Write smears as folder/<class>/<class>_001.png and their label maps (16 bit) as folder/truth/<class>/<class>_001.png."
+    "Write smears as `folder/<class>/<class>_001.png` and their label maps (16 bit) below `folder/truth`, named alike."
     folder, rows = Path(folder), []
     for label in classes:
         if label not in KINDS: raise ValueError(f"{label!r} is no class that can be drawn; choose from {', '.join(KINDS)}")
