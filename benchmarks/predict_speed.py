@@ -38,11 +38,10 @@ def ours(model: Path):
     return answer
 
 
-def count_in(files: list[str]) -> None:
+def count_in(pictures: list[np.ndarray]) -> None:
     "Segmentation and number of cells, as in our predictor."
-    from leukemia_nb.data import read_picture
     from leukemia_nb.segmentation import count_cells, segment
-    for file in files: count_cells(segment(read_picture(file)))
+    for picture in pictures: count_cells(segment(picture))
 
 
 def keras(folder: Path):
@@ -58,8 +57,9 @@ def keras(folder: Path):
     from leukemia_nb.models import square_picture
 
     def answer(files: list[str], segment: bool) -> np.ndarray:
-        batch = np.stack([square_picture(read_picture(file), model.image_size) for file in files])
-        if segment: count_in(files)
+        pictures = [read_picture(file) for file in files]
+        if segment: count_in(pictures)
+        batch = np.stack([square_picture(picture, model.image_size) for picture in pictures])
         return whole.predict(batch, batch_size=32, verbose=0)
     return answer
 
@@ -75,7 +75,7 @@ def ultralytics(folder: Path):
 
     def answer(files: list[str], segment: bool) -> np.ndarray:
         found = yolo.predict(files, imgsz=model.image_size, batch=len(files), device="cpu", verbose=False, save=False)
-        if segment: count_in(files)
+        if segment: count_in([np.ascontiguousarray(result.orig_img[..., ::-1]) for result in found])
         return np.stack([result.probs.data.numpy() for result in found])
     return answer
 
