@@ -6,6 +6,7 @@
 __all__ = ['app', 'main', 'is_explained', 'synth', 'segment', 'prepare', 'predict', 'compare', 'study']
 
 # %% ../nbs/90_command_line.ipynb #470bd5ba
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,16 +113,20 @@ def predict(
     saliency: Annotated[bool, typer.Option(help="With --overlays: also maps of what mattered to the model (slow).")] = False,
     batch_size: Annotated[int, typer.Option(help="Pictures in memory at a time, in each process.", min=1)] = 32,
     n_jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
+    cluster: Annotated[str, typer.Option(
+        help="Address of a Dask scheduler, tcp://host:8786, whose workers answer. They share a file system.")] = "",
 ) -> None:
     """Ask an exported model about new pictures: class, calibrated probabilities, doubt, number and area of blasts.
 
     For research use only. A run that was stopped goes on where it was when the same command is given again.
     """
+    from leukemia_nb.cluster import parallel
     from leukemia_nb.predictor import Task, iter_answers, list_pictures, predict_files, row_text, unfinished_file
 
     if saliency and not overlays: raise typer.BadParameter("--saliency needs a folder: --overlays FOLDER")
-    paths = list_pictures(pictures)
-    task = Task(str(model), str(overlays or ""), saliency)
+    place: Any = os.path.abspath if cluster else str  # the workers are started in a folder of their own
+    paths = [place(path) for path in list_pictures(pictures)]
+    task = Task(place(model), place(overlays) if overlays else "", saliency)
     counts = {"answered": 0, "abstained": 0, "not read": 0}
 
     def count(rows: list[dict]) -> int:
@@ -131,17 +136,18 @@ def predict(
     if out or json:
         from tqdm import tqdm
         try:
-            with tqdm(total=len(paths), unit="picture", disable=None) as bar:
-                resumed = predict_files(paths, task, out, json, batch_size, n_jobs, lambda rows: bar.update(count(rows)))
+            with parallel(n_jobs, cluster) as workers, tqdm(total=len(paths), unit="picture", disable=None) as bar:
+                resumed = predict_files(paths, task, out, json, batch_size, workers.n_jobs, lambda rows: bar.update(count(rows)))
         except KeyboardInterrupt:
             typer.echo(f"stopped: answers so far are in {unfinished_file(out, json)}; the same command goes on.", err=True)
             raise typer.Exit(130) from None
         kept = f" ({resumed} of them before)" if resumed else ""
         typer.echo(f"{len(paths)} pictures in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
     else:
-        for rows in iter_answers(task, paths, batch_size, n_jobs):
-            count(rows)
-            typer.echo("\n".join(map(row_text, rows)))
+        with parallel(n_jobs, cluster) as workers:
+            for rows in iter_answers(task, paths, batch_size, workers.n_jobs):
+                count(rows)
+                typer.echo("\n".join(map(row_text, rows)))
     typer.echo("; ".join(f"{number} {what}" for what, number in counts.items()) + ". Research use only.", err=True)
     if counts["not read"]: raise typer.Exit(1)
 
@@ -194,6 +200,8 @@ def study(
     per_class: Annotated[int | None, typer.Option(help="Synthetic smears a class, without --data.", min=20)] = None,
     seed: Annotated[int, typer.Option(help="Seed of split, flips and training.")] = 0,
     n_jobs: Annotated[int, typer.Option(help="Steps side by side.", min=1)] = 1,
+    cluster: Annotated[str, typer.Option(
+        help="Address of a Dask scheduler, tcp://host:8786, whose workers run the steps. They share a file system.")] = "",
     redo: Annotated[list[str] | None, typer.Option(help="Finished step to run again, as train-yolov8; repeatable.")] = None,
 ) -> None:
     """Run the whole study: prepare, train every model, compare, report.
@@ -216,7 +224,7 @@ def study(
     given = {name: value for name, value in asked.items() if value is not None}
     settings = replace(StudySettings() if folder else EMBEDDED, **given)
     where = run or Path("runs", Path(data).resolve().name if data else "synthetic")
-    done = run_study(settings, where, n_jobs=n_jobs, redo=redo or (), say=typer.echo)
+    done = run_study(settings, where, n_jobs=n_jobs, redo=redo or (), say=typer.echo, cluster=cluster)
     typer.echo(f"report: {done.folder / 'report.html'}")
 
 # %% ../nbs/90_command_line.ipynb #5988bbfe

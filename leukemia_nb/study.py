@@ -24,6 +24,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
+from .cluster import parallel
 from .data import CLASSES, FOUR_CLASSES, atomic_path, file_sha256, read_table, write_table
 from . import models
 from .models import MODELS
@@ -370,10 +371,13 @@ def run_step(
     return {**record, "skipped": False}
 
 # %% ../nbs/80_study.ipynb #7fb797f7
-def _attempt(step: Step, run: Run, redo: bool, threads: int) -> dict[str, Any]:
+def _attempt(step: Step, run: Run, redo: bool, beside: int, environment: dict[str, str]) -> dict[str, Any]:
     "run_step with its share of the machine's threads, and the error as a value, so that the steps beside it go on."
-    os.environ.update(OMP_NUM_THREADS=str(threads), TF_NUM_INTRAOP_THREADS=str(threads), TF_NUM_INTEROP_THREADS="1")
+    threads = str(max(1, (os.cpu_count() or 1) // beside))
+    os.environ.update(environment, OMP_NUM_THREADS=threads, TF_NUM_INTRAOP_THREADS=threads, TF_NUM_INTEROP_THREADS="1")
     try:
+        if not (run.folder / "study.json").is_file():
+            raise StudyError(f"{run.folder}: {platform.node()} does not see it. Machines of a cluster must share a file system.")
         return run_step(step, run, redo=redo)
     except StudyError as error:
         return {"step": step.name, "error": str(error)}
@@ -382,25 +386,26 @@ def _attempt(step: Step, run: Run, redo: bool, threads: int) -> dict[str, Any]:
 def run_study(
     settings: StudySettings,  # what to do
     folder: str | Path,  # the run folder; made if it is not there
-    n_jobs: int = 1,  # steps side by side
+    n_jobs: int = 1,  # steps side by side on this machine
     redo: Sequence[str] = (),  # names of steps to run again although they are finished
     say: Callable[[str], None] = print,  # gets a line for each step
     until: Sequence[str] = (),  # only what these steps or kinds of step ("train") need, and they themselves; empty: all
+    cluster: str = "",  # address of a Dask scheduler, as tcp://head:8786, whose workers run the steps
 ) -> Run:
-    "Run a study, or what of it is not finished; gives the run. Raises StudyError when a step fails."
+    "Run a study, or what of it is not finished; gives the run. Raises StudyError when a step fails, ClusterError."
     import joblib
 
-    run = Run(Path(folder))
-    with _locked(run):
+    run = Run(Path(folder).resolve() if cluster else Path(folder))
+    environment = {name: os.environ[name] for name in ("LEUKEMIA_NB_WEIGHTS",) if name in os.environ}
+    with _locked(run), parallel(n_jobs, cluster) as workers:
         run.write_json(asdict(settings) | {"versions": versions()}, "study.json")
         for group in generations(needed(study_steps(settings), until)):
             names = ", ".join(step.name for step in group)
             say(f"{names} …")
-            beside = min(n_jobs, len(group))
-            threads = max(1, (os.cpu_count() or 1) // beside)
-            jobs = (joblib.delayed(_attempt)(step, run, step.name in redo, threads) for step in group)
+            beside = min(workers.beside, len(group))
+            jobs = (joblib.delayed(_attempt)(step, run, step.name in redo, beside, environment) for step in group)
             errors = []
-            for record in joblib.Parallel(n_jobs=beside, return_as="generator_unordered")(jobs):
+            for record in joblib.Parallel(min(workers.n_jobs, len(group)), return_as="generator_unordered", batch_size=1)(jobs):
                 said = record.get("error") or ("unchanged" if record["skipped"] else f"{record['seconds']:.0f} s")
                 say(f"  {record['step']}: {said}")
                 errors += [record["error"]] if "error" in record else []
