@@ -214,6 +214,7 @@ def move_bar(
 KINDS: dict[str, str] = {
     "no cells": "cells taken out",
     "swap": "cells on a background of another class",
+    "swap within class": "the same editing, with a background of the cells' own class",
     "recolour": "all colours moved to another class's",
     "recolour background": "the background's colours moved to another class's background",
     "recolour cells": "the cells' colours moved to another class's cells",
@@ -230,11 +231,17 @@ def _partners(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return np.array([random.choice(np.flatnonzero(labels == other)) for other in others])
 
 
+def _mates(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    "For each picture another of its class, or itself where it is alone."
+    mates = [np.setdiff1d(np.flatnonzero(labels == label), [row]) for row, label in enumerate(labels)]
+    return np.array([random.choice(some) if len(some) else row for row, some in enumerate(mates)])
+
+
 def _make(kind: str, pictures: Any, cells: Any, row: int, partner: int, seed: int) -> np.ndarray:
     picture, donor, mask = pictures[row], pictures[partner], cells[row] > 0
     emptied = lambda i: fill_in(pictures[i], removal_mask(pictures[i], cells[i]), find_bar(pictures[i]), seed)
     if kind == "no cells": return emptied(row)
-    if kind == "swap": return paste_cells(picture, mask, emptied(partner))
+    if kind in ("swap", "swap within class"): return paste_cells(picture, mask, emptied(partner))
     if kind == "bar erased": return erase_bar(picture, seed)
     if kind == "bar swapped": return move_bar(erase_bar(picture, seed), donor)
     if kind == "recolour": return match_colours(picture, colour_statistics(donor))
@@ -256,9 +263,11 @@ def make_counterfactuals(
         raise ValueError(f"unknown kind '{unknown[0]}': choose among {', '.join(KINDS)}.")
     if len(labels) != len(pictures): raise ValueError(f"{len(pictures)} pictures but {len(labels)} labels.")
     if cells is None: cells = np.stack([find_cells(picture) for picture in pictures])
-    partners, made, rows = _partners(labels, np.random.default_rng(seed)), [], []
+    random, made, rows = np.random.default_rng(seed), [], []
+    partners = _partners(labels, random)
+    mates = _mates(labels, random)
     for kind in kinds:
-        for row, partner in enumerate(partners):
+        for row, partner in enumerate(mates if kind == "swap within class" else partners):
             made.append(_make(kind, pictures, cells, row, int(partner), seed + row))
             other = labels[row if kind in ("no cells", "bar erased") else partner]
             rows.append((kind, row, int(partner), "" if kind == "no cells" else labels[row], other))

@@ -134,7 +134,7 @@ def _sign_test(difference: np.ndarray, groups: Sequence[str], seed: int) -> floa
     from scipy.stats import permutation_test
     sums = pd.Series(difference).groupby(np.asarray(groups)).sum().to_numpy(float)
     sums = sums[sums != 0]
-    if not len(sums): return 1.0
+    if len(sums) < 2: return 1.0  # one group: both signs are as extreme
     return float(permutation_test((sums,), lambda x, axis=-1: x.sum(axis=axis), permutation_type="samples", batch=2000,
                                   n_resamples=9999, vectorized=True, rng=np.random.default_rng(seed)).pvalue)
 

@@ -27,7 +27,9 @@ def test_every_kind_is_made_and_seeded(fields):
     assert made.dtype == np.uint8 and len(made) == 3 * len(KINDS) == len(table)
     np.testing.assert_array_equal(made, again)
     pd.testing.assert_frame_equal(table, table_again)
-    both = table[~table.kind.isin(["no cells", "bar erased"])]
+    within = table[table.kind == "swap within class"]
+    assert (within.cells == within.other).all() and (fields[2][within.partner] == within.cells).all()
+    both = table[~table.kind.isin(["no cells", "bar erased", "swap within class"])]
     assert (both.cells != both.other).all() and (both.cells == fields[2][both.row]).all()
     assert (table[table.kind == "no cells"].cells == "").all()
 
@@ -115,3 +117,12 @@ def test_real_bars_are_found_and_cells_go(shared_data):
         hole = removal_mask(picture)
         left.append((core & ~hole & ~find_bar(picture)).sum() / max(core.sum(), 1))
     assert max(left) < 0.02
+
+
+def test_a_swap_within_the_class_takes_another_picture_where_there_is_one(fields):
+    pictures, cells, labels = (np.concatenate([part, part]) for part in fields)
+    _, table = make_counterfactuals(pictures, cells, labels, kinds=["swap", "swap within class"], seed=0)
+    within = table[table.kind == "swap within class"]
+    assert (within.partner != within.row).all() and (labels[within.partner] == labels[within.row]).all()
+    alone, same = make_counterfactuals(*fields, kinds=["swap"], seed=4)[1], make_counterfactuals(*fields, kinds=["swap", "swap within class"], seed=4)[1]
+    assert alone.partner.tolist() == same[same.kind == "swap"].partner.tolist()
