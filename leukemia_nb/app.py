@@ -183,7 +183,7 @@ STYLE = """<style>
 .app-line .app-chosen em{color:var(--ink);font-weight:650}
 .app-silent small{color:var(--doubt)}
 .app-silent>span>i>i{opacity:.38}
-.app-looks{display:grid;grid-template-columns:repeat(auto-fill,minmax(210px,1fr));gap:16px 18px;margin-top:10px}
+.app-looks{display:grid;grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:16px 18px;margin-top:10px}
 .app-looks img{width:100%;border-radius:6px;display:block}
 .app-looks figcaption{margin-top:5px;line-height:1.35}
 .app-looks figcaption b{display:block;font-weight:600}
@@ -294,7 +294,8 @@ def about_html(
         lines.append(f"<li><b>{name}</b>, version {version}: {html.escape(said)}.</li>")
     return (f'<details class="app-about"><summary>About the {len(lines)} models</summary><ul>{"".join(lines)}</ul>'
             '<p>A model abstains where its calibrated probability is low or its features are far from those of its training '
-            'pictures; the thresholds let 95 % of the validation pictures pass.</p></details>' if lines else "")
+            'pictures; the thresholds let 95 % of the validation pictures pass. Test pictures come from the same collection as the '
+            'training pictures: being right on them says little about pictures from elsewhere.</p></details>' if lines else "")
 
 # %% ../nbs/95_app.ipynb #c6de2eb0
 def _note(text: str, wrong: bool = False) -> str:

@@ -150,7 +150,7 @@ def test_the_app_needs_no_framework_and_no_widgets_to_be_imported():
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
-def wait_for(what, seconds=60):
+def wait_for(what, seconds=120):
     """Ask until the answer is true."""
     end = time.monotonic() + seconds
     while not (found := what()):
@@ -251,7 +251,7 @@ def browser(server, tmp_path_factory):
     try:
         found.width(1280)
         found.send("Page.navigate", url=server)
-        wait_for(lambda: found.count(".app-drop input"), 120)
+        wait_for(lambda: found.count(".app-drop input"))
         yield found
     finally:
         found.close()
