@@ -1,4 +1,5 @@
 """The published site, as far as it can be checked without Quarto: order, titles, outputs, links, README, workflow."""
+import ast
 import importlib
 import os
 import re
@@ -90,6 +91,17 @@ def test_a_page_is_committed_with_outputs_without_errors_and_small(notebook):
     assert notebook.stat().st_size < 1_200_000
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
+def test_a_cell_that_imports_holds_nothing_else(notebook):
+    """nbdev runs such cells, and no others but the exported, when it prepares a page that has exports."""
+    sources = [cell.source for cell in cells_of(notebook) if cell.cell_type == "code"]
+    if not any("#| export" in source for source in sources): return
+    for source in sources:
+        if "#| export" in source: continue
+        imports = [isinstance(statement, ast.Import | ast.ImportFrom) for statement in ast.parse(source).body]
+        assert all(imports) or not any(imports), source
+
+
 def leads_somewhere(link: str, cells, folder: Path) -> bool:
     """Whether a relative link of a page leads to a file, and to a heading of it if it names one."""
     path, _, anchor = link.partition("#")
@@ -152,9 +164,9 @@ def test_all_pages_can_be_processed(processed):
     assert made == sorted(map(name_of, NOTEBOOKS))
 
 
-@pytest.mark.parametrize("name", [name_of(notebook) for notebook in NOTEBOOKS])
-def test_links_between_pages_lead_somewhere(processed, name):
-    assert not broken(cells_of(processed / name), (processed / name).parent)
+def test_links_between_pages_lead_somewhere(processed):
+    lost = {page.name: found for page in processed.rglob("*.ipynb") if (found := broken(cells_of(page), page.parent))}
+    assert not lost
 
 
 def test_links_to_names_lead_to_the_page_and_heading_that_explain_them(processed):
