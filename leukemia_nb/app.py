@@ -294,8 +294,8 @@ def about_html(
         lines.append(f"<li><b>{name}</b>, version {version}: {html.escape(said)}.</li>")
     return (f'<details class="app-about"><summary>About the {len(lines)} models</summary><ul>{"".join(lines)}</ul>'
             '<p>A model abstains where its calibrated probability is low or its features are far from those of its training '
-            'pictures; the thresholds let 95 % of the validation pictures pass. Test pictures come from the same collection as the '
-            'training pictures: being right on them says little about pictures from elsewhere.</p></details>' if lines else "")
+            'pictures; the thresholds let 95 % of the validation pictures pass. Test pictures come from the same collection as '
+            'the training pictures: being right on them says little about pictures from elsewhere.</p></details>' if lines else "")
 
 # %% ../nbs/95_app.ipynb #c6de2eb0
 def _note(text: str, wrong: bool = False) -> str:
