@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob, has_magic
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,10 +31,11 @@ if TYPE_CHECKING:
 else: DataFrame = Any  # loaded with the first table; the name is for the documentation
 
 # %% auto #0
-__all__ = ['SEAL', 'OUTPUTS', 'AT_ONCE', 'unseal', 'made_up_model_file', 'open_model_file', 'list_pictures', 'row_columns',
-           'reasons', 'Predictions', 'doubt_in_words', 'row_text', 'Look', 'Predictor', 'overlay', 'predictions_html',
-           'saliency', 'Task', 'model_of', 'overlay_file', 'answer_files', 'unfinished_file', 'read_unfinished',
-           'write_rows', 'iter_answers', 'predict_files', 'exported_models', 'compare_models_on', 'comparison_text']
+__all__ = ['SEAL', 'OUTPUTS', 'AT_ONCE', 'unseal', 'made_up_model_file', 'open_model_file', 'list_pictures', 'picture_list',
+           'row_columns', 'reasons', 'Predictions', 'doubt_in_words', 'row_text', 'Look', 'look_at', 'answer_row',
+           'Predictor', 'overlay', 'predictions_html', 'saliency', 'Task', 'model_of', 'overlay_file', 'answer_files',
+           'unfinished_file', 'read_unfinished', 'write_rows', 'iter_answers', 'predict_files', 'exported_models',
+           'compare_models_on', 'comparison_text']
 
 # %% ../nbs/84_predictor.ipynb #9b8dcdba
 SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"  # protobuf for metadata_props {key "sha256", value of 64 characters}; the digest follows
@@ -178,6 +180,17 @@ def list_pictures(
         else: found.append(each)
     return list(dict.fromkeys(found))
 
+
+def picture_list(
+    pictures: Any,  # a path, folder, pattern, uint8 (H, W, 3), (n, H, W, 3) or (n, 2, H, W, 3), or an iterable of these
+) -> list:  # paths and arrays, one a picture
+    "Paths and arrays of whatever may be asked about."
+    if isinstance(pictures, np.ndarray): return [pictures] if pictures.ndim == 3 else list(pictures)
+    if isinstance(pictures, str | os.PathLike): return list_pictures(pictures)
+    found: list = []
+    for each in pictures: found += [each] if isinstance(each, np.ndarray) else list_pictures(each)
+    return found
+
 # %% ../nbs/84_predictor.ipynb #8c3d157d
 def row_columns(
     classes: Sequence[str],  # class names
@@ -260,6 +273,54 @@ class Look(NamedTuple):
     ready: np.ndarray | None  # what the network sees; None where the picture could not be read
 
 
+def _prepared(picture: np.ndarray, info: dict, count: bool, row: dict) -> np.ndarray:
+    "What the network sees of a picture; number and area of its cells go into the row."
+    if picture.ndim == 4:  # with its segmented twin
+        if info["input"] != "pair": return _network_input(picture[0], info)
+        return np.stack([square_picture(one, info["image_size"]) for one in picture])
+    square_picture(picture[:1], 1)  # its demands on the picture
+    if not count: return _network_input(picture, info)
+    cells = find_cells(picture) if info["segmentation"] == "seeded" else segment(picture, info["segmentation"])
+    mask = cells > 0
+    row.update(blasts=count_cells(cells), blast_area=round(float(mask.mean()), 5), blast_pixels=int(mask.sum()))
+    return _network_input(picture, info, mask)
+
+
+def look_at(
+    picture: str | os.PathLike | np.ndarray,  # a path, uint8 (H, W, 3) RGB, or uint8 (2, H, W, 3) with its segmented twin
+    info: dict,  # what the model file says about itself
+    count: bool = True,  # segment the picture and count its cells
+) -> Look:
+    "Read a picture, count its cells and bring it to what the network sees; what is wrong with it goes into the row."
+    row: dict[str, Any] = {"path": "", "sha256": "", "blasts": None, "blast_area": None, "blast_pixels": None, "error": ""}
+    try:
+        if isinstance(picture, np.ndarray): return Look(row, _prepared(picture, info, count, row))
+        row["path"] = os.fspath(picture)
+        pixels = read_picture(picture)
+        row["sha256"] = file_sha256(picture)
+        return Look(row, _prepared(pixels, info, count, row))
+    except (PictureError, OSError, ModelError) as error: return Look(row | {"error": str(error)}, None)
+
+
+def answer_row(
+    known: dict,  # the row of a `Look`
+    answer: tuple[np.ndarray, np.ndarray, float] | None,  # probabilities (k,), features (d,), distance; None: not read
+    info: dict,  # what the model file says about itself
+) -> dict:  # keys as in `row_columns`
+    "What is known of a picture together with what the network answered."
+    names = [f"p_{name}" for name in info["classes"]]
+    about = known | {"model": info["name"], "model_version": info["version"]}
+    if answer is None:
+        nothing = dict.fromkeys([*names, "confidence", "distance"])
+        return about | nothing | {"class": "", "abstain": True, "why": "could not be read"}
+    p, distance = answer[0], float(answer[2])
+    confidence = round(float(p.max()), 6)
+    why = reasons(confidence, distance, known["blasts"], info["thresholds"])
+    return about | {name: round(float(value), 6) for name, value in zip(names, p)} | {
+        "class": info["classes"][int(p.argmax())], "confidence": confidence, "distance": round(distance, 4),
+        "abstain": bool(why), "why": why}
+
+# %% ../nbs/84_predictor.ipynb #3d4cf12c
 class Predictor:
     "One exported model: `classes_`, `info`, `predict_proba`, `features`, `predict`, `iter_predict`."
 
@@ -287,33 +348,6 @@ class Predictor:
     def __repr__(self) -> str:
         return f"Predictor({self.info['title']}, version {self.info['version']}, {', '.join(self.classes_)})"
 
-    def look(
-        self,
-        picture: str | os.PathLike | np.ndarray,  # a path, uint8 (H, W, 3) RGB, or uint8 (2, H, W, 3) with its segmented twin
-    ) -> Look:
-        "Read a picture, count its cells and bring it to what the network sees; what is wrong with it goes into the row."
-        row: dict[str, Any] = {"path": "", "sha256": "", "blasts": None, "blast_area": None, "blast_pixels": None, "error": ""}
-        try:
-            if not isinstance(picture, np.ndarray):
-                row["path"] = os.fspath(picture)
-                pixels = read_picture(picture)
-                row["sha256"] = file_sha256(picture)
-            else: pixels = picture
-            return Look(row, self._ready(pixels, row))
-        except (PictureError, OSError, ModelError) as error: return Look(row | {"error": str(error)}, None)
-
-    def _ready(self, picture: np.ndarray, row: dict) -> np.ndarray:
-        if picture.ndim == 4:
-            twins = np.stack([square_picture(one, self.image_size) for one in picture])
-            return twins if self.info["input"] == "pair" else _network_input(picture[0], self.info)
-        square_picture(picture[:1], 1)  # its demands on the picture
-        mask = None
-        if self.count:
-            cells = find_cells(picture) if self.method == "seeded" else segment(picture, self.method)
-            mask = cells > 0
-            row.update(blasts=count_cells(cells), blast_area=round(float(mask.mean()), 5), blast_pixels=int(mask.sum()))
-        return _network_input(picture, self.info, mask)
-
     def ask(
         self,
         ready: Sequence[np.ndarray],  # what the network sees of each picture
@@ -326,23 +360,9 @@ class Predictor:
         return tuple(np.concatenate(parts) for parts in zip(*answers))  # type: ignore[return-value]
 
     def _rows(self, looks: Sequence[Look]) -> list[dict]:
-        "Rows of pictures that were looked at."
         good = [look.ready for look in looks if look.ready is not None]
         answers = zip(*self.ask(good)) if good else iter(())
-        return [self._row(look.row, None if look.ready is None else next(answers)) for look in looks]
-
-    def _row(self, known: dict, answer: tuple | None) -> dict:
-        names = [f"p_{name}" for name in self.classes_]
-        about = {"model": self.info["name"], "model_version": self.info["version"]}
-        if answer is None:
-            blank = dict.fromkeys([*names, "confidence", "distance"])
-            return known | blank | about | {"class": "", "abstain": True, "why": "could not be read"}
-        p, _, distance = answer
-        confidence = round(float(p.max()), 6)
-        why = reasons(confidence, float(distance), known["blasts"], self.info["thresholds"])
-        return known | about | {name: round(float(value), 6) for name, value in zip(names, p)} | {
-            "class": str(self.classes_[p.argmax()]), "confidence": confidence, "distance": round(float(distance), 4),
-            "abstain": bool(why), "why": why}
+        return [answer_row(look.row, None if look.ready is None else next(answers), self.info) for look in looks]
 
     def iter_predict(
         self,
@@ -351,11 +371,12 @@ class Predictor:
         threads: int = 2,  # that read and segment pictures
     ) -> Iterator[Predictions]:
         "Answers batch by batch; a picture that cannot be read is a row with its error."
-        every = _as_list(pictures)
+        every = picture_list(pictures)
         with ThreadPoolExecutor(threads) as pool:
             for start in range(0, len(every), batch_size):
                 batch = every[start : start + batch_size]
-                looks = list(pool.map(self.look, batch)) if len(batch) > 1 else [self.look(batch[0])]
+                looks = [look_at(batch[0], self.info, self.count)] if len(batch) == 1 else list(
+                    pool.map(look_at, batch, repeat(self.info), repeat(self.count)))
                 yield Predictions(self._rows(looks), self.info, batch)
 
     def predict(
@@ -364,19 +385,18 @@ class Predictor:
         batch_size: int = 32,  # pictures in memory at a time
     ) -> Predictions:
         "Answers to all pictures."
-        every = _as_list(pictures)
+        every = picture_list(pictures)
         return Predictions([row for part in self.iter_predict(every, batch_size) for row in part.rows], self.info, every)
 
     def _numbers(self, pictures: Any, which: int, batch_size: int = 32) -> np.ndarray:
-        every = _as_list(pictures)
+        every = picture_list(pictures)
         if not every: raise ModelError("no pictures. Give paths, folders, patterns or arrays.")
-        quiet = Predictor(self.session, self.info, count=False)
         found = []
         for start in range(0, len(every), batch_size):
-            looks = [quiet.look(picture) for picture in every[start : start + batch_size]]
+            looks = [look_at(picture, self.info, count=False) for picture in every[start : start + batch_size]]
             for look in looks:
                 if look.row["error"]: raise PictureError(look.row["error"])
-            found.append(quiet.ask([look.ready for look in looks if look.ready is not None])[which])
+            found.append(self.ask([look.ready for look in looks if look.ready is not None])[which])
         return np.concatenate(found)
 
     def predict_proba(self, pictures: Any) -> np.ndarray:
@@ -390,16 +410,6 @@ class Predictor:
     def score(self, pictures: Any, labels: Sequence[str]) -> float:
         "Share of right answers, abstaining or not; Raises PictureError."
         return float(np.mean(self.classes_[self.predict_proba(pictures).argmax(axis=1)] == np.asarray(labels)))
-
-
-def _as_list(pictures: Any) -> list:
-    "Paths and arrays, one a picture, of anything that may be asked about."
-    if isinstance(pictures, np.ndarray):
-        return [pictures] if pictures.ndim == 3 else list(pictures)
-    if isinstance(pictures, str | os.PathLike): return list_pictures(pictures)
-    found: list = []
-    for each in pictures: found += [each] if isinstance(each, np.ndarray) else list_pictures(each)
-    return found
 
 # %% ../nbs/84_predictor.ipynb #b7c020a0
 def overlay(
@@ -504,7 +514,7 @@ def saliency(
 ) -> np.ndarray:  # float32 (n, S, S), 0..1
     "Occlusion maps of the model's answers, see `leukemia_nb.saliency.occlusion_map`. Raises PictureError."
     from leukemia_nb.saliency import occlusion_map
-    pixels = [each if isinstance(each, np.ndarray) else read_picture(each) for each in _as_list(pictures)]
+    pixels = [each if isinstance(each, np.ndarray) else read_picture(each) for each in picture_list(pictures)]
     return occlusion_map(model, pixels, grid=grid)
 
 # %% ../nbs/84_predictor.ipynb #a4d61305
