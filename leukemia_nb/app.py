@@ -292,10 +292,11 @@ def about_html(
         said = f"{right}; trained on {training.get('pictures', 0)} pictures; {info['weights_source']}; licence {info['licence']}"
         name, version = html.escape(info["title"]), html.escape(info["version"])
         lines.append(f"<li><b>{name}</b>, version {version}: {html.escape(said)}.</li>")
+    if not lines: return ""
     return (f'<details class="app-about"><summary>About the {len(lines)} models</summary><ul>{"".join(lines)}</ul>'
             '<p>A model abstains where its calibrated probability is low or its features are far from those of its training '
             'pictures; the thresholds let 95 % of the validation pictures pass. Test pictures come from the same collection as '
-            'the training pictures: being right on them says little about pictures from elsewhere.</p></details>' if lines else "")
+            'the training pictures: being right on them says little about pictures from elsewhere.</p></details>')
 
 # %% ../nbs/95_app.ipynb #c6de2eb0
 def _note(text: str, wrong: bool = False) -> str:
