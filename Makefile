@@ -13,7 +13,7 @@ export YOLO_OFFLINE ?= true
 export YOLO_AUTOINSTALL ?= false
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install study test notebooks lint lab bench results export docs clean
+.PHONY: help install study test notebooks lint lab app bench results export clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ notebooks: install  ## run every notebook as a test
 
 lab: install  ## open JupyterLab on the notebooks
 	.venv/bin/jupyter lab --notebook-dir nbs
+
+app: install  ## look at one picture in a browser, with the models of a finished study: RUN=runs/name
+	$(PY) -c "from leukemia_nb.app import serve; serve('$(RUN)')"
 
 bench: install  ## measure, into benchmarks/results.json
 	for script in $(filter-out benchmarks/collect_study.py benchmarks/merge.py,$(wildcard benchmarks/*.py)); do \
