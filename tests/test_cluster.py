@@ -1,0 +1,193 @@
+"""A study and predictions over a Dask cluster: two worker processes of this machine, one of which is killed at work."""
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import joblib
+import nbformat
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from leukemia_nb import study
+from leukemia_nb.cluster import ClusterError, Workers, parallel
+from leukemia_nb.command_line import app
+from leukemia_nb.predictor import made_up_model_file
+from leukemia_nb.study import SMOKE, StudyError, run_study
+from leukemia_nb.synthetic import write_smears
+
+distributed = pytest.importorskip("distributed")
+psutil = pytest.importorskip("psutil")  # comes with distributed
+
+
+@pytest.fixture(scope="module")
+def address():
+    """A scheduler and two worker processes, which are started in a folder of their own."""
+    import dask
+
+    here = Path.cwd()
+    with dask.config.set({"distributed.scheduler.allowed-failures": 1}):
+        os.chdir("/")
+        try:
+            cluster = distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs="CRITICAL")
+        finally:
+            os.chdir(here)
+        with cluster:
+            yield cluster.scheduler_address
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of thirty synthetic smears, one file that is none, and a model file beside it."""
+    folder = tmp_path_factory.mktemp("predict")
+    write_smears(folder / "smears", 10, height=192, width=256)
+    (folder / "smears/broken.png").write_bytes(b"\x89PNG")
+    made_up_model_file(folder / "model.onnx")
+    return folder
+
+
+def write_notebook(path, code):
+    """A study notebook of one cell, beside its parameters."""
+    cells = [nbformat.v4.new_code_cell("run = ''", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(code)]
+    spec = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=spec), path)
+    return path
+
+
+def process(number, mark):
+    if mark and not os.path.exists(mark):
+        Path(mark).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number, os.getpid()
+
+
+def test_tasks_run_in_the_workers_and_a_killed_one_loses_nothing(address, tmp_path):
+    with parallel(cluster=address) as workers:
+        assert workers == Workers(-1, 2)
+        tasks = [joblib.delayed(process)(number, str(tmp_path / "killed") if number == 3 else "") for number in range(8)]
+        found = joblib.Parallel(workers.n_jobs, batch_size=1)(tasks)
+    assert [number for number, _ in found] == list(range(8))
+    assert os.getpid() not in {worker for _, worker in found}
+    assert (tmp_path / "killed").exists()
+
+
+def test_a_task_that_kills_its_workers_is_an_error_and_not_a_wait_for_ever(address, tmp_path):
+    tasks = [joblib.delayed(os.kill)(0, 0), joblib.delayed(os.abort)()]
+    with pytest.raises(ClusterError, match="all 2 workers that had it died"), parallel(cluster=address):
+        joblib.Parallel(-1, timeout=90)(tasks)
+
+
+def test_an_error_of_a_task_is_the_same_error_here(address):
+    with pytest.raises(ZeroDivisionError), parallel(cluster=address):
+        joblib.Parallel(-1, timeout=90)([joblib.delayed(divmod)(1, 0)])
+
+
+def test_a_single_worker_does_the_work_too_and_its_gpu_is_what_a_step_sees(tmp_path):
+    notebook = write_notebook(tmp_path / "gpu.ipynb", "import os\nfrom pathlib import Path\n"
+                              "(Path(run) / 'gpu.txt').write_text(os.environ['CUDA_VISIBLE_DEVICES'])")
+    step, run = study.Step("gpu", "gpu.ipynb", outputs=("gpu.txt",)), study.Run(tmp_path)
+    with (distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, silence_logs="CRITICAL",
+                                   env={"CUDA_VISIBLE_DEVICES": "1"}) as cluster,
+          parallel(cluster=cluster.scheduler_address) as workers):
+        assert os.getpid() not in joblib.Parallel(workers.n_jobs)(joblib.delayed(os.getpid)() for _ in range(2))
+        joblib.Parallel(workers.n_jobs)([joblib.delayed(study.run_step)(step, run, notebook)])
+    assert (tmp_path / "gpu.txt").read_text() == "1"
+
+
+@pytest.mark.parametrize(("bad", "message"), [
+    ("tcp://127.0.0.1:1", r"no Dask scheduler answers there.*dask scheduler"), ("tcp://127.0.0.1:x", "correct the address")])
+def test_no_scheduler_is_one_clear_line(tmp_path, bad, message):
+    answer = CliRunner().invoke(app, ["study", "--run", str(tmp_path / "run"), "--cluster", bad])
+    assert isinstance(answer.exception, ClusterError)
+    with pytest.raises(ClusterError, match=message), parallel(cluster=bad):
+        pass
+
+
+def test_no_dask_is_one_clear_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(ClusterError, match=r"pip install 'leukemia_nb\[train\]'"), parallel(cluster="tcp://127.0.0.1:1"):
+        pass
+
+
+def test_dask_is_not_loaded_where_nobody_asks_for_it():
+    code = ("import sys\nfrom leukemia_nb import study, command_line\nfrom leukemia_nb.cluster import parallel\n"
+            "with parallel(2) as workers: assert workers == (2, 2)\nassert not {'dask', 'distributed'} & sys.modules.keys()")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def files_of(run):
+    """What a run has written of what its steps promise, by name; the run folder's own name is left out of tables."""
+    names = {name for step in study.study_steps(SMOKE) for name in step.outputs}
+    paths = [path for name in names for path in [run.folder / name, *(run.folder / name).rglob("*.png")] if path.is_file()]
+    return {str(path.relative_to(run.folder)): path.read_bytes().replace(bytes(run.folder), b"") for path in paths}
+
+
+def kill_the_worker_of(step, run, over, killed):
+    """Kill the worker that runs a step, once its kernel is at work; `killed` then holds worker and kernel."""
+    while not killed and not over.wait(0.05):
+        if (run / f"notebooks/{step}.partial.ipynb").exists():
+            for kernel in psutil.process_iter(["cmdline", "cwd"]):
+                if kernel.info["cwd"] == str(run) and "ipykernel_launcher" in kernel.info["cmdline"]:
+                    assert not (run / f"steps/{step}.json").exists()
+                    killed += [kernel.parent(), kernel]
+                    killed[0].kill()
+
+
+def test_a_study_over_a_cluster_is_the_same_study_and_survives_a_killed_worker(address, tmp_path):
+    here = run_study(SMOKE, tmp_path / "here", until=("counterfactuals",), say=lambda line: None)
+    killed, said, over = [], [], threading.Event()
+    killer = threading.Thread(target=kill_the_worker_of, args=("counterfactuals", tmp_path / "there", over, killed))
+    killer.start()
+    there = run_study(SMOKE, tmp_path / "there", until=("counterfactuals",), say=said.append, cluster=address)
+    over.set()
+    killer.join()
+    assert len(killed) == 2 and not psutil.wait_procs(killed, timeout=60)[1]  # the kernel has not outlived its worker
+    assert not list(there.folder.glob("notebooks/*.partial.ipynb"))
+    assert files_of(there) == files_of(here)
+    assert {"pairs/Pre-B/ori_Pre-B_001.png", "split.csv", "audit/counterfactuals.npy"} < files_of(there).keys()
+    run_study(SMOKE, there.folder, until=("counterfactuals",), say=said.append)  # the cluster's records hold here
+    assert [line.split(": ")[1] for line in said if "…" not in line][3:] == ["unchanged"] * 3
+
+
+def test_a_step_that_fails_in_a_worker_is_the_study_s_error(address, tmp_path):
+    run_study(SMOKE, tmp_path, until=("split",), say=lambda line: None)
+    settings = study.replace(SMOKE, train=("mobilenet_v2:batch_size=-1",))
+    with pytest.raises(StudyError, match=r"(?s)step train-mobilenet_v2 failed.*batch_size.*goes on from here"):
+        run_study(settings, tmp_path, until=("train",), say=lambda line: None, cluster=address)
+
+
+def test_a_worker_that_does_not_see_the_run_folder_says_so(tmp_path):
+    step = study.study_steps(SMOKE)[0]
+    assert "Machines of a cluster must share a file system" in study._attempt(step, study.Run(tmp_path), False, 1, {})["error"]
+
+
+def predict(*more):
+    """`predict` with paths as a user writes them, which mean nothing to the workers."""
+    return CliRunner().invoke(app, ["predict", "smears", "--model", "model.onnx", "--batch-size", "1", *more])
+
+
+def test_predictions_over_a_cluster_are_the_same_though_a_worker_is_killed(address, pictures, monkeypatch):
+    monkeypatch.chdir(pictures)
+    alone = predict("--out", "alone.csv")
+    with distributed.Client(address, set_as_default=False) as client:
+        victim = next(iter(client.run(os.getpid).values()))
+
+    def kill_at_work():
+        while not any(file.stat().st_size for file in pictures.glob("shared.csv.unfinished")):
+            time.sleep(0.001)
+        os.kill(victim, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_at_work, daemon=True)
+    killer.start()
+    shared = predict("--out", "shared.csv", "--overlays", "found", "--cluster", address)
+    killer.join(1)
+    assert not killer.is_alive()
+    assert alone.exit_code == shared.exit_code == 1  # of the broken file
+    first, second = (pd.read_csv(pictures / name) for name in ("alone.csv", "shared.csv"))
+    assert second.path.tolist() == [str(pictures / path) for path in first.path] and len(second) == 31
+    pd.testing.assert_frame_equal(first.drop(columns=["path", "error"]), second.drop(columns=["path", "error"]))
+    assert len(list((pictures / "found").glob("*-cells.jpg"))) == 30
