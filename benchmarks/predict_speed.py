@@ -21,7 +21,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/predict_speed.json"
-OTHERS = {"mobilenet_v2": "keras", "yolov8": "ultralytics"}
+OTHERS = {"mobilenet_v2": "keras", "yolov8": "ultralytics", "yolo11": "ultralytics"}
 SIZES = {"224x224": (224, 224), "1024x768": (768, 1024)}
 
 
@@ -222,13 +222,15 @@ def first_answer(python: str, model: Path, file: str, repeats: int) -> dict:
             "processor_seconds": round(float(np.median(processor)), 2), "repeats": repeats}
 
 
-def main(run: Path, exported: Path, repeats: int, python: str) -> None:
-    "Measure and write the results."
+def main(run: Path, exported: Path, repeats: int, python: str, models: list[str]) -> None:
+    "Measure and write the results; those of models that are not asked for stay."
     from leukemia_nb.data import atomic_path, write_picture
     from leukemia_nb.predictor import open_model_file
     from leukemia_nb.synthetic import smear
-    result: dict = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-                    "load_before": round(os.getloadavg()[0], 1), "pictures": "synthetic smears, JPEG", "compared": {}}
+    result: dict = json.loads(RESULTS.read_text()) if RESULTS.exists() and set(models) != set(OTHERS) else {}
+    result |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+               "load_before": round(os.getloadavg()[0], 1), "pictures": "synthetic smears, JPEG"}
+    for part in ("network", "first_answer", "compared"): result.setdefault(part, {})
     with tempfile.TemporaryDirectory() as name:
         files: dict[str, list[str]] = {}
         for size, shape in SIZES.items():
@@ -236,14 +238,15 @@ def main(run: Path, exported: Path, repeats: int, python: str) -> None:
             for i, file in enumerate(files[size]):
                 write_picture(file, smear(("Normal", "Pre-B", "Pro-B")[i % 3], i, *shape).picture)
         result["steps"] = {size: steps_of(files[size][1]) for size in SIZES}
-        for model, theirs in OTHERS.items():
+        for model in models:
+            theirs = OTHERS[model]
             file, folder = exported / f"{model}.onnx", run / "models" / model
             if not file.is_file() or not folder.is_dir():
                 print(f"{model}: no exported file or no trained model, left out")
                 continue
             temperature = float(open_model_file(file)[1]["temperature"])
-            result.setdefault("network", {})[model] = network_of(file, files["224x224"][1])
-            result.setdefault("first_answer", {})[model] = first_answer(python, file, files["1024x768"][1], 5)
+            result["network"][model] = network_of(file, files["224x224"][1])
+            result["first_answer"][model] = first_answer(python, file, files["1024x768"][1], 5)
             sides = Side("ours", file), Side(theirs, folder)
             rows = result["compared"][f"{model}: ours against {theirs}"] = []
             for size in SIZES:
@@ -265,6 +268,7 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--python", default=sys.executable, help="Python that gives the first answer, base requirements only")
     parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--models", nargs="+", choices=OTHERS, default=list(OTHERS), help="models to measure")
     options = parser.parse_args()
     if options.inside: serve(*options.inside)
-    else: main(options.run, options.exported or options.run / "exported", options.repeats, options.python)
+    else: main(options.run, options.exported or options.run / "exported", options.repeats, options.python, options.models)
