@@ -199,6 +199,13 @@ def _audit(settings: StudySettings, model: str) -> Step:
     outputs = (f"audit/{model}.csv", *(f"audit/{kind}/{model}.csv" for kind in ("robustness", "saliency", "randomisation")))
     return Step(f"audit-{model}", "28_audit.ipynb", asked, (*PREPARED, *SPLIT, *COUNTERFACTUALS, f"models/{model}"), outputs)
 
+# %% ../nbs/80_study.ipynb #20b1c396
+def _export(settings: StudySettings, model: str) -> Step:
+    "One trained model as one file that needs no framework."
+    read = (*PREPARED, *SPLIT, f"models/{model}", f"predictions/{model}.csv", f"cards/{model}.md")
+    outputs = (f"exported/{model}.onnx", f"exported/{model}.json")
+    return Step(f"export-{model}", "38_export.ipynb", _chosen(settings, "image_size", model=model), read, outputs)
+
 # %% ../nbs/80_study.ipynb #571b154e
 def _background(settings: StudySettings) -> list[Step]:
     "What needs no trained model: the counterfactual pictures, cross-validation, EfficientNet's two by two."
@@ -229,8 +236,9 @@ def study_steps(settings: StudySettings) -> list[Step]:
     measured = (*trained, *_outputs([*background, compare, worth]))
     cards = Step("cards", "36_cards.ipynb", models, (*measured, *_outputs(audits)), (
         "metrics/reporting_items.csv", "sections/70_reporting.json", *(f"cards/{model}.md" for model in settings.models)))
-    report = Step("report", "40_report.ipynb", models, (*measured, *cards.outputs), ("report.html",))
-    return [*preparation, *trainings, *background, *audits, compare, worth, cards, report]
+    exports = [_export(settings, model) for model in settings.models]
+    report = Step("report", "40_report.ipynb", models, (*measured, *cards.outputs, *_outputs(exports)), ("report.html",))
+    return [*preparation, *trainings, *background, *audits, compare, worth, cards, *exports, report]
 
 # %% ../nbs/80_study.ipynb #1246ad6d
 def generations(steps: Sequence[Step]) -> list[list[Step]]:
