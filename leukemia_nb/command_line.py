@@ -168,7 +168,7 @@ def compare(
     table = compare_models_on(paths, exported_models(study), problems.append)
     typer.echo(comparison_text(table))
     write_table(out / "comparison.csv", table)
-    with atomic_path(out / "comparison.png") as temporary: unseen_figure(table, most=12).savefig(temporary)
+    with atomic_path(out / "comparison.png") as temporary: unseen_figure(table, most=12).savefig(temporary, dpi=160)
     typer.echo(f"comparison.csv and comparison.png in {out}. In brackets: the model abstains. Research use only.", err=True)
     for problem in problems: typer.echo(problem, err=True)
     if problems: raise typer.Exit(1)
