@@ -25,7 +25,7 @@ psutil = pytest.importorskip("psutil")  # comes with distributed
 
 
 @pytest.fixture(scope="module")
-def address():
+def cluster():
     """A scheduler and two worker processes, which are started in a folder of their own."""
     import dask
 
@@ -37,7 +37,15 @@ def address():
         finally:
             os.chdir(here)
         with cluster:
-            yield cluster.scheduler_address
+            yield cluster
+
+
+@pytest.fixture()
+def address(cluster):
+    """The scheduler's address, once both workers are there: one that was killed takes its time on a busy machine."""
+    with distributed.Client(cluster, set_as_default=False) as client:
+        client.wait_for_workers(2, timeout=300)
+    return cluster.scheduler_address
 
 
 @pytest.fixture(scope="module")
