@@ -157,6 +157,7 @@ def open_model_file(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting threads leave the cores to the readers
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         info = json.loads(session.get_modelmeta().custom_metadata_map["leukemia_nb"])
