@@ -3,7 +3,19 @@ import cv2
 import numpy as np
 import pytest
 
-from leukemia_nb.cell_model import COLOURS, MEASURES, CellModel, cell_crops, describe, population, recolour, tighten
+from leukemia_nb.cell_model import (
+    COLOURS,
+    MEASURES,
+    CellModel,
+    cell_colours,
+    cell_crops,
+    describe,
+    exchange_colours,
+    population,
+    recolour,
+    tighten,
+)
+from leukemia_nb.counterfactuals import make_counterfactuals
 from leukemia_nb.data import CLASSES
 from leukemia_nb.models import MODELS, Pictures, load_model, make_model
 from leukemia_nb.synthetic import smear
@@ -55,6 +67,36 @@ def test_grey_and_matched_cells_have_no_colour_of_their_own():
         assert np.abs(lab - (135, 158, 100)).max() < 8
     with pytest.raises(ValueError, match="unknown colours"):
         recolour(crops[0], masks[0], "blue")
+
+
+def test_exchanged_colours_are_the_others_and_differences_between_cells_stay():
+    crops, masks = cell_crops(small("Pre-B", 3))
+    others = cell_colours(*cell_crops(small("Normal", 3)))
+    moved = exchange_colours(crops, masks, others)
+    assert moved.dtype == np.uint8 and moved.shape == crops.shape
+    np.testing.assert_allclose(cell_colours(moved, masks), others, atol=3)
+    lightness = [[cv2.cvtColor(c, cv2.COLOR_RGB2LAB)[m][:, 0].mean() for c, m in zip(some, masks)] for some in (crops, moved)]
+    assert np.corrcoef(*lightness)[0, 1] > 0.95
+    assert np.abs(exchange_colours(crops, masks, cell_colours(crops, masks)).astype(int) - crops)[masks].mean() < 2
+
+
+def test_training_shows_each_class_in_the_colours_of_every_class():
+    seen = [cell_crops(small(label, seed)) for label in CLASSES for seed in (4, 5)]
+    model = CellModel(classes=CLASSES)
+    model.classes_ = np.array(CLASSES)
+    nothing = np.zeros((0, 48, 48, 3), np.uint8), np.zeros((0, 48, 48), bool)
+    found = model._versions([*seen, nothing], np.array([0, 0, 1, 1, 2, 2, 2]))
+    assert len(found) == 3 + 3 + 3 and all(n == 7 for _, _, n in found)
+    means = [[cells[owner // 2 == k][:, -6:-3].mean(axis=0) for k in range(3)] for cells, owner, _ in found]
+    apart = [np.ptp(by_class, axis=0).sum() for by_class in means]  # how far the classes' colours lie from each other
+    assert max(apart[-3:]) < 0.5 * apart[0], "colour still tells the class"
+    for target, moved in enumerate(means[-3:]):
+        assert np.abs(np.mean(moved, axis=0) - means[0][target]).sum() < 0.5 * apart[0], "not the colours of that class"
+
+
+def test_recoloured_cells_are_still_named(model, sources):
+    recoloured, table = make_counterfactuals(sources[1].read(slice(None)), None, sources[1].labels, ["recolour cells"], seed=4)
+    assert (model.predict(recoloured) == table.cells).mean() >= 0.6
 
 
 def test_tighten_drops_a_pale_rim_and_never_everything():
