@@ -1,0 +1,219 @@
+"""Do the exported models refuse what is not like their training pictures? On the real pictures, for every model file of a run.
+
+    nice -n 10 python benchmarks/abstaining.py --run runs/taleqani --exported runs/taleqani/exported [--models cells yolo11]
+    nice -n 10 python benchmarks/abstaining.py --choose mobilenet_v2 yolo11   # how the distance was chosen
+
+Pictures from elsewhere only measure: thresholds are in the files, set by the validation pictures, and the kind of distance
+was chosen (`--choose`) on training pictures made unlike themselves. Writes benchmarks/results/abstaining.json, a model at a time.
+"""
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+
+from leukemia_nb.data import atomic_path, read_picture
+from leukemia_nb.evaluation import exact_interval
+from leukemia_nb.pairing import Pairs
+from leukemia_nb.predictor import Look, Predictor, answer_row, look_at
+from leukemia_nb.robustness import blur, scale_stains, shift_hue
+from leukemia_nb.study import Run, run_pairs
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("LEUKEMIA_NB_SHARED", ROOT.parent / "shared")) / "data"
+RESULTS = ROOT / "benchmarks/results/abstaining.json"
+OF_TEST = ("test", "blurred", "stained", "hue")  # sources made of the test pictures, in their order
+PHOTOGRAPHS = (
+    "astronaut.png camera.png chelsea.png coffee.png coins.png rocket.jpg hubble_deep_field.jpg "
+    "retina.jpg moon.png brick.png grass.png gravel.png motorcycle_left.png motorcycle_right.png "
+    "clock_motion.png page.png text.png cell.png ihc.png microaneurysms.png"
+).split()
+ABOUT = {
+    "test": "the test split itself: should be accepted",
+    "full_resolution": "the same photographs in full, some of them of the training part: should be accepted",
+    "bccd": "blood smears of another laboratory (BCCD)",
+    "pbc_lymphocyte": "single normal lymphocytes of another laboratory (PBC)",
+    "wbc_masks": "single white cells of another laboratory (segmentation_WBC)",
+    "photographs": "scikit-learn's two sample pictures and scikit-image's bundled ones", "blank": "one colour",
+    "noise": "uniform or Gaussian noise", "blurred": "test pictures, blurred by 6 pixels of 224",
+    "stained": "test pictures, blue stain times 2 and pink halved, or the other way round",
+    "hue": "test pictures, hue turned by 40 degrees",
+    "early": "early Pre-B of the same laboratory, a class that no model was trained on",
+}
+
+
+def from_folder(folder: Path, most: int | None = None) -> list[np.ndarray]:
+    "Pictures below a folder, evenly spread if there are more."
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".bmp", ".tif", ".tiff"))
+    rows = np.unique(np.linspace(0, len(files) - 1, min(most or len(files), len(files))).round().astype(int))
+    return [read_picture(files[row]) for row in rows]
+
+
+def photographs() -> list[np.ndarray]:
+    "Pictures that scikit-learn and scikit-image carry in their own packages."
+    import skimage.data
+    from sklearn.datasets import load_sample_images
+    folder = Path(str(skimage.data.__file__)).parent
+    return [read_picture(folder / name) for name in PHOTOGRAPHS if (folder / name).is_file()] + load_sample_images().images
+
+
+def blank(number: int, seed: int) -> list[np.ndarray]:
+    "Pictures of one colour; black, grey and white among them."
+    colours = np.vstack([[[0] * 3, [128] * 3, [255] * 3], np.random.default_rng(seed).integers(0, 256, (number - 3, 3))])
+    return [np.full((224, 224, 3), colour, np.uint8) for colour in colours]
+
+
+def noise(number: int, seed: int) -> list[np.ndarray]:
+    "Uniform noise, and Gaussian noise around a colour, by turns."
+    random, found = np.random.default_rng(seed), []
+    for place in range(number):
+        normal = random.normal(random.uniform(60, 200, 3), random.uniform(10, 60), (224, 224, 3))
+        found.append(np.clip(normal, 0, 255).astype(np.uint8) if place % 2 else random.integers(0, 256, (224, 224, 3), np.uint8))
+    return found
+
+
+def sources(test: np.ndarray) -> dict[str, list[np.ndarray]]:
+    "Name -> pictures uint8 RGB, in the order of `ABOUT`."
+    full = [picture for name in ("Benign", "Pre", "Pro") for picture in from_folder(SHARED / "kaggle_fullres" / name)]
+    stained = [scale_stains(picture, *((2, 0.5) if i % 2 else (0.5, 2))) for i, picture in enumerate(test)]
+    turned = [shift_hue(picture, 40 if i % 2 else -40) for i, picture in enumerate(test)]
+    return {
+        "test": list(test), "full_resolution": full, "bccd": from_folder(SHARED / "bccd/images"),
+        "pbc_lymphocyte": from_folder(SHARED / "pbc_lymphocyte"), "wbc_masks": from_folder(SHARED / "wbc_masks", 100),
+        "photographs": photographs(), "blank": blank(40, 1), "noise": noise(60, 1),
+        "blurred": [blur(picture, 6) for picture in test], "stained": stained, "hue": turned,
+        "early": from_folder(SHARED / "taleqani/Early", 100)}
+
+
+def shifted(train: Pairs) -> dict[str, list[np.ndarray]]:
+    "Training pictures made unlike themselves, and pictures of nothing: what the kind of distance is chosen on."
+    random = np.random.default_rng(7)
+    pictures = train.read(random.choice(len(train), 210, replace=False))
+    gains = [picture * np.exp(random.choice([-1, 1], 3) * random.uniform(0.2, 0.5, 3)) for picture in pictures[90:150]]
+    close = [cv2.resize(picture[80:136, 80:136], (224, 224), interpolation=cv2.INTER_CUBIC) for picture in pictures[170:210]]
+    return {"blank": blank(30, 2), "noise": noise(30, 2), "blurred": [blur(p, random.uniform(3, 8)) for p in pictures[:60]],
+            "channels swapped": [p[..., [(1, 2, 0), (2, 0, 1), (2, 1, 0)][i % 3]] for i, p in enumerate(pictures[60:90])],
+            "channels brighter or darker": [np.clip(gain, 0, 255).astype(np.uint8) for gain in gains],
+            "negative": [255 - picture for picture in pictures[150:170]], "cut out and enlarged": close}
+
+
+def area_under_curve(inside: np.ndarray, outside: np.ndarray) -> float:
+    "Chance that a picture from outside has the larger number."
+    from sklearn.metrics import roc_auc_score
+    return round(float(roc_auc_score(np.r_[np.zeros(len(inside)), np.ones(len(outside))], np.r_[inside, outside])), 4)
+
+
+def share(flags: np.ndarray) -> dict[str, float]:
+    "A share with its exact 95 % interval."
+    low, high = exact_interval(int(flags.sum()), len(flags))
+    return {"share": round(float(flags.mean()), 4), "low": round(low, 4), "high": round(high, 4), "n": len(flags)}
+
+
+def measure(file: Path, pictures: dict[str, list[np.ndarray]], labels: np.ndarray,
+            looked: dict[str, dict[str, list[Look]]]) -> dict:
+    "What one model file refuses, source by source; `labels` are those of the test pictures, `looked` is filled by kind of input."
+    predictor = Predictor.load(file, threads=1)
+    info, limits = predictor.info, predictor.info["thresholds"]
+    if info["input"] not in looked:
+        looked[info["input"]] = {name: [look_at(picture, info) for picture in shown] for name, shown in pictures.items()}
+    found: dict = {"version": info["version"], "thresholds": limits, "validation_pictures": info["training"]["validation"],
+                   "validation_accepted": info["accepted"]["validation"], "sources": {}}
+    for name, looks in looked[info["input"]].items():
+        answers = zip(*predictor.ask([look.ready for look in looks]))
+        table = pd.DataFrame([answer_row(look.row, answer, info) for look, answer in zip(looks, answers)])
+        unlike, unsure = ~(table["distance"] <= limits["distance"]), ~(table["confidence"] >= limits["confidence"])
+        doubt = (1 - table["confidence"]) / max(1 - limits["confidence"], 1e-6)
+        score = np.maximum(table["distance"] / limits["distance"], doubt)
+        row = {"n": len(table), "refused": share(unlike | unsure), "refused_by_distance": share(unlike),
+               "refused_by_confidence": share(unsure), "refused_or_no_cells": share(table["abstain"])}
+        if name in OF_TEST:
+            right, kept = table["class"] == labels, ~(unlike | unsure)
+            row |= {"right": share(right), "right_of_accepted": share(right[kept]) if kept.any() else None}
+        if name == "test": inside = table["distance"], score
+        else: row |= {"auroc_distance": area_under_curve(inside[0], table["distance"]),
+                      "auroc_combined": area_under_curve(inside[1], score)}
+        found["sources"][name] = row
+        print(f"{file.stem:16s} {name:16s} n {row['n']:4d}  refused {row['refused']['share']:.3f}"
+              f"  by distance {row['refused_by_distance']['share']:.3f}  AUROC {row.get('auroc_distance', '')}", flush=True)
+    return found
+
+
+def kinds_of_distance(train: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    "The distances that were compared, each a function of features (n, d)."
+    from leukemia_nb.model_file import distance_to, fit_distance
+    from sklearn.neighbors import NearestNeighbors
+    fitted = fit_distance(train, labels)
+    one = fit_distance(train, np.zeros(len(labels)))
+    near = NearestNeighbors(n_neighbors=5).fit(train)
+
+    def outside_axes(values: np.ndarray) -> np.ndarray:
+        centred = values - one["middle"]
+        return (centred**2).sum(axis=1) - ((centred @ one["axes"])**2).sum(axis=1)
+    return {"mahalanobis, nearest class": lambda values: distance_to(values, fitted),
+            "mahalanobis, one cloud": lambda values: distance_to(values, one),
+            "outside the leading axes": outside_axes, "fifth nearest neighbour": lambda values: near.kneighbors(values)[0][:, -1]}
+
+
+def choose(run: Run, name: str) -> dict:
+    "Share of pictures made unlike themselves that each kind of distance refuses, where it accepts 97.5 % of validation."
+    from leukemia_nb.model_file import add_appearance, network_graph, run_graph
+    from leukemia_nb.models import Pictures, load_model
+    model = load_model(run.folder / "models" / name)
+    train, validation = (run_pairs(run, subset) for subset in ("train", "validation"))
+    train = Pairs(train.table.drop_duplicates("pair").assign(flip="none"), train.folder)
+    graph = network_graph(model)
+    kinds = ["features"]
+    if name != "cells":
+        add_appearance(graph.graph)
+        kinds.append("appearance")
+    data = graph.SerializeToString()
+    see = lambda pictures: dict(zip(kinds, run_graph(data, model, pictures, kinds)))
+    fitted, held_out = see(train), see(validation)
+    changed = {title: see(Pictures(pictures)) for title, pictures in shifted(train).items()}
+    table: dict = {}
+    distances: dict = {}
+    for kind in kinds:
+        for title, distance in kinds_of_distance(fitted[kind], train.labels).items():
+            reach = np.quantile(distance(held_out[kind]), 0.975)
+            distances[kind, title] = {name: distance(values[kind]) / reach for name, values in changed.items()}
+    if len(kinds) == 2:
+        best = "mahalanobis, nearest class"
+        both = zip(distances["features", best].items(), distances["appearance", best].values())
+        distances["the larger of both", best] = {name: np.maximum(a, b) for (name, a), b in both}
+    for (kind, title), values in distances.items():
+        table[f"{kind}: {title}"] = {name: round(float((far > 1).mean()), 3) for name, far in values.items()}
+    return table
+
+
+def save(part: str, name: str, found: dict) -> None:
+    "Put one model's results into the results file."
+    result = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"sources": ABOUT, "models": {}, "choice": {}}
+    result["sources"] = ABOUT
+    result[part][name] = found
+    with atomic_path(RESULTS) as temporary:
+        Path(temporary).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=ROOT / "runs/taleqani")
+    parser.add_argument("--exported", type=Path, help="folder of the model files; RUN/exported if not given")
+    parser.add_argument("--models", nargs="*", help="names of the model files; all in the folder if not given")
+    parser.add_argument("--choose", nargs="*", default=[], help="compare the kinds of distance for these models instead")
+    asked = parser.parse_args()
+    began = time.time()
+    if asked.choose:
+        for name in asked.choose: save("choice", name, choose(Run(asked.run), name))
+    else:
+        test = run_pairs(Run(asked.run), "test")
+        made, looked = sources(test.read(slice(None))), {}
+        folder = asked.exported or asked.run / "exported"
+        for file in sorted(folder.glob("*.onnx")):
+            if not asked.models or file.stem in asked.models:
+                save("models", file.stem, measure(file, made, test.labels, looked))
+    print(f"{time.time() - began:.0f} s")
