@@ -60,7 +60,9 @@ results: install  ## keep the numbers of a finished study for the documentation:
 export: install  ## notebooks to modules, README; clean the notebooks
 	.venv/bin/nbdev_export
 	.venv/bin/nbdev_clean
+	rm -rf README_files
 	.venv/bin/jupyter nbconvert --to markdown --no-input --output-dir . --output README nbs/index.ipynb
+	sed -i 's#](\([a-z0-9_/]*\.ipynb\)#](nbs/\1#g' README.md
 
 clean:  ## remove the environment, builds and caches; runs/ stays
 	rm -rf .venv build dist _docs _proc *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

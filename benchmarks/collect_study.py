@@ -10,7 +10,9 @@ from leukemia_nb.data import read_table, write_table
 
 RESULTS = Path(__file__).parent / "results"
 TABLES = ("metrics/models.csv", "metrics/classes.csv", "metrics/grouped_accuracy.csv", "metrics/pairs_of_models.csv",
-          "metrics/calibration.csv", "metrics/controls.csv", "metrics/follow.csv", "metrics/worth.csv", "metrics/robustness.csv",
+          "metrics/calibration.csv", "metrics/controls.csv", "metrics/cross_validation.csv", "metrics/saliency.csv",
+          "metrics/efficientnet.csv", "metrics/efficientnet_last.csv", "metrics/reporting_items.csv", "metrics/follow.csv",
+          "metrics/worth.csv", "metrics/robustness.csv",
           "leakage.csv")
 
 
@@ -22,6 +24,9 @@ def collect(run: Path, out: Path) -> None:
             write_table(out / Path(name).name, read_table(run / name))
     for history in sorted(run.glob("models/*/history.csv")):
         write_table(out / f"history_{history.parent.name}.csv", read_table(history))
+    exported = [json.loads(path.read_text()) for path in sorted(run.glob("exported/*.json"))]
+    kept = ("name", "version", "bytes", "difference", "temperature", "calibration", "thresholds", "accepted", "test")
+    (out / "exported.json").write_text(json.dumps([{key: info.get(key) for key in kept} for info in exported], indent=1) + "\n")
     split = read_table(run / "split.csv")
     write_table(out / "subsets.csv", split.groupby(["class", "subset"]).size().unstack().reset_index())
     steps = [json.loads(path.read_text()) for path in sorted(run.glob("steps/*.json"))]
