@@ -84,8 +84,8 @@ def _connected(address: str) -> Iterator[Any]:
     _check_reachable(address)
     try:
         with Client(address, set_as_default=False) as client:
-            try: client.wait_for_workers(1, timeout=30)
-            except TimeoutError: raise ClusterError(f"{address}: no worker has come in 30 seconds. "
+            try: client.wait_for_workers(1, timeout=60)
+            except TimeoutError: raise ClusterError(f"{address}: no worker has come in a minute. "
                                                     f"Start some: dask worker {address} --nthreads 1.") from None
             yield client
     except KilledWorker as error:

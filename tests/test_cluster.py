@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import joblib
@@ -30,14 +31,16 @@ def cluster():
     import dask
 
     here = Path.cwd()
-    with dask.config.set({"distributed.scheduler.allowed-failures": 1}):
+    patient = {"distributed.scheduler.allowed-failures": 1, "distributed.deploy.lost-worker-timeout": "10 minutes"}
+    with dask.config.set(patient):  # LocalCluster gives up workers that are not back after 15 s, which a busy machine may need
         os.chdir("/")
         try:
             cluster = distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs="CRITICAL")
         finally:
             os.chdir(here)
-        with cluster:
-            yield cluster
+        yield cluster
+        with suppress(KeyError):  # LocalCluster's own, of a worker that died before it was noticed
+            cluster.close()
 
 
 @pytest.fixture()
