@@ -26,6 +26,7 @@ ifdef UV
 	uv pip install --quiet --python $(PY) -c constraints.txt -e '.[dev]'
 else
 	test -x $(PY) || python3 -m venv .venv
+	$(PY) -m pip --version > /dev/null 2>&1 || $(PY) -m ensurepip --upgrade > /dev/null
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 endif
 	touch $@

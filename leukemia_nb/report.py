@@ -473,7 +473,7 @@ def accuracy_section(folder: Path) -> str:
     grouped = _table(folder, "metrics", "grouped_accuracy.csv")
     if grouped is not None:
         intervals = [f"{row.grouped_low:.3f}–{row.grouped_high:.3f}" for row in grouped.itertuples()]
-        shown = pd.DataFrame({"Model": grouped["title"], "Right": grouped["right"], "Groups of relatives": grouped["groups"],
+        shown = pd.DataFrame({"Model": grouped["title"], "Accuracy": grouped["accuracy"], "Groups": grouped["groups"],
                               "95 % interval": intervals})
         parts.append(table_html(shown, "The same, with whole groups of related pictures resampled"))
     for row in comparison[comparison["collapsed"] != ""].itertuples():
