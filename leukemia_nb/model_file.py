@@ -260,13 +260,14 @@ def distance_to(
 # %% ../nbs/82_model_file.ipynb #d9528ff8
 def add_answers(
     graph: Any,  # onnx GraphProto with `logits`, `features` and perhaps `appearance`, changed in place
-    temperature: float,  # the logits are divided by it
+    temperature: float,  # the log-probabilities are divided by it
     distances: Mapping[str, Mapping[str, np.ndarray]],  # "features", "appearance" -> from `fit_distance`, with "reach"
 ) -> None:
     "Give a graph the outputs of a model file: `probabilities` (n, k), `features` (n, d), `distance` (n,)."
     shapes = output_shapes(graph)
     add, far = Nodes("answers"), []
-    add("Softmax", add("Div", "logits", np.float32(temperature)), axis=1, name="probabilities")
+    sure = add("Log", add("Max", add("Softmax", "logits", axis=1), np.float32(1e-12)))  # as `scale_temperature` does
+    add("Softmax", add("Div", sure, np.float32(temperature)), axis=1, name="probabilities")
 
     def square(values: str, axis: int) -> str:
         return add("ReduceSum", add("Mul", values, values), np.array([axis]), keepdims=0)
