@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import joblib
@@ -165,10 +166,10 @@ def test_a_study_over_a_cluster_is_the_same_study_and_survives_a_killed_worker(a
 
 
 def test_a_step_that_fails_in_a_worker_is_the_study_s_error(address, tmp_path):
-    run_study(SMOKE, tmp_path, until=("split",), say=lambda line: None)
-    settings = study.replace(SMOKE, train=("mobilenet_v2:batch_size=-1",))
-    with pytest.raises(StudyError, match=r"(?s)step train-mobilenet_v2 failed.*batch_size.*goes on from here"):
-        run_study(settings, tmp_path, until=("train",), say=lambda line: None, cluster=address)
+    (tmp_path / "no pictures").mkdir()
+    settings = replace(SMOKE, data=str(tmp_path / "no pictures"))
+    with pytest.raises(StudyError, match=r"(?s)step prepare failed.*no pictures.*goes on from here"):
+        run_study(settings, tmp_path / "run", until=("prepare",), say=lambda line: None, cluster=address)
 
 
 def test_a_worker_that_does_not_see_the_run_folder_says_so(tmp_path):
