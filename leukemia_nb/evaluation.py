@@ -477,7 +477,7 @@ def unseen_figure(table: pd.DataFrame,  # from `unseen_table`
                   folder: str | os.PathLike = ".",  # what the paths are relative to
                   most: int = 8  # pictures shown, evenly taken from the table
                   ) -> "Figure":
-    "Grid of pictures with their true label and every model's answer and confidence."
+    "Grid of pictures with their true label and every model's answer and confidence; an answer in doubt is in brackets."
     if not len(table): raise PredictionsError("no new pictures to show.")
     rows = table.iloc[np.unique(np.linspace(0, len(table) - 1, min(most, len(table))).round().astype(int))]
     names, across = model_names(table), min(4, len(rows))
@@ -498,8 +498,9 @@ def unseen_figure(table: pd.DataFrame,  # from `unseen_table`
                           textcoords="offset points", fontsize=7, color=GREY)
             for i, name in enumerate(names):
                 mark = "" if not row["true label"] else "✓" if row[name] == row["true label"] else "✗"
-                colour = CLASS_COLOURS["Pro-B"] if mark == "✗" else INK
-                for x, text, side in ((0, mark, "left"), (0.075, name, "left"), (0.84, row[name], "right"),
+                doubts = bool(row.get(f"{name} doubt"))
+                colour = CLASS_COLOURS["Pro-B"] if mark == "✗" else GREY if doubts else INK
+                for x, text, side in ((0, mark, "left"), (0.075, name, "left"), (0.84, f"({row[name]})" if doubts else row[name], "right"),
                                       (1, f"{row[name + ' confidence']:.2f}", "right")):
                     axis.annotate(text, (x, 0), (0, -6 - 10.5 * i), xycoords="axes fraction", textcoords="offset points",
                                   fontsize=7.5, ha=side, va="top", color=colour)
