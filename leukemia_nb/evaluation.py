@@ -499,8 +499,9 @@ def unseen_figure(table: pd.DataFrame,  # from `unseen_table`
             for i, name in enumerate(names):
                 mark = "" if not row["true label"] else "✓" if row[name] == row["true label"] else "✗"
                 doubts = bool(row.get(f"{name} doubt"))
+                answer = f"({row[name]})" if doubts else row[name]
                 colour = CLASS_COLOURS["Pro-B"] if mark == "✗" else GREY if doubts else INK
-                for x, text, side in ((0, mark, "left"), (0.075, name, "left"), (0.84, f"({row[name]})" if doubts else row[name], "right"),
+                for x, text, side in ((0, mark, "left"), (0.075, name, "left"), (0.84, answer, "right"),
                                       (1, f"{row[name + ' confidence']:.2f}", "right")):
                     axis.annotate(text, (x, 0), (0, -6 - 10.5 * i), xycoords="axes fraction", textcoords="offset points",
                                   fontsize=7.5, ha=side, va="top", color=colour)
