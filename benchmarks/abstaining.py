@@ -5,7 +5,8 @@
 
 Pictures from elsewhere only measure: thresholds are in the files, set by the validation pictures, and the kind of distance
 was chosen (`--choose`) on training pictures made unlike themselves. One exception: the few pictures of full resolution were
-looked at while choosing, and are one reason why the finest edges are left out of the appearance. Writes benchmarks/results/abstaining.json, a model at a time.
+looked at while choosing, and are one reason why the finest edges are left out of the appearance.
+Writes benchmarks/results/abstaining.json, a model at a time.
 """
 import argparse
 import json
