@@ -301,9 +301,11 @@ def safe_temperature(
     table: DataFrame,  # predictions of the validation pictures
 ) -> tuple[float, str]:  # the temperature, and why it is 1 if it could not be fitted
     "`fit_temperature`, or 1 where the validation pictures cannot tell."
+    from leukemia_nb.evaluation import answers
     from leukemia_nb.uncertainty import TEMPERATURES, fit_temperature
     temperature = fit_temperature(table)
-    if min(abs(np.log(temperature / bound)) for bound in TEMPERATURES) < 0.01:
+    at_limit = min(abs(np.log(temperature / bound)) for bound in TEMPERATURES) < 0.01
+    if at_limit or (answers(table) == table["class"]).all():
         return 1.0, f"not calibrated: {len(table)} validation pictures cannot tell how sure the model should be"
     return temperature, ""
 

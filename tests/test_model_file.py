@@ -134,7 +134,7 @@ def test_distance_of_more_features_than_pictures():
     random = np.random.default_rng(0)
     values = random.normal(size=(30, 300))
     fitted = fit_distance(values, np.repeat(["a", "b"], 15), most=10)
-    assert fitted["axes"].shape == (300, 10)
+    assert fitted["axes"].shape == (300, 7)  # one for four pictures, and not more than `most`
     far, near = distance_to(values + 20, fitted).min(), distance_to(values, fitted).max()
     assert far > 2 * near
 
