@@ -134,7 +134,7 @@ def _network_input(
     size = info["image_size"]
     if info["input"] == "cells":
         from leukemia_nb.cell_model import SIDE, cell_crops, describe
-        crops, masks = cell_crops(square_picture(picture, SIDE), seed=info.get("seed", 0))
+        crops, masks = cell_crops(square_picture(square_picture(picture, size), SIDE), seed=info.get("seed", 0))
         return np.array([describe(*cell) for cell in zip(crops, masks)], np.float32).reshape(-1, 39)
     if info["input"] == "picture": return square_picture(picture, size)
     if mask is None: mask = segment(picture, info["segmentation"])
