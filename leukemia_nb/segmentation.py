@@ -187,7 +187,8 @@ def _rebuild(seed: np.ndarray, limit: np.ndarray) -> np.ndarray:
 def _summits(mask: np.ndarray, depth: float) -> tuple[int, np.ndarray, np.ndarray]:
     "Number of summits of one component's distance to the outside, the summits numbered, and the distance."
     distance = cv2.distanceTransform(np.pad(mask.astype(np.uint8), 1), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
-    distance = cv2.GaussianBlur(distance, (0, 0), max(.5, .04 * distance.max())) * mask
+    distance = np.sqrt(np.rint(np.square(distance, dtype=np.float64)))  # exact: OpenCV's last bit differs from call to call
+    distance = cv2.GaussianBlur(distance, (0, 0), max(.5, .04 * distance.max())).astype(np.float32) * mask
     level = _rebuild(distance * (1 - depth), distance)
     highest = (level > _rebuild(np.nextafter(level, np.float32(-1)), level)) & mask  # plateaus with nothing higher beside them
     number, summits = cv2.connectedComponents(highest.view(np.uint8))
@@ -260,8 +261,8 @@ def find_nuclei(white: np.ndarray,  # uint8 (H, W, 3) RGB with a white backgroun
 # %% ../nbs/20_segmentation.ipynb #768be1ae
 def _colour_histogram(colour: np.ndarray, where: np.ndarray) -> np.ndarray:
     "Smoothed counts of the 64x64 colours at the chosen pixels, float32 (4096,)."
-    counts = np.bincount(colour[where], minlength=4096).astype(np.float32)
-    return cv2.GaussianBlur(counts.reshape(64, 64), (0, 0), 1).ravel()
+    counts = np.bincount(colour[where], minlength=4096).astype(np.float64)
+    return cv2.GaussianBlur(counts.reshape(64, 64), (0, 0), 1).astype(np.float32).ravel()
 
 def _nearest(nuclei: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Distance to the nearest nucleus in pixels, float32, and that nucleus' number, int32."
