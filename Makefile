@@ -35,7 +35,7 @@ study: install  ## run the whole study; DATA=folder for your pictures, DATA=kagg
 	$(PY) -m leukemia_nb study --n-jobs $(JOBS) $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: install lint notebooks  ## lint, types, every notebook, every test
-	$(PY) -m pytest -q --timeout 900 tests
+	$(PY) -m pytest -q --timeout 1800 tests
 
 lint: install
 	$(PY) -m ruff check leukemia_nb tests benchmarks setup.py

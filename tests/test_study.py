@@ -227,6 +227,6 @@ def test_four_classes_and_the_grouped_split_go_through_every_step(tmp_path):
 def test_one_failing_model_loses_nothing(tmp_path, smoke_study):
     settings = replace(SMOKE, train=("mobilenet_v2:batch_size=-1",))
     with pytest.raises(StudyError, match=r"(?s)step train-mobilenet_v2 failed.*batch_size.*goes on from here"):
-        run_study(settings, tmp_path / "run")
+        run_study(settings, tmp_path / "run", until=["train"])
     assert json.loads((tmp_path / "run/steps/prepare.json").read_text())["step"] == "prepare"
     assert len(pd.read_csv(tmp_path / "run/pairs.csv")) == 72
