@@ -5,7 +5,6 @@
 # %% ../nbs/95_app.ipynb #1ed25053
 from __future__ import annotations
 
-import base64
 import html
 import json
 import os
@@ -21,7 +20,7 @@ import numpy as np
 
 from .data import CLASSES, PictureError, read_picture
 from .models import ModelError
-from .predictor import Predictor, doubt_in_words, exported_models, made_up_model_file, overlay, saliency
+from .predictor import _data_uri, Predictor, doubt_in_words, exported_models, made_up_model_file, overlay, saliency
 from .segmentation import find_cells
 
 # %% auto #0
@@ -42,15 +41,6 @@ def read_upload(
         except PictureError as error: raise PictureError(str(error).replace(str(file), name)) from None
 
 # %% ../nbs/95_app.ipynb #17ea4a61
-def _data_uri(picture: np.ndarray, width: int) -> str:
-    "A picture as text for an <img>, no wider than `width`."
-    if picture.shape[1] > width:
-        height = max(1, round(picture.shape[0] * width / picture.shape[1]))
-        picture = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
-    jpeg = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])[1]
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg.tobytes()).decode()
-
-
 def cells_svg(
     cells: np.ndarray,  # int32 (H, W), 0 background, 1..n white cells
 ) -> str:  # an <svg> of the same proportions
@@ -76,7 +66,7 @@ def picture_html(
     number = len(np.unique(cells[cells > 0]))
     found = f"{number} white cell{'' if number == 1 else 's'} found" if number else "No white cells found"
     share = f", on {(cells > 0).mean():.0%} of the picture" if number else ""
-    return (f'<figure class="app-picture"><div><img src="{_data_uri(picture, 1400)}" alt="{html.escape(name)}: {found}">'
+    return (f'<figure class="app-picture"><div><img src="{_data_uri(picture, 1400, 88)}" alt="{html.escape(name)}: {found}">'
             f'{cells_svg(cells)}</div><figcaption><div><b>{found}</b>{share}.</div>'
             f'<label><input type="checkbox" checked> outlines</label>'
             f'<span>{html.escape(name)}, {picture.shape[1]} × {picture.shape[0]} pixels</span></figcaption></figure>')
@@ -222,7 +212,7 @@ def look_html(
     small = cv2.resize((cells > 0).astype(np.uint8), heat.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0
     energy, area, _ = energy_inside(heat, small)
     said = f"{energy:.0%} on the cells, by chance {area:.0%}" if heat.any() else "no part alone changes its answer"
-    return (f'<figure><img src="{_data_uri(overlay(picture, "seeded", heat), 480)}" alt=""><figcaption>'
+    return (f'<figure><img src="{_data_uri(overlay(picture, "seeded", heat), 480, 88)}" alt=""><figcaption>'
             f'<b>{html.escape(model.info["title"])}</b><small>{said}</small></figcaption></figure>')
 
 # %% ../nbs/95_app.ipynb #3a4af0f0

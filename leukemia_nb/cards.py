@@ -33,6 +33,7 @@ from .data import atomic_path, read_table, write_table
 from .evaluation import (answers, class_table, classes_of, compare_models, exact_interval, model_title,
                                     read_all_predictions, read_predictions, take_subset)
 from .models import MODELS
+from .shortcuts import BLIND
 from .uncertainty import calibration_table, compare_pairs, grouped_accuracy
 
 # %% ../nbs/77_cards.ipynb #37c5b00b
@@ -771,7 +772,7 @@ def controls_answer(folder: Path  # run folder
                     ) -> str:
     "The best control that is shown no cell."
     controls = run_table(folder, "metrics/controls.csv").query("kind == 'control'")
-    blind = controls[controls["name"].isin(["background_colour", "background_texture", "scale_bar"])]
+    blind = controls[controls["name"].isin(BLIND)]
     best = (blind if len(blind) else controls).sort_values("accuracy", kind="stable").iloc[-1]
     return (f"The control *{best.title}* ({best.sees}) is right on {best.accuracy:.1%} of the test pictures "
             f"({best.low:.1%} to {best.high:.1%})")

@@ -18,7 +18,7 @@ import numpy as np
 
 from .data import atomic_path
 from .models import MODELS, ModelError, PictureClassifier, read_batches, versions
-from .predictor import SEAL
+from .predictor import seal
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -27,8 +27,8 @@ else: DataFrame = Any  # loaded with the first table; the name is for the docume
 # %% auto #0
 __all__ = ['OPSET', 'LICENCES', 'RESEARCH_USE', 'Nodes', 'output_shapes', 'keras_graph', 'torch_graph', 'cells_graph',
            'network_graph', 'run_graph', 'add_appearance', 'fit_distance', 'distance_to', 'add_answers',
-           'answers_table', 'safe_temperature', 'choose_thresholds', 'accepted', 'seal', 'training_summary',
-           'weights_version', 'build_file', 'export_model']
+           'answers_table', 'safe_temperature', 'choose_thresholds', 'accepted', 'training_summary', 'weights_version',
+           'build_file', 'export_model']
 
 # %% ../nbs/82_model_file.ipynb #7f925027
 OPSET = 18  # version of ONNX' operators
@@ -333,13 +333,6 @@ def accepted(
 ) -> np.ndarray:  # bool (n,)
     "Whether a model answers: it is sure, and the picture is like the training pictures."
     return (confidence >= thresholds["confidence"]) & (distance <= thresholds["distance"])
-
-# %% ../nbs/82_model_file.ipynb #f1e789fc
-def seal(
-    content: bytes,  # a serialised ONNX model
-) -> bytes:  # the same, with its SHA-256 at the end
-    "Close a model file."
-    return content + SEAL + hashlib.sha256(content).hexdigest().encode()
 
 # %% ../nbs/82_model_file.ipynb #e1951dec
 def training_summary(

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 else: DataFrame = Any  # loaded with the first table; the name is for the documentation
 
 # %% auto #0
-__all__ = ['SEAL', 'OUTPUTS', 'AT_ONCE', 'unseal', 'made_up_model_file', 'open_model_file', 'list_pictures', 'picture_list',
-           'row_columns', 'reasons', 'Predictions', 'doubt_in_words', 'row_text', 'Look', 'look_at', 'answer_row',
-           'Predictor', 'overlay', 'predictions_html', 'saliency', 'Task', 'model_of', 'overlay_file', 'answer_files',
-           'unfinished_file', 'read_unfinished', 'write_rows', 'iter_answers', 'predict_files', 'exported_models',
-           'compare_models_on', 'comparison_text']
+__all__ = ['SEAL', 'OUTPUTS', 'AT_ONCE', 'unseal', 'seal', 'made_up_model_file', 'open_model_file', 'list_pictures',
+           'picture_list', 'row_columns', 'reasons', 'Predictions', 'doubt_in_words', 'row_text', 'Look', 'look_at',
+           'answer_row', 'Predictor', 'overlay', 'predictions_html', 'saliency', 'Task', 'model_of', 'overlay_file',
+           'answer_files', 'unfinished_file', 'read_unfinished', 'write_rows', 'iter_answers', 'predict_files',
+           'exported_models', 'compare_models_on', 'comparison_text']
 
 # %% ../nbs/84_predictor.ipynb #9b8dcdba
 SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"  # protobuf for metadata_props {key "sha256", value of 64 characters}; the digest follows
@@ -46,13 +46,20 @@ def unseal(
     name: str | os.PathLike = "model file",  # for the message
 ) -> str:  # sha256 of what is sealed, 64 hexadecimal digits
     "Check a model file's digest before anything else looks into it. Raises ModelError."
-    body, seal, digest = data[:-76], data[-76:-64], data[-64:]
-    if seal != SEAL:
+    body, mark, digest = data[:-76], data[-76:-64], data[-64:]
+    if mark != SEAL:
         raise ModelError(f"{name}: not a model file of leukemia_nb, or cut off. Copy it again, or export the model again.")
     found = hashlib.sha256(body).hexdigest()
     if found.encode() != digest:
         raise ModelError(f"{name}: damaged, its checksum does not match. Copy it again, or export the model again.")
     return found
+
+
+def seal(
+    content: bytes,  # a serialised ONNX model
+) -> bytes:  # the same, with its SHA-256 at the end
+    "Close a model file."
+    return content + SEAL + hashlib.sha256(content).hexdigest().encode()
 
 # %% ../nbs/84_predictor.ipynb #3f1b73bb
 _READ = {  # from the input to the numbers of a picture, as ONNX text
@@ -119,9 +126,8 @@ def made_up_model_file(
             "research_use": "For research only, and not even for that: it is made up.", "card": "# A made-up model"}
     entry = model.metadata_props.add()
     entry.key, entry.value = "leukemia_nb", json.dumps(info)
-    data = model.SerializeToString()
     with atomic_path(path) as temporary:
-        temporary.write_bytes(data + SEAL + hashlib.sha256(data).hexdigest().encode())
+        temporary.write_bytes(seal(model.SerializeToString()))
     return Path(path)
 
 # %% ../nbs/84_predictor.ipynb #5fd0ab13
@@ -451,11 +457,12 @@ _STYLE = """<style>
 </style>"""
 
 
-def _data_uri(picture: np.ndarray, width: int = 560) -> str:
-    "Picture as text for an <img>, no wider than `width`."
+def _data_uri(picture: np.ndarray, width: int = 560, quality: int = 85) -> str:
+    "Picture as text for an <img>, no wider than `width`; `quality` is that of the JPEG."
     if picture.shape[1] > width:
-        picture = cv2.resize(picture, (width, round(picture.shape[0] * width / picture.shape[1])), interpolation=cv2.INTER_AREA)
-    jpeg = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
+        height = max(1, round(picture.shape[0] * width / picture.shape[1]))
+        picture = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+    jpeg = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg.tobytes()).decode()}"
 
 
