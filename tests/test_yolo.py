@@ -257,6 +257,7 @@ def test_nothing_sent_nothing_written_elsewhere(tmp_path):
     home.mkdir(), work.mkdir()
     done = child(f"""
         import os, socket, sys, tempfile
+        before = {{name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "PYTHONHASHSEED")}}
         def refused(*args, **kwargs): raise AssertionError("the network was used")
         socket.socket.connect = socket.getaddrinfo = refused
         os.chdir({str(work)!r}); tempfile.tempdir = {str(tmp_path / 'temporary')!r}; os.mkdir(tempfile.tempdir)
@@ -267,7 +268,7 @@ def test_nothing_sent_nothing_written_elsewhere(tmp_path):
         model = make_model("yolov8", weights="random", image_size=32, epochs=2, batch_size=4)
         import warnings; warnings.simplefilter("ignore")
         model.fit(some(), some(), progress=print); model.save({str(model)!r})
-        assert "OMP_NUM_THREADS" not in os.environ and "PYTHONHASHSEED" not in os.environ
+        assert before == {{name: os.environ.get(name) for name in before}}
         """, HOME=str(home), MPLCONFIGDIR=str(tmp_path / "mpl"), ULTRALYTICS_API_KEY="ul_" + "0" * 40)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch") == 2 and len(done.stdout.splitlines()) == 2 and not done.stderr.strip(), done.stderr
