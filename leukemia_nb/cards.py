@@ -5,20 +5,18 @@
 # %% auto #0
 __all__ = ['MADE_BY', 'STATUSES', 'SYNTHETIC', 'TALEQANI', 'TALEQANI_LIMITS', 'OWN', 'WHAT_IT_IS', 'CHANGED', 'SOURCES', 'CARD',
            'INTRODUCTION', 'DATA', 'PREDICTORS', 'METHODS', 'RESULTS', 'OTHER', 'GROUPS', 'ITEMS', 'NotMade',
-           'run_table', 'said', 'run_json', 'made_up_measurements', 'without_status', 'DataSet', 'data_set',
-           'share_text', 'model_details', 'classes_of_run', 'licence_text', 'intended_use', 'training_digest',
-           'markdown_table', 'training_pictures', 'division_text', 'preprocessing', 'training_run',
-           'unrelated_accuracy', 'model_predictions', 'accuracy_text', 'class_text', 'calibration_text',
-           'what_it_follows', 'verdict', 'saliency_text', 'robustness_text', 'known_limits', 'how_to_load',
-           'card_fields', 'model_card', 'write_cards', 'Item', 'filled_in', 'counts_answer', 'flow_answer',
-           'unreadable_answer', 'disjoint_answer', 'size_answer', 'trained_models', 'models_answer', 'weights_answer',
-           'training_answer', 'balance_answer', 'results_answer', 'uncertainty_answer', 'class_answer',
-           'failures_answer', 'follow_answer', 'controls_answer', 'robustness_answer', 'folds_answer', 'maps_answer',
-           'known', 'of_people', 'reporting_items', 'limits_statement', 'colour_answer', 'items_markdown',
-           'reporting_blocks']
+           'run_table', 'said', 'made_up_measurements', 'without_status', 'DataSet', 'data_set', 'share_text',
+           'model_details', 'classes_of_run', 'licence_text', 'intended_use', 'markdown_table', 'training_pictures',
+           'division_text', 'preprocessing', 'training_run', 'unrelated_accuracy', 'model_predictions', 'accuracy_text',
+           'class_text', 'calibration_text', 'what_it_follows', 'verdict', 'saliency_text', 'robustness_text',
+           'known_limits', 'how_to_load', 'card_fields', 'model_card', 'write_cards', 'Item', 'filled_in',
+           'counts_answer', 'flow_answer', 'unreadable_answer', 'disjoint_answer', 'size_answer', 'trained_models',
+           'models_answer', 'weights_answer', 'training_answer', 'balance_answer', 'results_answer',
+           'uncertainty_answer', 'class_answer', 'failures_answer', 'follow_answer', 'controls_answer',
+           'robustness_answer', 'folds_answer', 'maps_answer', 'known', 'of_people', 'reporting_items',
+           'limits_statement', 'colour_answer', 'items_markdown', 'reporting_blocks']
 
 # %% ../nbs/77_cards.ipynb #aaf3bf8e
-import hashlib
 import json
 import os
 import re
@@ -29,10 +27,11 @@ from typing import Any
 
 import pandas as pd
 
-from .data import atomic_path, read_table, write_table
+from .data import atomic_path, read_json, read_table, set_sha256, write_table
 from .evaluation import (answers, class_table, classes_of, compare_models, exact_interval, model_title,
                                     read_all_predictions, read_predictions, take_subset)
 from .models import MODELS
+from .leakage import unrelated_pairs
 from .shortcuts import BLIND
 from .uncertainty import calibration_table, compare_pairs, grouped_accuracy
 
@@ -71,14 +70,6 @@ def said(make: Callable[..., str],  # a function that may raise NotMade
     "What the function says, or the sentence on the file that is not there."
     try: return make(*arguments)
     except NotMade as missing: return f"- {missing}" if make.__name__.endswith("_line") else str(missing)
-
-# %% ../nbs/77_cards.ipynb #a6e38722
-def run_json(folder: str | os.PathLike,  # run folder
-             *names: str  # parts of the path below it
-             ) -> dict[str, Any]:
-    "A JSON file of the run; empty where it is not there, since a run can be made by hand."
-    path = Path(folder).joinpath(*names)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 # %% ../nbs/77_cards.ipynb #aa67bd7b
 def made_up_measurements(folder: str | os.PathLike  # a run by `report.made_up_run`
@@ -180,7 +171,7 @@ OWN = DataSet(
 def data_set(folder: str | os.PathLike  # run folder
              ) -> DataSet:
     "What is known of the pictures of a run: `SYNTHETIC`, `TALEQANI` (nine in ten files are named like it) or `OWN`."
-    study = run_json(folder, "study.json")
+    study = read_json(folder, "study.json")
     if study.get("data") == "": return SYNTHETIC
     try: paths = run_table(folder, "manifest.csv")["path"].str.replace("\\", "/")
     except NotMade: return OWN
@@ -214,7 +205,7 @@ def model_details(folder: str | os.PathLike,  # run folder
                   model: str  # name of the model
                   ) -> str:
     "What the model is, the weights it started from, and under what terms it may be used."
-    record, classes = run_json(folder, "models", model, "model.json"), classes_of_run(folder)
+    record, classes = read_json(folder, "models", model, "model.json"), classes_of_run(folder)
     weights = record.get("weights_source") or f"Not in this run: `models/{model}/model.json` is written by the step *train*"
     ours = "" if model != "cells" else " It is this project's own and not one of the seven of the study it follows."
     return (f"- **What it is:** {WHAT_IT_IS.get(model, model_title(model))}.{ours}\n- **It answers:** one probability "
@@ -237,7 +228,7 @@ def licence_text(folder: str | os.PathLike,  # run folder
         own = ("AGPL-3.0, as ultralytics' code and weights are: whoever offers it to others, also over a network, "
                "offers the source.")
     else:
-        weights = str(run_json(folder, "models", model, "model.json").get("weights_source", ""))
+        weights = str(read_json(folder, "models", model, "model.json").get("weights_source", ""))
         own = "Code Apache-2.0" + ("; starting weights as Keras publishes them, learnt from ImageNet pictures, which "
                                    "are for research." if weights.startswith("ImageNet") else ".")
     return f"{own} Pictures: {without_status(data_set(folder).licence)}"
@@ -255,12 +246,6 @@ def intended_use(folder: str | os.PathLike,  # run folder
             f"still one of {', '.join(classes_of_run(folder))}.")
 
 # %% ../nbs/77_cards.ipynb #a9844555
-def training_digest(split: pd.DataFrame  # a row a picture, with subset and sha256
-                    ) -> str:  # 64 hexadecimal digits
-    "SHA-256 over the sorted digests of the training pictures, one a line."
-    digests = sorted(split.loc[split["subset"] == "train", "sha256"].astype(str))
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
 def markdown_table(table: pd.DataFrame  # texts and whole numbers
                    ) -> str:
     "A table in Markdown, without its index."
@@ -277,16 +262,17 @@ def training_pictures(folder: str | os.PathLike,  # run folder
     counts = pd.crosstab(split["class"], split["subset"]).reindex(columns=["train", "validation", "test"], fill_value=0)
     counts["train, with flips"] = training["class"].value_counts()
     flips = int((training.get("flip", pd.Series("none", training.index)) != "none").sum())
+    digest = set_sha256(split.loc[split["subset"] == "train", "sha256"])
     told = " ".join(f"**{row.with_partner} of {row.pictures} {row.subset} pictures have a relative in training** (a "
                     "copy, or part of the same field of view)." for row in leakage.itertuples())
     return (f"{data_set(folder).source}\n\n{markdown_table(counts.reset_index())}\n\n{division_text(folder)} {told} "
             f"{flips} flipped copies fill up the smaller classes.\n\nDigest of the training pictures (SHA-256 over "
-            f"their sorted SHA-256): `{training_digest(split)}`")
+            f"their sorted SHA-256): `{digest}`")
 
 def division_text(folder: str | os.PathLike  # run folder
                   ) -> str:
     "How the pictures were divided, in a sentence."
-    study = run_json(folder, "study.json")
+    study = read_json(folder, "study.json")
     if study.get("split_file"): return "The division is that of an earlier study (`split_file` in `study.json`)."
     shares = "within each class (85 % train, 5 % test, the rest validation)"
     if study.get("split") != "grouped": return f"Divided picture by picture {shares}; only exact copies stay together."
@@ -298,10 +284,10 @@ def preprocessing(folder: str | os.PathLike,  # run folder
                   model: str  # name of the model
                   ) -> str:
     "What happens to a picture before the model sees it."
-    settings = run_json(folder, "models", model, "model.json").get("settings", {})
-    size = settings.get("image_size", run_json(folder, "study.json").get("image_size"))
+    settings = read_json(folder, "models", model, "model.json").get("settings", {})
+    size = settings.get("image_size", read_json(folder, "study.json").get("image_size"))
     if size is None: return "Not in this run: `study.json` is written by `leukemia_nb study`."
-    method = run_json(folder, "study.json").get("segmentation", "deck")
+    method = read_json(folder, "study.json").get("segmentation", "deck")
     text = f"EXIF rotation applied, 8-bit RGB, squashed to {size} x {size} pixels (a 4:3 picture becomes narrower)."
     if model == "cells":
         return (f"{text} White cells are found in it, cut out and measured; in training each is measured again with "
@@ -320,7 +306,7 @@ def training_run(folder: str | os.PathLike,  # run folder
                  model: str  # name of the model
                  ) -> str:
     "Epochs, the one that was kept, settings, seed and versions."
-    history, record = run_table(folder, f"models/{model}/history.csv"), run_json(folder, "models", model, "model.json")
+    history, record = run_table(folder, f"models/{model}/history.csv"), read_json(folder, "models", model, "model.json")
     kept = int(record.get("best_epoch") or history.loc[history["val_loss"].idxmin(), "epoch"])
     at = history[history["epoch"] == kept].iloc[0]
     settings, source = record.get("settings", {}), str(record.get("weights_source", ""))
@@ -336,8 +322,8 @@ def training_run(folder: str | os.PathLike,  # run folder
         lines.append(f"- **Settings:** {told}.")
     if versions := record.get("versions"):
         lines.append("- **Versions:** " + ", ".join(f"{name} {value}" for name, value in versions.items()) + ".")
-    if (step := run_json(folder, "steps", f"train-{model}.json")):
-        machine = run_json(folder, "study.json").get("versions", {}).get("machine", "a machine that is not recorded")
+    if (step := read_json(folder, "steps", f"train-{model}.json")):
+        machine = read_json(folder, "study.json").get("versions", {}).get("machine", "a machine that is not recorded")
         lines.append(f"- **Time:** {float(step['seconds']):,.0f} seconds for the whole step, on {machine}.")
     return "\n".join(lines)
 
@@ -349,8 +335,7 @@ def unrelated_accuracy(folder: str | os.PathLike,  # run folder
     split = run_table(folder, "split.csv")
     if "related" not in split: raise NotMade("Not in this run: `split.csv` has no column `related`; the step *split* "
                                              "writes it.")
-    seen = set(split.loc[split["subset"] == "train", "related"])
-    alone = set(split.loc[(split["subset"] == "test") & ~split["related"].isin(seen), "pair"])
+    alone = unrelated_pairs(split)
     test = take_subset(model_predictions(folder, model))
     test = test[test["pair"].isin(alone)].reset_index(drop=True)
     return (int((answers(test) == test["class"]).sum()), len(test)) if len(test) else (0, 0)
@@ -496,7 +481,7 @@ def known_limits(folder: str | os.PathLike,  # run folder
                  ) -> str:
     "Background, the cells' own colour, relatives in training, and what nobody has tested."
     lines = [said(part, folder, model) for part in (_background_line, _colour_line, _leakage_line)]
-    if str(run_json(folder, "models", model, "model.json").get("weights_source", "")).startswith("random"):
+    if str(read_json(folder, "models", model, "model.json").get("weights_source", "")).startswith("random"):
         lines.append("- **Random weights:** it did not start from a pretrained network, so its numbers say nothing of "
                      "the pretrained network of that name.")
     lines.append("- **One source:** trained and tested on pictures of one source; no picture of another laboratory has "
@@ -644,7 +629,7 @@ def disjoint_answer(folder: Path  # run folder
     "At which level the subsets have nothing in common."
     leakage = run_table(folder, "leakage.csv").set_index("subset")
     shared = f"{int(leakage.loc['test', 'with_partner'])} of {int(leakage.loc['test', 'pictures'])} test pictures"
-    if run_json(folder, "study.json").get("split") == "grouped":
+    if read_json(folder, "study.json").get("split") == "grouped":
         return (f"In part: groups of related pictures are disjoint ({shared} have a relative in training). Whether "
                 "people are is not known.")
     return (f"In part: pictures and exact copies are disjoint, nothing else. {shared} share a field of view with a "
@@ -674,7 +659,7 @@ def models_answer(folder: Path  # run folder
 def weights_answer(folder: Path  # run folder
                    ) -> str:
     "Which kind of weights each model started from."
-    record = {name: run_json(folder, "models", name, "model.json").get("weights_source", "") for name in trained_models(folder)}
+    record = {name: read_json(folder, "models", name, "model.json").get("weights_source", "") for name in trained_models(folder)}
     if not any(record.values()): raise NotMade("Not in this run: `models/<model>/model.json` is written by the step "
                                                "*train*.")
     kinds: dict[str, list[str]] = {}
@@ -688,10 +673,10 @@ def training_answer(folder: Path  # run folder
     "Epochs run and kept, and what the settings were."
     parts = []
     for name in trained_models(folder):
-        history, record = run_table(folder, f"models/{name}/history.csv"), run_json(folder, "models", name, "model.json")
+        history, record = run_table(folder, f"models/{name}/history.csv"), read_json(folder, "models", name, "model.json")
         kept = record.get("best_epoch") or history.loc[history["val_loss"].idxmin(), "epoch"]
         parts.append(f"{model_title(name)} epoch {int(kept)} of {len(history)}")
-    study = run_json(folder, "study.json")
+    study = read_json(folder, "study.json")
     return (f"Epochs kept: {', '.join(parts)}. Recipe {study.get('recipe', 'not recorded')}, seed "
             f"{study.get('seed', 'not recorded')}; one training of each model, so the spread between trainings is not "
             "known. No hyperparameters were searched, except that the cell model was designed with validation "
@@ -881,7 +866,7 @@ PREDICTORS = (
 # %% ../nbs/77_cards.ipynb #0ecdb3ac
 METHODS = (
     Item("The models", "12c", "22", models_answer, _CARDS),
-    Item("Software", "", "23", lambda folder: ", ".join(f"{name} {value}" for name, value in run_json(folder, "study.json").get(
+    Item("Software", "", "23", lambda folder: ", ".join(f"{name} {value}" for name, value in read_json(folder, "study.json").get(
         "versions", {}).items()) or "Not in this run: versions are in `study.json`, written by `leukemia_nb "
         "study`.", _HOW),
     Item("Weights before training", "", "24", weights_answer, "Test accuracy"),

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import secrets
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,8 @@ else: DataFrame = Any  # loaded with the first table; the name is for the docume
 # %% auto #0
 __all__ = ['CLASSES', 'FOUR_CLASSES', 'MAX_PIXELS', 'MIN_SIDE', 'SUFFIXES', 'PASSED_BY', 'COLUMNS', 'KAGGLE_SET', 'class_of',
            'OutputError', 'atomic_path', 'PictureError', 'read_picture', 'read_grey', 'write_picture', 'find_pictures',
-           'file_sha256', 'build_manifest', 'check_manifest', 'write_table', 'read_table', 'fetch_kaggle']
+           'file_sha256', 'build_manifest', 'check_manifest', 'write_table', 'read_table', 'read_json', 'set_sha256',
+           'fetch_kaggle']
 
 # %% ../nbs/10_data.ipynb #49895644
 CLASSES = ("Normal", "Pre-B", "Pro-B")
@@ -280,6 +282,20 @@ def read_table(path: str | os.PathLike  # a CSV of the study
     import pandas as pd
     table = pd.read_csv(path, dtype={name: str for name in _TEXT}, keep_default_na=False, na_values=[""])
     return table.fillna({name: "" for name in _TEXT if name in table})
+
+# %% ../nbs/10_data.ipynb #e3cf1342
+def read_json(folder: str | os.PathLike,  # run folder
+              *names: str  # parts of the path below it
+              ) -> dict[str, Any]:
+    "A JSON file of a study; empty where there is none."
+    path = Path(folder).joinpath(*names)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+# %% ../nbs/10_data.ipynb #5a744fac
+def set_sha256(digests: Iterable[str]  # one for each picture
+               ) -> str:  # 64 hexadecimal digits
+    "SHA-256 over sorted digests, one a line."
+    return hashlib.sha256("\n".join(sorted(map(str, digests))).encode()).hexdigest()
 
 # %% ../nbs/10_data.ipynb #8bedeb9a
 KAGGLE_SET = "mohammadamireshraghi/blood-cell-cancer-all-4class"

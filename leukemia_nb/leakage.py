@@ -6,7 +6,7 @@
 __all__ = ['BAR_CORNER', 'ORIENTATIONS', 'PAIR_COLUMNS', 'read_frame', 'read_frames', 'comparable', 'flatten',
            'overlap_correlation', 'align', 'orient', 'similar_thumbnails', 'find_duplicates', 'describe',
            'make_drawers', 'nearest_drawers', 'match_points', 'vote_shifts', 'holds', 'find_overlaps', 'blend',
-           'show_pairs', 'group_pictures', 'find_pairs', 'crossing_groups', 'leakage_report']
+           'show_pairs', 'group_pictures', 'find_pairs', 'crossing_groups', 'leakage_report', 'unrelated_pairs']
 
 # %% ../nbs/45_leakage.ipynb #e1f3ce1f
 import os
@@ -392,3 +392,10 @@ def leakage_report(split: pd.DataFrame,  # pair, subset ("train" and others)
         low, high = (middle - half) / (1 + z ** 2 / n), (middle + half) / (1 + z ** 2 / n)
         rows.append((name, n, int(partner.sum()), share, max(low, 0.), min(high, 1.)))
     return pd.DataFrame(rows, columns=["subset", "pictures", "with_partner", "share", "low", "high"])
+
+# %% ../nbs/45_leakage.ipynb #168a2cac
+def unrelated_pairs(split: pd.DataFrame  # pair, subset, related: the group of each row
+                    ) -> set[str]:
+    "Test pairs that share nothing with a training picture."
+    learnt = set(split.loc[split["subset"] == "train", "related"])
+    return set(split.loc[(split["subset"] == "test") & ~split["related"].isin(learnt), "pair"])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .data import atomic_path
+from .data import atomic_path, set_sha256
 from .models import MODELS, ModelError, PictureClassifier, read_batches, versions
 from .predictor import seal
 
@@ -154,7 +154,8 @@ def cells_graph(
     answer = add("Where", add("Equal", number, np.zeros(1)), np.log(model.shares_)[None], total)
     add("Cast", answer, to=TensorProto.FLOAT, name="logits")
     add("Cast", seen, to=TensorProto.FLOAT, name="features")
-    graph = helper.make_graph([], "cells", [helper.make_tensor_value_info("measures", TensorProto.FLOAT, ["m", 39])], [])
+    measures = helper.make_tensor_value_info("measures", TensorProto.FLOAT, ["m", model.cell_scale_.shape[1]])
+    graph = helper.make_graph([], "cells", [measures], [])
     add.add_to(graph, {"logits": [1, len(model.classes_)], "features": [1, model.population_scale_.shape[1]]})
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
 
@@ -302,10 +303,9 @@ def safe_temperature(
 ) -> tuple[float, str]:  # the temperature, and why it is 1 if it could not be fitted
     "`fit_temperature`, or 1 where the validation pictures cannot tell."
     from leukemia_nb.evaluation import answers
-    from leukemia_nb.uncertainty import TEMPERATURES, fit_temperature
+    from leukemia_nb.uncertainty import at_limit, fit_temperature
     temperature = fit_temperature(table)
-    at_limit = min(abs(np.log(temperature / bound)) for bound in TEMPERATURES) < 0.01
-    if at_limit or (answers(table) == table["class"]).all():
+    if at_limit(temperature) or (answers(table) == table["class"]).all():
         return 1.0, f"not calibrated: {len(table)} validation pictures cannot tell how sure the model should be"
     return temperature, ""
 
@@ -344,7 +344,7 @@ def training_summary(
     if table is not None and "sha256" in table: digests = list(table["sha256"])
     else: digests = [hashlib.sha256(train.read([i]).tobytes()).hexdigest() for i in range(len(train))]
     return {"pictures": len(train), "by_class": dict(zip(names.tolist(), counts.tolist())),
-            "data_sha256": hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()}
+            "data_sha256": set_sha256(digests)}
 
 
 def weights_version(

@@ -92,7 +92,7 @@ def _nearest_mean_graph(kind: str, size: int, means: np.ndarray, scale: np.ndarr
     import onnx.parser
     k, d = means.shape
     inputs = {"picture": f"uint8[n, {size}, {size}, 3] pictures", "pair": f"uint8[n, 2, {size}, {size}, 3] pictures",
-              "cells": "float[m, 39] measures"}[kind]
+              "cells": f"float[m, {d}] measures"}[kind]
     n = "1" if kind == "cells" else "n"
     numbers = lambda array: ", ".join(f"{value:.6g}" for value in np.ravel(array))
     return onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17]>
@@ -139,9 +139,9 @@ def _network_input(
     "Bring a picture to what the network was trained on."
     size = info["image_size"]
     if info["input"] == "cells":
-        from leukemia_nb.cell_model import SIDE, cell_crops, describe
+        from leukemia_nb.cell_model import MEASURES, SIDE, cell_crops, describe
         crops, masks = cell_crops(square_picture(square_picture(picture, size), SIDE), seed=info.get("seed", 0))
-        return np.array([describe(*cell) for cell in zip(crops, masks)], np.float32).reshape(-1, 39)
+        return np.array([describe(*cell) for cell in zip(crops, masks)], np.float32).reshape(-1, len(MEASURES))
     if info["input"] == "picture": return square_picture(picture, size)
     if mask is None: mask = segment(picture, info["segmentation"])
     return np.stack([square_picture(picture, size), square_picture(cut_out(picture, mask), size)])
@@ -163,7 +163,6 @@ def open_model_file(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads or 0
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting threads leave the cores to the readers
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         info = json.loads(session.get_modelmeta().custom_metadata_map["leukemia_nb"])

@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .data import atomic_path, read_picture, read_table, write_picture, write_table
+from .data import atomic_path, read_json, read_picture, read_table, write_picture, write_table
 from .evaluation import (DECK_ACCURACY, INK, PredictionsError, accuracy_figure, answers, blank_figure, calm_style,
                                     class_table, compare_models, confusion_figure, curves_figure, made_up_predictions,
                                     model_title, read_all_predictions, readable_comparison, roc_figure, take_subset,
                                     unseen_html, unseen_table, write_predictions)
+from .leakage import unrelated_pairs
 from .shortcuts import BLIND
 from .uncertainty import calibration_table, compare_pairs, reliability_figure, told_apart_sentence
 
@@ -397,17 +398,13 @@ def processing_section(folder: Path) -> str:
                 axes[j, i].set(xticks=[], yticks=[]); axes[j, i].spines[:].set_visible(False)
                 if i == 0: axes[j, 0].set_ylabel(("original", "segmented")[j], color=INK)
             axes[0, i].set_title(label)
-    study = _json(folder, "study.json")
+    study = read_json(folder, "study.json")
     return prose(f"Every picture is segmented (method *{study.get('segmentation', 'deck')}*), its cells are cut out on black, "
                  "and both are resized to the size that the models see.") + figure_html(
                      figure, "One original and its segmented cells for each class", "One pair of each class.")
 
 def _existing(folder: Path, name: str) -> Path | None:
     return next((path for path in (folder / "pairs" / name, folder / name, Path(name)) if name and path.is_file()), None)
-
-def _json(folder: Path, *names: str) -> dict:
-    path = folder.joinpath(*names)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 # %% ../nbs/75_report.ipynb #eb1ebc06
 def training_section(folder: Path) -> str:
@@ -421,7 +418,7 @@ def training_section(folder: Path) -> str:
     rows = pd.DataFrame([{"Model": model_title(name), "Epochs": len(table),
                           "Best validation accuracy": of(table, "val_accuracy").max(),
                           "Lowest validation loss": of(table, "val_loss").min(),
-                          "Seconds": _json(folder, "steps", f"train-{name}.json").get("seconds", of(table, "seconds").sum())}
+                          "Seconds": read_json(folder, "steps", f"train-{name}.json").get("seconds", of(table, "seconds").sum())}
                          for name, table in histories.items()])
     return figure_html(curves_figure(histories), "Training and validation accuracy and loss by epoch for each model",
                        "Accuracy above, loss below; grey for training, blue for validation.") + table_html(rows, digits=2)
@@ -434,7 +431,7 @@ def _relatives(folder: Path) -> dict[str, str] | None:
     return None if split is None or "related" not in split else dict(split.set_index("pair")["related"])
 
 def _weights(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    return {name: str(_json(folder, "models", name, "model.json").get("weights_source", "")) for name in names}
+    return {name: str(read_json(folder, "models", name, "model.json").get("weights_source", "")) for name in names}
 
 # %% ../nbs/75_report.ipynb #a8d37c87
 def _power(predictions: Mapping[str, pd.DataFrame]) -> str:
@@ -446,8 +443,7 @@ def _power(predictions: Mapping[str, pd.DataFrame]) -> str:
 def _unrelated(folder: Path, predictions: Mapping[str, pd.DataFrame]) -> str:
     split = _table(folder, "split.csv")
     if split is None or "related" not in split: return ""
-    known = set(split.loc[split["subset"] == "train", "related"])
-    alone = set(split.loc[(split["subset"] == "test") & ~split["related"].isin(known), "pair"])
+    alone = unrelated_pairs(split)
     total = int((split["subset"] == "test").sum())
     if not alone or len(alone) == total: return ""
     shares = [float((answers(part) == part["class"]).mean()) for table in predictions.values()
@@ -534,7 +530,7 @@ def unseen_section(folder: Path) -> str:
     table = unseen_table(read_all_predictions(folder / "unseen"))
     shown, picture = table.head(40), folder / "figures" / "unseen.png"
     more = f" The first {len(shown)} of {len(table):,} are shown." if len(table) > len(shown) else ""
-    if not _json(folder, "study.json").get("unseen"):
+    if not read_json(folder, "study.json").get("unseen"):
         more += " No folder of new pictures was given: these are test pictures, as examples."
     grid = figure_html(picture, "New pictures with the models' answers", "Each picture with the answers below it."
                        ) if picture.is_file() else ""
@@ -544,13 +540,13 @@ def unseen_section(folder: Path) -> str:
 # %% ../nbs/75_report.ipynb #fa8d4fba
 def reproduction_section(folder: Path) -> str:
     "Parameters, versions and the time of each step."
-    study = _json(folder, "study.json")
+    study = read_json(folder, "study.json")
     versions = study.pop("versions", {})
     show = lambda value: ", ".join(map(str, value)) if isinstance(value, list) else value
     asked = {name.replace("_", " "): show(value) for name, value in study.items() if not isinstance(value, dict)}
     parts = [facts_html(asked, "Parameters")] if study else []
     if versions: parts.append(facts_html(versions, "Versions"))
-    steps = [_json(path.parent, path.name) for path in folder.glob("steps/*.json")]
+    steps = [read_json(path) for path in folder.glob("steps/*.json")]
     steps.sort(key=lambda step: str(step.get("began", "")))
     if steps:
         rows = pd.DataFrame([{"Step": step.get("step", ""), "Began": str(step.get("began", "")).replace("T", " "),

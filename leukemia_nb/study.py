@@ -336,6 +336,14 @@ def _package_version() -> str:
 
     return __version__
 
+
+def _library_digest() -> str:
+    "SHA-256 over the package's source files."
+    import leukemia_nb
+
+    sources = sorted(Path(str(leukemia_nb.__file__)).parent.glob("*.py"))
+    return hashlib.sha256("\0".join(map(_digest, sources)).encode()).hexdigest()
+
 # %% ../nbs/80_study.ipynb #3550e6e7
 def finished(step: Step, run: Run, print_: str) -> bool:
     "Whether the step's record has this fingerprint and its outputs are as recorded."
@@ -361,7 +369,8 @@ def run_step(
     check_parameters(notebook, parameters)
     print_ = fingerprint(step, run, notebook)
     if not redo and finished(step, run, print_):
-        return {**run.json("steps", f"{step.name}.json"), "skipped": True}
+        record = run.json("steps", f"{step.name}.json")
+        return {**record, "skipped": True, "outdated": record.get("library") != _library_digest()}
     run.folder.joinpath("steps", f"{step.name}.json").unlink(missing_ok=True)
     partial, began = run.path("notebooks", f"{step.name}.partial.ipynb"), time.time()
     try:
@@ -372,11 +381,18 @@ def run_step(
     if missing := [name for name in step.outputs if not (run.folder / name).exists()]:
         raise StudyError(f"step {step.name} ended without writing {', '.join(missing)}. Its notebook: {partial}")
     os.replace(partial, partial.with_name(f"{step.name}.ipynb"))
-    record = {"step": step.name, "fingerprint": print_, "seconds": round(time.time() - began, 1),
+    record = {"step": step.name, "fingerprint": print_, "library": _library_digest(), "seconds": round(time.time() - began, 1),
               "began": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(began)),
               "outputs": {name: _digest(run.folder / name) for name in step.outputs}}
     run.write_json(record, "steps", f"{step.name}.json")
-    return {**record, "skipped": False}
+    return {**record, "skipped": False, "outdated": False}
+
+
+def _outcome(record: dict[str, Any]) -> str:
+    "What became of a step, for its line."
+    if "error" in record: return record["error"]
+    if not record["skipped"]: return f"{record['seconds']:.0f} s"
+    return "unchanged" + (f", but the library's code has changed since: --redo {record['step']}" if record["outdated"] else "")
 
 # %% ../nbs/80_study.ipynb #7fb797f7
 def _attempt(step: Step, run: Run, redo: bool, beside: int, environment: dict[str, str]) -> dict[str, Any]:
@@ -414,8 +430,7 @@ def run_study(
             jobs = (joblib.delayed(_attempt)(step, run, step.name in redo, beside, environment) for step in group)
             errors = []
             for record in joblib.Parallel(min(workers.n_jobs, len(group)), return_as="generator_unordered", batch_size=1)(jobs):
-                said = record.get("error") or ("unchanged" if record["skipped"] else f"{record['seconds']:.0f} s")
-                say(f"  {record['step']}: {said}")
+                say(f"  {record['step']}: {_outcome(record)}")
                 errors += [record["error"]] if "error" in record else []
             if errors:
                 raise StudyError("\n".join(errors) + "\nWhat is finished stays finished; the same command goes on from here.")

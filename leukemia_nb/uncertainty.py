@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEMPERATURES', 'Interval', 'cluster_bootstrap', 'grouped_accuracy', 'mcnemar', 'holm', 'compare_pairs',
            'told_apart_sentence', 'difference_figure', 'reliability_table', 'calibration_error', 'brier_score',
-           'scale_temperature', 'log_loss_of', 'fit_temperature', 'calibration_table', 'reliability_figure',
+           'scale_temperature', 'log_loss_of', 'fit_temperature', 'at_limit', 'calibration_table', 'reliability_figure',
            'average_precisions', 'precision_recall_figure', 'cached_features', 'cross_validate',
            'cross_validated_accuracy']
 
@@ -247,6 +247,12 @@ def fit_temperature(table: pd.DataFrame  # predictions, with subset "validation"
     loss = lambda log_t: log_loss_of(scale_temperature(part, np.exp(log_t)))
     return float(np.exp(minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-6}).x))
 
+
+def at_limit(temperature: float  # from `fit_temperature`
+             ) -> bool:
+    "Whether the search ended at an end of its range, so that the validation pictures cannot tell."
+    return bool(min(abs(np.log(temperature / bound)) for bound in TEMPERATURES) < 0.01)
+
 # %% ../nbs/72_uncertainty.ipynb #b2baf9ca
 def calibration_table(predictions: Mapping[str, pd.DataFrame],  # model name -> predictions with validation and test
                       subset: str = "test"  # rows to judge
@@ -262,8 +268,8 @@ def calibration_table(predictions: Mapping[str, pd.DataFrame],  # model name -> 
         if (table["subset"] == "validation").any():
             temperature = fit_temperature(table)
             scaled = scale_temperature(part, temperature)
-            limit = min(abs(np.log(temperature / bound)) for bound in TEMPERATURES) < 0.01
-            row |= {"temperature": temperature, "note": "at the limit: the validation pictures cannot tell" if limit else "",
+            note = "at the limit: the validation pictures cannot tell" if at_limit(temperature) else ""
+            row |= {"temperature": temperature, "note": note,
                     "scaled_ece": calibration_error(scaled), "scaled_brier": brier_score(scaled),
                     "scaled_log_loss": log_loss_of(scaled)}
         rows.append(row)

@@ -37,7 +37,6 @@ from leukemia_nb.cards import (
     run_table,
     share_text,
     trained_models,
-    training_digest,
     training_run,
     unrelated_accuracy,
     verdict,
@@ -175,15 +174,6 @@ def test_relatives_in_training_are_left_out(run):
     assert n == len(test) - 40
     probabilities = test[["p_Normal", "p_Pre-B", "p_Pro-B"]].to_numpy().argmax(axis=1)[40:]
     assert right == (pd.Series(["Normal", "Pre-B", "Pro-B"])[probabilities].to_numpy() == test["class"][40:].to_numpy()).sum()
-
-
-@given(st.lists(st.text("0123456789abcdef", min_size=4, max_size=8), min_size=1, unique=True), st.randoms())
-def test_digest_is_of_the_training_pictures_in_any_order(digests, random):
-    table = pd.DataFrame({"sha256": digests, "subset": "train"})
-    shuffled = table.sample(frac=1, random_state=random.randint(0, 1000))
-    others = pd.concat([shuffled, pd.DataFrame({"sha256": ["ffff0000"], "subset": ["test"]})])
-    assert training_digest(others) == training_digest(table)
-    assert training_digest(table.iloc[1:]) != training_digest(table)
 
 
 @given(st.lists(st.text("ab|\\ ", max_size=5), min_size=1, max_size=4))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from leukemia_nb import data
 from leukemia_nb.data import (CLASSES, OutputError, PictureError, atomic_path, build_manifest, check_manifest, class_of,
-                              fetch_kaggle, find_pictures, read_grey, read_picture, read_table, write_picture, write_table)
+                              fetch_kaggle, find_pictures, read_grey, read_picture, read_table, set_sha256, write_picture, write_table)
 
 
 @pytest.fixture
@@ -399,3 +399,9 @@ def test_real_set(shared_data):
     manifest = build_manifest(shared_data / "taleqani", n_jobs=2)
     assert manifest["class"].value_counts().to_dict() == {"Normal": 463, "Pre-B": 885, "Pro-B": 739}
     assert (manifest["problem"] == "").all() and manifest["pair"].is_unique and set(manifest["width"]) == {224}
+
+
+@given(st.lists(st.text("0123456789abcdef", min_size=4, max_size=8), min_size=1, unique=True), st.randoms())
+def test_the_digest_of_a_set_does_not_know_an_order(digests, random):
+    shuffled = random.sample(digests, len(digests))
+    assert set_sha256(shuffled) == set_sha256(digests) != set_sha256(digests[1:])
