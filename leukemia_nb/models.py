@@ -133,10 +133,11 @@ class Settings(Keywords):
         learning_rate: float = 1e-3,  # of the Adam optimizer
         patience: int = 5,  # epochs without a better validation loss before training stops
         seed: int = 0,  # of the new weights, the order of pictures, and dropout
+        gpus: int = 1,  # GPUs of this machine that share every batch; without a GPU, 1 is the processor
     ):
         self.classes, self.recipe, self.weights, self.fine_tune = classes, recipe, weights, fine_tune
         self.image_size, self.epochs, self.batch_size = image_size, epochs, batch_size
-        self.learning_rate, self.patience, self.seed = learning_rate, patience, seed
+        self.learning_rate, self.patience, self.seed, self.gpus = learning_rate, patience, seed, gpus
 
     def check_settings(self):
         "Return self, or raise ModelError naming the setting, its value, and what is allowed."
@@ -145,7 +146,7 @@ class Settings(Keywords):
         for key, values in allowed.items():
             if getattr(self, key) not in values:
                 raise ModelError(f"{key}={getattr(self, key)!r} is not one of {', '.join(map(repr, values))}.")
-        for key, least in dict(image_size=32, epochs=1, batch_size=1, patience=1, seed=0).items():
+        for key, least in dict(image_size=32, epochs=1, batch_size=1, patience=1, seed=0, gpus=1).items():
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
                 raise ModelError(f"{key}={value!r} is not a whole number of at least {least}.")
@@ -259,6 +260,14 @@ class History:
         self.say(f"{self.name}: epoch {epoch}/{self.epochs}  accuracy {accuracy:.3f}  loss {loss:.3f}  "
                  f"validation {val_accuracy:.3f}  loss {val_loss:.3f}  {seconds:.1f} s{'  *' if improved else ''}")
         return improved
+
+    @property
+    def state(self) -> dict[str, Any]:
+        "What was recorded, for a history in another process to go on from."
+        return {name: getattr(self, name) for name in ("rows", "best", "best_loss", "stop")}
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None: vars(self).update(state)
 
     @property
     def table(self) -> DataFrame:

@@ -26,8 +26,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's start-up mess
 # %% auto #0
 __all__ = ['BACKBONES', 'WEIGHTS_FOLDER', 'Backbone', 'input_scaling', 'start_quietly', 'find_weight_file', 'download_weights',
            'choose_weights', 'values_sha256', 'weights_source', 'normalise_as_imagenet', 'seeded', 'build_backbone',
-           'statistics_measurer', 'epoch_batches', 'variant_rows', 'BackboneNetwork', 'train_step', 'score_logits',
-           'BackboneClassifier', 'EfficientNetB0', 'MobileNetV2', 'NASNetMobile']
+           'statistics_measurer', 'epoch_batches', 'variant_rows', 'BackboneNetwork', 'sharing_strategy', 'train_step',
+           'score_logits', 'BackboneClassifier', 'EfficientNetB0', 'MobileNetV2', 'NASNetMobile']
 
 # %% ../nbs/62_transfer.ipynb #c5dd3f41
 @dataclass(frozen=True)
@@ -302,24 +302,47 @@ class BackboneNetwork(PictureClassifier):
         self.head_.load_weights(folder / "head.weights.h5")
 
 # %% ../nbs/62_transfer.ipynb #167cf764
+def sharing_strategy(
+    gpus: int,  # that share each batch
+) -> Any:  # tf.distribute.Strategy; training goes on within its scope
+    "TensorFlow's strategy for one device, or for several GPUs in step. Raises ModelError where there are not so many."
+    start_quietly()
+    import tensorflow as tf
+    if gpus == 1: return tf.distribute.get_strategy()
+    found = [device.name for device in tf.config.list_logical_devices("GPU")]
+    if len(found) < gpus:
+        raise ModelError(f"gpus={gpus}, but TensorFlow sees {len(found)} GPUs here. Use gpus=1, which takes one if there is one.")
+    return tf.distribute.MirroredStrategy(found[:gpus])
+
+
 def train_step(
     forward: Callable[[Any], Any],  # batch -> logits, in training mode
     variables: list[Any],  # what is trained
     learning_rate: float,  # of Adam
 ) -> Callable[[Any, Any], Any]:  # (batch, int64 targets) -> tensor: mean loss, share of right answers
-    "One compiled step of Adam on the cross-entropy."
+    "One compiled step of Adam on the cross-entropy, on whatever devices the current TensorFlow strategy has."
     import keras
     import tensorflow as tf
     optimizer = keras.optimizers.Adam(learning_rate)
     optimizer.build(variables)
+    strategy = tf.distribute.get_strategy()
 
-    @tf.function(reduce_retracing=True)
-    def step(batch, targets):
+    def learn(batch, targets, n):  # the optimizer adds up the gradients of all devices
         with tf.GradientTape() as tape:
             logits = forward(batch)
-            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels=targets, logits=logits))
+            loss = tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(labels=targets, logits=logits)) / n
         optimizer.apply(tape.gradient(loss, [v.value for v in variables]), variables)
-        return tf.stack([loss, tf.reduce_mean(tf.cast(tf.argmax(logits, 1) == targets, tf.float32))])
+        return tf.stack([loss, tf.reduce_sum(tf.cast(tf.argmax(logits, 1) == targets, tf.float32)) / n])
+
+    @tf.function(reduce_retracing=True)
+    def together(*dealt): return strategy.reduce("SUM", strategy.run(learn, dealt), axis=None)
+
+    def step(batch, targets):
+        n, parts = tf.constant(len(targets), tf.float32), strategy.num_replicas_in_sync
+        if parts == 1: return together(batch, targets, n)
+        return together(*(strategy.experimental_distribute_values_from_function(
+            lambda place, values=values: tf.convert_to_tensor(values[place.replica_id_in_sync_group :: parts]))
+            for values in (batch, targets)), n)
     return step
 
 # %% ../nbs/62_transfer.ipynb #413c57ef
@@ -355,6 +378,9 @@ class BackboneClassifier(BackboneNetwork):
         return lambda: measure(map(read, rows))
 
     def _fit(self, train: Any, validation: Any, history: History) -> None:
+        with sharing_strategy(self.gpus).scope(): self._fit_here(train, validation, history)
+
+    def _fit_here(self, train: Any, validation: Any, history: History) -> None:
         start = time.perf_counter()
         file = choose_weights(BACKBONES[self.backbone], self.weights)
         self.weights_source_ = self._build(file)

@@ -9,14 +9,16 @@ import atexit
 import functools
 import hashlib
 import os
+import pickle
 import random
 import shutil
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import CalledProcessError
 from types import ModuleType
 from typing import Any
 
@@ -227,40 +229,48 @@ def measure_statistics(
     network.eval()
 
 # %% ../nbs/66_yolo.ipynb #297ec94b
-@functools.cache
-def pairs_trainer() -> type:
-    "Ultralytics' ClassificationTrainer that reads `YoloPictures` and fills a `History`; made when first asked for."
+def pairs_trainer(
+    pictures: dict[str, YoloPictures],  # "train" and "val"
+    classes: Sequence[str] | np.ndarray,  # k class names
+    history: History,  # filled in the process that trains
+    found: Path,  # file for what was found: the history's state and the best weights
+    measure: int = 0,  # training pictures to measure batch statistics on after each epoch
+) -> type:  # called with ultralytics' settings, as its own trainers are
+    "Ultralytics' ClassificationTrainer that reads `YoloPictures` and fills a `History`."
     yolo_framework()
     from ultralytics.data import build_dataloader
     from ultralytics.models.yolo.classify import ClassificationTrainer
+    from ultralytics.utils import LOGGER
+    names = dict(enumerate(map(str, classes)))
 
     class PairsTrainer(ClassificationTrainer):
-        def __init__(self, overrides: dict, pictures: dict[str, YoloPictures], classes: np.ndarray, history: History,
-                     measure: int = 0):  # training pictures to measure batch statistics on after each epoch
-            self.pictures, self.class_names, self.history, self.measure = pictures, list(map(str, classes)), history, measure
-            self.best_state = None
-            super().__init__(overrides=overrides)
-            self.callbacks = defaultdict(list)  # for the validator: none
+        def __init__(self, *args, **settings):
+            yolo_framework(), LOGGER.setLevel("ERROR")  # as silent in a process that ultralytics has started
+            super().__init__(*args, **settings)
+            self.callbacks, self.best_state = defaultdict(list), None  # callbacks for the validator: none
 
         def get_dataset(self):
-            return dict(train="train", val="val", nc=len(self.class_names), names=dict(enumerate(self.class_names)), channels=3)
+            return dict(train="train", val="val", nc=len(names), names=names, channels=3)
 
         def get_dataloader(self, dataset_path, batch_size=16, rank=0, mode="train"):
-            data = self.pictures[mode]  # a last batch of one picture has no batch statistics: dropped
+            data = pictures[mode]
+            own = -(-len(data) // max(self.world_size, 1))  # a last batch of one picture has no batch statistics: dropped
             return build_dataloader(data, batch_size, self.args.workers, shuffle=mode == "train", rank=rank,
-                                    drop_last=mode == "train" and len(data) % batch_size == 1, device=self.device)
+                                    drop_last=mode == "train" and own % batch_size == 1, device=self.device)
 
         def run_callbacks(self, event):
-            if event == "on_train_epoch_end" and self.measure:
-                measure_statistics(self.ema.ema, self.pictures["train"], self.measure, self.batch_size)
+            if os.environ.get("RANK", "0") != "0": return  # the first of several processes keeps the books
+            if event == "on_train_epoch_end" and measure:
+                measure_statistics(self.ema.ema, pictures["train"], measure, self.batch_size)
             if event == "on_fit_epoch_end": self.record()
+            if event == "on_train_end": found.write_bytes(pickle.dumps((history.state, self.best_state)))
 
         def record(self):
-            right, seen = self.model.criterion.counted()
-            if self.history.add(right / max(seen, 1), float(self.tloss["loss"]), self.metrics["metrics/accuracy_top1"],
-                                self.metrics["val/loss"], self.epoch_time):
+            right, seen = getattr(self.model, "module", self.model).criterion.counted()
+            if history.add(right / max(seen, 1), float(self.tloss["loss"]), self.metrics["metrics/accuracy_top1"],
+                           self.metrics["val/loss"], self.epoch_time):
                 self.best_state = {key: tensor.detach().cpu().clone() for key, tensor in self.ema.ema.state_dict().items()}
-            self.stop = self.stop or self.history.stop
+            self.stop = self.stop or history.stop
 
         def _handle_nan_recovery(self, epoch):
             if self.loss is None or self.loss.isfinite(): return False
@@ -318,6 +328,10 @@ def training_settings(
     "A model's settings in ultralytics' words; what is not named here keeps ultralytics' default. Raises ModelError."
     if model.image_size % 32:
         raise ModelError(f"image_size={model.image_size} is not a multiple of 32, as YOLO needs. The usual one is 224.")
+    import torch
+    if model.gpus > max(1, torch.cuda.device_count()):
+        raise ModelError(f"gpus={model.gpus}, but torch sees {torch.cuda.device_count()} GPUs here. Use gpus=1, which takes one "
+                         "if there is one.")
     if model.learning_rate > 1:
         raise ModelError(f"learning_rate={model.learning_rate!r} is above 1, which ultralytics refuses. The usual one is 0.001.")
     settings: dict[str, Any] = dict(
@@ -329,11 +343,12 @@ def training_settings(
         settings.update(optimizer="AdamW", lr0=model.learning_rate, momentum=0.9, nbs=model.batch_size,
                         warmup_epochs=1.0, warmup_bias_lr=0.0)
     if model.fine_tune is False: settings["freeze"] = layers - 1
+    if model.gpus > 1: settings["device"] = ",".join(map(str, range(model.gpus)))
     return settings
 
 # %% ../nbs/66_yolo.ipynb #9ed331f1
 class YoloClassifier(PictureClassifier):
-    "A YOLO nano classifier; `name` says which. Trains whole unless `fine_tune=False`; one GPU is used if there is one."
+    "A YOLO nano classifier; `name` says which. Trains whole unless `fine_tune=False`; a GPU is used if there is one."
     name = "yolo"
 
     def _fit(self, train: Any, validation: Any, history: History) -> None:
@@ -347,11 +362,15 @@ class YoloClassifier(PictureClassifier):
                                       training_transforms(self.recipe, self.image_size)),
                 "val": YoloPictures(validation, self.targets(validation), self.image_size),
             }
-            settings = dict(training_settings(self, len(network.model)), save_dir=work)
-            trainer = pairs_trainer()(settings, pictures, self.classes_, history, rows)
+            settings, found = training_settings(self, len(network.model)), Path(work) / "found"
+            trainer = pairs_trainer(pictures, self.classes_, history, found, rows)(
+                overrides=dict(settings, save_dir=str(Path(work) / "run")))
             trainer.model = network
-            trainer.train()
-            self._use(trainer.best_state)
+            try: trainer.train()
+            except CalledProcessError:
+                raise ModelError(f"{self.name}: training on {self.gpus} GPUs stopped; its processes said why, above.") from None
+            history.state, best = pickle.loads(found.read_bytes())
+            self._use(best)
 
     def _use(self, state: dict[str, Any]) -> None:
         "Put weights into a fresh network and make it ready to answer."

@@ -1,6 +1,11 @@
 """ImageNet backbones: weight files, input ranges, cached features, BatchNorm, fine-tuning, folders."""
 import inspect
+import os
+import subprocess
+import sys
+import textwrap
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -336,3 +341,44 @@ def test_real_pictures_are_learned_and_cached_equals_long(real_weights, shared_d
     assert cached.score(parts[1], parts[1].labels) > 0.8
     long = trained(parts, cache=False, image_size=96, epochs=15, patience=5, batch_size=16, learning_rate=0.005)
     assert same_weights(cached.head_, long.head_)
+
+
+# ---------------------------------------------------------------- several GPUs
+TOGETHER = """
+    import keras, numpy as np, tensorflow as tf
+    processor = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(processor, [tf.config.LogicalDeviceConfiguration()] * 2)
+    from leukemia_nb import transfer
+    from leukemia_nb.models import Pictures
+    from tests.test_transfer import made_up, tiny
+    keras.applications.Tiny = tiny
+    transfer.BACKBONES["mobilenet_v2"] = transfer.Backbone("Tiny", 8, -1, 1, "file:///nowhere/tiny.h5", ("tiny.h5",))
+    class Model(transfer.MobileNetV2):
+        def head_layers(self, keras): return [self.dense(keras, len(self.classes_), 0)]  # no dropout: it draws for each device
+    train, validation = (Pictures(*made_up(n, seed), 32) for n, seed in ((38, 0), (12, 1)))
+    whole, found = {whole}, []
+    for devices in (["CPU:0"], ["CPU:0", "CPU:1"]):
+        transfer.sharing_strategy = lambda gpus: tf.distribute.MirroredStrategy(devices)
+        model = Model(weights="random", image_size=32, epochs=4, batch_size=10, learning_rate=3e-2, fine_tune=whole, seed=1)
+        found.append((model.fit(train, validation), model.predict_proba(validation)))
+    (alone, p), (shared, q) = found
+    print(alone.loss.tolist(), shared.loss.tolist(), np.abs(p - q).max())
+    assert shared.loss.iloc[-1] < shared.loss[0] and np.isfinite(q).all()
+    if not whole:
+        assert np.allclose(alone.drop(columns="seconds"), shared.drop(columns="seconds"), atol=1e-4)
+        assert np.abs(p - q).max() < 1e-4
+    """
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_two_devices_learn_what_one_learns(whole):
+    "Two logical devices of the processor in the place of two GPUs; the head alone, and with BatchNorm, which sees a share."
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(TOGETHER.replace("{whole}", str(whole)))], capture_output=True,
+                          text=True, timeout=300, check=False, env=os.environ | {"PYTHONPATH": str(root), "TF_CPP_MIN_LOG_LEVEL": "3"})
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout
+
+
+def test_gpus_that_are_not_there(tiny_backbone, sources):
+    with pytest.raises(ModelError, match=r"gpus=9, but TensorFlow sees \d GPUs here. Use gpus=1"):
+        make_model("mobilenet_v2", weights="random", gpus=9).fit(*sources)

@@ -15,6 +15,7 @@ from leukemia_nb.models import MODELS, ModelError, Pictures, load_model, make_mo
 
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = {"Pro-B": (200, 60, 60), "Normal": (60, 200, 60), "Pre-B": (60, 60, 200)}  # not in alphabetical order
+PAIRS_TRAINER = yolo.pairs_trainer
 SMALL = dict(weights="random", image_size=32, epochs=1, batch_size=6)
 
 
@@ -287,6 +288,56 @@ def test_refused_beside_tensorflow():
         assert "torch" not in sys.modules
         """)
     assert done.returncode == 0 and "a process, or a notebook kernel, of their own" in done.stdout, done.stderr
+
+
+# ---------------------------------------------------------------- several GPUs
+def on_two_processors(monkeypatch, whole):
+    "Ultralytics' way with two GPUs, with two processes of the processor in their place: no machine with two GPUs is at hand."
+    def make(*arguments):
+        class OnTwo(whole(*arguments)):
+            def __init__(self, *given, **settings):
+                super().__init__(*given, **settings)
+                self.world_size, self.ddp = 2, "LOCAL_RANK" not in os.environ
+
+            def _setup_ddp(self):
+                import torch
+                torch.distributed.init_process_group("gloo")
+                wrap = torch.nn.parallel.DistributedDataParallel
+                torch.nn.parallel.DistributedDataParallel = lambda model, device_ids, **settings: wrap(model, **settings)
+        return OnTwo
+    monkeypatch.setattr(yolo, "pairs_trainer", make)
+
+
+def test_two_processes_learn_together_and_what_they_found_comes_back(monkeypatch):
+    on_two_processors(monkeypatch, yolo.pairs_trainer)
+    model = make_model("yolov8", classes=tuple(COLOURS), weights="random", image_size=32, epochs=8, batch_size=12, patience=8)
+    validation = tinted(4, 1)
+    model.fit(tinted(12, 0), validation)
+    assert list(model.history_.epoch) == list(range(1, 9)) and np.isfinite(model.history_.to_numpy()).all()
+    own = (model.predict(validation) == validation.labels).mean()
+    assert own == pytest.approx(model.history_.val_accuracy[model.best_epoch_ - 1], abs=1e-4)
+    assert (model.predict(tinted(8, 2)) == tinted(8, 2).labels).mean() >= 0.9
+
+
+def test_a_process_that_stops_is_told(monkeypatch):
+    def broken(*arguments):
+        class Broken(PAIRS_TRAINER(*arguments)):
+            def get_dataset(self):
+                if "LOCAL_RANK" in os.environ: raise MemoryError("no room")
+                return super().get_dataset()
+        return Broken
+    on_two_processors(monkeypatch, broken)
+    with pytest.raises(ModelError, match="its processes said why"):
+        make_model("yolov8", **SMALL).fit(tinted(2, 0), tinted(2, 1))
+
+
+def test_gpus_that_are_not_there(monkeypatch):
+    import torch
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ModelError, match="gpus=2, but torch sees 1 GPUs here. Use gpus=1"):
+        make_model("yolov8", gpus=2, **SMALL).fit(tinted(2, 0), tinted(2, 1))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert yolo.training_settings(make_model("yolov8", gpus=2, **SMALL), 10)["device"] == "0,1"
 
 
 # ---------------------------------------------------------------- real pictures
