@@ -18,7 +18,7 @@ import numpy as np
 
 from .data import atomic_path, set_sha256
 from .models import MODELS, ModelError, PictureClassifier, read_batches, versions
-from .predictor import seal
+from .predictor import FORMAT, seal
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -26,9 +26,9 @@ else: DataFrame = Any  # loaded with the first table; the name is for the docume
 
 # %% auto #0
 __all__ = ['OPSET', 'LICENCES', 'RESEARCH_USE', 'Nodes', 'output_shapes', 'keras_graph', 'torch_graph', 'cells_graph',
-           'network_graph', 'run_graph', 'add_appearance', 'fit_distance', 'distance_to', 'add_answers',
-           'answers_table', 'safe_temperature', 'choose_thresholds', 'accepted', 'training_summary', 'weights_version',
-           'build_file', 'export_model']
+           'network_graph', 'run_graph', 'picture_shape', 'add_appearance', 'fit_distance', 'distance_to',
+           'add_answers', 'answers_table', 'safe_temperature', 'choose_thresholds', 'accepted', 'training_summary',
+           'weights_version', 'build_file', 'export_model']
 
 # %% ../nbs/82_model_file.ipynb #7f925027
 OPSET = 18  # version of ONNX' operators
@@ -124,7 +124,7 @@ def torch_graph(
 # %% ../nbs/82_model_file.ipynb #515af9d4
 def cells_graph(
     model: Any,  # a trained `CellModel`
-) -> Any:  # onnx ModelProto: measures float32 (m, 39) of one picture's cells -> logits (1, k), features (1, 78)
+) -> Any:  # onnx ModelProto: measures float32 (m, 39) of one picture's cells, and that picture -> logits (1, k), features (1, 78)
     "The model of single cells as ONNX, in double precision; a picture without cells gets the training pictures' shares."
     from onnx import TensorProto, helper
     add, first = Nodes("cells"), np.array([0])
@@ -155,14 +155,15 @@ def cells_graph(
     add("Cast", answer, to=TensorProto.FLOAT, name="logits")
     add("Cast", seen, to=TensorProto.FLOAT, name="features")
     measures = helper.make_tensor_value_info("measures", TensorProto.FLOAT, ["m", model.cell_scale_.shape[1]])
-    graph = helper.make_graph([], "cells", [measures], [])
+    picture = helper.make_tensor_value_info("pictures", TensorProto.UINT8, [1, model.image_size, model.image_size, 3])
+    graph = helper.make_graph([], "cells", [measures, picture], [])
     add.add_to(graph, {"logits": [1, len(model.classes_)], "features": [1, model.population_scale_.shape[1]]})
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
 
 # %% ../nbs/82_model_file.ipynb #df2d61e4
 def network_graph(
     model: PictureClassifier,  # trained
-) -> Any:  # onnx ModelProto: `pictures` uint8, or `measures` float32 (m, 39) -> `logits`, `features`
+) -> Any:  # onnx ModelProto: `pictures` uint8, and `measures` float32 (m, 39) of a model of cells -> `logits`, `features`
     "The network of any model as ONNX. Raises ModelError where a package is missing."
     graph = {"keras": keras_graph, "torch": torch_graph, "numpy": cells_graph}[MODELS[model.name].framework]
     try:
@@ -183,20 +184,28 @@ def run_graph(
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     if MODELS[model.name].framework == "numpy":
         cells, owner, n = model.measure(pictures)  # type: ignore[attr-defined]
-        inputs = ({"measures": cells[owner == i]} for i in range(n))
+        seen = read_batches(pictures, model.image_size, 1)
+        inputs = ({"measures": cells[owner == i], "pictures": picture} for i, picture in zip(range(n), seen))
     else:
         inputs = ({"pictures": batch} for batch in read_batches(pictures, model.image_size, 16, model.channels))
     parts = [session.run(list(outputs), given) for given in inputs]
     return [np.concatenate(column) for column in zip(*parts)]
 
 # %% ../nbs/82_model_file.ipynb #2e0895b6
+def picture_shape(
+    graph: Any,  # onnx GraphProto
+) -> Any:  # dimensions of the input `pictures`, which can be changed
+    "(n, S, S, 3), or (n, 2, S, S, 3) for pairs."
+    return next(each for each in graph.input if each.name == "pictures").type.tensor_type.shape.dim
+
+
 def add_appearance(
     graph: Any,  # onnx GraphProto with an input `pictures`, changed in place
 ) -> None:
     "Compute `appearance` (n, 15) in a graph: means, logs of the deviations of R, G, B, R-G, G-B, B-R, logs of edges at 1/4, 1/8."
     add = Nodes("appearance")
     pixels = add("Cast", "pictures", to=1)
-    if len(graph.input[0].type.tensor_type.shape.dim) == 5:
+    if len(picture_shape(graph)) == 5:
         pixels = add("Gather", pixels, np.array(0), axis=1)  # the original of each pair
     planes = add("Transpose", add("Div", pixels, np.float32(255)), perm=[0, 3, 1, 2])
     small = add("AveragePool", planes, kernel_shape=[4, 4], strides=[4, 4])
@@ -260,7 +269,7 @@ def distance_to(
 
 # %% ../nbs/82_model_file.ipynb #d9528ff8
 def add_answers(
-    graph: Any,  # onnx GraphProto with `logits`, `features` and perhaps `appearance`, changed in place
+    graph: Any,  # onnx GraphProto with `logits`, `features` and other values to judge by, changed in place
     temperature: float,  # the log-probabilities are divided by it
     distances: Mapping[str, Mapping[str, np.ndarray]],  # "features", "appearance" -> from `fit_distance`, with "reach"
 ) -> None:
@@ -281,7 +290,7 @@ def add_answers(
         total = np.float32(fitted["reach"] ** 2 * (len(fitted["weights"]) + 1))
         far.append(add("Sqrt", add("Div", add("Add", nearest, rest), total)))
     add("Max", *far, name="distance")
-    n, k = "n" if "appearance" in shapes else 1, shapes["logits"][1]
+    n, k = 1 if any(each.name == "measures" for each in graph.input) else "n", shapes["logits"][1]
     add.add_to(graph, {"probabilities": [n, k], "features": [n, shapes["features"][1]], "distance": [n]})
 
 # %% ../nbs/82_model_file.ipynb #cdffe9aa
@@ -368,11 +377,9 @@ def build_file(
 ) -> tuple[Any, dict[str, Any]]:  # onnx ModelProto with its answers, and what is known about it
     "A model as one ONNX graph, and its description but for the test."
     graph, framework = network_graph(model), MODELS[model.name].framework
-    version, kinds = weights_version(graph.graph), ["features"]
-    if framework != "numpy":
-        add_appearance(graph.graph)
-        graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "n"
-        kinds.append("appearance")
+    version, kinds = weights_version(graph.graph), ["features", "appearance"]
+    add_appearance(graph.graph)
+    if framework != "numpy": picture_shape(graph.graph)[0].dim_param = "n"
     data, asked = graph.SerializeToString(), ["logits", *kinds]
     seen = dict(zip(kinds, run_graph(data, model, train, kinds)))
     logits, *held_out = run_graph(data, model, validation, asked)
@@ -389,7 +396,7 @@ def build_file(
     thresholds = choose_thresholds(confidence, distance)
     kind = "cells" if framework == "numpy" else "pair" if len(model.channels) == 2 else "picture"
     return graph, {
-        "format": 1, "name": model.name, "title": MODELS[model.name].title, "version": version,
+        "format": FORMAT, "name": model.name, "title": MODELS[model.name].title, "version": version,
         "classes": model.classes_.tolist(), "input": kind, "image_size": model.image_size, "segmentation": segmentation,
         "seed": model.seed, "temperature": temperature, "calibration": why, "thresholds": thresholds,
         "accepted": {"validation": float(accepted(confidence, distance, thresholds).mean())},

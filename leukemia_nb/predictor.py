@@ -31,13 +31,14 @@ if TYPE_CHECKING:
 else: DataFrame = Any  # loaded with the first table; the name is for the documentation
 
 # %% auto #0
-__all__ = ['SEAL', 'OUTPUTS', 'AT_ONCE', 'unseal', 'seal', 'made_up_model_file', 'open_model_file', 'list_pictures',
+__all__ = ['FORMAT', 'SEAL', 'OUTPUTS', 'AT_ONCE', 'unseal', 'seal', 'made_up_model_file', 'open_model_file', 'list_pictures',
            'picture_list', 'row_columns', 'reasons', 'Predictions', 'doubt_in_words', 'row_text', 'Look', 'look_at',
            'answer_row', 'Predictor', 'overlay', 'predictions_html', 'saliency', 'Task', 'model_of', 'overlay_file',
            'answer_files', 'unfinished_file', 'read_unfinished', 'write_rows', 'iter_answers', 'predict_files',
            'exported_models', 'compare_models_on', 'comparison_text']
 
 # %% ../nbs/84_predictor.ipynb #9b8dcdba
+FORMAT = 2  # of model files; one of another number is refused
 SEAL = b"\x72\x4a\x0a\x06sha256\x12\x40"  # protobuf for metadata_props {key "sha256", value of 64 characters}; the digest follows
 
 
@@ -92,7 +93,7 @@ def _nearest_mean_graph(kind: str, size: int, means: np.ndarray, scale: np.ndarr
     import onnx.parser
     k, d = means.shape
     inputs = {"picture": f"uint8[n, {size}, {size}, 3] pictures", "pair": f"uint8[n, 2, {size}, {size}, 3] pictures",
-              "cells": f"float[m, {d}] measures"}[kind]
+              "cells": f"float[m, {d}] measures, uint8[1, {size}, {size}, 3] pictures"}[kind]
     n = "1" if kind == "cells" else "n"
     numbers = lambda array: ", ".join(f"{value:.6g}" for value in np.ravel(array))
     return onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17]>
@@ -106,7 +107,7 @@ def _nearest_mean_graph(kind: str, size: int, means: np.ndarray, scale: np.ndarr
 # %% ../nbs/84_predictor.ipynb #b76d16d5
 def made_up_model_file(
     path: str | os.PathLike,  # file to be written
-    kind: str = "picture",  # what it sees: "picture", "pair" (original and segmented twin) or "cells" (measures of cells)
+    kind: str = "picture",  # what it sees: "picture", "pair" (original and segmented twin) or "cells" (their measures)
     classes: Sequence[str] = ("Normal", "Pre-B", "Pro-B"),  # class names, in column order
     size: int = 224,  # side of the squares it sees
     smears: int = 4,  # synthetic smears of each class that it learns from
@@ -115,11 +116,11 @@ def made_up_model_file(
     from leukemia_nb.synthetic import smear
     drawn = [smear(label, seed, 192, 256).picture for label in classes for seed in range(smears)]
     inputs = [_network_input(picture, {"input": kind, "image_size": size, "segmentation": "deck"}) for picture in drawn]
-    parts = [one.mean(axis=0) if kind == "cells" else
+    parts = [one[0].mean(axis=0) if kind == "cells" else
              (one.reshape(-1, size * size, 3)[..., 1, None] < (90, 115, 140, 165)).mean(axis=1).ravel() for one in inputs]
     seen = np.reshape(parts, (len(classes), smears, -1))
     model = _nearest_mean_graph(kind, size, seen.mean(axis=1), seen.std(axis=1).mean(axis=0) + 1e-3)
-    info = {"format": 1, "name": f"made_up_{kind}", "title": "Made-up model", "version": "000000000000",
+    info = {"format": FORMAT, "name": f"made_up_{kind}", "title": "Made-up model", "version": "000000000000",
             "classes": list(classes), "input": kind, "image_size": size, "segmentation": "deck", "temperature": 1.0,
             "thresholds": {"confidence": 0.4, "distance": 4.0}, "training": {"pictures": len(drawn), "validation": 0},
             "test": {}, "weights_source": "none: the nearest mean of synthetic smears", "licence": "Apache-2.0",
@@ -135,16 +136,17 @@ def _network_input(
     picture: np.ndarray,  # uint8 (H, W, 3) RGB
     info: dict,  # `input`, `image_size`, `segmentation`
     mask: np.ndarray | None = None,  # bool (H, W), the cells, if they are known already
-) -> np.ndarray:  # uint8 (S, S, 3), uint8 (2, S, S, 3), or float32 (m, 39)
+) -> Any:  # uint8 (S, S, 3), uint8 (2, S, S, 3), or float32 (m, 39) of cells together with uint8 (S, S, 3)
     "Bring a picture to what the network was trained on."
     size = info["image_size"]
+    square = square_picture(picture, size)
+    if info["input"] == "picture": return square
     if info["input"] == "cells":
         from leukemia_nb.cell_model import MEASURES, SIDE, cell_crops, describe
-        crops, masks = cell_crops(square_picture(square_picture(picture, size), SIDE), seed=info.get("seed", 0))
-        return np.array([describe(*cell) for cell in zip(crops, masks)], np.float32).reshape(-1, len(MEASURES))
-    if info["input"] == "picture": return square_picture(picture, size)
+        crops, masks = cell_crops(square_picture(square, SIDE), seed=info.get("seed", 0))
+        return np.array([describe(*cell) for cell in zip(crops, masks)], np.float32).reshape(-1, len(MEASURES)), square
     if mask is None: mask = segment(picture, info["segmentation"])
-    return np.stack([square_picture(picture, size), square_picture(cut_out(picture, mask), size)])
+    return np.stack([square, square_picture(cut_out(picture, mask), size)])
 
 # %% ../nbs/84_predictor.ipynb #f0d02d81
 OUTPUTS = ["probabilities", "features", "distance"]
@@ -169,7 +171,7 @@ def open_model_file(
     except Exception as error:  # onnxruntime has a class of its own for each of its troubles
         reason = str(error).splitlines()[0]
         raise ModelError(f"{file}: cannot be started ({reason}). Export the model again, or update onnxruntime.") from error
-    if info.get("format") != 1 or [output.name for output in session.get_outputs()] != OUTPUTS:
+    if info.get("format") != FORMAT or [output.name for output in session.get_outputs()] != OUTPUTS:
         raise ModelError(f"{file}: made by another version of leukemia_nb. Update leukemia_nb, or export the model again.")
     return session, info
 
@@ -276,7 +278,7 @@ def row_text(
 class Look(NamedTuple):
     "A picture as it was looked at, before the network is asked."
     row: dict  # what is known of the picture: path, sha256, cells, error
-    ready: np.ndarray | None  # what the network sees; None where the picture could not be read
+    ready: Any  # what the network sees; None where the picture could not be read
 
 
 def _prepared(picture: np.ndarray, info: dict, count: bool, row: dict) -> np.ndarray:
@@ -356,13 +358,12 @@ class Predictor:
 
     def ask(
         self,
-        ready: Sequence[np.ndarray],  # what the network sees of each picture
+        ready: Sequence[Any],  # what the network sees of each picture
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # probabilities (n, k), features (n, d), distance (n,), float32
         "Run the network."
-        name = self.session.get_inputs()[0].name
-        stacks = ready if self.info["input"] == "cells" else [
-            np.stack(ready[start : start + AT_ONCE]) for start in range(0, len(ready), AT_ONCE)]
-        answers = [self.session.run(OUTPUTS, {name: stack}) for stack in stacks]
+        if self.info["input"] == "cells": given = [{"measures": cells, "pictures": square[None]} for cells, square in ready]
+        else: given = [{"pictures": np.stack(ready[start : start + AT_ONCE])} for start in range(0, len(ready), AT_ONCE)]
+        answers = [self.session.run(OUTPUTS, inputs) for inputs in given]
         return tuple(np.concatenate(parts) for parts in zip(*answers))  # type: ignore[return-value]
 
     def _rows(self, looks: Sequence[Look]) -> list[dict]:

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from leukemia_nb.data import PictureError, read_picture, write_picture
 from leukemia_nb.models import ModelError, square_picture
-from leukemia_nb.predictor import (SEAL, Predictor, Task, answer_files, compare_models_on, comparison_text, doubt_in_words,
+from leukemia_nb.predictor import (FORMAT, SEAL, Predictor, Task, answer_files, compare_models_on, comparison_text, doubt_in_words,
                                    exported_models, list_pictures, made_up_model_file, open_model_file, overlay_file,
-                                   predict_files, predictions_html, read_unfinished, reasons, row_columns, saliency, unseal)
+                                   predict_files, predictions_html, read_unfinished, reasons, row_columns, saliency, seal,
+                                   unseal)
 from leukemia_nb.segmentation import count_cells, cut_out, segment
 from leukemia_nb.synthetic import smear, write_smears
 
@@ -68,6 +69,13 @@ def test_a_damaged_model_file_is_one_line(file, tmp_path, damage, message):
     bad.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ModelError, match=message) as error: Predictor.load(bad)
     assert str(bad) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_of_another_format_is_told_from_a_damaged_one(file, tmp_path):
+    body = file.read_bytes()[: -len(seal(b""))]
+    assert seal(body) == file.read_bytes()
+    (tmp_path / "old.onnx").write_bytes(seal(body.replace(f'"format": {FORMAT},'.encode(), b'"format": 1,')))
+    with pytest.raises(ModelError, match="made by another version of leukemia_nb"): Predictor.load(tmp_path / "old.onnx")
 
 
 def test_a_sealed_file_that_is_no_network_is_one_line(tmp_path):
