@@ -149,6 +149,12 @@ def test_the_reference_names_every_public_function_and_class():
                 assert f"[{name}]({notebook.name}#{name.lower()})" in shown, f"run nbs/reference.ipynb again: {module.__name__}.{name}"
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
+def test_a_page_shows_no_warning_and_no_progress_bar(notebook):
+    outputs = [output for cell in cells_of(notebook) if cell.cell_type == "code" for output in cell.outputs]
+    assert [output.text[:200] for output in outputs if output.get("name") == "stderr"] == []
+
+
 @pytest.fixture(scope="module")
 def processed(copy):
     """The half of nbdev's docs that needs no Quarto: the pages as Quarto would get them."""
