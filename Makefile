@@ -32,7 +32,7 @@ endif
 	touch $@
 
 study: install  ## run the whole study; DATA=folder for your pictures, DATA=kaggle for the public set
-	$(PY) -m leukemia_nb study --n-jobs $(JOBS) $(if $(DATA),--data "$(DATA)") $(ARGS)
+	$(PY) -m leukemia_nb study --n-jobs $(JOBS) $(if $(DATA),--data "$(DATA)") $(if $(filter file,$(origin RUN)),,--run "$(RUN)") $(ARGS)
 
 test: install lint notebooks  ## lint, types, every notebook, every test
 	$(PY) -m pytest -q --timeout 1800 tests

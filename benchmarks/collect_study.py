@@ -6,14 +6,16 @@ import argparse
 import json
 from pathlib import Path
 
+import pandas as pd
+
 from leukemia_nb.data import read_table, write_table
+from leukemia_nb.evaluation import answers, read_all_predictions, take_subset
 
 RESULTS = Path(__file__).parent / "results"
 TABLES = ("metrics/models.csv", "metrics/classes.csv", "metrics/grouped_accuracy.csv", "metrics/pairs_of_models.csv",
           "metrics/calibration.csv", "metrics/controls.csv", "metrics/cross_validation.csv", "metrics/saliency.csv",
           "metrics/efficientnet.csv", "metrics/efficientnet_last.csv", "metrics/reporting_items.csv", "metrics/follow.csv",
-          "metrics/worth.csv", "metrics/robustness.csv",
-          "leakage.csv")
+          "metrics/follow_by_pair.csv", "metrics/worth.csv", "metrics/robustness.csv", "leakage.csv")
 
 
 def collect(run: Path, out: Path) -> None:
@@ -27,6 +29,9 @@ def collect(run: Path, out: Path) -> None:
     exported = [json.loads(path.read_text()) for path in sorted(run.glob("exported/*.json"))]
     kept = ("name", "version", "bytes", "difference", "temperature", "calibration", "thresholds", "accepted", "test")
     (out / "exported.json").write_text(json.dumps([{key: info.get(key) for key in kept} for info in exported], indent=1) + "\n")
+    tests = {name: take_subset(table) for name, table in read_all_predictions(run / "predictions").items()}
+    said = [test.assign(model=name, answer=answers(test)) for name, test in tests.items()]
+    write_table(out / "confusion.csv", pd.concat(said).groupby(["model", "class", "answer"]).size().reset_index(name="pictures"))
     split = read_table(run / "split.csv")
     write_table(out / "subsets.csv", split.groupby(["class", "subset"]).size().unstack().reset_index())
     steps = [json.loads(path.read_text()) for path in sorted(run.glob("steps/*.json"))]

@@ -283,7 +283,8 @@ def about_html(
         name, version = html.escape(info["title"]), html.escape(info["version"])
         lines.append(f"<li><b>{name}</b>, version {version}: {html.escape(said)}.</li>")
     if not lines: return ""
-    return (f'<details class="app-about"><summary>About the {len(lines)} models</summary><ul>{"".join(lines)}</ul>'
+    whom = "the model" if len(lines) == 1 else f"the {len(lines)} models"
+    return (f'<details class="app-about"><summary>About {whom}</summary><ul>{"".join(lines)}</ul>'
             '<p>A model abstains where its calibrated probability is low or its features are far from those of its training '
             'pictures; the thresholds let 95 % of the validation pictures pass. Test pictures come from the same collection as '
             'the training pictures: being right on them says little about pictures from elsewhere.</p></details>')
@@ -400,7 +401,7 @@ def panel(
     try:
         models, problems = open_models(run)
         return Panel(models, " ".join(problems))
-    except ModelError as error: missing = f"{error} Then open this page again, or name another run in LEUKEMIA_NB_RUN."
+    except ModelError as error: missing = f"{error} Then open this page again; for another run: make app RUN=runs/name."
     try:
         with tempfile.TemporaryDirectory() as folder: models = made_up_models(folder)
     except ImportError: return Panel([], missing)

@@ -154,8 +154,9 @@ TALEQANI = DataSet(
     "weights learnt from the pictures.")
 
 TALEQANI_LIMITS = (
-    "- **Who is 'Normal':** people under suspicion with hematogones, not healthy donors. Hematogones are normal "
-    "precursors that resemble lymphoblasts; telling them apart by stain or lamp is not telling them apart.\n- **Pro-B, "
+    "- **Who is 'Normal':** people under suspicion of ALL whom the authors call both healthy and 'benign (hematogone)', "
+    "not healthy donors; their fields may show mature cells too. Hematogones are normal precursors that resemble "
+    "lymphoblasts; telling them apart by stain or lamp is not telling them apart.\n- **Pro-B, "
     "Pre-B:** subtypes defined by markers on and in the cell. That they can be seen in a smear is an assumption of the "
     "data set, not a finding of this study.")
 
@@ -209,8 +210,9 @@ def model_details(folder: str | os.PathLike,  # run folder
     weights = record.get("weights_source") or f"Not in this run: `models/{model}/model.json` is written by the step *train*"
     ours = "" if model != "cells" else " It is this project's own and not one of the seven of the study it follows."
     return (f"- **What it is:** {WHAT_IT_IS.get(model, model_title(model))}.{ours}\n- **It answers:** one probability "
-            f"for each of {', '.join(classes)}, for a whole picture. It knows no other class and cannot answer 'none "
-            f"of these'.\n- **Weights before training:** {weights}.\n- **Licence:** {licence_text(folder, model)}")
+            f"for each of {', '.join(classes)}, for a whole picture. It knows no other class; "
+            f"only the exported file can refuse to answer.\n- **Weights before training:** {weights}.\n- **Licence:** "
+            f"{licence_text(folder, model)}")
 
 def classes_of_run(folder: str | os.PathLike  # run folder
                    ) -> list[str]:  # names in the order of the probability columns, from any model's predictions
@@ -243,7 +245,7 @@ def intended_use(folder: str | os.PathLike,  # run folder
             "contribute to one. Not for patients, not for screening, not for choosing or ruling out a test, not for "
             "pictures of other laboratories, stains, magnifications or diseases, and not for single cells. The class "
             "of a leukaemia is found by flow cytometry and genetics. Its answer to a picture of anything else is "
-            f"still one of {', '.join(classes_of_run(folder))}.")
+            f"still one of {', '.join(classes_of_run(folder))}, unless the exported file refuses.")
 
 # %% ../nbs/77_cards.ipynb #a9844555
 def markdown_table(table: pd.DataFrame  # texts and whole numbers
@@ -407,7 +409,7 @@ def calibration_text(folder: str | os.PathLike,  # run folder
             f"{row.scaled_ece:.3f}.")
 
 # %% ../nbs/77_cards.ipynb #dbdf15a9
-CHANGED = {"swap": "cells on the background of another class", "no cells": "all cells taken out",
+CHANGED = {"swap": "white cells on the background of another class", "no cells": "all white cells taken out",
            "recolour cells": "cells given the colours of another class's cells",
            "recolour background": "background given the colours of another class's",
            "recolour": "all colours moved to another class's",
@@ -495,7 +497,7 @@ def _background_line(folder, model):
     row = follow[(follow["kind"] == "no cells") & (follow["follows"] == "other")].iloc[0]
     made = run_table(folder, "audit/counterfactuals.csv")
     commonest = made.loc[made["kind"] == "no cells", "other"].value_counts(normalize=True).max()
-    return ("- **Background:** with every cell painted out it still names the class in "
+    return ("- **Background:** with every white cell painted out it still names the class in "
             f"{share_text(row['count'], row.n)}; always naming the commonest class would give {commonest:.1%}.")
 
 def _colour_line(folder, model):
@@ -544,7 +546,7 @@ def card_fields(folder: str | os.PathLike,  # run folder
     "The card's first lines: YAML with the field names of Hugging Face; no accuracy where none was measured."
     licence = "agpl-3.0" if model.startswith("yolo") else "apache-2.0" if data_set(folder) is SYNTHETIC else "other"
     framework = MODELS[model].framework if model in MODELS else ""
-    library = {"torch": "ultralytics", "numpy": "leukemia_nb"}.get(framework, framework or "leukemia_nb")
+    library = {"torch": "ultralytics", "keras": "keras"}.get(framework, "leukemia_nb")
     lines = ["---", f"license: {licence}", *(["license_name: see-below"] if licence == "other" else []),
              f"library_name: {library}", "pipeline_tag: image-classification",
              "tags: [blood-smear, leukaemia, research-only]", "metrics: [accuracy]"]
@@ -755,7 +757,7 @@ def follow_answer(folder: Path  # run folder
 
 def controls_answer(folder: Path  # run folder
                     ) -> str:
-    "The best control that is shown no cell."
+    "The best control that is shown no white cell."
     controls = run_table(folder, "metrics/controls.csv").query("kind == 'control'")
     blind = controls[controls["name"].isin(BLIND)]
     best = (blind if len(blind) else controls).sort_values("accuracy", kind="stable").iloc[-1]
@@ -910,7 +912,7 @@ RESULTS = (
     Item("Performance", "23a", "37", results_answer, "Test accuracy"),
     Item("Accuracy by class", "", "38", class_answer, "By class"),
     Item("Wrong answers", "", "39", failures_answer, "By class"),
-    Item("Interpretation", "25", "", lambda folder: f"{controls_answer(folder)}, without a cell in view. "
+    Item("Interpretation", "25", "", lambda folder: f"{controls_answer(folder)}, without a white cell in view. "
          f"{follow_answer(folder)} High accuracy here does not show that a model reads cells.", _WORTH),
     Item("Limitations", "26", "40", "Stated in full below this section's heading.", "Reporting and limits"),
     Item("Meaning for practice", "", "41", "None: research and teaching only, no part of care.", _CARDS),
@@ -958,8 +960,8 @@ def limits_statement(folder: str | os.PathLike  # run folder
               ("Size", said(size_answer, folder)), ("Relatives", said(disjoint_answer, folder)),
               ("Background", f"{said(controls_answer, folder)}. {said(follow_answer, folder)}"),
               ("Colour of the cells", said(colour_answer, folder)),
-              ("One source", "No picture of another laboratory has been tested. Nothing here says how a model would do "
-               "there."),
+              ("One source", "No picture of another laboratory with a class of this study has been tested. Nothing here says "
+               "how a model would do there."),
               ("One training", "Each model was trained once with one seed; another seed would give other numbers.")]
     return "\n".join(f"- **{name}.** {without_status(text)}" for name, text in points)
 

@@ -79,7 +79,7 @@ def _connected(address: str) -> Iterator[Any]:
         from concurrent.futures import CancelledError
         from distributed import Client, KilledWorker
     except ImportError as error:
-        raise ClusterError(f"a cluster needs Dask ({error}). Install it: pip install 'leukemia_nb[train]', "
+        raise ClusterError(f"a cluster needs Dask ({error}). Install it: pip install '.[train]' in the checkout, "
                            "or pip install 'dask[distributed]'.") from None
     _check_reachable(address)
     try:

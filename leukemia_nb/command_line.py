@@ -28,8 +28,22 @@ def main() -> None:
         app()
     except Exception as error:
         if not is_explained(error): raise
-        typer.echo(f"leukemia_nb: {error}", err=True)
+        _say(f"leukemia_nb: {error}", err=True)
         raise SystemExit(1) from None
+
+
+def _say(text: str, err: bool = False) -> None:
+    "Print a line; a file name in it that is not UTF-8 is escaped."
+    from leukemia_nb.data import shown
+    typer.echo(shown(text), err=err)
+
+
+def _known_method(name: str | None) -> str | None:
+    "Refuse a segmentation method that is none, before anything is done."
+    from leukemia_nb.segmentation import METHODS
+    if name is not None and name not in METHODS:
+        raise typer.BadParameter(f"there is no method {name!r}. The methods are {', '.join(METHODS)}.")
+    return name
 
 
 def is_explained(
@@ -52,29 +66,32 @@ def synth(
     classes: Annotated[int, typer.Option(help="3, or 4 with early Pre-B.", min=3, max=4)] = 3,
     height: Annotated[int, typer.Option(help="Height in pixels.", min=64)] = 768,
     width: Annotated[int, typer.Option(help="Width in pixels.", min=64)] = 1024,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same pictures.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same pictures.", min=0)] = 0,
 ) -> None:
     "Draw synthetic blood smears with the true cell masks beside them."
+    from leukemia_nb.data import counted
     from leukemia_nb.study import class_names
     from leukemia_nb.synthetic import write_smears
 
     table = write_smears(out, per_class, classes=class_names(classes), seed=seed, height=height, width=width)
-    typer.echo(f"{len(table)} smears in {out}")
+    _say(f"{counted(len(table), 'smear')} in {out}")
 
 # %% ../nbs/90_command_line.ipynb #a633ea85
 @app.command()
 def segment(
     pictures: Annotated[Path, typer.Argument(help="A picture, or a folder searched with its subfolders.", exists=True)],
     out: Annotated[Path, typer.Option(help="Folder for masks/, overlays/ and qc.csv.")] = Path("segmented"),
-    method: Annotated[str, typer.Option(help="Segmentation method: deck or seeded.")] = "deck",
+    method: Annotated[str, typer.Option(help="Segmentation method: deck or seeded.", callback=_known_method)] = "deck",
     n_jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
 ) -> None:
     "Find the white cells of pictures: masks, overlays and a quality-control table."
+    from leukemia_nb.data import counted
     from leukemia_nb.quality_control import segment_folder
 
     table = segment_folder(pictures, out, method=method, n_jobs=n_jobs)
     bad, flagged = int((table.problem != "").sum()), int((table.flag != "").sum())
-    typer.echo(f"{len(table) - bad} pictures segmented into {out}; {flagged} masks to look at and {bad} unreadable in qc.csv")
+    _say(f"{counted(len(table) - bad, 'picture')} segmented into {out}; "
+         f"{counted(flagged, 'mask')} to look at and {bad} unreadable in qc.csv")
     if bad:
         raise typer.Exit(1)
 
@@ -85,22 +102,23 @@ def prepare(
     out: Annotated[Path, typer.Option(help="Folder for manifest.csv, pairs.csv and pairs/.")] = Path("prepared"),
     classes: Annotated[int, typer.Option(help="3, or 4 with early Pre-B.", min=3, max=4)] = 3,
     size: Annotated[int, typer.Option(help="Side of the prepared pictures in pixels.", min=16)] = 224,
-    method: Annotated[str, typer.Option(help="Segmentation method: deck or seeded.")] = "deck",
+    method: Annotated[str, typer.Option(help="Segmentation method: deck or seeded.", callback=_known_method)] = "deck",
     n_jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
 ) -> None:
     "Turn a folder of pictures into pairs: each picture and its segmented twin, resized."
-    from leukemia_nb.data import build_manifest, check_manifest
+    from leukemia_nb.data import build_manifest, check_manifest, check_output, counted
     from leukemia_nb.pairing import prepare_pairs
     from leukemia_nb.study import Run, class_names
 
+    check_output(out, folder=True)
     run, names = Run(out), class_names(classes)
-    manifest = build_manifest(data, classes=names)
+    manifest = build_manifest(data, classes=names, without=out)
     run.write_table(manifest, "manifest.csv")
     check_manifest(manifest, minimum=1, classes=names)
     pairs = prepare_pairs(manifest, out / "pairs", size=size, method=method, n_jobs=n_jobs)
     run.write_table(pairs, "pairs.csv")
     flagged, bad = int((pairs.flag != "").sum()), int((manifest.problem != "").sum())
-    typer.echo(f"{len(pairs)} pairs in {out}, {flagged} flagged; {bad} pictures with problems in manifest.csv")
+    _say(f"{counted(len(pairs), 'pair')} in {out}, {flagged} flagged; {counted(bad, 'picture')} with problems in manifest.csv")
 
 # %% ../nbs/90_command_line.ipynb #ff970d9f
 @app.command()
@@ -121,12 +139,15 @@ def predict(
     For research use only. A run that was stopped goes on where it was when the same command is given again.
     """
     from leukemia_nb.cluster import parallel
-    from leukemia_nb.predictor import Task, iter_answers, list_pictures, predict_files, row_text, unfinished_file
+    from leukemia_nb.data import counted
+    from leukemia_nb.predictor import (Task, check_outputs, iter_answers, list_pictures, predict_files, row_text,
+                                       unfinished_file)
 
     if saliency and not overlays: raise typer.BadParameter("--saliency needs a folder: --overlays FOLDER")
     place: Any = os.path.abspath if cluster else str  # the workers are started in a folder of their own
-    paths = [place(path) for path in list_pictures(pictures)]
+    paths = [place(path) for path in list_pictures(pictures, overlays or "")]
     task = Task(place(model), place(overlays) if overlays else "", saliency)
+    check_outputs(paths, task, out, json)
     counts = {"answered": 0, "abstained": 0, "not read": 0}
 
     def count(rows: list[dict]) -> int:
@@ -139,15 +160,15 @@ def predict(
             with parallel(n_jobs, cluster) as workers, tqdm(total=len(paths), unit="picture", disable=None) as bar:
                 resumed = predict_files(paths, task, out, json, batch_size, workers.n_jobs, lambda rows: bar.update(count(rows)))
         except KeyboardInterrupt:
-            typer.echo(f"stopped: answers so far are in {unfinished_file(out, json)}; the same command goes on.", err=True)
+            _say(f"stopped: answers so far are in {unfinished_file(out, json)}; the same command goes on.", err=True)
             raise typer.Exit(130) from None
         kept = f" ({resumed} of them before)" if resumed else ""
-        typer.echo(f"{len(paths)} pictures in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
+        _say(f"{counted(len(paths), 'picture')} in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
     else:
         with parallel(n_jobs, cluster) as workers:
             for rows in iter_answers(task, paths, batch_size, workers.n_jobs):
                 count(rows)
-                typer.echo("\n".join(map(row_text, rows)))
+                _say("\n".join(map(row_text, rows)))
     typer.echo("; ".join(f"{number} {what}" for what, number in counts.items()) + ". Research use only.", err=True)
     if counts["not read"]: raise typer.Exit(1)
 
@@ -159,18 +180,23 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder for comparison.csv and comparison.png.")] = Path("comparison"),
 ) -> None:
     "Show what every exported model of a study says about new pictures: a table, a CSV file and a grid of the pictures."
-    from leukemia_nb.data import atomic_path, write_table
+    from leukemia_nb.data import atomic_path, check_output, write_table
     from leukemia_nb.evaluation import unseen_figure
     from leukemia_nb.predictor import compare_models_on, comparison_text, exported_models, list_pictures
 
-    paths = list_pictures(pictures)
+    paths, models = list_pictures(pictures, out), exported_models(study)
+    for name in ("comparison.csv", "comparison.png"): check_output(out / name)
     problems: list[str] = []
-    table = compare_models_on(paths, exported_models(study), problems.append)
-    typer.echo(comparison_text(table))
+
+    def tell(problem: str) -> None:
+        problems.append(problem)
+        _say(problem, err=True)
+
+    table = compare_models_on(paths, models, tell)
+    _say(comparison_text(table))
     write_table(out / "comparison.csv", table)
     with atomic_path(out / "comparison.png") as temporary: unseen_figure(table, most=12).savefig(temporary, dpi=160)
-    typer.echo(f"comparison.csv and comparison.png in {out}. In brackets: the model abstains. Research use only.", err=True)
-    for problem in problems: typer.echo(problem, err=True)
+    _say(f"comparison.csv and comparison.png in {out}. In brackets: the model abstains. Research use only.", err=True)
     if problems: raise typer.Exit(1)
 
 # %% ../nbs/90_command_line.ipynb #9256e468
@@ -191,14 +217,14 @@ def study(
     train: Annotated[list[str] | None, typer.Option(help="A setting of one model, as yolov8:epochs=5; repeatable.")] = None,
     image_size: Annotated[int | None, typer.Option(
         help="Side of the pictures in pixels.  [default: 224; smaller without --data]", min=32)] = None,
-    segmentation: Annotated[str | None, typer.Option(help="deck or seeded.  [default: deck]")] = None,
+    segmentation: Annotated[str | None, typer.Option(help="deck or seeded.  [default: deck]", callback=_known_method)] = None,
     split: Annotated[str | None, typer.Option(
         help="deck: by picture; grouped: related pictures stay together.  [default: deck]")] = None,
     groups: Annotated[str, typer.Option(help="CSV with columns path and group (patient, slide) for --split grouped.")] = "",
     split_file: Annotated[str, typer.Option(help="split.csv of an earlier study, to be used again.")] = "",
     unseen: Annotated[str, typer.Option(help="Folder of new pictures for the unseen-pictures table.")] = "",
     per_class: Annotated[int | None, typer.Option(help="Synthetic smears a class, without --data.", min=20)] = None,
-    seed: Annotated[int, typer.Option(help="Seed of split, flips and training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of split, flips and training.", min=0, max=2**32 - 1)] = 0,
     n_jobs: Annotated[int, typer.Option(help="Steps side by side.", min=1)] = 1,
     cluster: Annotated[str, typer.Option(
         help="Address of a Dask scheduler, tcp://host:8786, whose workers run the steps. They share a file system.")] = "",
@@ -224,8 +250,8 @@ def study(
     given = {name: value for name, value in asked.items() if value is not None}
     settings = replace(StudySettings() if folder else EMBEDDED, **given)
     where = run or Path("runs", Path(data).resolve().name if data else "synthetic")
-    done = run_study(settings, where, n_jobs=n_jobs, redo=redo or (), say=typer.echo, cluster=cluster)
-    typer.echo(f"report: {done.folder / 'report.html'}")
+    done = run_study(settings, where, n_jobs=n_jobs, redo=redo or (), say=_say, cluster=cluster)
+    _say(f"report: {done.folder / 'report.html'}")
 
 # %% ../nbs/90_command_line.ipynb #5988bbfe
 def _names(text: str) -> tuple[str, ...]:

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 else: DataFrame = Any  # loaded with the first table; the name is for the documentation
 
 # %% auto #0
-__all__ = ['CLASSES', 'FOUR_CLASSES', 'MAX_PIXELS', 'MIN_SIDE', 'SUFFIXES', 'PASSED_BY', 'COLUMNS', 'KAGGLE_SET', 'class_of',
-           'OutputError', 'atomic_path', 'PictureError', 'read_picture', 'read_grey', 'write_picture', 'find_pictures',
-           'file_sha256', 'build_manifest', 'check_manifest', 'write_table', 'read_table', 'read_json', 'set_sha256',
-           'fetch_kaggle']
+__all__ = ['CLASSES', 'FOUR_CLASSES', 'MAX_PIXELS', 'MIN_SIDE', 'SUFFIXES', 'PASSED_BY', 'NO_PICTURES', 'COLUMNS', 'KAGGLE_SET',
+           'class_of', 'shown', 'counted', 'OutputError', 'atomic_path', 'check_output', 'PictureError', 'read_picture',
+           'read_grey', 'write_picture', 'find_pictures', 'file_sha256', 'build_manifest', 'check_manifest',
+           'write_table', 'read_table', 'read_json', 'set_sha256', 'fetch_kaggle']
 
 # %% ../nbs/10_data.ipynb #49895644
 CLASSES = ("Normal", "Pre-B", "Pro-B")
@@ -45,15 +45,29 @@ def class_of(folder_name: str  # name of one folder, such as `[Malignant] Pre-B`
     "Class that a folder's name means, or None for any other name."
     return _FOLDER_NAMES.get(re.sub(r"malignant|[\W_]", "", unicodedata.normalize("NFKC", folder_name).lower()))
 
+# %% ../nbs/10_data.ipynb #15819cb8
+def shown(text: str | os.PathLike  # a path, or words with a path in them
+          ) -> str:  # the same, but for bytes that are no UTF-8: they are escaped
+    "Text that any terminal, table or page can take."
+    return os.fspath(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+def counted(number: int,  # how many
+            what: str  # of what, in the singular
+            ) -> str:
+    "A number in words: `1 picture`, `2 pictures`."
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
 # %% ../nbs/10_data.ipynb #1170949f
 class OutputError(OSError):
     "A file that could not be written: the message names it, the reason and the remedy; `errno` is the system's."
+    def __str__(self) -> str: return shown(super().__str__())
 
 _SPACE, _RIGHT = "Free some space or choose another folder", "Choose a folder you may write to"
 _REMEDIES = {errno.ENOSPC: _SPACE, errno.EDQUOT: _SPACE, errno.EACCES: _RIGHT, errno.EPERM: _RIGHT, errno.EROFS: _RIGHT,
              errno.ENOTDIR: "A file stands where a folder is needed; choose another folder",
              errno.EEXIST: "A file stands where a folder is needed; choose another folder",
-             errno.EISDIR: "A folder stands where the file should go; remove it", errno.ENAMETOOLONG: "Choose a shorter name"}
+             errno.EISDIR: "A folder stands where the file should go; choose another name",
+             errno.ENAMETOOLONG: "Choose a shorter name"}
 
 @contextmanager
 def atomic_path(path: str | os.PathLike  # file to be written; its folder is made where it is missing
@@ -68,12 +82,26 @@ def atomic_path(path: str | os.PathLike  # file to be written; its folder is mad
     except OSError as error:
         about_another = error.filename is not None and Path(error.filename) not in (temporary, path, *path.parents)
         if error.errno not in _REMEDIES or about_another: raise
-        reason = f"{os.strerror(error.errno)}. {_REMEDIES[error.errno]}"
-        problem = OutputError(f"{path}: cannot be written: {reason}. Nothing half-written was left.")
-        problem.errno = error.errno
-        raise problem from error
+        raise _output_error(path, error.errno) from error
     finally:
         if path.parent.is_dir(): temporary.unlink(missing_ok=True)
+
+def _output_error(path: Path, number: int) -> OutputError:
+    reason = f"{os.strerror(number)}. {_REMEDIES[number]}"
+    problem = OutputError(f"{path}: cannot be written: {reason}. Nothing half-written was left.")
+    problem.errno = number
+    return problem
+
+def check_output(path: str | os.PathLike,  # file or folder that is to be written in the end
+                 folder: bool = False  # it is a folder
+                 ) -> None:
+    "Find out before the work, and leave nothing, whether its result can be written. Raises `OutputError`."
+    path = Path(path)
+    there = next((each for each in (path, *path.parents) if os.path.exists(each)), Path("."))
+    if there == path and not folder: there = path.parent
+    if path.is_dir() and not folder: raise _output_error(path, errno.EISDIR)
+    if not there.is_dir(): raise _output_error(path, errno.ENOTDIR)
+    if not os.access(there, os.W_OK | os.X_OK): raise _output_error(path, errno.EACCES)
 
 # %% ../nbs/10_data.ipynb #b45b7d59
 MAX_PIXELS = 50_000_000  # 150 MB unpacked; the largest pictures of the study have 5 million
@@ -81,6 +109,7 @@ MIN_SIDE = 16            # pixels; a red cell is about 60 across in the study's 
 
 class PictureError(ValueError):
     "A picture that cannot be used: the message names the file, what is wrong and the remedy."
+    def __str__(self) -> str: return shown(super().__str__())
 
 # %% ../nbs/10_data.ipynb #efcffcd4
 def _to_rgb(picture: Image.Image  # any mode
@@ -166,15 +195,19 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 # %% ../nbs/10_data.ipynb #af8d9c2f
 PASSED_BY = ("truth", "segmented", "masks")  # folders, in any case
+NO_PICTURES = "no pictures in it. Name a folder with JPEG, PNG, BMP, TIFF or WebP files."
 
-def find_pictures(folder: str | os.PathLike  # searched with all that is below it
+def find_pictures(folder: str | os.PathLike,  # searched with all that is below it
+                  without: str | os.PathLike = ""  # a folder passed by where it lies in the other, say the one to write to
                   ) -> list[Path]:  # in an order that does not depend on the disk
     "Picture files in a folder, by suffix; hidden files and the folders in `PASSED_BY` left out."
+    passed_by = Path(folder, os.path.relpath(os.path.realpath(without or folder), os.path.realpath(folder)))
     def wanted(path: Path) -> bool:
         inner = path.relative_to(folder).parts
         return not any(part.startswith(".") for part in inner) and not {part.lower() for part in inner[:-1]} & set(PASSED_BY)
     found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
-    return sorted(path for path in found if wanted(path) and path.is_file())
+    return sorted(path for path in found if wanted(path) and path.is_file()
+                  and (passed_by == Path(folder) or passed_by not in path.parents))
 
 def _class_of_path(path: Path, folder: Path) -> str | None:
     "Class of the nearest folder above a picture, up to `folder` itself, whose name means one."
@@ -203,7 +236,7 @@ def _name_pairs(labels: Sequence[str], paths: Sequence[Path]) -> list[str]:
     "A unique name for each picture: class/stem, with -2, -3 … where it is taken (also by the same name in other case)."
     names, used = [], set()
     for label, path in zip(labels, paths):
-        first = name = f"{label}/{unicodedata.normalize('NFC', path.stem)}"
+        first = name = f"{label}/{unicodedata.normalize('NFC', shown(path.stem))}"
         number = 1
         while name.casefold() in used: name = f"{first}-{(number := number + 1)}"
         used.add(name.casefold())
@@ -222,7 +255,8 @@ def _mark_two_classes(manifest: DataFrame) -> None:
 # %% ../nbs/10_data.ipynb #0dd72185
 def build_manifest(folder: str | os.PathLike,  # holds a folder for each class, at any depth
                    classes: Sequence[str] = CLASSES,  # some of `FOUR_CLASSES`; others are passed by
-                   n_jobs: int = 1  # pictures opened side by side, in threads
+                   n_jobs: int = 1,  # pictures opened side by side, in threads
+                   without: str | os.PathLike = ""  # a folder that is passed by where it lies in the other
                    ) -> DataFrame:  # columns `COLUMNS`; path absolute; width and height upright, 0 where unreadable
     "Open every picture once and describe it in a row. Raises `PictureError` where there is nothing to describe."
     import pandas as pd
@@ -230,7 +264,7 @@ def build_manifest(folder: str | os.PathLike,  # holds a folder for each class, 
     from tqdm import tqdm
     folder = Path(folder).absolute()
     if not folder.is_dir(): raise PictureError(f"{folder}: there is no such folder. Check the path.")
-    found = [(path, _class_of_path(path, folder)) for path in find_pictures(folder)]
+    found = [(path, _class_of_path(path, folder)) for path in find_pictures(folder, without)]
     paths = [path for path, label in found if label in classes]
     labels = [label for _, label in found if label is not None and label in classes]
     unknown = sorted({path.parent.relative_to(folder).as_posix() for path, label in found if label is None})
@@ -246,7 +280,7 @@ def build_manifest(folder: str | os.PathLike,  # holds a folder for each class, 
 def _nothing_found(folder: Path, pictures: int, unknown: list[str], classes: Sequence[str]) -> str:
     "Why there is no manifest, and what to do."
     if not pictures: return f"{folder}: no pictures in it ({', '.join(SUFFIXES)}). Check the path."
-    there = f"{pictures} pictures, but in no folder of the classes {', '.join(classes)}"
+    there = f"{counted(pictures, 'picture')}, but in no folder of the classes {', '.join(classes)}"
     names = f" (found: {', '.join(unknown[:8])})" if unknown else ""
     return f"{folder}: {there}{names}. Sort them into folders named after the classes, such as Benign, Pre, Pro."
 
@@ -262,7 +296,7 @@ def check_manifest(manifest: DataFrame,  # as `build_manifest` makes it
         bad = f" ({there - good} more cannot be used: see the manifest's column `problem`)" if there > good else ""
         if not good: raise PictureError(f"class {label} is empty{bad}. Add pictures, or leave the class out.")
         if good < minimum:
-            need = f"has {good} usable pictures, fewer than the {minimum} that a split needs"
+            need = f"has {counted(good, 'usable picture')}, fewer than the {minimum} that a split needs"
             raise PictureError(f"class {label} {need}{bad}. Add pictures, or leave the class out.")
     return usable.reset_index(drop=True)
 
@@ -272,8 +306,8 @@ _TEXT = ("pair", "class", "path", "sha256", "problem", "flip", "flag", "subset",
 def write_table(path: str | os.PathLike,  # the CSV
                 table: DataFrame  # its index is not written
                 ) -> None:
-    "Write a table as CSV, whole or not at all. Raises `OutputError`."
-    with atomic_path(path) as temporary: table.to_csv(temporary, index=False)
+    "Write a table as CSV, whole or not at all; file names as `shown`. Raises `OutputError`."
+    with atomic_path(path) as temporary: temporary.write_text(shown(table.to_csv(index=False)), encoding="utf-8", newline="")
 
 # %% ../nbs/10_data.ipynb #38bbdbc0
 def read_table(path: str | os.PathLike  # a CSV of the study

@@ -482,7 +482,7 @@ def unseen_figure(table: pd.DataFrame,  # from `unseen_table`
     rows = table.iloc[np.unique(np.linspace(0, len(table) - 1, min(most, len(table))).round().astype(int))]
     names, across = model_names(table), min(4, len(rows))
     bands = -(-len(rows) // across)
-    cell, above, below = 2.3, 0.45, 0.25 + 0.147 * len(names)   # inches
+    cell, above, below = 2.7, 0.45, 0.25 + 0.147 * len(names)   # inches
     high = above + 0.75 * (cell - 0.15) + below
     with calm_style():
         figure, axes = blank_figure(bands, across, (cell * across, high * bands))

@@ -10,7 +10,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 else: DataFrame = Any  # loaded with the first table; the name is for the documentation
 
 # %% auto #0
-__all__ = ['OPSET', 'LICENCES', 'RESEARCH_USE', 'Nodes', 'output_shapes', 'keras_graph', 'torch_graph', 'cells_graph',
+__all__ = ['OPSET', 'GRAPHS', 'LICENCES', 'RESEARCH_USE', 'Nodes', 'output_shapes', 'keras_graph', 'torch_graph', 'cells_graph',
            'network_graph', 'run_graph', 'picture_shape', 'add_appearance', 'fit_distance', 'distance_to',
            'add_answers', 'answers_table', 'safe_temperature', 'choose_thresholds', 'accepted', 'training_summary',
            'weights_version', 'build_file', 'export_model']
@@ -161,16 +161,23 @@ def cells_graph(
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
 
 # %% ../nbs/82_model_file.ipynb #df2d61e4
+GRAPHS: dict[str, Callable[[Any], Any]] = {"keras": keras_graph, "torch": torch_graph, "cells": cells_graph}  # by framework
+
+
 def network_graph(
     model: PictureClassifier,  # trained
 ) -> Any:  # onnx ModelProto: `pictures` uint8, and `measures` float32 (m, 39) of a model of cells -> `logits`, `features`
     "The network of any model as ONNX. Raises ModelError where a package is missing."
-    graph = {"keras": keras_graph, "torch": torch_graph, "numpy": cells_graph}[MODELS[model.name].framework]
+    framework = MODELS[model.name].framework
+    if framework not in GRAPHS:
+        raise ModelError(f"{model.name} has no ONNX graph: framework {framework!r} is not one of {', '.join(GRAPHS)}. Add a "
+                         "function to leukemia_nb.model_file.GRAPHS.")
+    graph = GRAPHS[framework]
     try:
         return graph(model)
     except ImportError as error:
         raise ModelError(f"{model.name} cannot be exported: {error}. Install what training needs: "
-                         "pip install 'leukemia_nb[train]'.") from error
+                         "pip install '.[train]' in the checkout.") from error
 
 # %% ../nbs/82_model_file.ipynb #276e6a74
 def run_graph(
@@ -182,7 +189,7 @@ def run_graph(
     "Answers of an ONNX model to pictures, which are read as the model itself reads them."
     import onnxruntime
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    if MODELS[model.name].framework == "numpy":
+    if MODELS[model.name].framework == "cells":
         cells, owner, n = model.measure(pictures)  # type: ignore[attr-defined]
         seen = read_batches(pictures, model.image_size, 1)
         inputs = ({"measures": cells[owner == i], "pictures": picture} for i, picture in zip(range(n), seen))
@@ -379,7 +386,7 @@ def build_file(
     graph, framework = network_graph(model), MODELS[model.name].framework
     version, kinds = weights_version(graph.graph), ["features", "appearance"]
     add_appearance(graph.graph)
-    if framework != "numpy": picture_shape(graph.graph)[0].dim_param = "n"
+    if framework != "cells": picture_shape(graph.graph)[0].dim_param = "n"
     data, asked = graph.SerializeToString(), ["logits", *kinds]
     seen = dict(zip(kinds, run_graph(data, model, train, kinds)))
     logits, *held_out = run_graph(data, model, validation, asked)
@@ -394,7 +401,7 @@ def build_file(
     probabilities, distance = run_graph(graph.SerializeToString(), model, validation, ["probabilities", "distance"])
     confidence = probabilities.max(axis=1)
     thresholds = choose_thresholds(confidence, distance)
-    kind = "cells" if framework == "numpy" else "pair" if len(model.channels) == 2 else "picture"
+    kind = "cells" if framework == "cells" else "pair" if len(model.channels) == 2 else "picture"
     return graph, {
         "format": FORMAT, "name": model.name, "title": MODELS[model.name].title, "version": version,
         "classes": model.classes_.tolist(), "input": kind, "image_size": model.image_size, "segmentation": segmentation,

@@ -43,7 +43,7 @@ class ModelEntry:
     title: str  # name in tables and figures
     module: str  # module that defines the class
     class_name: str  # the class itself
-    framework: str  # "keras" or "torch": never both in one process
+    framework: str  # "keras" or "torch", never both in one process; "cells": the cell model's own; "numpy": none of these
 
 
 MODELS: dict[str, ModelEntry] = {
@@ -54,7 +54,7 @@ MODELS: dict[str, ModelEntry] = {
     "yolov8": ModelEntry("YOLOv8", "leukemia_nb.yolo", "YOLOv8", "torch"),
     "yolo11": ModelEntry("YOLO11", "leukemia_nb.yolo", "YOLO11", "torch"),
     "yolo12": ModelEntry("YOLO12", "leukemia_nb.yolo", "YOLO12", "torch"),
-    "cells": ModelEntry("Cell-centred (ours)", "leukemia_nb.cell_model", "CellModel", "numpy"),
+    "cells": ModelEntry("Cell-centred (ours)", "leukemia_nb.cell_model", "CellModel", "cells"),
 }
 
 # %% ../nbs/60_models.ipynb #50f345db
@@ -63,7 +63,7 @@ def register(
     title: str,  # name for people
     module: str,  # module that defines the class
     class_name: str,  # a subclass of PictureClassifier
-    framework: str = "keras",  # "keras" or "torch"
+    framework: str = "keras",  # "keras", "torch" or "numpy", as in `ModelEntry`
 ) -> ModelEntry:
     "Add a model to `MODELS`; the same name again must mean the same class (Raises ModelError otherwise)."
     entry = ModelEntry(title, module, class_name, framework)

@@ -118,7 +118,7 @@ def prepare_pair(row: dict,  # row of the manifest: pair, class, path, sha256
     measured = {"cell_share": round(float(mask.mean()), 5), "cells": int(count_cells(mask)), "flag": check_mask(mask)}
     made = {**base, "original": original, "segmented": segmented, "pixels": pixel_hash(picture), **measured, "problem": ""}
     with atomic_path(Path(folder) / record) as temporary:
-        text = json.dumps({"made_from": made_from, "files": files, "row": made}, ensure_ascii=False, indent=1)
+        text = json.dumps({"made_from": made_from, "files": files, "row": made}, indent=1)
         temporary.write_text(text, encoding="utf-8")
     return made
 

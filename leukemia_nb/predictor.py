@@ -12,6 +12,7 @@ import hashlib
 import html
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob, has_magic
@@ -22,9 +23,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import cv2
 import numpy as np
 
-from .data import PictureError, atomic_path, file_sha256, find_pictures, read_picture, write_picture
+from .data import (NO_PICTURES, OutputError, PictureError, atomic_path, check_output, counted, file_sha256,
+                              find_pictures, read_picture, shown, write_picture)
 from .models import ModelError, square_picture
-from .segmentation import count_cells, cut_out, draw_outlines, find_cells, label_cells, segment
+from .segmentation import check_mask, count_cells, cut_out, draw_outlines, find_cells, label_cells, segment
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -34,8 +36,8 @@ else: DataFrame = Any  # loaded with the first table; the name is for the docume
 __all__ = ['FORMAT', 'SEAL', 'OUTPUTS', 'AT_ONCE', 'unseal', 'seal', 'made_up_model_file', 'open_model_file', 'list_pictures',
            'picture_list', 'row_columns', 'reasons', 'Predictions', 'doubt_in_words', 'row_text', 'Look', 'look_at',
            'answer_row', 'Predictor', 'overlay', 'predictions_html', 'saliency', 'Task', 'model_of', 'overlay_file',
-           'answer_files', 'unfinished_file', 'read_unfinished', 'write_rows', 'iter_answers', 'predict_files',
-           'exported_models', 'compare_models_on', 'comparison_text']
+           'answer_files', 'unfinished_file', 'read_unfinished', 'write_rows', 'check_outputs', 'iter_answers',
+           'predict_files', 'exported_models', 'compare_models_on', 'comparison_text']
 
 # %% ../nbs/84_predictor.ipynb #9b8dcdba
 FORMAT = 2  # of model files; one of another number is refused
@@ -171,22 +173,45 @@ def open_model_file(
     except Exception as error:  # onnxruntime has a class of its own for each of its troubles
         reason = str(error).splitlines()[0]
         raise ModelError(f"{file}: cannot be started ({reason}). Export the model again, or update onnxruntime.") from error
-    if info.get("format") != FORMAT or [output.name for output in session.get_outputs()] != OUTPUTS:
-        raise ModelError(f"{file}: made by another version of leukemia_nb. Update leukemia_nb, or export the model again.")
+    _check_format(info, [output.name for output in session.get_outputs()], file)
     return session, info
+
+
+def _check_format(info: dict, outputs: list[str], file: str | os.PathLike) -> None:
+    "Raise ModelError for a file of another format, older or newer."
+    made = info.get("format")
+    if made == FORMAT and outputs == OUTPUTS: return
+    numbers = f"format {made}, this one reads {FORMAT}"
+    if isinstance(made, int) and made > FORMAT:
+        raise ModelError(f"{file}: made by a newer version of leukemia_nb ({numbers}). Update leukemia_nb.")
+    raise ModelError(f"{file}: made by an older version of leukemia_nb ({numbers}). "
+                     f"Export it again: `leukemia_nb study … --redo export-{info.get('name', 'NAME')}`.")
 
 # %% ../nbs/84_predictor.ipynb #b3990125
 def list_pictures(
     pictures: str | os.PathLike | Iterable[str | os.PathLike],  # files, folders, patterns
+    without: str | os.PathLike = "",  # a folder that is passed by where it lies in one of them, say the one to write to
 ) -> list[str]:  # paths of pictures, each once, in the order given
-    "Paths of the pictures that files, folders and patterns mean."
+    "Paths of the pictures that files, folders and patterns mean; overlays of pictures among them are left out."
     given = [pictures] if isinstance(pictures, str | os.PathLike) else pictures
     found: list[str] = []
     for each in [os.fspath(one) for one in given]:
-        if os.path.isdir(each): found += [str(path) for path in find_pictures(each)] or [each]
+        if os.path.isdir(each): found += [str(path) for path in find_pictures(each, without)] or [each]
         elif has_magic(each) and not os.path.exists(each): found += sorted(glob(each, recursive=True)) or [each]
         else: found.append(each)
-    return list(dict.fromkeys(found))
+    found = list(dict.fromkeys(found))
+    drawn = {path: match for path in found if (match := _OVERLAY.fullmatch(os.path.basename(path)))}
+    stems = {match[1] for match in drawn.values()}
+    known = {(Path(path).stem, _digits(path)) for path in found if drawn and Path(path).stem in stems}
+    return [path for path in found if path not in drawn or drawn[path].groups() not in known]
+
+
+_OVERLAY = re.compile(r"(.+)-([0-9a-f]{8})-(?:cells|saliency)\.jpg")
+
+
+def _digits(path: str) -> str:
+    try: return file_sha256(path)[:8]
+    except OSError: return ""
 
 
 def picture_list(
@@ -205,7 +230,7 @@ def row_columns(
 ) -> list[str]:
     "Columns of an answer, in order."
     return ["path", "class", *(f"p_{name}" for name in classes), "confidence", "distance", "abstain", "why",
-            "blasts", "blast_area", "blast_pixels", "sha256", "model", "model_version", "error"]
+            "blasts", "blast_area", "blast_pixels", "mask_flag", "sha256", "model", "model_version", "error"]
 
 
 def reasons(
@@ -268,11 +293,16 @@ def row_text(
     row: dict,  # an answer
 ) -> str:  # one line
     "An answer as a line of text."
-    if row["error"]: return f"not answered: {row['error']}"
+    if row["error"]: return shown(f"not answered: {row['error']}")
     found = f"{row['class']} {row['confidence']:.1%}"
     if row["abstain"]: found = f"abstains: {row['why']} (nearest: {found})"
-    cells = "" if row["blasts"] is None else f"; {row['blasts']} cells on {row['blast_area']:.1%} of the picture"
-    return f"{row['path']}: {found}{cells}"
+    cells = "" if row["blasts"] is None else f"; {counted(row['blasts'], 'cell')} on {row['blast_area']:.1%} of the picture"
+    return shown(f"{row['path']}: {found}{cells}{_mask_text(row)}")
+
+
+def _mask_text(row: dict) -> str:
+    "What is suspicious about the mask, in brackets; that it is empty, the number of cells says already."
+    return f" (doubtful mask: {flag})" if (flag := row.get("mask_flag")) and row["blasts"] else ""
 
 # %% ../nbs/84_predictor.ipynb #4809b6f6
 class Look(NamedTuple):
@@ -290,7 +320,8 @@ def _prepared(picture: np.ndarray, info: dict, count: bool, row: dict) -> np.nda
     if not count: return _network_input(picture, info)
     cells = find_cells(picture) if info["segmentation"] == "seeded" else segment(picture, info["segmentation"])
     mask = cells > 0
-    row.update(blasts=count_cells(cells), blast_area=round(float(mask.mean()), 5), blast_pixels=int(mask.sum()))
+    row.update(blasts=count_cells(cells), blast_area=round(float(mask.mean()), 5), blast_pixels=int(mask.sum()),
+               mask_flag=check_mask(mask))
     return _network_input(picture, info, mask)
 
 
@@ -300,10 +331,12 @@ def look_at(
     count: bool = True,  # segment the picture and count its cells
 ) -> Look:
     "Read a picture, count its cells and bring it to what the network sees; what is wrong with it goes into the row."
-    row: dict[str, Any] = {"path": "", "sha256": "", "blasts": None, "blast_area": None, "blast_pixels": None, "error": ""}
+    row: dict[str, Any] = {"path": "", "sha256": "", "blasts": None, "blast_area": None, "blast_pixels": None, "mask_flag": "",
+                           "error": ""}
     try:
         if isinstance(picture, np.ndarray): return Look(row, _prepared(picture, info, count, row))
         row["path"] = os.fspath(picture)
+        if os.path.isdir(picture): raise PictureError(f"{picture}: {NO_PICTURES}")
         pixels = read_picture(picture)
         row["sha256"] = file_sha256(picture)
         return Look(row, _prepared(pixels, info, count, row))
@@ -481,21 +514,22 @@ def _bars_html(row: dict, classes: Sequence[str]) -> str:
 def _found_html(row: dict) -> str:
     "Number and area of the cells found."
     if row["blasts"] is None: return ""
-    what = "white cells" if row["abstain"] or row["class"] == "Normal" else "blasts"
-    return (f'<div class="lnb-found"><b>{row["blasts"]}</b> {what} found, <b>{row["blast_area"]:.1%}</b> of the picture '
-            f'({row["blast_pixels"]:,} pixels)</div>')
+    what = counted(row["blasts"], "white cell" if row["abstain"] or row["class"] == "Normal" else "blast")
+    number, _, what = what.partition(" ")
+    return (f'<div class="lnb-found"><b>{number}</b> {what} found, <b>{row["blast_area"]:.1%}</b> of the picture '
+            f'({row["blast_pixels"]:,} pixels){_mask_text(row)}</div>')
 
 
 def _card_html(row: dict, info: dict, picture: Any) -> str:
     "One answer: the picture on the left, what is said about it on the right."
-    name = html.escape(os.path.basename(row["path"]) or "picture")
-    doubt = f'<div class="lnb-doubt{" no" if row["abstain"] else ""}">{html.escape(doubt_in_words(row))}</div>'
+    name = html.escape(shown(os.path.basename(row["path"])) or "picture")
+    doubt = f'<div class="lnb-doubt{" no" if row["abstain"] else ""}">{html.escape(shown(doubt_in_words(row)))}</div>'
     if row["error"]:
         return f'<div class="lnb-card"><div class="lnb-say"><div class="lnb-name">{name}</div>{doubt}</div></div>'
     pixels = picture if isinstance(picture, np.ndarray) else read_picture(picture)
-    shown = _data_uri(overlay(pixels[0] if pixels.ndim == 4 else pixels, info["segmentation"]))
+    drawn = _data_uri(overlay(pixels[0] if pixels.ndim == 4 else pixels, info["segmentation"]))
     answer = f'No answer <small>nearest: {html.escape(row["class"])}</small>' if row["abstain"] else html.escape(row["class"])
-    return (f'<div class="lnb-card"><img class="lnb-pic" alt="{name}, its cells outlined" src="{shown}"><div class="lnb-say">'
+    return (f'<div class="lnb-card"><img class="lnb-pic" alt="{name}, its cells outlined" src="{drawn}"><div class="lnb-say">'
             f'<div class="lnb-name">{name}</div><div class="lnb-class">{answer}</div>{doubt}'
             f'{_bars_html(row, info["classes"])}{_found_html(row)}</div></div>')
 
@@ -506,9 +540,9 @@ def predictions_html(
 ) -> str:  # a block of HTML
     "Answers as a notebook shows them: pictures with their cells outlined, calibrated probabilities, doubt in words."
     info = predictions.info
-    shown = list(zip(predictions.rows, predictions.pictures))[:most]
-    rest = f"{len(predictions) - len(shown)} more in .table. " if len(predictions) > len(shown) else ""
-    cards = "".join(_card_html(row, info, picture) for row, picture in shown)
+    first = list(zip(predictions.rows, predictions.pictures))[:most]
+    rest = f"{len(predictions) - len(first)} more in .table. " if len(predictions) > len(first) else ""
+    cards = "".join(_card_html(row, info, picture) for row, picture in first)
     test = f", right on {info['test']['right']} of {info['test']['pictures']} test pictures" if info["test"] else ""
     foot = (f"{rest}{info['title']}, version {info['version']}{test}. Probabilities are calibrated. "
             "Research use only: not medical advice.")
@@ -603,11 +637,16 @@ def _keep_finished(journal: Path, wanted: Sequence[str], version: str, task: Tas
     with atomic_path(journal) as temporary, open(temporary, "w", encoding="utf-8") as lines:
         for row in read_unfinished(journal, version):
             if not holds(row): continue
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            lines.write(json.dumps(row) + "\n")
             left.pop(row["path"])
     return list(left)
 
 # %% ../nbs/84_predictor.ipynb #dde6410d
+def _written_rows(journal: str | os.PathLike) -> Iterator[dict]:
+    with open(journal, encoding="utf-8") as lines:
+        for row in map(json.loads, lines): yield row | {"path": shown(row["path"])}
+
+
 def write_rows(
     journal: str | os.PathLike,  # rows, one JSON object a line
     classes: Sequence[str],  # class names
@@ -616,19 +655,38 @@ def write_rows(
 ) -> None:
     "Turn rows into the files that are wanted, each whole or not at all, holding one row at a time. Raises OutputError."
     if out:
-        with (atomic_path(out) as temporary, open(temporary, "w", encoding="utf-8", newline="") as target,
-              open(journal, encoding="utf-8") as lines):
+        with atomic_path(out) as temporary, open(temporary, "w", encoding="utf-8", newline="") as target:
             table = csv.DictWriter(target, row_columns(classes))
             table.writeheader()
-            table.writerows(json.loads(line) for line in lines)
+            table.writerows(_written_rows(journal))
     if json_file:
-        with (atomic_path(json_file) as temporary, open(temporary, "w", encoding="utf-8") as target,
-              open(journal, encoding="utf-8") as lines):
+        with atomic_path(json_file) as temporary, open(temporary, "w", encoding="utf-8") as target:
             target.write("[\n")
-            target.writelines(f"{',' if place else ''}{line}" for place, line in enumerate(lines))
+            lines = (json.dumps(row, ensure_ascii=False) for row in _written_rows(journal))
+            target.writelines(f"{',' if place else ''}{line}\n" for place, line in enumerate(lines))
             target.write("]\n")
 
 # %% ../nbs/84_predictor.ipynb #a212271e
+def check_outputs(
+    paths: Sequence[str],  # files that are asked about
+    task: Task,  # model and overlays
+    out: str | os.PathLike | None = None,  # CSV file
+    json_file: str | os.PathLike | None = None,  # JSON file
+) -> None:
+    "Refuse, before any work, what cannot be written or would replace what is read. Raises OutputError."
+    if task.overlays: check_output(task.overlays, folder=True)
+    files = [file for file in (out, json_file) if file]
+    if files: files.append(unfinished_file(out, json_file))
+    for file in files: check_output(file)
+    if len({os.path.realpath(file) for file in files}) < len(files):
+        raise OutputError(f"{files[-2]}: two files of that name are wanted. Choose another name for one of them.")
+    files = [file for file in files if os.path.exists(file)]
+    for each in (task.model, *paths) if files else ():
+        if os.path.exists(each) and (same := [file for file in files if os.path.samefile(file, each)]):
+            what = "the model file" if each == task.model else "one of the pictures"
+            raise OutputError(f"{same[0]}: is {what}. Choose another name for the answers.")
+
+# %% ../nbs/84_predictor.ipynb #8e6ce0c3
 def iter_answers(
     task: Task,  # model and what is wanted beside the rows
     paths: Sequence[str],  # files
@@ -653,12 +711,13 @@ def predict_files(
     say: Callable[[list[dict]], Any] = len,  # called with the rows of each batch
 ) -> int:  # files whose answers were there from a run that was stopped
     "Answer files into tables, going on where a stopped run left off. Raises ModelError, OutputError."
+    check_outputs(paths, task, out, json_file)
     about = model_of(task).info
     journal = unfinished_file(out, json_file)
     left = _keep_finished(journal, paths, about["version"], task)
     with open(journal, "a", encoding="utf-8") as lines:
         for rows in iter_answers(task, left, batch_size, n_jobs) if left else ():
-            lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            lines.writelines(json.dumps(row) + "\n" for row in rows)
             lines.flush()
             say(rows)
     write_rows(journal, about["classes"], out, json_file)
@@ -670,38 +729,50 @@ def exported_models(
     run: str | os.PathLike,  # a study's run folder
 ) -> list[Path]:  # model files, in the order of `leukemia_nb.models.MODELS`
     "Model files of a run. Raises ModelError where there are none."
+    if not os.path.isdir(run):
+        raise ModelError(f"{run}: there is no such folder. Check the path, or run a study: `leukemia_nb study --run {run}`.")
     from leukemia_nb.models import MODELS
     order = {name: place for place, name in enumerate(MODELS)}
     files = sorted(Path(run, "exported").glob("*.onnx"), key=lambda file: (order.get(file.stem, len(order)), file.stem))
-    if not files: raise ModelError(f"{run}: no exported models in it (exported/*.onnx). Run the study's export step.")
+    if not files: raise ModelError(f"{run}: no exported models in it (exported/*.onnx). A study writes them when its models are "
+                                   f"trained; the same command goes on from where it stopped: `leukemia_nb study … --run {run}`.")
     return files
 
 
 def compare_models_on(
     paths: Sequence[str],  # files
     models: Sequence[str | os.PathLike],  # model files
-    say: Callable[[str], Any] = len,  # called with the message of each file that cannot be read
+    say: Callable[[str], Any] = len,  # called with the message of each picture and each model that cannot be read
 ) -> DataFrame:  # picture, path, true label, then answer, confidence and doubt a model
     "What every model says about new pictures, as `evaluation.unseen_table` has it. Raises PictureError, ModelError."
     from leukemia_nb.data import class_of
     from leukemia_nb.evaluation import model_title, predictions_table, unseen_table
     found: dict[str, DataFrame] = {}
     doubts: dict[str, Any] = {}
-    for file in models:
-        model = Predictor.load(file)
+    for model in _open_all(models, say):
         table = model.predict(list(paths)).table
         good = table[table["error"] == ""].reset_index(drop=True)
         if not found:
             for error in table.loc[table["error"] != "", "error"]: say(error)
-        if not len(good): raise PictureError(f"none of {len(paths)} pictures can be read. Check the paths.")
+        if not len(good): raise PictureError("No picture can be read. Check the paths.")
         labels = [class_of(Path(path).parent.name) or "" for path in good["path"]]
-        known = good.assign(pair=good["path"], subset="unseen", **{
+        known = good.assign(pair=good["path"].map(shown), subset="unseen", **{
             "class": [label if label in model.classes_ else "" for label in labels]})
         name, columns = model.info["name"], [f"p_{label}" for label in model.classes_]
         found[name] = predictions_table(known, good[columns].to_numpy(float), model.classes_.tolist())
         doubts[f"{model_title(name)} doubt"] = good.set_index("path")["why"]
     compared = unseen_table(found)
     return compared.assign(**{name: compared["path"].map(why) for name, why in doubts.items()})
+
+
+def _open_all(models: Sequence[str | os.PathLike], say: Callable[[str], Any]) -> list[Predictor]:
+    "Models, all opened before the first one is asked; one that cannot be opened does not stop the others."
+    opened = []
+    for file in models:
+        try: opened.append(Predictor.load(file))
+        except ModelError as error: say(str(error))
+    if not opened: raise ModelError("No model file can be opened. Copy them again, or export the models again.")
+    return opened
 
 
 def comparison_text(
@@ -714,6 +785,6 @@ def comparison_text(
     for _, row in table.iterrows():
         said = [f"{row[name]} {row[f'{name} confidence']:.2f}" for name in names]
         said = [f"({text})" if row[f"{name} doubt"] else text for name, text in zip(names, said)]
-        lines.append([Path(row["picture"]).name, row["true label"] or "-", *said])
+        lines.append([shown(Path(row["picture"]).name), row["true label"] or "-", *said])
     wide = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, wide)).rstrip() for line in lines)

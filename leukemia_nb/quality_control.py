@@ -14,7 +14,7 @@ import pandas as pd
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
-from .data import PictureError, find_pictures, read_picture, write_picture, write_table
+from .data import NO_PICTURES, PictureError, check_output, find_pictures, read_picture, write_picture, write_table
 from .segmentation import check_mask, count_cells, draw_outlines, find_cells, segment
 
 # %% ../nbs/25_quality_control.ipynb #dd69232e
@@ -50,11 +50,12 @@ def segment_folder(
     n_jobs: int | None = None,  # worker processes; None: joblib's configuration
     progress: bool = True,  # show a bar
 ) -> pd.DataFrame:
-    "Segment every picture of a folder; gives the table that is also written to `qc.csv`. Raises PictureError if there is none."
+    "Segment every picture of a folder; gives the table that is also written to `qc.csv`. Raises PictureError, OutputError."
     root = Path(pictures)
-    files = [root] if root.is_file() else find_pictures(root)
+    files = [root] if root.is_file() else find_pictures(root, out)
     if not files:
-        raise PictureError(f"{root}: no pictures in it. Name a folder with JPEG, PNG, BMP, TIFF or WebP files.")
+        raise PictureError(f"{root}: {NO_PICTURES}")
+    check_output(out, folder=True)
     names = [file.name if root.is_file() else file.relative_to(root).as_posix() for file in files]
     stems = pd.Series([str(Path(name).with_suffix("")) for name in names])
     targets = [name if twice else str(Path(name).with_suffix(".png")) for name, twice in zip(names, stems.duplicated())]

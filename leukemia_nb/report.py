@@ -344,8 +344,9 @@ def data_section(folder: Path) -> str:
     told = ", ".join(f"{n:,} of {w} × {h} pixels" for (w, h), n in sizes.head(3).items())
     text = (f"{len(manifest):,} pictures in {len(counts)} classes: {told}{' and other sizes' if len(sizes) > 3 else ''}. "
             "A picture is one field of view of a smear; fields are counted here, not people. *Pre-B* and *Pro-B* are stages of "
-            "B-cell precursors, told apart in a laboratory by immunophenotype rather than by looking; *Normal* fields are benign "
-            "and may hold benign precursors (hematogones). *The deck* is the slide deck whose study is reproduced.")
+            "B-cell precursors, told apart in a laboratory by immunophenotype rather than by looking; *Normal* stands for "
+            "a folder *Normal* or *Benign*; that of the public set holds fields of people under suspicion, with benign "
+            "precursors (hematogones) and mature cells among them. *The deck* is the slide deck whose study is reproduced.")
     parts = [prose(text), table_html(counts)]
     if problem.any():
         bad = manifest.loc[problem, ["pair", "problem"]].rename(columns=str.capitalize)
@@ -399,9 +400,9 @@ def processing_section(folder: Path) -> str:
                 if i == 0: axes[j, 0].set_ylabel(("original", "segmented")[j], color=INK)
             axes[0, i].set_title(label)
     study = read_json(folder, "study.json")
-    return prose(f"Every picture is segmented (method *{study.get('segmentation', 'deck')}*), its cells are cut out on black, "
-                 "and both are resized to the size that the models see.") + figure_html(
-                     figure, "One original and its segmented cells for each class", "One pair of each class.")
+    text = (f"Every picture is segmented (method *{study.get('segmentation', 'deck')}*), what was found is cut out on black "
+            "(in some pictures pieces of the scale bar too), and both are resized to the size that the models see.")
+    return prose(text) + figure_html(figure, "One original and its segmented cells for each class", "One pair of each class.")
 
 def _existing(folder: Path, name: str) -> Path | None:
     return next((path for path in (folder / "pairs" / name, folder / name, Path(name)) if name and path.is_file()), None)
@@ -532,7 +533,7 @@ def unseen_section(folder: Path) -> str:
     more = f" The first {len(shown)} of {len(table):,} are shown." if len(table) > len(shown) else ""
     if not read_json(folder, "study.json").get("unseen"):
         more += " No folder of new pictures was given: these are test pictures, as examples."
-    grid = figure_html(picture, "New pictures with the models' answers", "Each picture with the answers below it."
+    grid = figure_html(picture, "Pictures with the models' answers", "Each picture with the answers below it."
                        ) if picture.is_file() else ""
     return prose("Answer and confidence of each model for pictures that it was not trained on. A cross marks a wrong answer."
                  + more) + grid + f"<div class='scroll'>{unseen_html(shown)}</div>"
@@ -559,7 +560,7 @@ def reproduction_section(folder: Path) -> str:
 SECTIONS: tuple[tuple[str, Callable[[Path], str]], ...] = (
     ("The pictures", data_section), ("The split", split_section), ("Processing", processing_section),
     ("Training", training_section), ("Test accuracy", accuracy_section), ("By class", class_section),
-    ("Calibration", calibration_section), ("New pictures", unseen_section))
+    ("Calibration", calibration_section), ("Single pictures", unseen_section))
 
 def summary_html(folder: Path  # run folder
                  ) -> str:  # HTML
@@ -597,10 +598,10 @@ def _doubt(folder: Path) -> tuple[str, list[tuple[str, str]]]:
     known = f"{float(blind['accuracy']):.1%}"
     swap = follow[(follow["kind"] == "swap") & (follow["follows"] == "cells")].set_index("title")["share"].astype(float)
     span = f"{swap.min():.0%}" if len(swap) == 1 else f"{swap.min():.0%} to {swap.max():.0%}"
-    text = (f"**What is that worth?** {blind['title']}, without a single cell, is enough for {known} of all pictures. "
+    text = (f"**What is that worth?** {blind['title']}, without a white cell, is enough for {known} of all pictures. "
             "Shown the cells of one class on the background of another, the models answer with the cells' class in "
             f"{span} of the pictures (most often: {swap.idxmax()}).")
-    return text, [(known, f"by {blind['title'].lower()} alone, no cell seen"),
+    return text, [(known, f"by {blind['title'].lower()} alone, no white cell seen"),
                   (span, "of swapped pictures: answer follows the cells")]
 
 # %% ../nbs/75_report.ipynb #e339de52

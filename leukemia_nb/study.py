@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREPARED', 'SPLIT', 'COUNTERFACTUALS', 'EMBEDDED', 'SMOKE', 'Run', 'StudyError', 'StudySettings', 'class_names',
-           'Step', 'study_steps', 'generations', 'needed', 'study_notebook', 'check_parameters', 'fingerprint',
+           'Step', 'study_steps', 'generations', 'named', 'needed', 'study_notebook', 'check_parameters', 'fingerprint',
            'finished', 'run_step', 'run_study', 'versions', 'run_pairs', 'smoke_run']
 
 # %% ../nbs/80_study.ipynb #46a37d65
@@ -115,6 +115,13 @@ class StudySettings:
             raise StudyError(f"unknown model {', '.join(unknown)}; the models are {', '.join(MODELS)}.")
         for model in self.models:
             self.model_settings(model)
+        if unknown := sorted({text.split(":")[0] for text in self.train} - set(self.models)):
+            raise StudyError(f"settings for {unknown[0]}, which is not among the models of this study: {', '.join(self.models)}.")
+
+    def check_model(self, model: str) -> None:
+        "Raise StudyError for settings that the model's class does not have or does not allow."
+        try: models.make_model(model, **self.model_settings(model))
+        except models.ModelError as error: raise StudyError(str(error)) from None
 
     def model_settings(self, model: str) -> dict[str, Any]:
         "The settings of one model's classifier, with its own entries of `train` taken over."
@@ -236,7 +243,7 @@ def study_steps(settings: StudySettings) -> list[Step]:
     measured = (*trained, *_outputs([*background, compare, worth]))
     cards = Step("cards", "36_cards.ipynb", models, (*measured, *_outputs(audits)), (
         "metrics/reporting_items.csv", "sections/70_reporting.json", *(f"cards/{model}.md" for model in settings.models)))
-    exports = [_export(settings, model) for model in settings.models]
+    exports = [_export(settings, model) for model in settings.models if MODELS[model].framework != "numpy"]  # which has no graph
     report = Step("report", "40_report.ipynb", models, (*measured, *cards.outputs, *_outputs(exports)), ("report.html",))
     return [*preparation, *trainings, *background, *audits, compare, worth, cards, *exports, report]
 
@@ -256,17 +263,23 @@ def generations(steps: Sequence[Step]) -> list[list[Step]]:
     return groups
 
 # %% ../nbs/80_study.ipynb #7603a087
+def named(
+    steps: Sequence[Step],  # all steps of a study
+    names: Sequence[str],  # steps, as "train-yolov8", or kinds of step, as "train"
+) -> set[str]:
+    "Names of the steps that are meant. Raises StudyError for an unknown name."
+    kinds = {step.name: {step.name, step.name.split("-")[0]} for step in steps}
+    if unknown := set(names) - set().union(*kinds.values()):
+        raise StudyError(f"no step is called {min(unknown)!r}; there are {', '.join(kinds)}.")
+    return {step for step, both in kinds.items() if both & set(names)}
+
+
 def needed(
     steps: Sequence[Step],  # all steps of a study
     names: Sequence[str],  # steps, or kinds of step as "train"; empty: all steps
 ) -> list[Step]:  # in the order of `steps`
     "The steps of these names, and those that write what they read. Raises StudyError for an unknown name."
-    def matches(step: Step, name: str) -> bool:
-        return name in (step.name, step.name.split("-")[0])
-
-    if unknown := [name for name in names if not any(matches(step, name) for step in steps)]:
-        raise StudyError(f"no step is called {unknown[0]!r}; there are {', '.join(step.name for step in steps)}.")
-    kept = {step.name for step in steps if not names or any(matches(step, name) for name in names)}
+    kept = named(steps, names) if names else {step.name for step in steps}
     read = {name for step in steps if step.name in kept for name in step.inputs}
     for step in reversed(steps):
         if read & set(step.outputs):
@@ -411,7 +424,7 @@ def run_study(
     settings: StudySettings,  # what to do
     folder: str | Path,  # the run folder; made if it is not there
     n_jobs: int = 1,  # steps side by side on this machine
-    redo: Sequence[str] = (),  # names of steps to run again although they are finished
+    redo: Sequence[str] = (),  # steps, or kinds of step, to run again although they are finished
     say: Callable[[str], None] = print,  # gets a line for each step
     until: Sequence[str] = (),  # only what these steps or kinds of step ("train") need, and they themselves; empty: all
     cluster: str = "",  # address of a Dask scheduler, as tcp://head:8786, whose workers run the steps
@@ -419,15 +432,18 @@ def run_study(
     "Run a study, or what of it is not finished; gives the run. Raises StudyError when a step fails, ClusterError."
     import joblib
 
+    steps = study_steps(settings)
+    again, wanted = named(steps, redo), needed(steps, until)
+    for model in settings.models: settings.check_model(model)
     run = Run(Path(folder).resolve() if cluster else Path(folder))
     environment = {name: os.environ[name] for name in ("LEUKEMIA_NB_WEIGHTS",) if name in os.environ}
     with _locked(run), parallel(n_jobs, cluster) as workers:
         run.write_json(asdict(settings) | {"versions": versions()}, "study.json")
-        for group in generations(needed(study_steps(settings), until)):
+        for group in generations(wanted):
             names = ", ".join(step.name for step in group)
             say(f"{names} …")
             beside = min(workers.beside, len(group))
-            jobs = (joblib.delayed(_attempt)(step, run, step.name in redo, beside, environment) for step in group)
+            jobs = (joblib.delayed(_attempt)(step, run, step.name in again, beside, environment) for step in group)
             errors = []
             for record in joblib.Parallel(min(workers.n_jobs, len(group)), return_as="generator_unordered", batch_size=1)(jobs):
                 say(f"  {record['step']}: {_outcome(record)}")

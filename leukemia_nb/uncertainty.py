@@ -159,7 +159,13 @@ def told_apart_sentence(table: pd.DataFrame  # from `compare_pairs`
         parts.append(f"{say(rest)} cannot be told apart")
     elif not table["told_apart"].all():
         parts.append("no other two models can be told apart")
-    return f"{'. '.join(part[0].upper() + part[1:] for part in parts)} ({test})."
+    said = f"{'. '.join(part[0].upper() + part[1:] for part in parts)} ({test})."
+    if table["told_apart"].any(): return said
+    most = (table["only_first_right"] + table["only_second_right"]).max()
+    least = f"the smallest p before correction is {table['p'].min():.2f}"
+    near = f"no two models disagree about more than {most} pictures, and {least}" if most else "all err on the same pictures"
+    return f"{said} No difference was shown, which does not show that there is none: {near}."
+
 
 def _listed(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

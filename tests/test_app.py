@@ -97,7 +97,7 @@ def test_a_model_that_cannot_be_opened_is_named_and_the_others_answer(run):
 def test_without_a_study_the_page_says_what_to_do_and_calls_its_models_made_up(tmp_path, monkeypatch):
     monkeypatch.setenv("LEUKEMIA_NB_RUN", str(tmp_path / "nowhere"))
     page = app.panel()
-    assert "no exported models" in page.head.value and "LEUKEMIA_NB_RUN" in page.head.value
+    assert "there is no such folder" in page.head.value and "make app RUN=runs/name" in page.head.value
     assert all("Made-up" in model.info["title"] for model in page.models)
     page.look_at_drawn("Pre-B")
     assert page.answers.value.count("Made-up") == 3 and "drawn smear 1 (Pre-B)" in page.seen.value

@@ -121,7 +121,7 @@ def test_no_scheduler_is_one_clear_line(tmp_path, bad, message):
 
 def test_no_dask_is_one_clear_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(ClusterError, match=r"pip install 'leukemia_nb\[train\]'"), parallel(cluster="tcp://127.0.0.1:1"):
+    with pytest.raises(ClusterError, match=r"pip install '\.\[train\]'"), parallel(cluster="tcp://127.0.0.1:1"):
         pass
 
 

@@ -1,5 +1,7 @@
 """The command line as a user calls it."""
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -11,9 +13,10 @@ from leukemia_nb.data import read_picture
 from leukemia_nb.predictor import made_up_model_file
 
 
-def call(*arguments, module=True):
-    """Run the program; gives (exit status, standard output, standard error)."""
-    done = subprocess.run([sys.executable, "-m", "leukemia_nb", *map(str, arguments)], capture_output=True, text=True, timeout=300)
+def call(*arguments):
+    """Run the program on a terminal that takes nothing but UTF-8; gives (exit status, standard output, standard error)."""
+    done = subprocess.run([sys.executable, "-m", "leukemia_nb", *map(str, arguments)], capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"})
     return done.returncode, done.stdout, done.stderr
 
 
@@ -67,6 +70,13 @@ def test_predict_answers_files_folders_and_patterns(smears, tmp_path):
     assert "1 not read" in error and "Research use only" in error
 
 
+def test_predict_says_that_a_folder_has_no_pictures(tmp_path):
+    model = made_up_model_file(tmp_path / "m.onnx")
+    (tmp_path / "EMPTY").mkdir()
+    status, out, _ = call("predict", tmp_path / "EMPTY", "--model", model)
+    assert status == 1 and "EMPTY: no pictures in it" in out
+
+
 def test_predict_writes_tables_and_overlays(smears, tmp_path):
     model = made_up_model_file(tmp_path / "m.onnx", kind="pair")
     status, out, error = call("predict", smears / "Pre-B", "--model", model, "--out", tmp_path / "a.csv", "--json", tmp_path / "a.json",
@@ -86,6 +96,85 @@ def test_compare_writes_a_table_and_a_picture_grid(smears, tmp_path):
     assert read_picture(tmp_path / "out" / "comparison.png").shape[1] > 700
 
 
+@pytest.fixture
+def bytes_folder(smears, tmp_path):
+    """A picture whose name is no UTF-8, in a folder of its class."""
+    folder = tmp_path / "in" / "Pre-B"
+    folder.mkdir(parents=True)
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(next((smears / "Pre-B").glob("*.png")).read_bytes())
+    return tmp_path / "in"
+
+
+def test_names_that_are_no_utf8_are_answered_and_escaped(bytes_folder, tmp_path):
+    model = made_up_model_file(tmp_path / "run/exported/m.onnx")
+    name = f"{bytes_folder}/Pre-B/caf\\xe9.png"
+    status, out, error = call("predict", bytes_folder, "--model", model)
+    assert status == 0 and name in out, error
+    status, out, error = call("predict", bytes_folder, "--model", model, "--out", tmp_path / "a.csv", "--json", tmp_path / "a.json",
+                              "--overlays", tmp_path / "ov")
+    assert status == 0 and len(list((tmp_path / "ov").iterdir())) == 1, error
+    assert pd.read_csv(tmp_path / "a.csv")["path"].tolist() == [name] == [row["path"] for row in json.loads((tmp_path / "a.json").read_text())]
+    status, out, error = call("compare", bytes_folder, "--study", tmp_path / "run", "--out", tmp_path / "compared")
+    assert status == 0 and "caf\\xe9.png" in out, error
+    assert pd.read_csv(tmp_path / "compared/comparison.csv")["path"].tolist() == [name]
+    (bytes_folder / "Pre-B" / os.fsdecode(b"n\xef.jpg")).write_bytes(b"")
+    status, out, error = call("predict", bytes_folder, "--model", model)
+    assert status == 1 and "Pre-B/n\\xef.jpg: the file is empty" in out, error
+    status, out, error = call("compare", bytes_folder, "--study", tmp_path / "run", "--out", tmp_path / "compared")
+    assert status == 1 and "Pre-B/n\\xef.jpg: the file is empty" in error and "Traceback" not in error
+
+
+def test_names_that_are_no_utf8_are_segmented_and_prepared(bytes_folder, smears, tmp_path):
+    out = tmp_path / os.fsdecode(b"out\xe9")
+    status, said, error = call("segment", bytes_folder, "--out", out)
+    assert status == 0 and "1 picture segmented into" in said and "out\\xe9; " in said, error
+    assert pd.read_csv(out / "qc.csv")["path"].tolist() == ["Pre-B/caf\\xe9.png"]
+    assert len(list((out / "masks").rglob("*.png"))) == 1
+    for label in ("Normal", "Pro-B"):
+        (bytes_folder / label).mkdir()
+        (bytes_folder / label / "a.png").write_bytes(next((smears / label).glob("*.png")).read_bytes())
+    (bytes_folder / "Pro-B" / os.fsdecode(b"n\xef.jpg")).write_bytes(b"")
+    for _ in range(2):  # the second time all pairs are finished
+        status, said, error = call("prepare", bytes_folder, "--out", tmp_path / "pairs", "--size", 64)
+        assert status == 0 and "1 picture with problems" in said, error
+    table = pd.read_csv(tmp_path / "pairs/pairs.csv", keep_default_na=False).set_index("pair")
+    assert table.loc["Pre-B/caf\\xe9", "problem"] == "" and "n\\xef.jpg: the file is empty" in table.loc["Pro-B/n\\xef", "problem"]
+    assert (tmp_path / "pairs/pairs" / table.loc["Pre-B/caf\\xe9", "original"]).is_file()
+
+
+def test_what_a_command_wrote_is_not_read_again(smears, tmp_path, monkeypatch):
+    made_up_model_file(tmp_path / "run/exported/m.onnx")
+    for label in ("Normal", "Pre-B", "Pro-B"):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "a.png").write_bytes(next((smears / label).glob("*.png")).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    for command, number in [(("segment", ".", "--out", "seg"), "3 pictures segmented"), (("prepare", ".", "--out", "prep"), "3 pairs in"),
+                            (("compare", ".", "--study", "run", "--out", "new"), "a.png    Pro-B")]:
+        found = [call(*command)[1] for _ in range(2)]
+        assert number in found[0] and found[0] == found[1]
+        for folder in ("seg", "prep", "new"): shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_predict_looks_at_its_outputs_first(smears, tmp_path):
+    model = made_up_model_file(tmp_path / "m.onnx")
+    picture = next((smears / "Normal").glob("*.png"))
+    before = picture.read_bytes(), model.read_bytes()
+    for option, file, message in [("--out", picture, "is one of the pictures"), ("--json", model, "is the model file"),
+                                  ("--out", smears, "choose another name"), ("--overlays", model, "A file stands")]:
+        status, out, error = call("predict", picture, "--model", model, option, file)
+        assert status == 1 and message in error and out == "" and "Traceback" not in error
+    assert before == (picture.read_bytes(), model.read_bytes()) and os.listdir(tmp_path) == ["m.onnx"]
+
+
+def test_compare_goes_on_without_a_torn_model(smears, tmp_path):
+    made_up_model_file(tmp_path / "run/exported/a.onnx")
+    (tmp_path / "run/exported/b.onnx").write_bytes(b"half a file")
+    status, out, error = call("compare", smears / "Pro-B", "--study", tmp_path / "run", "--out", tmp_path / "out")
+    assert status == 1 and len(out.splitlines()) == 5 and "b.onnx: not a model file" in error
+    status, out, error = call("compare", "nowhere.png", "--study", tmp_path / "run", "--out", tmp_path / "out")
+    assert status == 1 and "nowhere.png: there is no such file" in error and "No picture can be read" in error
+
+
 def test_help_waits_for_nothing():
     code = ("import sys\nfrom leukemia_nb.command_line import app\ntry: app(['--help'])\nexcept SystemExit: pass\n"
             "print([name for name in ('numpy', 'cv2', 'pandas', 'onnxruntime', 'joblib') if name in sys.modules])")
@@ -99,6 +188,13 @@ def test_help_waits_for_nothing():
     (["predict", "a.png", "--model", __file__], "not a model file"),
     (["predict", "a.png", "--model", __file__, "--saliency"], "--overlays FOLDER"),
     (["compare", "a.png", "--study", "EMPTY"], "no exported models"),
+    (["compare", "a.png", "--study", "EMPTY/none"], "there is no such folder"),
+    (["segment", "EMPTY"], "no pictures in it"),
+    (["segment", "EMPTY", "--method", "foo"], "The methods are deck, seeded"),
+    (["prepare", "EMPTY", "--method", "foo"], "The methods are deck, seeded"),
+    (["study", "--segmentation", "foo"], "The methods are deck, seeded"),
+    (["synth", "EMPTY", "--seed", "-1"], "Invalid value for '--seed'"),
+    (["study", "--seed", "-1"], "Invalid value for '--seed'"),
     (["prepare", "EMPTY"], "EMPTY"),
     (["study", "--data", "/no/such/folder"], "/no/such/folder"),
     (["study", "--models", "resnet"], "unknown model resnet"),

@@ -1,6 +1,7 @@
 """Pictures good and bad, whole files, and the manifest."""
 import errno
 import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from leukemia_nb import data
-from leukemia_nb.data import (CLASSES, OutputError, PictureError, atomic_path, build_manifest, check_manifest, class_of,
-                              fetch_kaggle, find_pictures, read_grey, read_picture, read_table, set_sha256, write_picture, write_table)
+from leukemia_nb.data import (CLASSES, OutputError, PictureError, atomic_path, build_manifest, check_manifest, check_output, class_of,
+                              fetch_kaggle, find_pictures, read_grey, read_picture, read_table, set_sha256, shown, write_picture,
+                              write_table)
 
 
 @pytest.fixture
@@ -324,11 +326,40 @@ def test_threads_change_nothing(hospital):
     pd.testing.assert_frame_equal(build_manifest(hospital), build_manifest(hospital, n_jobs=3))
 
 
+def test_a_name_that_is_no_utf8_is_opened_and_escaped(tmp_path):
+    path = tmp_path / "Pre" / os.fsdecode(b"caf\xe9.png")
+    write_picture(path, noise(0))
+    row = build_manifest(tmp_path, classes=("Pre-B",)).iloc[0]
+    assert row["pair"] == "Pre-B/caf\\xe9" and read_picture(row["path"]).shape == noise(0).shape and row["problem"] == ""
+    write_table(tmp_path / "t.csv", build_manifest(tmp_path))
+    assert read_table(tmp_path / "t.csv")["path"].tolist() == [f"{tmp_path}/Pre/caf\\xe9.png"]
+    path.write_bytes(b"")
+    with pytest.raises(PictureError) as error: read_picture(path)
+    assert "caf\\xe9.png: the file is empty" in str(error.value) and str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
+
+
+@given(st.binary(max_size=20).filter(lambda name: b"\0" not in name))
+def test_shown_text_can_be_saved_and_other_text_is_as_it_was(name):
+    shown(os.fsdecode(name)).encode("utf-8", "strict")
+    try: assert shown(os.fsdecode(name)) == name.decode()
+    except UnicodeDecodeError: assert "\\x" in shown(os.fsdecode(name))
+
+
+def test_outputs_are_looked_at_without_leaving_anything(tmp_path):
+    (tmp_path / "file").touch()
+    for path, folder in [("new.csv", False), ("file", False), ("a/b/c", False), ("a/b", True), (".", True)]:
+        check_output(tmp_path / path, folder)
+    for path, folder, message in [(".", False, "choose another name"), ("file", True, "A file stands"), ("file/a.csv", False, "A file stands")]:
+        with pytest.raises(OutputError, match=message): check_output(tmp_path / path, folder)
+    check_output("new.csv")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_nothing_to_describe(tmp_path):
     with pytest.raises(PictureError, match="no such folder"): build_manifest(tmp_path / "nowhere")
     with pytest.raises(PictureError, match=r"no pictures in it"): build_manifest(tmp_path)
     write_picture(tmp_path / "holiday" / "x.jpg", noise(0))
-    with pytest.raises(PictureError, match=r"1 pictures, but in no folder.*holiday.*Benign, Pre, Pro"): build_manifest(tmp_path)
+    with pytest.raises(PictureError, match=r"1 picture, but in no folder.*holiday.*Benign, Pre, Pro"): build_manifest(tmp_path)
 
 
 def test_unknown_folders_are_named(hospital):
@@ -339,7 +370,7 @@ def test_unknown_folders_are_named(hospital):
 def test_class_empty_or_small(hospital):
     manifest = build_manifest(hospital)
     assert len(check_manifest(manifest, minimum=1)) == 5
-    with pytest.raises(PictureError, match="class Normal has 1 usable pictures, fewer than the 2"): check_manifest(manifest, minimum=2)
+    with pytest.raises(PictureError, match="class Normal has 1 usable picture, fewer than the 2"): check_manifest(manifest, minimum=2)
     (hospital / "Benign" / "Snap_001.png").write_bytes(b"")
     with pytest.raises(PictureError, match=r"class Normal is empty \(1 more cannot be used"):
         check_manifest(build_manifest(hospital), minimum=1)

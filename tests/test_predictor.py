@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leukemia_nb.data import PictureError, read_picture, write_picture
+from leukemia_nb.data import OutputError, PictureError, read_picture, write_picture
 from leukemia_nb.models import ModelError, square_picture
-from leukemia_nb.predictor import (FORMAT, SEAL, Predictor, Task, answer_files, compare_models_on, comparison_text, doubt_in_words,
+from leukemia_nb.predictor import (FORMAT, SEAL, Predictor, Task, answer_files, check_outputs, compare_models_on, comparison_text, doubt_in_words,
                                    exported_models, list_pictures, made_up_model_file, open_model_file, overlay_file,
-                                   predict_files, predictions_html, read_unfinished, reasons, row_columns, saliency, seal,
-                                   unseal)
-from leukemia_nb.segmentation import count_cells, cut_out, segment
+                                   predict_files, predictions_html, read_unfinished, reasons, row_columns, row_text, saliency,
+                                   seal, unseal)
+from leukemia_nb.segmentation import check_mask, count_cells, cut_out, segment
 from leukemia_nb.synthetic import smear, write_smears
 
 CLASSES = ["Normal", "Pre-B", "Pro-B"]
@@ -71,11 +71,14 @@ def test_a_damaged_model_file_is_one_line(file, tmp_path, damage, message):
     assert str(bad) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_file_of_another_format_is_told_from_a_damaged_one(file, tmp_path):
+@pytest.mark.parametrize(("number", "message"), [(FORMAT - 1, r"older version .*--redo export-made_up_picture"),
+                                                 (FORMAT + 1, "newer version .*Update leukemia_nb")])
+def test_a_file_of_another_format_is_told_from_a_damaged_one(file, tmp_path, number, message):
     body = file.read_bytes()[: -len(seal(b""))]
     assert seal(body) == file.read_bytes()
-    (tmp_path / "old.onnx").write_bytes(seal(body.replace(f'"format": {FORMAT},'.encode(), b'"format": 1,')))
-    with pytest.raises(ModelError, match="made by another version of leukemia_nb"): Predictor.load(tmp_path / "old.onnx")
+    (tmp_path / "odd.onnx").write_bytes(seal(body.replace(f'"format": {FORMAT},'.encode(), f'"format": {number},'.encode())))
+    with pytest.raises(ModelError, match=message) as error: Predictor.load(tmp_path / "odd.onnx")
+    assert f"format {number}, this one reads {FORMAT}" in str(error.value)
 
 
 def test_a_sealed_file_that_is_no_network_is_one_line(tmp_path):
@@ -95,6 +98,61 @@ def test_files_folders_and_patterns(place, paths):
 def test_a_folder_with_magic_letters_is_a_folder(tmp_path):
     write_picture(tmp_path / "[Malignant] Pre-B" / "a.png", smear("Pre-B", 0, 96, 128).picture)
     assert [Path(each).name for each in list_pictures(tmp_path / "[Malignant] Pre-B")] == ["a.png"]
+
+
+def test_overlays_are_no_pictures(file, tmp_path, monkeypatch):
+    """Those that an earlier run saved among the pictures, and whatever lies in the folder that this run writes to."""
+    write_smears(tmp_path, 1, height=96, width=128)
+    mine = list_pictures(tmp_path)
+    answer_files(Task(str(file), str(tmp_path / "ov"), saliency=True), mine)
+    answer_files(Task(str(file), str(tmp_path)), mine)
+    assert len(list(tmp_path.rglob("*.jpg"))) == 9
+    assert list_pictures(tmp_path) == list_pictures(tmp_path, tmp_path) == list_pictures(tmp_path, tmp_path / "ov") == mine
+    assert list_pictures([*mine, f"{tmp_path}/*.jpg", f"{tmp_path}/ov/*"]) == mine
+    assert len(list_pictures(tmp_path / "ov")) == 6  # alone, they may well be asked about
+    write_picture(tmp_path / "ov" / "left.png", smear("Pre-B", 0, 96, 128).picture)
+    monkeypatch.chdir(tmp_path)
+    assert "ov/left.png" in list_pictures(".") and "ov/left.png" not in list_pictures(".", "ov")
+    assert "ov/left.png" in list_pictures("ov", "ov")
+
+
+def test_names_in_bytes_are_kept_in_the_journal_and_escaped_in_tables(file, paths, tmp_path):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
+    Path(odd).write_bytes(Path(paths[4]).read_bytes())
+    twin = str(tmp_path / "caf\\xe9.png")  # what the first one is shown as
+    Path(twin).write_bytes(Path(paths[1]).read_bytes())
+    def stop(rows): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): predict_files([odd, twin], Task(str(file)), tmp_path / "a.csv", say=stop)
+    assert [row["path"] for row in read_unfinished(tmp_path / "a.csv.unfinished")] == [odd]
+    assert predict_files([odd, twin], Task(str(file)), tmp_path / "a.csv", tmp_path / "a.json") == 1
+    rows = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert [row["path"] for row in rows] == [twin, twin] == pd.read_csv(tmp_path / "a.csv")["path"].tolist()
+    assert [row["class"] for row in rows] == ["Pre-B", "Normal"]
+    predictions_html(Predictor.load(file).predict([odd])).encode()
+
+
+def test_answers_replace_nothing_that_is_read(file, paths, tmp_path):
+    before = {path: Path(path).read_bytes() for path in (*paths, str(file))}
+    (tmp_path / "link.csv").symlink_to(paths[3])
+    task = Task(str(file), overlays=str(tmp_path / "ov"))
+    for out, json_file, message in [(paths[0], None, "one of the pictures"), (None, paths[8], "one of the pictures"),
+                                    (tmp_path / "link.csv", None, "one of the pictures"), (file, None, "the model file"),
+                                    (tmp_path / "a", tmp_path / "b/../a", "two files of that name"),
+                                    (tmp_path, None, "choose another name"), (f"{file}/a.csv", None, "A file stands")]:
+        with pytest.raises(OutputError, match=message): predict_files(paths, task, out, json_file)
+    with pytest.raises(OutputError, match="A file stands"): check_outputs(paths, Task(str(file), overlays=paths[0]))
+    assert before == {path: Path(path).read_bytes() for path in before} and os.listdir(tmp_path) == ["link.csv"]
+
+
+def test_a_doubtful_mask_is_said_and_does_not_make_the_model_abstain(file, paths):
+    model = Predictor.load(file)
+    stained = np.full((192, 256, 3), 235, np.uint8)
+    stained[:, 60:] = (120, 60, 160)
+    row, plain = model.predict([stained, read_picture(paths[4])]).rows
+    assert row["mask_flag"] == check_mask(segment(stained)) != "" == plain["mask_flag"]
+    assert row["why"] == reasons(row["confidence"], row["distance"], row["blasts"], model.info["thresholds"])
+    assert f"1 cell on 76.6% of the picture (doubtful mask: {row['mask_flag']})" in row_text(row)
+    assert "doubtful" not in row_text(plain) and row["mask_flag"] in predictions_html(model.predict([stained]))
 
 
 def test_rows_have_all_columns_and_say_what_is_in_the_picture(file, paths):
@@ -242,7 +300,18 @@ def test_every_model_beside_the_others(place, paths, tmp_path):
     text = comparison_text(table.assign(**{"made_up_pair doubt": "not sure"}))
     assert len(text.splitlines()) == 10 and len(re.findall(r"\(P?[rN]o.*? \d\.\d\d\)|\(P.*? \d\.\d\d\)", text)) == 9
     with pytest.raises(ModelError, match="no exported models"): exported_models(tmp_path)
-    with pytest.raises(PictureError, match="none of 1"): compare_models_on(["nowhere.png"], exported_models(place / "run"))
+    with pytest.raises(ModelError, match="no such folder"): exported_models(tmp_path / "nowhere")
+    with pytest.raises(PictureError, match="No picture can be read"):
+        compare_models_on(["nowhere.png"], exported_models(place / "run"), problems.append)
+    assert len(problems) == 2
+
+
+def test_a_torn_model_file_does_not_stop_the_others(place, paths, tmp_path):
+    (tmp_path / "torn.onnx").write_bytes(b"half a file")
+    problems = []
+    table = compare_models_on(paths, [tmp_path / "torn.onnx", *exported_models(place / "run")], problems.append)
+    assert len(table) == 9 and "torn.onnx: not a model file" in problems[0] and len(problems) == 1
+    with pytest.raises(ModelError, match="No model file can be opened"): compare_models_on(paths, [tmp_path / "torn.onnx"], problems.append)
 
 
 def test_the_display_is_safe_and_says_all(file, paths, tmp_path):

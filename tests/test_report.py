@@ -108,7 +108,7 @@ def test_sections_whose_files_are_absent_are_left_out(text, tmp_path):
         "Test accuracy",
         "By class",
         "Calibration",
-        "New pictures",
+        "Single pictures",
         "How to reproduce this",
     ]
     assert report_sections(tmp_path) == [] and "No model has been trained" in summary_html(tmp_path)

@@ -11,7 +11,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from leukemia_nb.models import MODELS
+from leukemia_nb.models import MODELS, ModelEntry
 from leukemia_nb.study import (SMOKE, Run, Step, StudyError, StudySettings, check_parameters, fingerprint, generations, run_step,
                                run_study, study_notebook, study_steps)
 
@@ -224,9 +224,27 @@ def test_four_classes_and_the_grouped_split_go_through_every_step(tmp_path):
     assert "Early Pre-B" in (run.folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_one_failing_model_loses_nothing(tmp_path, smoke_study):
-    settings = replace(SMOKE, train=("mobilenet_v2:batch_size=-1",))
-    with pytest.raises(StudyError, match=r"(?s)step train-mobilenet_v2 failed.*batch_size.*goes on from here"):
+def test_one_failing_model_loses_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("LEUKEMIA_NB_WEIGHTS", str(tmp_path / "nowhere"))
+    settings = replace(SMOKE, train=("mobilenet_v2:weights=local",))
+    with pytest.raises(StudyError, match=r"(?s)step train-mobilenet_v2 failed.*nowhere is not a folder.*goes on from here"):
         run_study(settings, tmp_path / "run", until=["train"])
     assert json.loads((tmp_path / "run/steps/prepare.json").read_text())["step"] == "prepare"
     assert len(pd.read_csv(tmp_path / "run/pairs.csv")) == 72
+
+
+def test_mistakes_are_named_before_any_step(tmp_path):
+    for settings, redo, message in ((replace(SMOKE, train=("mobilenet_v2:foo=1",)), (), "unknown setting 'foo'"),
+                                    (replace(SMOKE, train=("mobilenet_v2:epochs=0",)), (), "epochs=0"),
+                                    (SMOKE, ("train-mobilenet",), "no step is called 'train-mobilenet'")):
+        with pytest.raises(StudyError, match=message): run_study(settings, tmp_path / "run", redo=redo)
+    with pytest.raises(StudyError, match="settings for yolo12, which is not among the models"):
+        replace(SMOKE, models=("mobilenet_v2",), train=("yolo12:epochs=2",))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_a_graph_is_not_exported(monkeypatch):
+    monkeypatch.setitem(MODELS, "stub", ModelEntry("Stub", __name__, "Stub", "numpy"))
+    steps = study_steps(replace(SMOKE, models=("stub", "cells")))
+    assert {step.name for step in steps if "stub" in step.name} == {"train-stub", "audit-stub"}
+    assert any(step.name == "export-cells" for step in steps) and len(generations(steps)) > 3
