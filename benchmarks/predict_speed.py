@@ -193,6 +193,7 @@ def network_of(model: Path, file: str) -> dict:
     seconds: dict[str, list[float]] = {"product": [], "1": [], "8": [], "32": []}
     for _ in range(12):  # in turns, so that neighbours disturb all alike
         for name, times in seconds.items():
+            time.sleep(0.05)  # until the threads of the run before have stopped waiting for more
             start = time.process_time()
             if name == "product": square @ square
             else: predictor.ask([one] * int(name))
