@@ -183,7 +183,7 @@ def steps_of(file: str) -> dict:
 
 
 def network_of(model: Path, file: str) -> dict:
-    "The network alone, beside what this machine's matrix product can do, both in processor time: neighbours count for nothing."
+    "The network beside this machine's matrix product, in processor time; with single pictures waiting threads count, too."
     from leukemia_nb.data import read_picture
     from leukemia_nb.models import square_picture
     from leukemia_nb.predictor import Predictor

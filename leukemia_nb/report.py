@@ -496,8 +496,9 @@ def class_section(folder: Path) -> str:
                          "Precision": row.precision, "F1": row.f1,
                          "Sensitivity (95 %)": interval(row.sensitivity, row.sensitivity_low, row.sensitivity_high),
                          "Specificity (95 %)": interval(row.specificity, row.specificity_low, row.specificity_high)})
+    caption = "Each class against the rest: shares of the folders of one collection, which say nothing of patients"
     parts = [figure_html(confusion_figure(predictions), "Confusion matrix of each model",
-                         "Rows: true class. Columns: answer. Numbers are pictures."), table_html(pd.DataFrame(rows), "By class")]
+                         "Rows: true class. Columns: answer. Numbers are pictures."), table_html(pd.DataFrame(rows), caption)]
     try: parts.append(figure_html(roc_figure(predictions), "ROC curves by class",
                                   "One class against the rest; the legend has the mean area."))
     except PredictionsError as error: parts.append(prose(f"No ROC curves: {error}"))
