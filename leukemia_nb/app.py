@@ -20,7 +20,8 @@ import numpy as np
 
 from .data import CLASSES, PictureError, read_picture
 from .models import ModelError
-from .predictor import _data_uri, Predictor, doubt_in_words, exported_models, made_up_model_file, overlay, saliency
+from .predictor import (_data_uri, Predictor, doubt_in_words, exported_models, made_up_model_file, open_predictors, overlay,
+                                   saliency)
 from .segmentation import find_cells
 
 # %% auto #0
@@ -262,10 +263,8 @@ def open_models(
     run: str | os.PathLike,  # a study's run folder
 ) -> tuple[list[Predictor], list[str]]:  # models, and what is wrong with those that are missing
     "Open the exported models of a run. Raises ModelError where there is none at all."
-    models, problems = [], []
-    for file in exported_models(run):
-        try: models.append(Predictor.load(file))
-        except ModelError as error: problems.append(str(error))
+    problems: list[str] = []
+    models = open_predictors(exported_models(run), problems.append)
     if not models: raise ModelError(problems[0])
     return models, problems
 

@@ -147,7 +147,6 @@ def predict(
     place: Any = os.path.abspath if cluster else str  # the workers are started in a folder of their own
     paths = [place(path) for path in list_pictures(pictures, overlays or "")]
     task = Task(place(model), place(overlays) if overlays else "", saliency)
-    check_outputs(paths, task, out, json)
     counts = {"answered": 0, "abstained": 0, "not read": 0}
 
     def count(rows: list[dict]) -> int:
@@ -165,6 +164,7 @@ def predict(
         kept = f" ({resumed} of them before)" if resumed else ""
         _say(f"{counted(len(paths), 'picture')} in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
     else:
+        check_outputs(paths, task)  # as `predict_files` does
         with parallel(n_jobs, cluster) as workers:
             for rows in iter_answers(task, paths, batch_size, workers.n_jobs):
                 count(rows)

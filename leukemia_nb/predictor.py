@@ -37,7 +37,7 @@ __all__ = ['FORMAT', 'SEAL', 'OUTPUTS', 'AT_ONCE', 'unseal', 'seal', 'made_up_mo
            'picture_list', 'row_columns', 'reasons', 'Predictions', 'doubt_in_words', 'row_text', 'Look', 'look_at',
            'answer_row', 'Predictor', 'overlay', 'predictions_html', 'saliency', 'Task', 'model_of', 'overlay_file',
            'answer_files', 'unfinished_file', 'read_unfinished', 'write_rows', 'check_outputs', 'iter_answers',
-           'predict_files', 'exported_models', 'compare_models_on', 'comparison_text']
+           'predict_files', 'exported_models', 'open_predictors', 'compare_models_on', 'comparison_text']
 
 # %% ../nbs/84_predictor.ipynb #9b8dcdba
 FORMAT = 2  # of model files; one of another number is refused
@@ -514,8 +514,7 @@ def _bars_html(row: dict, classes: Sequence[str]) -> str:
 def _found_html(row: dict) -> str:
     "Number and area of the cells found."
     if row["blasts"] is None: return ""
-    what = counted(row["blasts"], "white cell" if row["abstain"] or row["class"] == "Normal" else "blast")
-    number, _, what = what.partition(" ")
+    number, what = counted(row["blasts"], "white cell" if row["abstain"] or row["class"] == "Normal" else "blast").split(" ", 1)
     return (f'<div class="lnb-found"><b>{number}</b> {what} found, <b>{row["blast_area"]:.1%}</b> of the picture '
             f'({row["blast_pixels"]:,} pixels){_mask_text(row)}</div>')
 
@@ -739,6 +738,18 @@ def exported_models(
     return files
 
 
+def open_predictors(
+    files: Iterable[str | os.PathLike],  # model files
+    say: Callable[[str], Any] = len,  # called with the message of each that cannot be opened
+) -> list[Predictor]:
+    "The models that can be opened; one that cannot does not stop the others."
+    opened = []
+    for file in files:
+        try: opened.append(Predictor.load(file))
+        except ModelError as error: say(str(error))
+    return opened
+
+
 def compare_models_on(
     paths: Sequence[str],  # files
     models: Sequence[str | os.PathLike],  # model files
@@ -749,7 +760,9 @@ def compare_models_on(
     from leukemia_nb.evaluation import model_title, predictions_table, unseen_table
     found: dict[str, DataFrame] = {}
     doubts: dict[str, Any] = {}
-    for model in _open_all(models, say):
+    opened = open_predictors(models, say)
+    if not opened: raise ModelError("No model file can be opened. Copy them again, or export the models again.")
+    for model in opened:
         table = model.predict(list(paths)).table
         good = table[table["error"] == ""].reset_index(drop=True)
         if not found:
@@ -763,16 +776,6 @@ def compare_models_on(
         doubts[f"{model_title(name)} doubt"] = good.set_index("path")["why"]
     compared = unseen_table(found)
     return compared.assign(**{name: compared["path"].map(why) for name, why in doubts.items()})
-
-
-def _open_all(models: Sequence[str | os.PathLike], say: Callable[[str], Any]) -> list[Predictor]:
-    "Models, all opened before the first one is asked; one that cannot be opened does not stop the others."
-    opened = []
-    for file in models:
-        try: opened.append(Predictor.load(file))
-        except ModelError as error: say(str(error))
-    if not opened: raise ModelError("No model file can be opened. Copy them again, or export the models again.")
-    return opened
 
 
 def comparison_text(

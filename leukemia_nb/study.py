@@ -380,10 +380,10 @@ def run_step(
     notebook = notebook or study_notebook(step.notebook)
     parameters = {"run": str(run.folder.resolve()), **step.parameters}
     check_parameters(notebook, parameters)
-    print_ = fingerprint(step, run, notebook)
+    print_, library = fingerprint(step, run, notebook), _library_digest()
     if not redo and finished(step, run, print_):
         record = run.json("steps", f"{step.name}.json")
-        return {**record, "skipped": True, "outdated": record.get("library") != _library_digest()}
+        return {**record, "skipped": True, "outdated": record.get("library") != library}
     run.folder.joinpath("steps", f"{step.name}.json").unlink(missing_ok=True)
     partial, began = run.path("notebooks", f"{step.name}.partial.ipynb"), time.time()
     try:
@@ -394,7 +394,7 @@ def run_step(
     if missing := [name for name in step.outputs if not (run.folder / name).exists()]:
         raise StudyError(f"step {step.name} ended without writing {', '.join(missing)}. Its notebook: {partial}")
     os.replace(partial, partial.with_name(f"{step.name}.ipynb"))
-    record = {"step": step.name, "fingerprint": print_, "library": _library_digest(), "seconds": round(time.time() - began, 1),
+    record = {"step": step.name, "fingerprint": print_, "library": library, "seconds": round(time.time() - began, 1),
               "began": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(began)),
               "outputs": {name: _digest(run.folder / name) for name in step.outputs}}
     run.write_json(record, "steps", f"{step.name}.json")
