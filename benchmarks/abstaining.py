@@ -19,7 +19,8 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from leukemia_nb.data import atomic_path, read_picture
+from leukemia_nb.files import atomic_path
+from leukemia_nb.images import read_picture
 from leukemia_nb.evaluation import exact_interval
 from leukemia_nb.pairing import Pairs
 from leukemia_nb.predictor import Look, Predictor, answer_row, look_at

@@ -31,7 +31,8 @@ from sklearn.preprocessing import StandardScaler
 
 from leukemia_nb.cell_model import COLOURS, CellModel, cell_crops, population
 from leukemia_nb.counterfactuals import follow_rates, make_counterfactuals, paste_cells
-from leukemia_nb.data import CLASSES, read_picture
+from leukemia_nb.data import CLASSES
+from leukemia_nb.images import read_picture
 from leukemia_nb.models import History
 from leukemia_nb.segmentation import find_cells
 

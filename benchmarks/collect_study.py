@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from leukemia_nb.data import read_table, write_table
+from leukemia_nb.files import read_table, write_table
 from leukemia_nb.evaluation import answers, read_all_predictions, take_subset
 
 RESULTS = Path(__file__).parent / "results"

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import psutil
 
-from leukemia_nb.data import atomic_path, write_picture
+from leukemia_nb.files import atomic_path
+from leukemia_nb.images import write_picture
 from leukemia_nb.predictor import Predictor, made_up_model_file
 from leukemia_nb.synthetic import smear
 

@@ -53,7 +53,7 @@ def keras(folder: Path):
     values = model.maps_(framework.ops.cast(pictures, "float32"))
     scores = model.head_(framework.layers.GlobalAveragePooling2D()(values))
     whole = framework.Model(pictures, framework.layers.Softmax()(scores))
-    from leukemia_nb.data import read_picture
+    from leukemia_nb.images import read_picture
     from leukemia_nb.models import square_picture
 
     def answer(files: list[str], segment: bool) -> np.ndarray:
@@ -173,7 +173,7 @@ def operations(model: Path) -> float:
 
 def steps_of(file: str) -> dict:
     "Reading, segmenting, counting and resizing of one picture, each alone."
-    from leukemia_nb.data import read_picture
+    from leukemia_nb.images import read_picture
     from leukemia_nb.models import square_picture
     from leukemia_nb.segmentation import count_cells, segment
     picture = read_picture(file)
@@ -184,7 +184,7 @@ def steps_of(file: str) -> dict:
 
 def network_of(model: Path, file: str) -> dict:
     "The network beside this machine's matrix product, in processor time; with single pictures waiting threads count, too."
-    from leukemia_nb.data import read_picture
+    from leukemia_nb.images import read_picture
     from leukemia_nb.models import square_picture
     from leukemia_nb.predictor import Predictor
     predictor = Predictor.load(model)
@@ -223,7 +223,8 @@ def first_answer(python: str, model: Path, file: str, repeats: int) -> dict:
 
 def main(run: Path, exported: Path, repeats: int, python: str, models: list[str]) -> None:
     "Measure and write the results; those of models that are not asked for stay."
-    from leukemia_nb.data import atomic_path, write_picture
+    from leukemia_nb.files import atomic_path
+    from leukemia_nb.images import write_picture
     from leukemia_nb.predictor import open_model_file
     from leukemia_nb.synthetic import smear
     result: dict = json.loads(RESULTS.read_text()) if RESULTS.exists() and set(models) != set(OTHERS) else {}

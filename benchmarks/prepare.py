@@ -20,7 +20,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from leukemia_nb.data import atomic_path, build_manifest, read_picture, write_picture
+from leukemia_nb.data import build_manifest
+from leukemia_nb.files import atomic_path
+from leukemia_nb.images import read_picture, write_picture
 from leukemia_nb.pairing import Pairs, pair_files, prepare_pairs, save_pair
 from leukemia_nb.segmentation import a_channel, cluster_mask
 from leukemia_nb.synthetic import smear

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from scipy.ndimage import find_objects
 
-from leukemia_nb.data import read_picture
+from leukemia_nb.images import read_picture
 from leukemia_nb.segmentation import (METHODS, a_channel, cluster_mask, count_quality, cut_out, deck_mask, find_cells,
                                       kmeans_mask, label_cells, mask_quality, segment)
 from leukemia_nb.pairing import save_png, squash

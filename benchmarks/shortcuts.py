@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from leukemia_nb.data import atomic_path, class_of, file_sha256, read_picture
+from leukemia_nb.data import class_of
+from leukemia_nb.files import atomic_path, file_sha256
+from leukemia_nb.images import read_picture
 from leukemia_nb.shortcuts import CONTROLS, control_features, control_table, cross_validate_controls
 from leukemia_nb.uncertainty import cached_features
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from leukemia_nb.data import read_picture
+from leukemia_nb.images import read_picture
 from leukemia_nb.models import Pictures, make_model, versions
 
 

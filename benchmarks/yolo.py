@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from leukemia_nb.data import read_picture
+from leukemia_nb.images import read_picture
 from leukemia_nb.models import Pictures, make_model, versions
 
 ROOT = Path(__file__).resolve().parents[1]

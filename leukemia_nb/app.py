@@ -18,7 +18,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from .data import CLASSES, PictureError, read_picture
+from .data import CLASSES
+from .images import PictureError, read_picture
 from .models import ModelError
 from .predictor import (_data_uri, Predictor, doubt_in_words, exported_models, made_up_model_file, open_predictors, overlay,
                                    saliency)

@@ -27,7 +27,7 @@ from typing import Any
 
 import pandas as pd
 
-from .data import atomic_path, read_json, read_table, set_sha256, write_table
+from .files import atomic_path, read_json, read_table, set_sha256, write_table
 from .evaluation import (answers, class_table, classes_of, compare_models, exact_interval, model_title,
                                     read_all_predictions, read_predictions, take_subset)
 from .models import MODELS
@@ -519,7 +519,7 @@ def how_to_load(folder: str | os.PathLike,  # run folder
                 model: str  # name of the model
                 ) -> str:
     "Python that asks the model, and the command line."
-    return ("```python\nfrom leukemia_nb.data import read_picture\nfrom leukemia_nb.models import load_model\n\nmodel "
+    return ("```python\nfrom leukemia_nb.images import read_picture\nfrom leukemia_nb.models import load_model\n\nmodel "
             f"= load_model(\"{Path(folder).name}/models/{model}\")  # from the folder that holds the "
             "run\nmodel.classes_, model.predict_proba([read_picture(\"picture.jpg\")])\n```\n\nWithout Keras or "
             f"PyTorch, from the exported file: `leukemia_nb predict picture.jpg --model exported/{model}.onnx`. Its "

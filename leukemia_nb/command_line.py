@@ -34,7 +34,7 @@ def main() -> None:
 
 def _say(text: str, err: bool = False) -> None:
     "Print a line; a file name in it that is not UTF-8 is escaped."
-    from leukemia_nb.data import shown
+    from leukemia_nb.files import shown
     typer.echo(shown(text), err=err)
 
 
@@ -51,7 +51,7 @@ def is_explained(
 ) -> bool:
     "Whether an error's message is meant for the user: one line that names the file, what is wrong and the remedy."
     if isinstance(error, OSError): return True
-    from leukemia_nb.data import PictureError
+    from leukemia_nb.images import PictureError
     from leukemia_nb.evaluation import PredictionsError
     from leukemia_nb.models import ModelError
     from leukemia_nb.splitting import SplitError
@@ -69,7 +69,7 @@ def synth(
     seed: Annotated[int, typer.Option(help="The same seed gives the same pictures.", min=0)] = 0,
 ) -> None:
     "Draw synthetic blood smears with the true cell masks beside them."
-    from leukemia_nb.data import counted
+    from leukemia_nb.files import counted
     from leukemia_nb.study import class_names
     from leukemia_nb.synthetic import write_smears
 
@@ -85,7 +85,7 @@ def segment(
     n_jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
 ) -> None:
     "Find the white cells of pictures: masks, overlays and a quality-control table."
-    from leukemia_nb.data import counted
+    from leukemia_nb.files import counted
     from leukemia_nb.quality_control import segment_folder
 
     table = segment_folder(pictures, out, method=method, n_jobs=n_jobs)
@@ -106,7 +106,8 @@ def prepare(
     n_jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
 ) -> None:
     "Turn a folder of pictures into pairs: each picture and its segmented twin, resized."
-    from leukemia_nb.data import build_manifest, check_manifest, check_output, counted
+    from leukemia_nb.data import build_manifest, check_manifest
+    from leukemia_nb.files import check_output, counted
     from leukemia_nb.pairing import prepare_pairs
     from leukemia_nb.study import Run, class_names
 
@@ -139,7 +140,7 @@ def predict(
     For research use only. A run that was stopped goes on where it was when the same command is given again.
     """
     from leukemia_nb.cluster import parallel
-    from leukemia_nb.data import counted
+    from leukemia_nb.files import counted
     from leukemia_nb.predictor import (Task, check_outputs, iter_answers, list_pictures, predict_files, row_text,
                                        unfinished_file)
 
@@ -180,7 +181,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder for comparison.csv and comparison.png.")] = Path("comparison"),
 ) -> None:
     "Show what every exported model of a study says about new pictures: a table, a CSV file and a grid of the pictures."
-    from leukemia_nb.data import atomic_path, check_output, write_table
+    from leukemia_nb.files import atomic_path, check_output, write_table
     from leukemia_nb.evaluation import unseen_figure
     from leukemia_nb.predictor import compare_models_on, comparison_text, exported_models, list_pictures
 

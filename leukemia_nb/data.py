@@ -5,32 +5,24 @@
 # %% ../nbs/10_data.ipynb #5e451aac
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import os
 import re
-import secrets
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cv2
-import numpy as np
-from PIL import Image, ImageOps
+from .files import counted, file_sha256, unique_names
+from .images import SUFFIXES, PictureError, read_picture
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 else: DataFrame = Any  # loaded with the first table; the name is for the documentation
 
 # %% auto #0
-__all__ = ['CLASSES', 'FOUR_CLASSES', 'MAX_PIXELS', 'MIN_SIDE', 'SUFFIXES', 'PASSED_BY', 'NO_PICTURES', 'COLUMNS', 'KAGGLE_SET',
-           'class_of', 'shown', 'counted', 'OutputError', 'atomic_path', 'check_output', 'PictureError', 'read_picture',
-           'read_grey', 'write_picture', 'find_pictures', 'file_sha256', 'build_manifest', 'check_manifest',
-           'write_table', 'read_table', 'read_json', 'set_sha256', 'fetch_kaggle']
+__all__ = ['CLASSES', 'FOUR_CLASSES', 'PASSED_BY', 'NO_PICTURES', 'COLUMNS', 'KAGGLE_SET', 'class_of', 'find_pictures',
+           'build_manifest', 'check_manifest', 'fetch_kaggle']
 
 # %% ../nbs/10_data.ipynb #49895644
 CLASSES = ("Normal", "Pre-B", "Pro-B")
@@ -44,154 +36,6 @@ def class_of(folder_name: str  # name of one folder, such as `[Malignant] Pre-B`
              ) -> str | None:  # one of `FOUR_CLASSES`, or None
     "Class that a folder's name means, or None for any other name."
     return _FOLDER_NAMES.get(re.sub(r"malignant|[\W_]", "", unicodedata.normalize("NFKC", folder_name).lower()))
-
-# %% ../nbs/10_data.ipynb #15819cb8
-def shown(text: str | os.PathLike  # a path, or words with a path in them
-          ) -> str:  # the same, but for bytes that are no UTF-8: they are escaped
-    "Text that any terminal, table or page can take."
-    return os.fspath(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-def counted(number: int,  # how many
-            what: str  # of what, in the singular
-            ) -> str:
-    "A number in words: `1 picture`, `2 pictures`."
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-# %% ../nbs/10_data.ipynb #1170949f
-class OutputError(OSError):
-    "A file that could not be written: the message names it, the reason and the remedy; `errno` is the system's."
-    def __str__(self) -> str: return shown(super().__str__())
-
-_SPACE, _RIGHT = "Free some space or choose another folder", "Choose a folder you may write to"
-_REMEDIES = {errno.ENOSPC: _SPACE, errno.EDQUOT: _SPACE, errno.EACCES: _RIGHT, errno.EPERM: _RIGHT, errno.EROFS: _RIGHT,
-             errno.ENOTDIR: "A file stands where a folder is needed; choose another folder",
-             errno.EEXIST: "A file stands where a folder is needed; choose another folder",
-             errno.EISDIR: "A folder stands where the file should go; choose another name",
-             errno.ENAMETOOLONG: "Choose a shorter name"}
-
-@contextmanager
-def atomic_path(path: str | os.PathLike  # file to be written; its folder is made where it is missing
-                ) -> Iterator[Path]:  # temporary path in the same folder, with the same suffix; the file is not there yet
-    "Yield a temporary path that becomes `path` on success; on any error nothing is left. Raises `OutputError`."
-    path = Path(path)
-    temporary = path.with_name(f".part-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        about_another = error.filename is not None and Path(error.filename) not in (temporary, path, *path.parents)
-        if error.errno not in _REMEDIES or about_another: raise
-        raise _output_error(path, error.errno) from error
-    finally:
-        if path.parent.is_dir(): temporary.unlink(missing_ok=True)
-
-def _output_error(path: Path, number: int) -> OutputError:
-    reason = f"{os.strerror(number)}. {_REMEDIES[number]}"
-    problem = OutputError(f"{path}: cannot be written: {reason}. Nothing half-written was left.")
-    problem.errno = number
-    return problem
-
-def check_output(path: str | os.PathLike,  # file or folder that is to be written in the end
-                 folder: bool = False  # it is a folder
-                 ) -> None:
-    "Find out before the work, and leave nothing, whether its result can be written. Raises `OutputError`."
-    path = Path(path)
-    there = next((each for each in (path, *path.parents) if os.path.exists(each)), Path("."))
-    if there == path and not folder: there = path.parent
-    if path.is_dir() and not folder: raise _output_error(path, errno.EISDIR)
-    if not there.is_dir(): raise _output_error(path, errno.ENOTDIR)
-    if not os.access(there, os.W_OK | os.X_OK): raise _output_error(path, errno.EACCES)
-
-# %% ../nbs/10_data.ipynb #b45b7d59
-MAX_PIXELS = 50_000_000  # 150 MB unpacked; the largest pictures of the study have 5 million
-MIN_SIDE = 16            # pixels; a red cell is about 60 across in the study's pictures
-
-class PictureError(ValueError):
-    "A picture that cannot be used: the message names the file, what is wrong and the remedy."
-    def __str__(self) -> str: return shown(super().__str__())
-
-# %% ../nbs/10_data.ipynb #efcffcd4
-def _to_rgb(picture: Image.Image  # any mode
-            ) -> np.ndarray:  # uint8 (H, W, 3) RGB
-    "Upright RGB of a Pillow picture of any mode."
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"): picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode in ("I", "F"): raise ValueError("it holds 32-bit numbers, not colours")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return np.array(picture.convert("RGB"))
-
-# %% ../nbs/10_data.ipynb #33d5fe82
-def read_picture(path: str | os.PathLike  # JPEG, PNG, TIFF, BMP, WebP
-                 ) -> np.ndarray:  # uint8 (H, W, 3) RGB
-    "Read a picture as uint8 (H, W, 3) RGB, upright. Raises `PictureError`, naming the file and the remedy."
-    try:
-        if not os.path.getsize(path): raise PictureError(f"{path}: the file is empty. Copy it again, or remove it.")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own size warning; the limit below is lower
-            with Image.open(path) as picture:
-                _check_size(path, *picture.size)
-                return _to_rgb(picture)
-    except PictureError: raise
-    except FileNotFoundError: raise PictureError(f"{path}: there is no such file. Check the path.") from None
-    except (PermissionError, IsADirectoryError) as error:
-        raise PictureError(f"{path}: cannot be opened: {error.strerror}. Check what it is and who may read it.") from None
-    except Image.DecompressionBombError: raise PictureError(_too_large(path, "far")) from None
-    except (Image.UnidentifiedImageError, ImportError):  # ultralytics, once loaded, asks for pi_heif instead
-        return _read_with_opencv(path)
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
-        raise PictureError(f"{path}: the picture is damaged or cut off ({error}). Copy it again, or remove it.") from error
-
-def _too_large(path: str | os.PathLike, size: str) -> str:
-    return f"{path}: too large, {size} over the limit of {MAX_PIXELS:,} pixels. Scale it down, or cut out the field."
-
-def _check_size(path: str | os.PathLike, width: int, height: int) -> None:
-    "Raise `PictureError` for a size outside the limits."
-    if width * height > MAX_PIXELS: raise PictureError(_too_large(path, f"{width} x {height} is"))
-    if min(width, height) < MIN_SIDE:
-        raise PictureError(f"{path}: too small, {width} x {height}; {MIN_SIDE} pixels a side at least. Remove it.")
-
-def _read_with_opencv(path: str | os.PathLike) -> np.ndarray:
-    "What Pillow does not know, such as TIFF with 16 bits a channel; uint8 (H, W, 3) RGB."
-    data = np.fromfile(path, np.uint8) if os.path.getsize(path) < 6 * MAX_PIXELS else np.zeros(0, np.uint8)
-    try: picture = cv2.imdecode(data, cv2.IMREAD_COLOR) if data[:4].tobytes() in (b"II*\0", b"MM\0*") else None
-    except cv2.error: picture = None
-    if picture is None:
-        raise PictureError(f"{path}: not a picture, or of an unknown kind. Save it as PNG or JPEG, or remove it.")
-    _check_size(path, *picture.shape[1::-1])
-    return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
-
-# %% ../nbs/10_data.ipynb #131614c9
-def read_grey(path: str | os.PathLike  # one-channel PNG or TIFF, such as a mask or a label map
-              ) -> np.ndarray:  # uint8 or uint16 (H, W), as stored
-    "Read a one-channel picture with its numbers unchanged. Raises `PictureError`."
-    try: data = np.fromfile(path, np.uint8)
-    except OSError as error: raise PictureError(f"{path}: cannot be opened: {error.strerror}. Check the path.") from None
-    try: picture = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if len(data) else None
-    except cv2.error: picture = None
-    if picture is None: raise PictureError(f"{path}: not a picture, or damaged. Make it again, or remove it.")
-    if picture.ndim != 2: raise PictureError(f"{path}: has {picture.shape[2]} channels, where a mask has one. Check the path.")
-    return picture
-
-# %% ../nbs/10_data.ipynb #45f8c7d8
-def write_picture(path: str | os.PathLike,  # suffix .png, .jpg, .tif, .bmp or .webp
-                  picture: np.ndarray,  # uint8 (H, W, 3) RGB; or uint8 or uint16 (H, W)
-                  quality: int = 95  # of JPEG, 0-100
-                  ) -> None:
-    "Write a picture whole or not at all. Raises ValueError for other arrays and formats, `OutputError` for a full disk."
-    path, suffix = Path(path), Path(path).suffix.lower()
-    if picture.dtype not in (np.uint8, np.uint16) or picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)):
-        raise ValueError(f"{path}: a picture is uint8 (H, W, 3) or uint8/uint16 (H, W), not {picture.dtype} {picture.shape}")
-    if suffix not in SUFFIXES: raise ValueError(f"{path}: cannot write {suffix or 'without a suffix'}; use .png or .jpg")
-    bgr = np.ascontiguousarray(picture[..., ::-1]) if picture.ndim == 3 else picture
-    settings = [cv2.IMWRITE_JPEG_QUALITY, quality] if suffix in (".jpg", ".jpeg") else []
-    done, data = cv2.imencode(suffix, bgr, settings)
-    if not done: raise ValueError(f"{path}: {picture.dtype} {picture.shape} cannot be written as {suffix}; use .png")
-    with atomic_path(path) as temporary: data.tofile(temporary)
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 # %% ../nbs/10_data.ipynb #af8d9c2f
 PASSED_BY = ("truth", "segmented", "masks")  # folders, in any case
@@ -214,12 +58,6 @@ def _class_of_path(path: Path, folder: Path) -> str | None:
     names = [parent.name for parent in path.parents if parent == folder or folder in parent.parents]
     return next((found for found in map(class_of, names) if found), None)
 
-# %% ../nbs/10_data.ipynb #9493eef2
-def file_sha256(path: str | os.PathLike  # any file
-                ) -> str:  # 64 hexadecimal digits
-    "sha256 of a file, read in pieces: memory does not depend on its size."
-    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
-
 # %% ../nbs/10_data.ipynb #b1d75bb6
 COLUMNS = ("pair", "class", "path", "sha256", "width", "height", "problem")
 
@@ -234,14 +72,10 @@ def _examine(path: Path) -> tuple[str, int, int, str]:
 # %% ../nbs/10_data.ipynb #dc56a53b
 def _name_pairs(labels: Sequence[str], paths: Sequence[Path]) -> list[str]:
     "A unique name for each picture: class/stem, with -2, -3 … where it is taken (also by the same name in other case)."
-    names, used = [], set()
-    for label, path in zip(labels, paths):
-        first = name = f"{label}/{unicodedata.normalize('NFC', shown(path.stem))}"
-        number = 1
-        while name.casefold() in used: name = f"{first}-{(number := number + 1)}"
-        used.add(name.casefold())
-        names.append(name)
-    return names
+    places = {label: [i for i, each in enumerate(labels) if each == label] for label in dict.fromkeys(labels)}
+    names = {i: f"{label}/{name}" for label, found in places.items()
+             for i, name in zip(found, unique_names(paths[i].stem for i in found))}
+    return [names[i] for i in range(len(names))]
 
 def _mark_two_classes(manifest: DataFrame) -> None:
     "Enter a problem, in place, for pictures whose sha256 occurs under more than one class."
@@ -299,37 +133,6 @@ def check_manifest(manifest: DataFrame,  # as `build_manifest` makes it
             need = f"has {counted(good, 'usable picture')}, fewer than the {minimum} that a split needs"
             raise PictureError(f"class {label} {need}{bad}. Add pictures, or leave the class out.")
     return usable.reset_index(drop=True)
-
-# %% ../nbs/10_data.ipynb #4fba9392
-_TEXT = ("pair", "class", "path", "sha256", "problem", "flip", "flag", "subset", "group", "original", "segmented")
-
-def write_table(path: str | os.PathLike,  # the CSV
-                table: DataFrame  # its index is not written
-                ) -> None:
-    "Write a table as CSV, whole or not at all; file names as `shown`. Raises `OutputError`."
-    with atomic_path(path) as temporary: temporary.write_text(shown(table.to_csv(index=False)), encoding="utf-8", newline="")
-
-# %% ../nbs/10_data.ipynb #38bbdbc0
-def read_table(path: str | os.PathLike  # a CSV of the study
-               ) -> DataFrame:  # text columns as text, '' where empty
-    "Read a table that `write_table` wrote."
-    import pandas as pd
-    table = pd.read_csv(path, dtype={name: str for name in _TEXT}, keep_default_na=False, na_values=[""])
-    return table.fillna({name: "" for name in _TEXT if name in table})
-
-# %% ../nbs/10_data.ipynb #e3cf1342
-def read_json(folder: str | os.PathLike,  # run folder
-              *names: str  # parts of the path below it
-              ) -> dict[str, Any]:
-    "A JSON file of a study; empty where there is none."
-    path = Path(folder).joinpath(*names)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-# %% ../nbs/10_data.ipynb #5a744fac
-def set_sha256(digests: Iterable[str]  # one for each picture
-               ) -> str:  # 64 hexadecimal digits
-    "SHA-256 over sorted digests, one a line."
-    return hashlib.sha256("\n".join(sorted(map(str, digests))).encode()).hexdigest()
 
 # %% ../nbs/10_data.ipynb #8bedeb9a
 KAGGLE_SET = "mohammadamireshraghi/blood-cell-cancer-all-4class"

@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .data import PictureError, atomic_path, class_of, find_pictures, read_picture
+from .data import class_of, find_pictures
+from .files import atomic_path
+from .images import PictureError, read_picture
 from .models import MODELS
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ import pandas as pd
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
-from .data import file_sha256, read_picture
+from .files import file_sha256
+from .images import read_picture
 
 if TYPE_CHECKING: from matplotlib.figure import Figure
 else: Figure = Any  # loaded with the first figure; the name is for the documentation

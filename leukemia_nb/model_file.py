@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .data import atomic_path, set_sha256
+from .files import atomic_path, set_sha256
 from .models import MODELS, ModelError, PictureClassifier, read_batches, versions
 from .predictor import FORMAT, seal
 

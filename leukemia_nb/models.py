@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
-from .data import file_sha256
+from .files import file_sha256
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -164,7 +164,7 @@ def square_picture(
     "Squash a picture to a square; area averaging when it shrinks, so that thin cell borders do not alias."
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
         raise ModelError(f"a picture must be uint8 RGB (height, width, 3), not {picture.dtype} {picture.shape}. "
-                         "Read it with leukemia_nb.data.read_picture.")
+                         "Read it with leukemia_nb.images.read_picture.")
     if picture.shape[:2] == (size, size):
         return picture
     shrinks = picture.shape[0] >= size and picture.shape[1] >= size

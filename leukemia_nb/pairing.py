@@ -20,7 +20,8 @@ import pandas as pd
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
-from .data import OutputError, PictureError, atomic_path, file_sha256, read_picture
+from .files import OutputError, atomic_path, file_sha256
+from .images import PictureError, read_picture
 from .segmentation import check_mask, count_cells, cut_out, segment
 
 # %% ../nbs/30_pairing.ipynb #dc9a425e

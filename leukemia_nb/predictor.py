@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import cv2
 import numpy as np
 
-from .data import (NO_PICTURES, OutputError, PictureError, atomic_path, check_output, counted, file_sha256,
-                              find_pictures, read_picture, shown, write_picture)
+from .data import NO_PICTURES, find_pictures
+from .files import OutputError, atomic_path, check_output, counted, file_sha256, shown
+from .images import PictureError, read_picture, write_picture
 from .models import ModelError, square_picture
 from .segmentation import check_mask, count_cells, cut_out, draw_outlines, find_cells, label_cells, segment
 

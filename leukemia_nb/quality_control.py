@@ -14,7 +14,9 @@ import pandas as pd
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
-from .data import NO_PICTURES, PictureError, check_output, find_pictures, read_picture, write_picture, write_table
+from .data import NO_PICTURES, find_pictures
+from .files import check_output, write_table
+from .images import PictureError, read_picture, write_picture
 from .segmentation import check_mask, count_cells, draw_outlines, find_cells, segment
 
 # %% ../nbs/25_quality_control.ipynb #dd69232e

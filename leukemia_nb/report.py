@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .data import atomic_path, read_json, read_picture, read_table, write_picture, write_table
+from .files import atomic_path, read_json, read_table, write_table
+from .images import read_picture, write_picture
 from .evaluation import (DECK_ACCURACY, INK, PredictionsError, accuracy_figure, answers, blank_figure, calm_style,
                                     class_table, compare_models, confusion_figure, curves_figure, made_up_predictions,
                                     model_title, read_all_predictions, readable_comparison, roc_figure, take_subset,

@@ -16,7 +16,7 @@ from math import floor
 import numpy as np
 import pandas as pd
 
-from .data import write_table
+from .files import write_table
 
 # %% ../nbs/40_splitting.ipynb #28f57d3f
 SUBSETS = ("train", "test", "validation")

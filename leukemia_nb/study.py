@@ -25,7 +25,8 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from .cluster import parallel
-from .data import CLASSES, FOUR_CLASSES, atomic_path, file_sha256, read_table, write_table
+from .data import CLASSES, FOUR_CLASSES
+from .files import atomic_path, file_sha256, read_table, write_table
 from . import models
 from .models import MODELS
 from .pairing import Pairs

@@ -17,7 +17,9 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from .data import CLASSES, FOUR_CLASSES, atomic_path, read_grey, write_picture
+from .data import CLASSES, FOUR_CLASSES
+from .files import atomic_path
+from .images import read_grey, write_picture
 
 # %% ../nbs/12_synthetic.ipynb #4aad08c3
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .data import atomic_path
+from .files import atomic_path
 from .evaluation import (CLASS_COLOURS, GREY, INK, MODEL_COLOURS, PALE, PredictionsError, answers,
                                     blank_figure, calm_style, classes_of, exact_interval, model_title,
                                     probabilities_of, take_subset)

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 
 from leukemia_nb import app
-from leukemia_nb.data import PictureError, write_picture
+from leukemia_nb.images import PictureError, write_picture
 from leukemia_nb.predictor import made_up_model_file
 from leukemia_nb.synthetic import smear
 

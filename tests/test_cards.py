@@ -42,7 +42,7 @@ from leukemia_nb.cards import (
     verdict,
     write_cards,
 )
-from leukemia_nb.data import read_table, write_table
+from leukemia_nb.files import read_table, write_table
 from leukemia_nb.evaluation import read_predictions, write_predictions
 from leukemia_nb.report import SECTIONS, build_report, made_up_run, write_section
 from leukemia_nb.study import StudySettings, study_steps

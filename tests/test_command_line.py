@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from leukemia_nb.data import read_picture
+from leukemia_nb.images import read_picture
 from leukemia_nb.predictor import made_up_model_file
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from leukemia_nb.counterfactuals import (
     KINDS, colour_statistics, erase_bar, fill_in, find_bar, follow_rates, make_counterfactuals, match_colours, move_bar, paste_cells,
     removal_mask)
-from leukemia_nb.data import CLASSES, read_picture
+from leukemia_nb.data import CLASSES
+from leukemia_nb.images import read_picture
 from leukemia_nb.segmentation import find_cells
 from leukemia_nb.synthetic import smear
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from sklearn import metrics
 
-from leukemia_nb.data import write_picture
+from leukemia_nb.images import write_picture
 from leukemia_nb.evaluation import (
     DECK_ACCURACY,
     PredictionsError,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from leukemia_nb import leakage
-from leukemia_nb.data import PictureError, write_picture
+from leukemia_nb.images import PictureError, write_picture
 from leukemia_nb.synthetic import smear
 
 

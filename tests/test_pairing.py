@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leukemia_nb import pairing
-from leukemia_nb.data import OutputError, PictureError, build_manifest, read_picture, write_picture
+from leukemia_nb.data import build_manifest
+from leukemia_nb.files import OutputError
+from leukemia_nb.images import PictureError, read_picture, write_picture
 from leukemia_nb.pairing import (FLIPS, Pairs, finished_pair, flip, pair_files, pixel_hash, prepare_pairs, read_saved, rescale,
                                  squash)
 from leukemia_nb.segmentation import cut_out, segment

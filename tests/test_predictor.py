@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leukemia_nb.data import OutputError, PictureError, read_picture, write_picture
+from leukemia_nb.files import OutputError
+from leukemia_nb.images import PictureError, read_picture, write_picture
 from leukemia_nb.models import ModelError, square_picture
 from leukemia_nb.predictor import (FORMAT, SEAL, Predictor, Task, answer_files, check_outputs, compare_models_on, comparison_text, doubt_in_words,
                                    exported_models, list_pictures, made_up_model_file, open_model_file, overlay_file,

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from leukemia_nb.data import write_picture, write_table
+from leukemia_nb.files import write_table
+from leukemia_nb.images import write_picture
 from leukemia_nb.evaluation import made_up_predictions, write_predictions
 from leukemia_nb.report import (
     Section,

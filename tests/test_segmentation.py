@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from leukemia_nb.data import read_picture
+from leukemia_nb.images import read_picture
 from leukemia_nb.segmentation import (_summits, METHODS, a_channel, check_mask, clean_mask, count_cells, count_quality, cut_out,
                                       deck_mask,
                                       draw_outlines, drop_small, find_cells, kmeans_mask, label_cells, mask_quality, segment,

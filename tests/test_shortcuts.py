@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
-from leukemia_nb.data import build_manifest, class_of, read_picture, write_picture
+from leukemia_nb.data import build_manifest, class_of
+from leukemia_nb.images import read_picture, write_picture
 from leukemia_nb.evaluation import check_predictions, compare_models, made_up_predictions, read_predictions, write_predictions
 from leukemia_nb.pairing import Pairs, prepare_pairs
 from leukemia_nb.segmentation import find_cells

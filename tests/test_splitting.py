@@ -191,7 +191,7 @@ def test_leaky_split_is_not_written(tmp_path):
 
 
 def test_real_pictures(shared_data):
-    from leukemia_nb.data import build_manifest, read_picture
+    from leukemia_nb.data import build_manifest; from leukemia_nb.images import read_picture
     from leukemia_nb.pairing import pixel_hash
     folder = shared_data / "taleqani"
     table = build_manifest(folder)

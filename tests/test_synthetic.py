@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from leukemia_nb import synthetic
-from leukemia_nb.data import CLASSES, FOUR_CLASSES, build_manifest, read_picture
+from leukemia_nb.data import CLASSES, FOUR_CLASSES, build_manifest
+from leukemia_nb.images import read_picture
 from leukemia_nb.synthetic import KINDS, LABORATORIES, read_cells, smear, write_smears
 
 

@@ -327,7 +327,7 @@ def test_the_known_mobilenet_file_is_recognised(real_weights):
 
 
 def test_real_pictures_are_learned_and_cached_equals_long(real_weights, shared_data):
-    from leukemia_nb.data import read_picture
+    from leukemia_nb.images import read_picture
     names = {"Benign": "Normal", "Pre": "Pre-B", "Pro": "Pro-B"}
     files = [(file, name) for folder, name in names.items()
              for file in sorted((shared_data / "taleqani" / folder).iterdir())[::20][:22]]

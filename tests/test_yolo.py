@@ -343,7 +343,7 @@ def test_gpus_that_are_not_there(monkeypatch):
 # ---------------------------------------------------------------- real pictures
 def test_real_pictures_with_pretrained_weights(shared_data, shared_weights, monkeypatch):
     "Two epochs on 40 pictures a class, tested on fields that share nothing with them."
-    from leukemia_nb.data import read_picture
+    from leukemia_nb.images import read_picture
 
     monkeypatch.setenv("LEUKEMIA_NB_WEIGHTS", str(shared_weights))
     table = pd.read_csv(shared_data / "taleqani_fields.csv")
