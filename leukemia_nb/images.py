@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from .files import atomic_path, shown
 
 # %% auto #0
-__all__ = ['MAX_PIXELS', 'MIN_SIDE', 'SUFFIXES', 'PictureError', 'read_picture', 'read_grey', 'write_picture']
+__all__ = ['MAX_PIXELS', 'MIN_SIDE', 'SUFFIXES', 'PictureError', 'read_picture', 'as_rgb', 'read_grey', 'write_picture']
 
 # %% ../nbs/09_images.ipynb #b45b7d59
 MAX_PIXELS = 50_000_000  # 150 MB unpacked; the largest pictures of the study have 5 million
@@ -77,6 +77,32 @@ def _read_with_opencv(path: str | os.PathLike) -> np.ndarray:
         raise PictureError(f"{path}: not a picture, or of an unknown kind. Save it as PNG or JPEG, or remove it.")
     _check_size(path, *picture.shape[1::-1])
     return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+
+# %% ../nbs/09_images.ipynb #5a35ee9e
+def as_rgb(image: Image.Image | np.ndarray  # any Pillow image; or uint8 (H, W, 3) RGB or (H, W) grey
+           ) -> np.ndarray:  # uint8 (H, W, 3) RGB
+    "An image in memory as uint8 (H, W, 3) RGB. Raises `PictureError` with what came instead and the remedy."
+    if isinstance(image, Image.Image):
+        name = f"Pillow image of mode {image.mode}"
+        _check_size(name, *image.size)
+        try: return _to_rgb(image)
+        except (ValueError, OSError, SyntaxError) as error: raise PictureError(f"{name}: cannot be read: {error}.") from error
+    if not isinstance(image, np.ndarray):
+        raise PictureError(f"{type(image).__name__}: not an image. Pass a path, a Pillow image or a uint8 RGB array.")
+    name = f"{image.dtype} array of shape {image.shape}"
+    if remedy := _array_remedy(image):
+        raise PictureError(f"{name}: an image is uint8 (height, width, 3) RGB or (height, width) grey. {remedy}.")
+    _check_size(name, *image.shape[1::-1])
+    return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
+
+def _array_remedy(image: np.ndarray) -> str:
+    "What to do with an array that is no image of ours; empty for one that is."
+    if image.ndim == 4: return "Pass the images one by one"
+    if image.ndim == 3 and image.shape[2] in (2, 4): return "Leave out the alpha channel"
+    if image.ndim == 3 and image.shape[2] == 1: return "Leave out the last axis: image[..., 0]"
+    if image.ndim == 3 and image.shape[2] != 3 and image.shape[0] == 3: return "Move the channels last: image.transpose(1, 2, 0)"
+    if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)): return "Bring it to this shape"
+    return "" if image.dtype == np.uint8 else "Scale its values to 0-255 and convert it with .astype(numpy.uint8)"
 
 # %% ../nbs/09_images.ipynb #131614c9
 def read_grey(path: str | os.PathLike  # one-channel PNG or TIFF, such as a mask or a label map

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from leukemia_nb.images import PictureError, read_grey, read_picture, write_picture
+from leukemia_nb.images import PictureError, as_rgb, read_grey, read_picture, write_picture
 
 
 @pytest.fixture
@@ -164,3 +164,25 @@ def test_wrong_arrays_are_not_written(tmp_path, wrong):
 
 def test_unknown_format(tmp_path, photo):
     with pytest.raises(ValueError, match=r"x\.docx: cannot write"): write_picture(tmp_path / "x.docx", photo)
+
+
+def test_as_rgb_of_arrays_and_pillow_images(photo):
+    assert (as_rgb(photo) == photo).all() and (as_rgb(Image.fromarray(photo)) == photo).all()
+    assert (as_rgb(Image.fromarray(photo).convert("RGBA")) == photo).all()
+    grey = as_rgb(photo[..., 0])
+    assert grey.dtype == np.uint8 and (grey == photo[..., :1]).all()
+    assert (as_rgb(Image.fromarray(photo[..., 0])) == grey).all()
+
+
+@pytest.mark.parametrize("wrong, remedy", [
+    (lambda a: a / 255, "0-255"), (lambda a: a.astype(np.float32), "0-255"), (lambda a: a.astype(np.uint16), "0-255"), (lambda a: a.astype(np.int64), "0-255"),
+    (lambda a: a > 9, "0-255"), (lambda a: a[..., 0] / 255, "0-255"), (lambda a: np.dstack([a, a[..., :1]]), "alpha"),
+    (lambda a: a[..., :2], "alpha"), (lambda a: a[..., :1], r"image\[\.\.\., 0\]"), (lambda a: a.transpose(2, 0, 1), "channels last"),
+    (lambda a: a[None], "one by one"), (lambda a: a[:, 0, 0], "shape"), (lambda a: a[0, 0, 0], "not an image"),
+    (lambda a: a.tolist(), "not an image"), (lambda a: a[:0], "too small"), (lambda a: a.astype(object), "0-255"),
+    (lambda a: Image.fromarray(a[..., 0].astype(np.float32)), "mode F.*32-bit")])
+def test_as_rgb_refuses_the_rest_by_shape_and_type(photo, wrong, remedy):
+    given = wrong(photo)
+    with pytest.raises(PictureError, match=remedy) as error: as_rgb(given)
+    assert "\n" not in str(error.value)
+    if isinstance(given, np.ndarray): assert f"{given.dtype} array of shape {given.shape}: " in str(error.value)
