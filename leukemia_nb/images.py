@@ -210,6 +210,7 @@ def _decode(data: bytes  # a whole file
 def _size_of_webp(data: bytes) -> tuple[int, int]:
     "Width and height from the header of a WebP."
     kind = data[12:16]
+    if len(data) < 30: raise ValueError("its header is cut off")
     if kind == b"VP8X": return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
     both = int.from_bytes(data[21:25] if kind == b"VP8L" else data[26:30], "little")
     return ((both & 0x3FFF) + 1, (both >> 14 & 0x3FFF) + 1) if kind == b"VP8L" else (both & 0x3FFF, both >> 16 & 0x3FFF)
