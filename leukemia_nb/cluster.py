@@ -120,9 +120,9 @@ def die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="watch the parent").start()
 
 # %% ../nbs/81_cluster.ipynb #df5c3de4
-def _call(function: Callable[..., Any], arguments: tuple) -> Any:
+def _call(place: int, function: Callable[..., Any], arguments: tuple) -> tuple[int, Any]:
     die_with_parent()
-    return function(*arguments)
+    return place, function(*arguments)
 
 
 def run_tasks(
@@ -138,11 +138,12 @@ def run_tasks(
 
     from joblib import Parallel, delayed
     from tqdm import tqdm
-    results: list[Any] = []
+    results: dict[int, Any] = {}
     def kept() -> str: return f"{len(results)} of {counted(len(calls), what)} are done and kept: run again to go on"
     try:
-        done = Parallel(n_jobs=n_jobs, return_as="generator")(delayed(_call)(function, each) for each in calls)
-        for result in tqdm(done, what, len(calls), unit="image", disable=None if progress else True): results.append(result)
+        tasks = (delayed(_call)(place, function, each) for place, each in enumerate(calls))
+        done = Parallel(n_jobs=n_jobs, return_as="generator_unordered")(tasks)
+        results.update(tqdm(done, what, len(calls), unit="image", disable=None if progress else True))
     except BrokenProcessPool:
         raise ClusterError(f"{out}: a worker process was killed; memory may have run out. {kept()}, "
                            "with fewer processes (--n-jobs).") from None
@@ -150,4 +151,4 @@ def run_tasks(
         reason = str(error) if isinstance(error, OutputError) else f"{out}: {error.strerror or error}."
         raise OutputError(f"{reason} {kept()}.") from None
     except KeyboardInterrupt: raise KeyboardInterrupt(f"{out}: stopped. {kept()}.") from None
-    return results
+    return [results[place] for place in range(len(calls))]

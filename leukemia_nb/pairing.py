@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLIPS', 'RECIPE', 'PAIR_COLUMNS', 'CHANNELS', 'squash', 'pair_files', 'flip', 'pixel_hash', 'finished_row',
-           'save_record', 'finished_pair', 'save_png', 'save_pair', 'check_apart', 'remove_unfinished', 'image_problem',
-           'remove_files', 'prepare_pair', 'prepare_pairs', 'read_saved', 'Pairs', 'rescale']
+           'save_record', 'finished_pair', 'save_png', 'save_pair', 'check_no_input', 'remove_unfinished',
+           'image_problem', 'remove_files', 'prepare_pair', 'prepare_pairs', 'read_saved', 'Pairs', 'rescale']
 
 # %% ../nbs/30_pairing.ipynb #b155fb61
 import errno
@@ -34,11 +34,11 @@ def squash(picture: np.ndarray,  # uint8 (H, W) or (H, W, 3)
     return cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 # %% ../nbs/30_pairing.ipynb #415b258b
-def pair_files(pair: str  # name of a pair, `class/stem`
+def pair_files(pair: str  # name of a pair, class/stem
                ) -> tuple[str, str, str]:  # original, segmented picture, record; below the pairs folder
     "Files of a pair: `class/ori_stem.png`, `class/mask_stem.png` and `class/pair_stem.json`."
-    label, _, stem = pair.rpartition("/")
-    return f"{label}/ori_{stem}.png", f"{label}/mask_{stem}.png", f"{label}/pair_{stem}.json"
+    label, slash, stem = pair.rpartition("/")
+    return f"{label}{slash}ori_{stem}.png", f"{label}{slash}mask_{stem}.png", f"{label}{slash}pair_{stem}.json"
 
 # %% ../nbs/30_pairing.ipynb #ac46dc28
 FLIPS = ("none", "horizontal", "vertical", "both")
@@ -114,9 +114,9 @@ def save_pair(picture: np.ndarray,  # uint8 (H, W, 3) RGB
     return mask, {name: save_png(Path(folder) / name, squash(one, size)) for name, one in zip(names, both)}
 
 # %% ../nbs/30_pairing.ipynb #c9ce0331
-def check_apart(images: Iterable[str | os.PathLike],  # that are to be read
-                out: str | os.PathLike  # folder that is to be written and marked as output
-                ) -> None:
+def check_no_input(images: Iterable[str | os.PathLike],  # that are to be read
+                   out: str | os.PathLike  # folder that is to be written and marked as output
+                   ) -> None:
     "Raise `OutputError` where an image lies in the folder that is to be written."
     folder = os.path.realpath(out)
     inside = next((path for path in images if folder in (real := os.path.realpath(path), *map(str, Path(real).parents))), None)
