@@ -131,9 +131,12 @@ def segment_folder(
         calls = [(path, name, out, method, saved) for path, name, saved in zip(search.paths, names, mask_names(names))]
         rows = run_tasks(segment_file, calls, out, "image", n_jobs, progress)
         table = pd.DataFrame(rows, columns=list(QC_COLUMNS)).assign(path=names)  # ValueError unless there is a row for each
-        table = pd.concat([table, _unreachable_rows(search)], ignore_index=True)
+        table = pd.concat([table, _unreachable_rows(search)], ignore_index=True).astype(_WHOLE)
         write_table(table_file, table)
     return table
+
+
+_WHOLE = dict.fromkeys(("width", "height", "cells"), "Int64")  # numbers that may be missing
 
 
 def _unreachable_rows(search: ImageSearch) -> pd.DataFrame:
