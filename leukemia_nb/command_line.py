@@ -35,9 +35,9 @@ def main() -> None:
 
 
 def _say(text: str, err: bool = False) -> None:
-    "Print a line; a file name in it that is not UTF-8 is escaped."
-    from leukemia_nb.files import shown
-    typer.echo(shown(text), err=err)
+    "Print lines; what a terminal cannot take in a file name is escaped."
+    from leukemia_nb.files import shown_lines
+    typer.echo(shown_lines(text), err=err)
 
 
 def _known_method(name: str | None) -> str | None:
@@ -71,12 +71,23 @@ def synth(
     seed: Annotated[int, typer.Option(help="The same seed gives the same pictures.", min=0)] = 0,
 ) -> None:
     "Draw synthetic blood smears with the true cell masks beside them."
-    from leukemia_nb.files import counted
+    from leukemia_nb.data import find_pictures
+    from leukemia_nb.files import OutputError, check_output, counted, exclusive, is_output_folder
     from leukemia_nb.study import class_names
     from leukemia_nb.synthetic import write_smears
 
-    table = write_smears(out, per_class, classes=class_names(classes), seed=seed, height=height, width=width)
-    _say(f"{counted(len(table), 'smear')} in {out}")
+    check_output(out, folder=True)
+    if is_output_folder(out):
+        raise OutputError(f"{out}: holds results, so no search would take its images for data. Choose another folder.")
+    try:
+        with exclusive(out):
+            table = write_smears(out, per_class, classes=class_names(classes), seed=seed, height=height, width=width)
+    except KeyboardInterrupt:
+        _say(f"stopped: the smears so far are in {out}; the same command draws all of them.", err=True)
+        raise typer.Exit(130) from None
+    before = len(find_pictures(out)) - len(table)
+    more = f"; {counted(before, 'other image')} lay there before" if before > 0 else ""
+    _say(f"{counted(len(table), 'smear')} in {out}{more}")
 
 # %% ../nbs/90_command_line.ipynb #a633ea85
 @contextmanager
