@@ -154,7 +154,8 @@ def python_kernel(
                                 connection_file=os.path.join(own, "kernel.json"),
                                 client_class="jupyter_client.asynchronous.AsyncKernelClient")
         try:
-            _start(manager, own, cwd=os.fspath(folder), env=_kernel_environment(own, environment or {}), pass_fds=tuple(inherited))
+            variables = _kernel_environment(own, environment or {})
+            _start(manager, own, cwd=os.fspath(folder), env=variables, pass_fds=tuple(inherited))
             yield manager
         except BaseException:
             manager.shutdown_kernel(now=True)
