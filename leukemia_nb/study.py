@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from .cluster import KernelStartError, Workers, end_kernels, parallel, python_kernel
 from .data import (CLASSES, FOUR_CLASSES, NO_PICTURES, _nothing_found, _sort_by_class, check_apart, check_folder,
                               find_pictures, search_images)
-from .files import (atomic_path, counted, file_sha256, is_output_folder, mark_output_folder, read_table,
+from .files import (counted, file_sha256, is_output_folder, mark_output_folder, read_table, write_json,
                                write_table)
 from . import models
 from .images import PictureError, read_picture
@@ -76,10 +76,7 @@ class Run:
     def write_json(self, content: Any, *parts: str) -> Path:
         "Write a JSON file of the run, whole or not at all; gives its path."
         path = self.path(*parts)
-        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=1))  # escaped beyond ASCII, so that any file name fits
-            file.flush()
-            os.fsync(file.fileno())
+        write_json(path, content)
         return path
 
     def json(self, *parts: str) -> Any:

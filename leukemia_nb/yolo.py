@@ -347,13 +347,13 @@ class YoloClassifier(PictureClassifier):
     "A YOLO nano classifier; `name` says which. Trains whole unless `fine_tune=False`; a GPU is used if there is one."
     name = "yolo"
 
-    def check_settings(self) -> "YoloClassifier":
+    def check_settings(self) -> YoloClassifier:
         "Return self, or raise ModelError naming the setting, its value, and what is allowed."
         super().check_settings()
         if self.image_size % 32:
             raise ModelError(f"image_size={self.image_size} is not a multiple of 32, as YOLO needs. The usual one is 224.")
         if self.learning_rate > 1:
-            raise ModelError(f"learning_rate={self.learning_rate!r} is above 1, which ultralytics refuses. The usual one is 0.001.")
+            raise ModelError(f"learning_rate={self.learning_rate!r} is above 1, which ultralytics refuses. Usual is 0.001.")
         return self
 
     def _fit(self, train: Any, validation: Any, history: History) -> None:
