@@ -4,19 +4,27 @@
 
 # %% auto #0
 __all__ = ['SUBSETS', 'SplitError', 'subset_sizes', 'smallest_class', 'merge_groups', 'picture_groups', 'usable_pairs', 'deal',
-           'split_pairs', 'check_split', 'nearest_fold', 'grouped_folds', 'write_split', 'read_split']
+           'split_pairs', 'check_split', 'nearest_fold', 'grouped_folds', 'read_groups', 'image_groups', 'write_split',
+           'read_split']
 
 # %% ../nbs/40_splitting.ipynb #62feb711
+import codecs
+import csv
+import io
 import os
+import re
+import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from math import floor
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .files import write_table
+from .files import counted, write_table
 
 # %% ../nbs/40_splitting.ipynb #28f57d3f
 SUBSETS = ("train", "test", "validation")
@@ -76,15 +84,17 @@ def picture_groups(table: pd.DataFrame,  # a row for each pair: sha256 and, wher
     return merge_groups(table.assign(__groups=list(groups)), [*columns, "__groups"])
 
 # %% ../nbs/40_splitting.ipynb #e84e5a2f
-def usable_pairs(pairs_table: pd.DataFrame  # pair, class, sha256 and, where there are such, pixels and problem
+def usable_pairs(pairs_table: pd.DataFrame,  # pair, class, sha256 and, where there are such, pixels and problem
+                 copies: Sequence | None = None  # a value for each row, equal for copies of one image
                  ) -> pd.DataFrame:  # the same columns, sorted by pair
     "Pairs that can be split: without a problem and under one class only. Raises `SplitError` for a class left empty."
-    table = pairs_table.sort_values("pair", ignore_index=True)
+    table = pairs_table if copies is None else pairs_table.assign(__copies=list(copies))
+    table = table.sort_values("pair", ignore_index=True)
     if "problem" in table: table = table[table["problem"].fillna("") == ""]
-    clash = table.groupby(picture_groups(table))["class"].transform("nunique") > 1
+    clash = table.groupby(picture_groups(table, None if copies is None else "__copies"))["class"].transform("nunique") > 1
     if clash.any():
         warnings.warn(f"same picture under two classes, left out: {_some(table['pair'][clash])}", stacklevel=2)
-    table = table[~clash].reset_index(drop=True)
+    table = table[~clash].reset_index(drop=True).drop(columns="__copies", errors="ignore")
     if empty := sorted(set(pairs_table["class"]) - set(table["class"])):
         raise SplitError(f"no usable picture of class {', '.join(empty)}. Look at column problem of the pairs table.")
     return table
@@ -209,6 +219,140 @@ def grouped_folds(table: pd.DataFrame,  # a row for each pair: class, sha256; pi
         folds = StratifiedGroupKFold(n_splits, shuffle=True, random_state=seed + repeat)
         for fold, (train, test) in enumerate(folds.split(labels, labels, group)): yield repeat, fold, train, test
 
+# %% ../nbs/40_splitting.ipynb #5c1e7a11
+def _read_text(path: str | os.PathLike) -> str:
+    "Text of a file in UTF-8, UTF-16 or cp1252, with or without a byte order mark. Raises `SplitError`."
+    if not os.path.isfile(path):
+        raise SplitError(f"{path}: {'not a file' if os.path.exists(path) else 'not there'}. Check the path.")
+    try: data = Path(path).read_bytes()
+    except OSError as error: raise SplitError(f"{path}: cannot be read: {error.strerror}. Check who may read it.") from None
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)): encodings = ["utf-16"]
+    elif b"\0" in data[:2]: encodings = ["utf-16-be" if data[:1] == b"\0" else "utf-16-le"]
+    else: encodings = ["utf-8-sig", "cp1252"]
+    for encoding in encodings:
+        try: return data.decode(encoding)
+        except UnicodeDecodeError: pass
+    raise SplitError(f"{path}: not a text in UTF-8, UTF-16 or cp1252. Save the table as CSV (UTF-8).")
+
+def _plain(cell: str) -> str:
+    "A cell without spaces and quotation marks around it."
+    cell = cell.strip()
+    while len(cell) > 1 and cell[0] == cell[-1] and cell[0] in "'\"": cell = cell[1:-1].strip()
+    return cell
+
+def _columns(header: Sequence[str], wanted: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    "Places of the columns wanted, under their own name or one of the others; case, spaces and underscores do not count."
+    names = [re.sub(r"[\W_]", "", name).lower() for name in header]
+    places = {column: [place for place, name in enumerate(names) if name == column]
+              or [place for place, name in enumerate(names) if name in others] for column, others in wanted.items()}
+    return {column: found[0] for column, found in places.items() if len(found) == 1}
+
+def _read_columns(path: str | os.PathLike,  # a CSV that any program may have written
+                  wanted: Mapping[str, Sequence[str]]  # column -> other names that it may have
+                  ) -> tuple[pd.DataFrame, str]:  # those of the columns that are there once, as text; the header as it was found
+    "Read some columns of a CSV, whatever its separator and encoding. Raises `SplitError`."
+    text = re.sub(r"\Asep=.\s*", "", _read_text(path))  # a line that Excel writes and reads
+    lines = [line for line in io.StringIO(text, newline="") if line.strip()]
+    headers = {separator: next(csv.reader(lines[:1], delimiter=separator), []) for separator in ",;\t|"}
+    separator = max(headers, key=lambda each: len(_columns(headers[each], wanted)))
+    places, width = _columns(headers[separator], wanted), len(headers[separator])
+    try: rows = [row for row in csv.reader(lines[1:], delimiter=separator, skipinitialspace=True) if any(map(str.strip, row))]
+    except csv.Error as error: raise SplitError(f"{path}: cannot be read as CSV: {error}.") from None
+    for row in rows:
+        if any(map(str.strip, row[width:])):
+            raise SplitError(f"{path}: {separator.join(row)!r} has more than {counted(width, 'column')}. "
+                             "Put quotation marks around a cell that holds the separator.")
+        if any("\n" in cell for cell in row):
+            raise SplitError(f"{path}: a quotation mark is not closed in {separator.join(row)[:60]!r}. Close or remove it.")
+    cells = [["".join(row[place:place + 1]) for place in places.values()] for row in rows]
+    return pd.DataFrame(cells, columns=list(places), dtype=object), ", ".join(map(_plain, headers[separator])) or "nothing"
+
+# %% ../nbs/40_splitting.ipynb #5c1e7a12
+_PATHS = ("file", "filename", "filepath", "image", "imagename", "imagefile", "imagepath", "picture")
+_GROUPS = ("groupid", "overlapgroup", "patient", "patientid", "slide", "slideid", "case", "caseid", "subject", "subjectid")
+_EXAMPLE = "Expected is a CSV with the first line path,group and a line for each image, such as Pre-B/Snap_001.jpg,patient 7"
+
+def read_groups(path: str | os.PathLike  # CSV with a column of paths and one of groups
+                ) -> pd.DataFrame:  # path, group: as text; rows without a group left out
+    "Read which images belong together. Raises `SplitError` for what is no such table, and for a path in two groups."
+    table, found = _read_columns(path, {"path": _PATHS, "group": _GROUPS})
+    if lacking := [name for name in ("path", "group") if name not in table]:
+        raise SplitError(f"{path}: no column, or more than one, that can be {' or '.join(lacking)} (found: {found}). {_EXAMPLE}")
+    table = table.map(_plain)
+    if table.empty: raise SplitError(f"{path}: no rows. {_EXAMPLE}")
+    if not (table["path"] != "").all():
+        raise SplitError(f"{path}: a row of group {table['group'][table['path'] == ''].iloc[0]!r} has no path. {_EXAMPLE}")
+    table = table[table["group"] != ""].reset_index(drop=True)
+    _refuse_two_groups(path, table["path"], table["group"])
+    return table
+
+def _refuse_two_groups(path: str | os.PathLike, images: pd.Series, groups: pd.Series) -> None:
+    "Raise `SplitError` for an image with more than one group."
+    of_image = groups.groupby(images).unique()
+    torn = of_image[of_image.map(len) > 1]
+    if not len(torn): return
+    more = f" ({len(torn) - 1} more images are in several groups)" if len(torn) > 1 else ""
+    raise SplitError(f"{path}: {torn.index[0]} is in two groups, {torn.iloc[0][0]} and {torn.iloc[0][1]}. Keep one{more}.")
+
+# %% ../nbs/40_splitting.ipynb #5c1e7a15
+def _parts(path: str) -> tuple[str, ...]:
+    "Folders and name of a path as any system writes it."
+    return tuple(part for part in re.split(r"[\\/]+", unicodedata.normalize("NFC", path)) if part not in ("", ".", ".."))
+
+def _tail(one: tuple[str, ...], other: tuple[str, ...]) -> int:
+    "How many parts at the end of two paths are the same."
+    return next((n for n, (a, b) in enumerate(zip(reversed(one), reversed(other))) if a != b), min(len(one), len(other)))
+
+def _meant(name: str, images: Sequence[tuple[str, ...]], real: Mapping[str, int], named: Mapping[str, list[int]],
+           folders: Sequence[str | os.PathLike], once: bool) -> tuple[list[int], bool]:
+    "Places of the images that a listed path may mean, and whether its file name alone tells it, in another folder."
+    files = [os.path.join(folder, each) for folder in folders for each in {name, name.replace("\\", "/")}]
+    if exact := sorted({real[file] for file in map(os.path.realpath, files) if file in real}): return exact, False
+    parts = _parts(name)
+    if not parts or (os.path.isabs(name) and os.path.exists(name)): return [], False  # a file that is none of the images
+    tails = {place: _tail(parts, images[place]) for place in named.get(parts[-1], ())}
+    most = max(tails.values(), default=0)
+    found = [place for place, tail in tails.items() if tail == most]
+    if most != 1 or len(parts) == 1: return found, False
+    trusted = once and len(found) == 1 and not any(map(os.path.exists, files))
+    return (found, True) if trusted else ([], False)
+
+def image_groups(path: str | os.PathLike,  # CSV for `read_groups`
+                 images: Sequence[str | os.PathLike],  # paths of the images
+                 data: str | os.PathLike = "",  # folder of the images, that listed paths may be relative to
+                 log: Callable[[str], object] = warnings.warn  # gets a line about images and rows that were not matched
+                 ) -> list[str]:  # group of each image, empty where none is listed
+    "Find the group of each image in a list. Raises `SplitError` where a row may mean two images, or an image is in two groups."
+    listed, parts = read_groups(path), [_parts(os.fspath(image)) for image in images]
+    real = {os.path.realpath(image): place for place, image in enumerate(images)}
+    named: dict[str, list[int]] = {}
+    for place, each in enumerate(parts): named.setdefault(each[-1], []).append(place)
+    folders = [Path(path).absolute().parent, *([data] if data else []), os.getcwd()]
+    times = Counter("".join(_parts(name)[-1:]) for name in listed["path"].unique())
+    meant, renamed = list[int](), list[str]()
+    for name in listed["path"]:
+        found, by_name = _meant(name, parts, real, named, folders, times["".join(_parts(name)[-1:])] == 1)
+        if len(found) > 1:
+            raise SplitError(f"{path}: {name} may mean {images[found[0]]} or {images[found[1]]}. Write more of its path.")
+        meant.append(found[0] if found else -1)
+        renamed += [name] if by_name else []
+    return _as_listed(path, images, listed.assign(place=meant), renamed, log)
+
+def _as_listed(path: str | os.PathLike, images: Sequence, listed: pd.DataFrame, renamed: list[str], log: Callable) -> list[str]:
+    "Groups in the order of the images; says what has no match."
+    there = listed[listed["place"] >= 0]
+    if there.empty:
+        raise SplitError(f"{path}: none of its {counted(len(listed), 'path')} is an image of this data "
+                         f"({_some(listed['path'], 1)}; an image is {_some(map(str, images), 1)}). {_EXAMPLE}")
+    _refuse_two_groups(path, there["place"].map(lambda place: str(images[place])), there["group"])
+    group = dict(zip(there["place"], there["group"]))
+    alone = [str(image) for place, image in enumerate(images) if place not in group]
+    for names, what in ((alone, "image without a group, each a group of its own"),
+                        (list(listed["path"][listed["place"] < 0]), "row of no image here"),
+                        (renamed, "row matched by the file name alone, its folder is another")):
+        if names: log(f"{path}: {counted(len(names), what.split()[0])}{what[len(what.split()[0]):]}: {_some(names, 3)}")
+    return [group.get(place, "") for place in range(len(images))]
+
 # %% ../nbs/40_splitting.ipynb #c443688c
 def write_split(split: pd.DataFrame,  # as `split_pairs` makes it
                 path: str | os.PathLike  # CSV file
@@ -222,11 +366,15 @@ def read_split(path: str | os.PathLike,  # CSV file with at least pair, class, s
                pairs_table: pd.DataFrame | None = None  # pictures at hand; None leaves them out of the check
                ) -> pd.DataFrame:  # pair, class, subset, sha256, pixels, group
     "Read a split, check it, and compare it with the pictures at hand. Raises `SplitError`."
-    text = {"pair": str, "class": str, "subset": str, "sha256": str, "pixels": str}
-    split = pd.read_csv(path, dtype=text, keep_default_na=False)
-    if lacking := {"pair", "class", "subset", "sha256"} - set(split.columns):
-        raise SplitError(f"{path}: not a split, it lacks {', '.join(sorted(lacking))}.")
-    check_split(split)
+    wanted = ("pair", "class", "subset", "sha256")
+    split, header = _read_columns(path, dict.fromkeys((*wanted, "pixels", "group", "related"), ()))
+    if lacking := set(wanted) - set(split.columns):
+        raise SplitError(f"{path}: not a split, it lacks {', '.join(sorted(lacking))} (found: {header}). "
+                         f"Its first line must name the columns {', '.join(wanted)}: take split.csv of a finished study.")
+    for name in split.columns.intersection(["group", "related"]):
+        if split[name].str.fullmatch(r"\d{1,18}").all(): split[name] = split[name].astype(int)
+    try: check_split(split)
+    except SplitError as error: raise SplitError(f"{path}: {error}") from None
     if pairs_table is None: return split
     here, there = (table.set_index("pair")["sha256"] for table in (usable_pairs(pairs_table), split))
     both = here.index.intersection(there.index)
