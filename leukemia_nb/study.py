@@ -38,7 +38,7 @@ from .images import PictureError, read_picture
 from .models import MODELS
 from .pairing import Pairs
 from .segmentation import METHODS
-from .splitting import SplitError, read_split, smallest_class
+from .splitting import SplitError, image_groups, read_groups, read_split, smallest_class
 
 # %% ../nbs/80_study.ipynb #509aca9b
 @dataclass(frozen=True)
@@ -511,6 +511,7 @@ def check_study(
     _check_run_folder(settings, run)
     images = _check_images(settings, run) if settings.data else []
     if settings.unseen: _check_unseen(settings, run)
+    if settings.groups: _check_groups(settings, images)
     if settings.split_file: _check_split_file(settings, images)
     _check_space(settings, run, images)
 
@@ -582,11 +583,15 @@ def _check_unseen(settings: StudySettings, run: Run) -> None:
     raise PictureError(f"{settings.unseen}: {found}")
 
 
+def _check_groups(settings: StudySettings, images: Sequence[Path]) -> None:
+    "Raise SplitError where a table of groups cannot be read, or does not know the images."
+    if images: image_groups(settings.groups, images, data=settings.data, log=lambda line: None)
+    else: read_groups(settings.groups)
+
+
 def _check_split_file(settings: StudySettings, images: Sequence[Path]) -> None:
     "Raise SplitError where a split cannot be read, or is of other images than these."
-    try: split = read_split(settings.split_file)
-    except (OSError, UnicodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise SplitError(f"{settings.split_file}: not a split ({error}). Name the split.csv of an earlier study.") from None
+    split = read_split(settings.split_file)
     if strange := sorted(set(split["class"]) ^ set(class_names(settings.classes))):
         raise SplitError(f"{settings.split_file}: it and --classes {settings.classes} differ in class {', '.join(strange)}.")
     if not images: return
