@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from .data import class_of, find_pictures
-from .files import atomic_path, shown
+from .files import restored_cell, shown, write_table
 from .images import PictureError, read_picture
 from .models import MODELS
 
@@ -134,7 +134,7 @@ def write_predictions(table: pd.DataFrame,  # predictions
                       ) -> None:
     "Write predictions as CSV, checked, whole or not at all. Raises `PredictionsError`."
     check_predictions(table, path)
-    with atomic_path(path) as temporary: table.to_csv(temporary, index=False, float_format="%.9g")
+    write_table(path, table, float_format="%.9g")
 
 # %% ../nbs/70_evaluation.ipynb #fca871f9
 def read_predictions(path: str | os.PathLike  # CSV written by `write_predictions`
@@ -142,6 +142,7 @@ def read_predictions(path: str | os.PathLike  # CSV written by `write_prediction
     "Read and check the predictions of one model. Raises `PredictionsError`."
     try:
         table = pd.read_csv(path, keep_default_na=False, dtype=dict.fromkeys(KEYS, str))
+        for name in table.columns.intersection(KEYS): table[name] = table[name].map(restored_cell)
     except FileNotFoundError:
         raise PredictionsError(f"{os.fspath(path)}: not there. Run the model's training step first.") from None
     except (ValueError, UnicodeDecodeError) as error:

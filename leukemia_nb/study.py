@@ -367,9 +367,10 @@ def _digest(path: Path) -> str:
 
 # %% ../nbs/80_study.ipynb #93020f4e
 def _listing(path: Path) -> str:
-    "Names, sizes and times of change of the files at or below a path, as one digest."
+    "Names, sizes and times of change of a file, or of the images that a search of a folder finds, as one digest."
     digest = hashlib.sha256()
-    for file in _files(path):
+    search = search_images(path) if path.is_dir() else None
+    for file in [path] if search is None else [*search.paths, *(missed for missed, _ in search.unreachable)]:
         try: seen = f"{(stat := file.stat()).st_size}\0{stat.st_mtime_ns}"
         except OSError as error: seen = str(error.errno)  # a link that leads nowhere, say
         digest.update(os.fsencode(file) + f"\0{seen}\n".encode())
