@@ -15,7 +15,7 @@ import site
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,8 +24,11 @@ from typer.core import TyperGroup
 
 # %% ../nbs/90_command_line.ipynb #6be45166
 class _Commands(TyperGroup):
-    "The commands, which end in one line when they are stopped."
+    "The commands, which end in one line when they are stopped; a polite request to end (SIGTERM) is taken as Ctrl-C is."
     def invoke(self, ctx: Any) -> Any:
+        with suppress(ValueError):  # not in the main thread
+            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         try: return super().invoke(ctx)
         except KeyboardInterrupt: _say("\nleukemia_nb: stopped. Nothing is half-written, and what is finished is kept; "
                                        "the same command goes on, or starts again.", err=True)
@@ -55,7 +58,8 @@ def main() -> None:
         if not is_explained(error): raise
         _say(f"leukemia_nb: {_line(error)}", err=True)
         raise SystemExit(1) from None
-    finally: signal.signal(signal.SIGINT, signal.SIG_DFL)  # the end of Python is not to be stopped with a traceback
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_DFL)  # no traceback of Python's own end
 
 
 def _say(text: str, err: bool = False) -> None:
@@ -106,20 +110,13 @@ def _line(
 
 
 def _prepare_process() -> None:
-    "Streams that take any text, signals that end in order, and a home folder for the libraries that want to write into one."
+    "Streams that take any text, worker processes likewise, and a home folder for the libraries that want to write into one."
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is None: setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     os.environ.update(PYTHONIOENCODING=f"{encoding}:backslashreplace", PYTHONSAFEPATH="1")  # for worker processes
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, _interrupt)
     _prepare_home()
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    "A polite request to end is taken as Ctrl-C is."
-    raise KeyboardInterrupt
 
 
 def _prepare_home() -> None:

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -697,14 +698,22 @@ def _run_group(
     say: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
     "Run steps side by side, each in a kernel of its own; their records as they come, each told."
-    import joblib
-
     beside, environment = min(workers.beside, len(group)), _handed_on()
-    jobs = (joblib.delayed(_attempt)(step, run, step.name in again, beside, environment) for step in group)
-    work = joblib.Parallel(min(workers.n_jobs, len(group)), prefer="threads", batch_size=1, return_as="generator_unordered")
-    for record in work(jobs):
+    calls = [(step, run, step.name in again, beside, environment) for step in group]
+    for record in _on_cluster(calls) if workers.n_jobs < 0 else _in_threads(calls, beside):
         say(f"  {record['step']}: {_outcome(record)}")
         yield record
+
+
+def _on_cluster(calls: list[tuple]) -> Iterator[dict[str, Any]]:
+    "Results of _attempt as the cluster's workers have them."
+    import joblib
+    return joblib.Parallel(-1, return_as="generator_unordered", batch_size=1)(joblib.delayed(_attempt)(*each) for each in calls)
+
+
+def _in_threads(calls: list[tuple], n_jobs: int) -> Iterator[dict[str, Any]]:
+    "Results of _attempt as threads have them, each of which waits for its kernel; this thread is free to be interrupted."
+    with ThreadPool(n_jobs) as pool: yield from pool.imap_unordered(lambda each: _attempt(*each), calls)
 
 # %% ../nbs/80_study.ipynb #f2ca7509
 def _locked(run: Run) -> AbstractContextManager[Any]:
