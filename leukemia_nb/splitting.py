@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .files import counted, write_table
+from .files import counted, shown, write_table
 
 # %% ../nbs/40_splitting.ipynb #28f57d3f
 SUBSETS = ("train", "test", "validation")
@@ -295,6 +295,7 @@ def read_groups(path: str | os.PathLike  # CSV with a column of paths and one of
     if not (table["path"] != "").all():
         raise SplitError(f"{path}: a row of group {table['group'][table['path'] == ''].iloc[0]!r} has no path. {_EXAMPLE}")
     table = table[table["group"] != ""].reset_index(drop=True)
+    if table.empty: raise SplitError(f"{path}: no row has a group. {_EXAMPLE}")
     _refuse_two_groups(path, table["path"], table["group"])
     return table
 
@@ -310,6 +311,10 @@ def _refuse_two_groups(path: str | os.PathLike, images: pd.Series, groups: pd.Se
 def _parts(path: str) -> tuple[str, ...]:
     "Folders and name of a path as any system writes it."
     return tuple(part for part in re.split(r"[\\/]+", unicodedata.normalize("NFC", path)) if part not in ("", ".", ".."))
+
+def _image_parts(path: str | os.PathLike) -> tuple[str, ...]:
+    "Parts of an image's path; bytes that are no UTF-8, which tables hold as `\\xe9`, are taken for cp1252."
+    return _parts(re.sub(r"\\x([89a-f][0-9a-f])", lambda code: bytes.fromhex(code[1]).decode("cp1252", "replace"), shown(path)))
 
 def _tail(one: tuple[str, ...], other: tuple[str, ...]) -> int:
     "How many parts at the end of two paths are the same."
@@ -335,7 +340,7 @@ def image_groups(path: str | os.PathLike,  # CSV for `read_groups`
                  log: Callable[[str], object] = warnings.warn  # gets a line about images and rows that were not matched
                  ) -> list[str]:  # group of each image, empty where none is listed
     "Find the group of each image in a list. Raises `SplitError` where a row may mean two images, or an image is in two groups."
-    listed, parts = read_groups(path), [_parts(os.fspath(image)) for image in images]
+    listed, parts = read_groups(path), [_image_parts(image) for image in images]
     real = {os.path.realpath(image): place for place, image in enumerate(images)}
     named: dict[str, list[int]] = {}
     for place, each in enumerate(parts): named.setdefault(each[-1], []).append(place)

@@ -245,6 +245,12 @@ def test_groups_by_file_name_where_only_one_image_has_it(images, tmp_path):
         matched(tmp_path / "groups.csv", images)
 
 
+@pytest.mark.parametrize("name", ["/data/Pre/caf\\xe9.jpg", "/data/Pre/caf\udce9.jpg"], ids=["as tables hold it", "as the disk holds it"])
+def test_groups_of_an_image_whose_name_is_no_utf8(tmp_path, name):
+    (tmp_path / "groups.csv").write_bytes("path,group\nPre/café.jpg,7\n".encode("cp1252"))
+    assert matched(tmp_path / "groups.csv", [name]) == (["7"], [])
+
+
 def test_file_name_in_another_folder_is_trusted_only_where_it_is_unique_and_said(images, tmp_path):
     (tmp_path / "groups.csv").write_text("path,group\npatient 1/Snap_002.jpg,1\npatient 1/Snap_001.jpg,1\npatient 2/Snap_001.jpg,2\n")
     found, said = matched(tmp_path / "groups.csv", images)
@@ -284,7 +290,7 @@ def test_images_without_a_group_and_rows_without_an_image_are_counted(images, tm
 
 @pytest.mark.parametrize("content, message", [
     (b"", "found: nothing"), (b"Pre/a.jpg,7\nPre/b.jpg,7\n", "found: Pre/a.jpg, 7"), (b"path,note\na.jpg,7\n", "that can be group"),
-    (b"path,patient,slide\na.jpg,7,8\n", "more than one, that can be group"), (b"path,group\n", "no rows"), (b"path,group\n,7\n", "has no path"),
+    (b"path,patient,slide\na.jpg,7,8\n", "more than one, that can be group"), (b"path,group\n", "no rows"), (b"path,group\na.jpg,\n", "no row has a group"), (b"path,group\n,7\n", "has no path"),
     (b"path,group\na,b.jpg,7\n", "'a,b.jpg,7' has more than 2 columns"), (b'path,group\n"a.jpg,7\nb.jpg,8\n', "a quotation mark is not closed"),
     (b"PK\x03\x04\x14\x00\x06\x00\x08\x00", "found: "), (b"\x81\x8d\x8f\xff", "not a text")])
 def test_what_is_no_list_of_groups_is_one_line(tmp_path, content, message):
