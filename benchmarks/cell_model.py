@@ -129,11 +129,15 @@ def edge_numbers(pictures: np.ndarray) -> np.ndarray:
     return population(np.array(rows), np.array(owner), len(pictures))
 
 
+def chosen_on(table: pd.DataFrame) -> np.ndarray:
+    "Places of the images on which the recipe was chosen: the validation part of the exploration, which knew listed groups only."
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0).split(table, table["class"], table["listed"])
+    return [test for _, test in folds][1]
+
+
 def five_folds(table: pd.DataFrame) -> list[np.ndarray]:
     "Places of the test, of the validation (all on which the recipe was chosen, with near-duplicates) and of three more folds."
-    listed = StratifiedGroupKFold(5, shuffle=True, random_state=0).split(table, table["class"], table["listed"])
-    chosen = [test for _, test in listed][1]  # the validation part of the exploration, which knew the listed groups only
-    validation = table["group"].isin(table["group"].iloc[chosen]).to_numpy()
+    validation = table["group"].isin(table["group"].iloc[chosen_on(table)]).to_numpy()
     rest = np.flatnonzero(~validation)
     others = table.iloc[rest]
     folds = StratifiedGroupKFold(4, shuffle=True, random_state=0).split(others, others["class"], others["group"])
@@ -156,7 +160,8 @@ def main() -> None:
     test, everyone = folds[0], np.arange(len(y))
     report: dict = {"pictures": len(y), "groups": int(table.group.nunique()), "grouped_by": GROUPED_BY,
                     "near_duplicate_pairs": len(near), "pairs_across_folds": 0, "test": len(test),
-                    "validation": len(folds[1]), "training": len(y) - len(test) - len(folds[1]), "interval": INTERVAL}
+                    "validation": len(folds[1]), "recipe_chosen_on": len(chosen_on(table)),
+                    "training": len(y) - len(test) - len(folds[1]), "interval": INTERVAL}
 
     say("measuring cells")
     measurer = CellModel(classes=CLASSES)
