@@ -6,6 +6,7 @@
 __all__ = ['app', 'main', 'is_explained', 'synth', 'segment', 'prepare', 'predict', 'compare', 'study']
 
 # %% ../nbs/90_command_line.ipynb #470bd5ba
+import _thread
 import atexit
 import errno
 import os
@@ -14,6 +15,7 @@ import signal
 import site
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -116,7 +118,14 @@ def _prepare_process() -> None:
         elif hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     os.environ.update(PYTHONIOENCODING=f"{encoding}:backslashreplace", PYTHONSAFEPATH="1")  # for worker processes
+    sys.unraisablehook = _stop_again
     _prepare_home()
+
+
+def _stop_again(ignored: Any) -> None:
+    "Ctrl-C that came where Python must ignore errors, as in a callback of an import, would be lost: it is given again."
+    if ignored.exc_type is KeyboardInterrupt: threading.Timer(0.05, _thread.interrupt_main).start()
+    else: sys.__unraisablehook__(ignored)
 
 
 def _prepare_home() -> None:
