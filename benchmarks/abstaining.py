@@ -37,7 +37,7 @@ PHOTOGRAPHS = (
     "clock_motion.png page.png text.png cell.png ihc.png microaneurysms.png"
 ).split()
 ABOUT = {
-    "test": "the test split itself: should be accepted",
+    "test": "the test split itself, of which many images have a near-duplicate in training: should be accepted",
     "full_resolution": "the same photographs in full, some of them of the training part: should be accepted",
     "bccd": "blood smears of another laboratory (BCCD)",
     "pbc_lymphocyte": "single normal lymphocytes of another laboratory (PBC)",
@@ -204,7 +204,7 @@ def choose(run: Run, name: str) -> dict:
 def save(part: str, name: str, found: dict) -> None:
     "Put one model's results into the results file."
     result = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"sources": ABOUT, "models": {}, "choice": {}}
-    result["sources"] = ABOUT
+    result |= {"sources": ABOUT, "interval": "Clopper-Pearson 95 %, images taken as independent"}
     result[part][name] = found
     with atomic_path(RESULTS) as temporary:
         Path(temporary).write_text(json.dumps(result, indent=1) + "\n")

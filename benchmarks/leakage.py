@@ -25,6 +25,9 @@ from leukemia_nb import leakage
 SHARED = Path(os.environ.get("LEUKEMIA_NB_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
+INTERVAL = ("Clopper-Pearson 95 %; recall: percentile bootstrap of groups; random_split: central 95 % of the splits, no interval")
+
+
 def interval(hits: int, number: int) -> list[float]:
     """Exact (Clopper-Pearson) 95 % interval of a share."""
     from scipy.stats import beta
@@ -121,6 +124,7 @@ def main() -> None:
         "proposed": len(proposed), "overlaps_kept": len(overlaps), "overlaps_listed": int(overlaps["listed"].sum()),
         "overlaps_new": len(new), "recall_half_a": recall(truth, groups, in_a),
         "recall_half_b": recall(truth, groups, in_b), "recall_all": recall(truth, groups, in_a | in_b),
+        "interval": INTERVAL,
         "recall_is": "listed pairs = two pictures of one listed group (not every such pair overlaps directly); "
                      "found = in one group found",
         "pairs_across_classes": {"kept": across, "of": len(overlaps),

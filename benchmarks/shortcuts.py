@@ -1,4 +1,5 @@
-"""Shortcut controls on the real pictures, cross-validated over all of them, in random and in grouped folds.
+"""Shortcut controls on the real pictures, cross-validated over all of them, in random folds and in folds of whole groups
+of near-duplicates (`taleqani.py`: found by this project or listed).
 
     nice -n 15 python benchmarks/shortcuts.py [--per-class N] [--jobs 2]
 
@@ -14,23 +15,22 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from leukemia_nb.data import class_of
 from leukemia_nb.files import atomic_path, file_sha256
 from leukemia_nb.images import read_picture
 from leukemia_nb.shortcuts import CONTROLS, control_features, control_table, cross_validate_controls
 from leukemia_nb.uncertainty import cached_features
+from taleqani import GROUPED_BY, check_apart, known_images
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LEUKEMIA_NB_SHARED", ROOT.parent / "shared")) / "data"
 
 
-def known_pictures(per_class: int | None) -> pd.DataFrame:
-    "Files of the three study classes with class and field group; at most `per_class` of each, drawn with seed 0."
-    table = pd.read_csv(SHARED / "taleqani_fields.csv").rename(columns={"overlap_group": "group"})
-    table["class"] = [class_of(name.split("/")[0]) for name in table["file"]]
-    table = table[table["class"].isin(("Normal", "Pre-B", "Pro-B"))].assign(pair=lambda t: t["file"], path=lambda t: t["file"])
+def known_pictures(per_class: int | None) -> tuple[pd.DataFrame, pd.DataFrame]:
+    "Files of the three study classes with class and group, at most `per_class` of each, drawn with seed 0; pairs found."
+    table, near = known_images(SHARED)
+    table = table.assign(pair=table["file"], path=table["file"])
     if per_class: table = table.groupby("class").sample(per_class, random_state=0)
-    return table.sort_values("pair", ignore_index=True)
+    return table.sort_values("pair", ignore_index=True), near
 
 
 class Files:
@@ -57,7 +57,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "leukemia_nb_shortcuts.npz")
     asked = parser.parse_args()
-    table, began = known_pictures(asked.per_class), time.time()
+    table, near = known_pictures(asked.per_class)
+    check_apart(table, near, table.groupby("group").indices.values())  # folds are of whole groups
+    began = time.time()
     features = features_of(table, asked.cache, asked.jobs)
     seconds = {"features": round(time.time() - began, 1)}
     results = {}
@@ -70,6 +72,7 @@ def main() -> None:
                           for row in found.to_dict("records")}
         print(folds, found[["title", "accuracy", "low", "high"]].round(3).to_string(index=False), sep="\n")
     report = {"pictures": len(table), "by_class": table["class"].value_counts().to_dict(), "groups": table["group"].nunique(),
+              "grouped_by": GROUPED_BY,
               "chance": round(float(table["class"].value_counts(normalize=True).iloc[0]), 4),
               "controls": {name: CONTROLS[name].sees for name in features}, "seconds": seconds, "results": results}
     with atomic_path(ROOT / "benchmarks" / "results" / "shortcuts.json") as temporary:

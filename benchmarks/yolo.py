@@ -2,7 +2,8 @@
 
     LEUKEMIA_NB_WEIGHTS=../shared/weights python benchmarks/yolo.py [--per-class 100] [--epochs 3] [--recipe fixed]
 
-Training, validation and test pictures share no field of view (`overlap_group`). Writes benchmarks/results/yolo.json.
+Training, validation and test are of whole groups of near-duplicates (`taleqani.py`: found by this project or listed).
+Writes benchmarks/results/yolo.json.
 """
 import argparse
 import json
@@ -13,27 +14,33 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
+from leukemia_nb.evaluation import exact_interval
 from leukemia_nb.images import read_picture
 from leukemia_nb.models import Pictures, make_model, versions
+from taleqani import GROUPED_BY, INTERVAL, check_apart, known_images
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {"Benign": "Normal", "Pre": "Pre-B", "Pro": "Pro-B"}
 
 
 def parts_of(data: Path, per_class: int) -> dict[str, Pictures]:
-    table = pd.read_csv(data / "taleqani_fields.csv")
-    table["class"] = table.file.str.split("/").str[0].map(FOLDERS)
-    table = table.dropna(subset=["class"])
-    groups = np.random.default_rng(0).permutation(table.overlap_group.unique())
-    place = table.overlap_group.map(dict(zip(groups, np.linspace(0, 1, len(groups)))))
-    parts = {}
+    table, near = known_images(data)
+    groups = np.random.default_rng(0).permutation(table.group.unique())
+    place = table.group.map(dict(zip(groups, np.linspace(0, 1, len(groups)))))
+    parts, places = {}, []
     for name, low, high, number in (("train", 0, 0.7, per_class), ("validation", 0.7, 0.8, 40), ("test", 0.8, 1.01, 80)):
         rows = table[(place >= low) & (place < high)].groupby("class").sample(frac=1, random_state=0)
         rows = rows.groupby("class").head(number)
-        parts[name] = Pictures([read_picture(data / "taleqani" / file) for file in rows.file], rows["class"])
+        places.append(rows.index.to_numpy())
+        parts[name] = Pictures([read_picture(path) for path in rows.path], rows["class"])
+    check_apart(table, near, places)
     return parts
+
+
+def tested(right: np.ndarray) -> dict:
+    "Accuracy on the test with its exact interval."
+    low, high = exact_interval(int(right.sum()), len(right))
+    return {"test_accuracy": round(float(right.mean()), 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 def main() -> None:
@@ -59,11 +66,12 @@ def main() -> None:
             rows.append(dict(
                 model=name, recipe=given.recipe, weights=model.weights_source_, epochs=len(history), kept=model.best_epoch_,
                 train=len(parts["train"]), test=len(parts["test"]), collapsed=model.collapsed_,
-                test_accuracy=float((model.predict(parts["test"]) == parts["test"].labels).mean()),
+                **tested(model.predict(parts["test"]) == parts["test"].labels),
                 val_accuracy=history.val_accuracy.round(4).tolist(), seconds=round(time.perf_counter() - wall, 1),
                 cpu_ms_a_picture=round(1000 * (time.process_time() - cpu) / trained, 1)))
             print(rows[-1], flush=True)
     results = dict(machine=platform.platform(), cores=os.cpu_count(), load=os.getloadavg(),
+                   grouped_by=GROUPED_BY, interval=INTERVAL,
                    versions=versions("torch", "ultralytics"), rows=rows)
     folder = ROOT / "benchmarks" / "results"
     folder.mkdir(exist_ok=True)

@@ -8,19 +8,22 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import signal
 import socket
+import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from .files import OutputError, counted
 
 # %% auto #0
-__all__ = ['ClusterError', 'cluster_backend', 'Workers', 'parallel', 'die_with_parent', 'run_tasks']
+__all__ = ['ClusterError', 'cluster_backend', 'Workers', 'parallel', 'die_with_parent', 'run_tasks', 'KernelStartError',
+           'python_kernel', 'end_kernels']
 
 # %% ../nbs/81_cluster.ipynb #969b4609
 class ClusterError(OSError):
@@ -152,3 +155,83 @@ def run_tasks(
         raise OutputError(f"{reason} {kept()}.") from None
     except KeyboardInterrupt: raise KeyboardInterrupt(f"{out}: stopped. {kept()}.") from None
     return [results[place] for place in range(len(calls))]
+
+# %% ../nbs/81_cluster.ipynb #b1695421
+class KernelStartError(RuntimeError):
+    "A kernel that did not start; a port that another process took meanwhile is the usual reason, and another try helps."
+
+
+def _kernel_environment(
+    own: str,  # folder of the kernel's own
+    more: Mapping[str, str],  # variables to be set beside these
+) -> dict[str, str]:
+    "The environment of this process, without what would let a folder or a user's start-up file into a kernel."
+    paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    fixed = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths), "IPYTHONDIR": own,
+             "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    return {**os.environ, **fixed, **dict.fromkeys(("PYTHONSTARTUP", "PYTHONWARNINGS", "PYTHONOPTIMIZE"), ""), **more}
+
+# %% ../nbs/81_cluster.ipynb #ab14a60e
+_kernels: set[int] = set()  # process numbers of the kernels that this process has started
+
+
+@contextmanager
+def python_kernel(
+    folder: str | os.PathLike,  # working directory
+    environment: Mapping[str, str] | None = None,  # variables set in the kernel
+    inherited: Sequence[int] = (),  # open files that the kernel holds as long as it lives; not on Windows
+) -> Iterator[Any]:  # jupyter_client's KernelManager, whose kernel is ready
+    "A Jupyter kernel of this Python, which ends with the context. Raises KernelStartError."
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import KernelManager
+
+    with tempfile.TemporaryDirectory(prefix="leukemia_nb-kernel-", ignore_cleanup_errors=True) as own:
+        manager = KernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),  # this Python's
+                                connection_file=os.path.join(own, "kernel.json"),
+                                client_class="jupyter_client.asynchronous.AsyncKernelClient")
+        try:
+            variables = _kernel_environment(own, environment or {})
+            _start(manager, own, cwd=os.fspath(folder), env=variables, pass_fds=tuple(inherited))
+            yield manager
+        except BaseException:
+            manager.shutdown_kernel(now=True)
+            raise
+        else: manager.shutdown_kernel()
+        finally: _end(manager)
+
+
+def _start(manager: Any, own: str, **process: Any) -> None:
+    "Start a kernel and wait until it answers. Raises KernelStartError with the last line that it has written."
+    from jupyter_core.utils import run_sync
+    from zmq import ZMQError
+
+    log = os.path.join(own, "kernel.log")
+    arguments = ["--InteractiveShellApp.ignore_cwd=True", "--HistoryManager.hist_file=:memory:", "--log-level=CRITICAL"]
+    try:
+        with open(log, "w") as file: manager.start_kernel(extra_arguments=arguments, stdout=file, stderr=file, **process)
+        _kernels.add(manager.provisioner.pid)
+        client = manager.client()
+        client.start_channels()
+        try: run_sync(client.wait_for_ready)(timeout=600)
+        finally: client.stop_channels()
+    except (RuntimeError, ZMQError) as error:
+        with open(log, encoding="utf-8", errors="replace") as file: said = file.read().split("\n")
+        raise KernelStartError(next((line for line in reversed(said) if line.strip()), str(error))) from error
+
+
+def _end(manager: Any) -> None:
+    "End what is left of a kernel and of the processes it has started."
+    pid = getattr(manager.provisioner, "pid", None)
+    if pid is None: return
+    _kill_group(pid)
+    _kernels.discard(pid)
+
+
+def _kill_group(pid: int) -> None:
+    "Kill a kernel, which leads a process group, and its group."
+    with suppress(OSError, AttributeError): os.killpg(pid, signal.SIGKILL)  # Windows has no groups; it was ended with `now`
+
+
+def end_kernels() -> None:
+    "Kill the kernels that are at work; whoever waits for one is told that it died."
+    for pid in list(_kernels): _kill_group(pid)

@@ -380,9 +380,10 @@ def crossing_groups(split: pd.DataFrame,  # pair, subset
 
 # %% ../nbs/45_leakage.ipynb #a9cb3ec9
 def leakage_report(split: pd.DataFrame,  # pair, subset ("train" and others)
-                   groups: Sequence | np.ndarray  # group of each row
-                   ) -> pd.DataFrame:  # subset, pictures, with_partner, share, low, high: 95 % interval of the share
-    "How many pictures of each other subset have a partner in train. Raises ValueError if the lengths differ."
+                   groups: Sequence | np.ndarray,  # group of each row
+                   pairs: pd.DataFrame | None = None  # near-duplicates found: a and b, as the split names them
+                   ) -> pd.DataFrame:  # subset, pictures, with_partner, share, low, high: 95 % interval; directly, with pairs
+    "How many images of each other subset have a near-duplicate in train, by group. Raises ValueError if the lengths differ."
     if len(groups) != len(split): raise ValueError(f"{len(groups)} groups for {len(split)} rows of the split")
     groups, subset, rows = np.asarray(groups), split["subset"].to_numpy(), []
     learnt = set(groups[subset == "train"])
@@ -392,11 +393,18 @@ def leakage_report(split: pd.DataFrame,  # pair, subset ("train" and others)
         middle, half = share + z ** 2 / (2 * n), z * np.sqrt(share * (1 - share) / n + z ** 2 / (4 * n ** 2))
         low, high = (middle - half) / (1 + z ** 2 / n), (middle + half) / (1 + z ** 2 / n)
         rows.append((name, n, int(partner.sum()), share, max(low, 0.), min(high, 1.)))
-    return pd.DataFrame(rows, columns=["subset", "pictures", "with_partner", "share", "low", "high"])
+    report = pd.DataFrame(rows, columns=["subset", "pictures", "with_partner", "share", "low", "high"])
+    return report if pairs is None else report.assign(directly=[_directly(split, pairs, name) for name in report["subset"]])
+
+def _directly(split: pd.DataFrame, pairs: pd.DataFrame, subset: str) -> int:
+    "Images of a subset that are paired with an image of train."
+    asked, train = (set(split["pair"][split["subset"] == name]) for name in (subset, "train"))
+    ways = [*zip(pairs["a"], pairs["b"]), *zip(pairs["b"], pairs["a"])]
+    return len({one for one, other in ways if one in asked and other in train})
 
 # %% ../nbs/45_leakage.ipynb #168a2cac
 def unrelated_pairs(split: pd.DataFrame  # pair, subset, related: the group of each row
                     ) -> set[str]:
-    "Test pairs that share nothing with a training picture."
+    "Test pairs of which no near-duplicate in training was found or listed."
     learnt = set(split.loc[split["subset"] == "train", "related"])
     return set(split.loc[(split["subset"] == "test") & ~split["related"].isin(learnt), "pair"])

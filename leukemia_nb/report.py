@@ -338,7 +338,7 @@ def data_section(folder: Path) -> str:
     manifest, pairs = _table(folder, "manifest.csv"), _table(folder, "pairs.csv")
     if manifest is None: return ""
     problem = manifest.get("problem", pd.Series("", manifest.index)) != ""
-    counts = pd.DataFrame({"Class": list(dict.fromkeys(manifest["class"]))})
+    counts = pd.DataFrame({"Class": [name for name in dict.fromkeys(manifest["class"]) if name]})  # "": could not be reached
     counts["Pictures"] = [int((manifest["class"] == name).sum()) for name in counts["Class"]]
     counts["Usable"] = [int(((manifest["class"] == name) & ~problem).sum()) for name in counts["Class"]]
     sizes = manifest.loc[~problem].groupby(["width", "height"]).size().sort_values(ascending=False)
@@ -349,8 +349,9 @@ def data_section(folder: Path) -> str:
             "a folder *Normal* or *Benign*; that of the public set holds fields of people under suspicion, with benign "
             "precursors (hematogones) and mature cells among them. *The deck* is the slide deck whose study is reproduced.")
     parts = [prose(text), table_html(counts)]
-    if problem.any():
-        bad = manifest.loc[problem, ["pair", "problem"]].rename(columns=str.capitalize)
+    left_out = _table(folder, "left_out.csv")  # of the split: also those that turned out to lie under two classes
+    bad = (manifest[problem] if left_out is None else left_out)[["pair", "problem"]].rename(columns=str.capitalize)
+    if len(bad):
         parts.append(table_html(bad, "Pictures that could not be used", most=20))
     if pairs is not None and "flag" in pairs:
         flagged = pairs[pairs["flag"] != ""]
@@ -537,8 +538,11 @@ def unseen_section(folder: Path) -> str:
         more += " No folder of new pictures was given: these are test pictures, as examples."
     grid = figure_html(picture, "Pictures with the models' answers", "Each picture with the answers below it."
                        ) if picture.is_file() else ""
+    left_out = _table(folder, "unseen_left_out.csv")
+    bad = "" if left_out is None or left_out.empty else table_html(
+        left_out.rename(columns=str.capitalize), "New images that could not be used", most=20)
     return prose("Answer and confidence of each model for pictures that it was not trained on. A cross marks a wrong answer."
-                 + more) + grid + f"<div class='scroll'>{unseen_html(shown)}</div>"
+                 + more) + grid + f"<div class='scroll'>{unseen_html(shown)}</div>" + bad
 
 # %% ../nbs/75_report.ipynb #fa8d4fba
 def reproduction_section(folder: Path) -> str:

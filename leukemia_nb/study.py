@@ -5,31 +5,41 @@
 # %% auto #0
 __all__ = ['PREPARED', 'SPLIT', 'COUNTERFACTUALS', 'EMBEDDED', 'SMOKE', 'Run', 'StudyError', 'StudySettings', 'class_names',
            'Step', 'study_steps', 'generations', 'named', 'needed', 'study_notebook', 'check_parameters', 'fingerprint',
-           'finished', 'run_step', 'run_study', 'versions', 'run_pairs', 'smoke_run']
+           'finished', 'run_step', 'check_study', 'check_prepared', 'run_study', 'versions', 'run_pairs', 'smoke_run']
 
 # %% ../nbs/80_study.ipynb #46a37d65
 import hashlib
+import importlib.util
 import json
+import logging
 import os
 import platform
 import re
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from .cluster import parallel
-from .data import CLASSES, FOUR_CLASSES
-from .files import atomic_path, file_sha256, read_table, write_table
+from .cluster import KernelStartError, Workers, end_kernels, parallel, python_kernel
+from .data import (CLASSES, FOUR_CLASSES, NO_PICTURES, _nothing_found, _sort_by_class, check_apart, check_folder,
+                              find_pictures, search_images)
+from .files import (counted, file_sha256, is_output_folder, mark_output_folder, read_table, write_json,
+                               write_table)
 from . import models
+from .images import PictureError, read_picture
 from .models import MODELS
 from .pairing import Pairs
+from .segmentation import METHODS
+from .splitting import SplitError, image_groups, read_groups, read_split, smallest_class
 
 # %% ../nbs/80_study.ipynb #509aca9b
 @dataclass(frozen=True)
@@ -67,8 +77,7 @@ class Run:
     def write_json(self, content: Any, *parts: str) -> Path:
         "Write a JSON file of the run, whole or not at all; gives its path."
         path = self.path(*parts)
-        with atomic_path(path) as temporary:
-            Path(temporary).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        write_json(path, content)
         return path
 
     def json(self, *parts: str) -> Any:
@@ -106,14 +115,24 @@ class StudySettings:
         object.__setattr__(self, "models", tuple(self.models))
         object.__setattr__(self, "train", tuple(self.train))
         for name in ("data", "unseen", "groups", "split_file"):
-            if (value := getattr(self, name)) and not Path(value).exists():
-                raise StudyError(f"{value}: {name} is not there. Check the path.")
+            if not (value := getattr(self, name)): continue
+            object.__setattr__(self, name, os.path.abspath(value))  # the notebooks run in the run folder
+            if not os.path.exists(value): raise StudyError(f"{value}: {name} is not there. Check the path.")
         for name, allowed in {"classes": (3, 4), "split": ("deck", "grouped"), "recipe": ("fixed", "deck"),
-                              "weights": ("imagenet", "local", "random")}.items():
+                              "weights": ("imagenet", "local", "random"), "segmentation": tuple(METHODS)}.items():
             if getattr(self, name) not in allowed:
                 raise StudyError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(str, allowed))}.")
+        for name, least in {"per_class": smallest_class(), "image_size": 32, "n_jobs": 1, "seed": 0, "epochs": 0}.items():
+            if getattr(self, name) < least: raise StudyError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        self._check_models()
+
+    def _check_models(self) -> None:
+        "Raise StudyError for models that are none, and for settings of models that read wrong or have no model."
+        if not self.models: raise StudyError(f"no model is named; the models are {', '.join(MODELS)}.")
         if unknown := [model for model in self.models if model not in MODELS]:
             raise StudyError(f"unknown model {', '.join(unknown)}; the models are {', '.join(MODELS)}.")
+        if double := [model for model, times in Counter(self.models).items() if times > 1]:
+            raise StudyError(f"model {', '.join(double)} is named more than once. Name each model once.")
         for model in self.models:
             self.model_settings(model)
         if unknown := sorted({text.split(":")[0] for text in self.train} - set(self.models)):
@@ -121,8 +140,13 @@ class StudySettings:
 
     def check_model(self, model: str) -> None:
         "Raise StudyError for settings that the model's class does not have or does not allow."
-        try: models.make_model(model, **self.model_settings(model))
-        except models.ModelError as error: raise StudyError(str(error)) from None
+        settings = self.model_settings(model)
+        if "classes" in settings or settings["image_size"] != self.image_size:
+            raise StudyError(f"{model}: classes and image_size are the whole study's. Set them with --classes and --image-size.")
+        try: models.make_model(model, **settings)
+        except models.ModelError as error: raise StudyError(f"{model}: {str(error).removeprefix(f'{model}: ')}") from None
+        except (TypeError, ValueError) as error:
+            raise StudyError(f"{model}: one of its settings is of the wrong kind: {', '.join(self.train)} ({error}).") from None
 
     def model_settings(self, model: str) -> dict[str, Any]:
         "The settings of one model's classifier, with its own entries of `train` taken over."
@@ -314,23 +338,44 @@ def check_parameters(
         raise StudyError(f"{notebook.name}: unknown parameter {', '.join(unknown)}; it knows {', '.join(known)}.")
 
 # %% ../nbs/80_study.ipynb #809fe265
+_LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "__pycache__")  # what file managers and Python leave behind
+
+
+def _files(path: Path) -> list[Path]:
+    "Files below a folder, or the one file, in order; without hidden ones, litter, and folders inside that leukemia_nb wrote."
+    if not path.is_dir(): return [path]
+    found = []
+    for folder, names, files in os.walk(path):
+        here = Path(folder)
+        names[:] = [name for name in names if _counts(name) and not is_output_folder(here / name)]
+        found += [here / name for name in files if _counts(name)]
+    return sorted(found)
+
+
+def _counts(name: str) -> bool:
+    "Whether a file or folder of this name is content."
+    return not name.startswith(".") and name.lower() not in _LITTER
+
+
 def _digest(path: Path) -> str:
     "SHA-256 of a file's content, or of the names and contents below a folder; 'missing' where nothing is."
-    if path.is_file():
-        return file_sha256(path)
     if not path.is_dir():
-        return "missing"
+        return file_sha256(path) if path.is_file() else "missing"
     digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(f"{file.relative_to(path)}\0{_digest(file)}\0".encode())
+    for file in _files(path):
+        digest.update(os.fsencode(file.relative_to(path)) + f"\0{_digest(file)}\0".encode())
     return digest.hexdigest()
 
 # %% ../nbs/80_study.ipynb #93020f4e
 def _listing(path: Path) -> str:
-    "Names, sizes and times of change of the files at or below a path, as one digest."
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    rows = [f"{file}\0{(stat := file.stat()).st_size}\0{stat.st_mtime_ns}" for file in files]
-    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+    "Names, sizes and times of change of a file, or of the images that a search of a folder finds, as one digest."
+    digest = hashlib.sha256()
+    search = search_images(path) if path.is_dir() else None
+    for file in [path] if search is None else [*search.paths, *(missed for missed, _ in search.unreachable)]:
+        try: seen = f"{(stat := file.stat()).st_size}\0{stat.st_mtime_ns}"
+        except OSError as error: seen = str(error.errno)  # a link that leads nowhere, say
+        digest.update(os.fsencode(file) + f"\0{seen}\n".encode())
+    return digest.hexdigest()
 
 # %% ../nbs/80_study.ipynb #4d5798c3
 def fingerprint(step: Step, run: Run, notebook: Path) -> str:
@@ -359,14 +404,20 @@ def _library_digest() -> str:
     return hashlib.sha256("\0".join(map(_digest, sources)).encode()).hexdigest()
 
 # %% ../nbs/80_study.ipynb #3550e6e7
+def _record(step: Step, run: Run) -> dict[str, Any]:
+    "A step's record; empty where there is none, or one that is cut or makes no sense."
+    try: record = run.json("steps", f"{step.name}.json")
+    except (OSError, ValueError): return {}
+    whole = isinstance(record, dict) and isinstance(record.get("fingerprint"), str) and isinstance(record.get("outputs"), dict)
+    return record if whole and isinstance(record.get("seconds"), int | float) and record["outputs"] else {}
+
+
 def finished(step: Step, run: Run, print_: str) -> bool:
     "Whether the step's record has this fingerprint and its outputs are as recorded."
-    record_path = run.folder / "steps" / f"{step.name}.json"
-    if not record_path.is_file():
-        return False
-    record = json.loads(record_path.read_text(encoding="utf-8"))
-    same = all(_digest(run.folder / name) == seen for name, seen in record["outputs"].items())
-    return record["fingerprint"] == print_ and same
+    record = _record(step, run)
+    if record.get("fingerprint") != print_: return False
+    return set(record["outputs"]) == set(step.outputs) and all(
+        _digest(run.folder / name) == seen for name, seen in record["outputs"].items())
 
 # %% ../nbs/80_study.ipynb #f4ec95fd
 def run_step(
@@ -374,31 +425,24 @@ def run_step(
     run: Run,  # the run folder
     notebook: Path | None = None,  # the notebook's path, where it is not one of the package's
     redo: bool = False,  # run it even if it is finished and unchanged
+    environment: Mapping[str, str] | None = None,  # variables set in its kernel
 ) -> dict[str, Any]:
     "Run a step unless it is finished and unchanged; gives its record. Raises StudyError that names the partial notebook."
-    import papermill
-
     notebook = notebook or study_notebook(step.notebook)
     parameters = {"run": str(run.folder.resolve()), **step.parameters}
     check_parameters(notebook, parameters)
     print_, library = fingerprint(step, run, notebook), _library_digest()
     if not redo and finished(step, run, print_):
-        record = run.json("steps", f"{step.name}.json")
+        record = _record(step, run)
         return {**record, "skipped": True, "outdated": record.get("library") != library}
-    run.folder.joinpath("steps", f"{step.name}.json").unlink(missing_ok=True)
-    partial, began = run.path("notebooks", f"{step.name}.partial.ipynb"), time.time()
-    try:
-        papermill.execute_notebook(str(notebook), str(partial), parameters, progress_bar=False, cwd=str(run.folder),
-                                   stdout_file=sys.stdout, extra_arguments=["--log-level=CRITICAL"])
-    except papermill.PapermillExecutionError as error:
-        raise StudyError(f"step {step.name} failed: {error.ename}: {error.evalue}\nThe notebook up to there: {partial}") from None
-    if missing := [name for name in step.outputs if not (run.folder / name).exists()]:
-        raise StudyError(f"step {step.name} ended without writing {', '.join(missing)}. Its notebook: {partial}")
-    os.replace(partial, partial.with_name(f"{step.name}.ipynb"))
-    record = {"step": step.name, "fingerprint": print_, "library": library, "seconds": round(time.time() - began, 1),
-              "began": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(began)),
-              "outputs": {name: _digest(run.folder / name) for name in step.outputs}}
-    run.write_json(record, "steps", f"{step.name}.json")
+    began = time.time()
+    with _step_lock(run, step.name) as held:
+        run.folder.joinpath("steps", f"{step.name}.json").unlink(missing_ok=True)
+        _execute(step, run, notebook, parameters, environment or {}, held)
+        record = {"step": step.name, "fingerprint": print_, "library": library, "seconds": round(time.time() - began, 1),
+                  "began": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(began)),
+                  "outputs": {name: _digest(run.folder / name) for name in step.outputs}}
+        run.write_json(record, "steps", f"{step.name}.json")
     return {**record, "skipped": False, "outdated": False}
 
 
@@ -408,17 +452,209 @@ def _outcome(record: dict[str, Any]) -> str:
     if not record["skipped"]: return f"{record['seconds']:.0f} s"
     return "unchanged" + (f", but the library's code has changed since: --redo {record['step']}" if record["outdated"] else "")
 
+# %% ../nbs/80_study.ipynb #92060243
+_MEMORY = ("Memory may have run out: close other programs, or use a smaller --n-jobs, a smaller --image-size or "
+           "--train MODEL:batch_size=8")
+_DISK = "The disk is full: free some space"
+
+
+def _execute(
+    step: Step,
+    run: Run,
+    notebook: Path,
+    parameters: dict[str, Any],
+    environment: Mapping[str, str],  # variables set in the kernel
+    held: tuple[int, ...],  # open files that the kernel holds
+) -> None:
+    "Run a step's notebook to its end and see that it has written its outputs. Raises StudyError."
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from zmq import ZMQError
+
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # its errors are told here
+    partial = run.path("notebooks", f"{step.name}.partial.ipynb")
+    for attempt in (1, 2, 3):
+        try:
+            with python_kernel(run.folder.resolve(), environment, held) as kernel:
+                papermill.execute_notebook(_plain(notebook), _plain(partial.resolve()), parameters, progress_bar=False, km=kernel,
+                                           stdout_file=sys.stdout)
+            break
+        except (KernelStartError, ZMQError) as error:  # most often "Address already in use"
+            if attempt == 3: raise StudyError(f"step {step.name}: no Python kernel starts ({error}). {_MEMORY}.") from error
+        except (DeadKernelError, papermill.PapermillExecutionError) as error:
+            name, text = getattr(error, "ename", ""), getattr(error, "evalue", "")
+            reason = _reason(name, text) if name else f"its process was killed. {_MEMORY}."
+            raise StudyError(f"step {step.name} failed: {reason}\nThe notebook up to there: {partial}") from None
+    if missing := [name for name in step.outputs if not (run.folder / name).exists()]:
+        raise StudyError(f"step {step.name} ended without writing {', '.join(missing)}. Its notebook: {partial}")
+    os.replace(partial, partial.with_name(f"{step.name}.ipynb"))
+
+
+def _plain(path: Path) -> str:
+    "A path for papermill, which takes braces for a template."
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def _reason(name: str, text: str) -> str:
+    "An error of a notebook in words, with the remedy where the machine is the cause."
+    if name in ("MemoryError", "ResourceExhaustedError", "OutOfMemoryError"): return f"{name}: {text}. {_MEMORY}."
+    bare = "No space left on device" in text and "Free some space" not in text
+    return f"{name}: {text}" + (f". {_DISK}." if bare else "")
+
+# %% ../nbs/80_study.ipynb #468c6f3e
+def check_study(
+    settings: StudySettings,  # what is to be done
+    run: Run,  # where; need not exist yet
+) -> None:
+    "Raise StudyError, PictureError, SplitError or OutputError for a study that cannot end well; nothing is written."
+    _check_packages(settings)
+    for model in settings.models: settings.check_model(model)
+    _check_weights(settings)
+    _check_run_folder(settings, run)
+    images = _check_images(settings, run) if settings.data else []
+    if settings.unseen: _check_unseen(settings, run)
+    if settings.groups: _check_groups(settings, images)
+    if settings.split_file: _check_split_file(settings, images)
+    _check_space(settings, run, images)
+
+
+_PACKAGES = ("papermill", "nbformat", "ipykernel", "sklearn", "seaborn", "markdown_it", "tensorflow", "keras", "onnx", "tf2onnx")
+
+
+def _check_packages(settings: StudySettings) -> None:
+    "Raise StudyError where libraries of the steps are not installed."
+    torch = any(MODELS[model].framework == "torch" for model in settings.models)
+    missing = [name for name in (*_PACKAGES, *(("torch", "torchvision", "ultralytics") if torch else ())) if not _installed(name)]
+    if missing:
+        raise StudyError(f"a study needs packages that are not installed: {', '.join(missing)}. Install them: "
+                         "pip install 'leukemia_nb[train]', or in a checkout: pip install '.[train]'.")
+
+
+def _installed(name: str) -> bool:
+    "Whether a package can be imported, which is not done."
+    try: return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError): return name in sys.modules
+
+
+def _check_weights(settings: StudySettings) -> None:
+    "Raise StudyError where local weights are asked for and their folder is not named, or has none."
+    given = os.environ.get("LEUKEMIA_NB_WEIGHTS")
+    asked = {str(settings.model_settings(model)["weights"]) for model in settings.models} - {"random"}
+    if not asked: return
+    if given and not Path(given).is_dir():
+        raise StudyError(f"LEUKEMIA_NB_WEIGHTS={given} is not a folder. Correct it, or unset it.")
+    if "local" in asked and not given:
+        raise StudyError("weights local: the variable LEUKEMIA_NB_WEIGHTS names no folder. Set it to the folder of weight files, "
+                         "or choose --weights random.")
+    if "local" in asked and given and not any(Path(given).glob("*.h5")) and not any(Path(given).glob("*.pt")):
+        raise StudyError(f"weights local: no weight files (.h5, .pt) in LEUKEMIA_NB_WEIGHTS={given}. Put them there, "
+                         "or choose --weights random.")
+
+# %% ../nbs/80_study.ipynb #bcf4ded2
+def _check_run_folder(settings: StudySettings, run: Run) -> None:
+    "Raise PictureError, OutputError or StudyError for a run folder in which images lie that are no study's."
+    for folder in filter(None, (settings.data, settings.unseen)):
+        check_folder(folder)
+        check_apart(folder, run.folder)
+    if is_output_folder(run.folder) or (run.folder / "study.json").is_file() or not run.folder.is_dir(): return
+    if found := find_pictures(run.folder):  # they would count as output from now on
+        raise StudyError(f"{run.folder}: holds images that no study wrote ({found[0]}). Choose another folder with --run.")
+
+
+def _check_images(settings: StudySettings, run: Run) -> list[Path]:
+    "The images of the classes, unopened. Raises PictureError where a class has none or too few for the split."
+    search, rows, unknown = _sort_by_class(search_images(settings.data, run.folder), names := class_names(settings.classes))
+    if not search.paths: raise PictureError(_nothing_found(search, unknown, names))
+    found = set(search.paths)
+    counts = Counter(label for path, label in rows if path in found)
+    for name in names:
+        if counts[name] < (least := smallest_class()):
+            few = f"class {name} has {counted(counts[name], 'image')}, and the split needs {least} of each class"
+            raise PictureError(f"{settings.data}: {few}. Add images, or name their folder after the class ({search.summary()}).")
+    return search.paths
+
+
+def _check_unseen(settings: StudySettings, run: Run) -> None:
+    "Raise PictureError where a folder of new images has none that can be read."
+    problems = []
+    for path in find_pictures(settings.unseen, run.folder):
+        try: read_picture(path)
+        except PictureError as error: problems.append(str(error))
+        else: return
+    found = f"none of its {counted(len(problems), 'image')} can be read: {problems[0]}" if problems else NO_PICTURES
+    raise PictureError(f"{settings.unseen}: {found}")
+
+
+def _check_groups(settings: StudySettings, images: Sequence[Path]) -> None:
+    "Raise SplitError where a table of groups cannot be read, or does not know the images."
+    if images: image_groups(settings.groups, images, data=settings.data, log=lambda line: None)
+    else: read_groups(settings.groups)
+
+
+def _check_split_file(settings: StudySettings, images: Sequence[Path]) -> None:
+    "Raise SplitError where a split cannot be read, or is of other images than these."
+    split = read_split(settings.split_file)
+    if strange := sorted(set(split["class"]) ^ set(class_names(settings.classes))):
+        raise SplitError(f"{settings.split_file}: it and --classes {settings.classes} differ in class {', '.join(strange)}.")
+    if not images: return
+    here = {file_sha256(path) for path in images if os.access(path, os.R_OK)}
+    if lost := [pair for pair, digest in zip(split["pair"], split["sha256"]) if digest not in here]:
+        raise SplitError(f"{settings.split_file} is of other images: {len(lost)} of its {len(split)} are not in {settings.data}, "
+                         f"{lost[0]} is one. Use the images it was made of, or make a new split.")
+
+
+def _check_space(settings: StudySettings, run: Run, images: Sequence[Path]) -> None:
+    "Raise StudyError where the disk has clearly too little room for what the study will write."
+    made = len(images) or settings.per_class * settings.classes
+    area = 3 * settings.image_size**2  # bytes of an image; as PNG about half of it
+    smears = 0 if images else made * 3 * 384 * 512 // 2
+    needed_ = made * area + smears + settings.audit * 6 * area + 40_000_000 * len(settings.models) + 10_000_000
+    there = next(folder for folder in (run.folder, *run.folder.absolute().parents) if folder.is_dir())
+    left = needed_ - sum(file.stat().st_size for file in _files(run.folder) if file.is_file())
+    if (free := shutil.disk_usage(there).free) < left:
+        raise StudyError(f"{run.folder}: about {left / 1e9:.2f} GB will be written, and the disk has {free / 1e9:.2f} GB free. "
+                         "Free some space, or choose another folder with --run.")
+
+# %% ../nbs/80_study.ipynb #49dfd291
+def check_prepared(
+    settings: StudySettings,  # what is to be done
+    run: Run,  # its prepare step is finished
+) -> None:
+    "Raise StudyError where images that leukemia_nb has written were taken for data."
+    manifest = run.table("manifest.csv")
+    if settings.data:
+        for folder in sorted({os.path.dirname(path) for path in manifest.path}): _refuse_written(folder)
+    written = {file_sha256(path): path for path in sorted((run.folder / "pairs").rglob("*.png"))}
+    for path, digest in zip(manifest.path, manifest.sha256):
+        if digest in written:
+            raise StudyError(f"{path}: the same file as {written[digest]}, which this study wrote: images written by leukemia_nb "
+                             "are among the data. Remove them from the data folder.")
+
+
+def _refuse_written(folder: str) -> None:
+    "Raise StudyError for a folder that leukemia_nb wrote, or that lies in one."
+    try: check_folder(folder)
+    except PictureError as error:
+        if "written by leukemia_nb" in str(error): raise StudyError(f"{error}") from None
+
 # %% ../nbs/80_study.ipynb #7fb797f7
 def _attempt(step: Step, run: Run, redo: bool, beside: int, environment: dict[str, str]) -> dict[str, Any]:
     "run_step with its share of the machine's threads, and the error as a value, so that the steps beside it go on."
     threads = str(max(1, (os.cpu_count() or 1) // beside))
-    os.environ.update(environment, OMP_NUM_THREADS=threads, TF_NUM_INTRAOP_THREADS=threads, TF_NUM_INTEROP_THREADS="1")
+    shares = {"OMP_NUM_THREADS": threads, "TF_NUM_INTRAOP_THREADS": threads, "TF_NUM_INTEROP_THREADS": "1"}
     try:
         if not (run.folder / "study.json").is_file():
             raise StudyError(f"{run.folder}: {platform.node()} does not see it. Machines of a cluster must share a file system.")
-        return run_step(step, run, redo=redo)
-    except StudyError as error:
-        return {"step": step.name, "error": str(error)}
+        return run_step(step, run, redo=redo, environment=environment | shares)
+    except StudyError as error: return {"step": step.name, "error": str(error)}
+    except OSError as error:
+        return {"step": step.name, "error": f"step {step.name} failed: {_reason(type(error).__name__, str(error))}"}
+
+
+def _handed_on() -> dict[str, str]:
+    "Variables that decide what a step does, for kernels here and on other machines, whose working directory is the run folder."
+    weights = {name: os.path.abspath(os.environ[name]) for name in ("LEUKEMIA_NB_WEIGHTS",) if os.environ.get(name)}
+    return {"KERAS_BACKEND": "tensorflow", "TF_USE_LEGACY_KERAS": "0"} | weights
 
 # %% ../nbs/80_study.ipynb #9ea69610
 def run_study(
@@ -430,28 +666,54 @@ def run_study(
     until: Sequence[str] = (),  # only what these steps or kinds of step ("train") need, and they themselves; empty: all
     cluster: str = "",  # address of a Dask scheduler, as tcp://head:8786, whose workers run the steps
 ) -> Run:
-    "Run a study, or what of it is not finished; gives the run. Raises StudyError when a step fails, ClusterError."
-    import joblib
+    """Run a study, or what of it is not finished; gives the run.
 
+    Raises StudyError when a step fails, and before any step for what cannot end well, as `check_study` does; ClusterError.
+    """
     steps = study_steps(settings)
     again, wanted = named(steps, redo), needed(steps, until)
-    for model in settings.models: settings.check_model(model)
     run = Run(Path(folder).resolve() if cluster else Path(folder))
-    environment = {name: os.environ[name] for name in ("LEUKEMIA_NB_WEIGHTS",) if name in os.environ}
+    check_study(settings, run)
     with _locked(run), parallel(n_jobs, cluster) as workers:
+        _wait_for_workers(run)
+        mark_output_folder(run.folder)
         run.write_json(asdict(settings) | {"versions": versions()}, "study.json")
         for group in generations(wanted):
-            names = ", ".join(step.name for step in group)
-            say(f"{names} …")
-            beside = min(workers.beside, len(group))
-            jobs = (joblib.delayed(_attempt)(step, run, step.name in again, beside, environment) for step in group)
-            errors = []
-            for record in joblib.Parallel(min(workers.n_jobs, len(group)), return_as="generator_unordered", batch_size=1)(jobs):
-                say(f"  {record['step']}: {_outcome(record)}")
-                errors += [record["error"]] if "error" in record else []
+            say(f"{', '.join(step.name for step in group)} …")
+            try: errors = [record["error"] for record in _run_group(group, run, again, workers, say) if "error" in record]
+            except BaseException:
+                end_kernels()
+                raise
             if errors:
                 raise StudyError("\n".join(errors) + "\nWhat is finished stays finished; the same command goes on from here.")
+            if any(step.name == "prepare" for step in group): check_prepared(settings, run)
     return run
+
+
+def _run_group(
+    group: list[Step],
+    run: Run,
+    again: set[str],  # names of finished steps to run again
+    workers: Workers,
+    say: Callable[[str], None],
+) -> Iterator[dict[str, Any]]:
+    "Run steps side by side, each in a kernel of its own; their records as they come, each told."
+    beside, environment = min(workers.beside, len(group)), _handed_on()
+    calls = [(step, run, step.name in again, beside, environment) for step in group]
+    for record in _on_cluster(calls) if workers.n_jobs < 0 else _in_threads(calls, beside):
+        say(f"  {record['step']}: {_outcome(record)}")
+        yield record
+
+
+def _on_cluster(calls: list[tuple]) -> Iterator[dict[str, Any]]:
+    "Results of _attempt as the cluster's workers have them."
+    import joblib
+    return joblib.Parallel(-1, return_as="generator_unordered", batch_size=1)(joblib.delayed(_attempt)(*each) for each in calls)
+
+
+def _in_threads(calls: list[tuple], n_jobs: int) -> Iterator[dict[str, Any]]:
+    "Results of _attempt as threads have them, each of which waits for its kernel; this thread is free to be interrupted."
+    with ThreadPool(n_jobs) as pool: yield from pool.imap_unordered(lambda each: _attempt(*each), calls)
 
 # %% ../nbs/80_study.ipynb #f2ca7509
 def _locked(run: Run) -> AbstractContextManager[Any]:
@@ -463,6 +725,40 @@ def _locked(run: Run) -> AbstractContextManager[Any]:
     except OSError as error:
         reason = error.strerror or error
         raise StudyError(f"{run.folder}: cannot be written ({reason}). Name another folder with --run.") from None
+
+# %% ../nbs/80_study.ipynb #ab034e8d
+try: import fcntl
+except ImportError: fcntl = None  # type: ignore[assignment]  # Windows
+
+
+@contextmanager
+def _step_lock(
+    run: Run,
+    name: str,  # of the step
+    patience: float = 20,  # seconds to wait for a process of an earlier study to end
+) -> Iterator[tuple[int, ...]]:  # the lock's open file, for the step's kernel: as long as that lives, the step is locked
+    "Lock a step against other studies, also on other machines of a shared file system. Raises StudyError."
+    if fcntl is None:
+        yield ()  # without such locks a kernel ends within a second after the study
+        return
+    file, end = os.open(run.path("steps", f".{name}.lock"), os.O_RDWR | os.O_CREAT, 0o666), time.monotonic() + patience
+    try:
+        while True:
+            try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise StudyError(f"{run.folder}: step {name} of an earlier study is still being run by one of its workers. "
+                                     "Wait for it, or use another --run.") from None
+                time.sleep(0.2)
+            else: break
+        yield (file,)
+    finally: os.close(file)
+
+
+def _wait_for_workers(run: Run) -> None:
+    "Wait until no process of an earlier study, which was killed, is at work in a run folder. Raises StudyError."
+    for path in sorted(run.folder.glob("steps/.*.lock")):
+        with _step_lock(run, path.name[1:].removesuffix(".lock")): pass
 
 # %% ../nbs/80_study.ipynb #c7e246a6
 def versions() -> dict[str, str]:

@@ -326,14 +326,10 @@ def training_settings(
     layers: int,  # number of layers of its network, the classifying one included
 ) -> dict[str, Any]:
     "A model's settings in ultralytics' words; what is not named here keeps ultralytics' default. Raises ModelError."
-    if model.image_size % 32:
-        raise ModelError(f"image_size={model.image_size} is not a multiple of 32, as YOLO needs. The usual one is 224.")
     import torch
     if model.gpus > max(1, torch.cuda.device_count()):
         raise ModelError(f"gpus={model.gpus}, but torch sees {torch.cuda.device_count()} GPUs here. Use gpus=1, which takes one "
                          "if there is one.")
-    if model.learning_rate > 1:
-        raise ModelError(f"learning_rate={model.learning_rate!r} is above 1, which ultralytics refuses. The usual one is 0.001.")
     settings: dict[str, Any] = dict(
         model=f"{model.name}n-cls.yaml", epochs=model.epochs, batch=model.batch_size, imgsz=model.image_size,
         seed=model.seed, patience=0,  # the study's `History` decides when to stop
@@ -350,6 +346,15 @@ def training_settings(
 class YoloClassifier(PictureClassifier):
     "A YOLO nano classifier; `name` says which. Trains whole unless `fine_tune=False`; a GPU is used if there is one."
     name = "yolo"
+
+    def check_settings(self) -> YoloClassifier:
+        "Return self, or raise ModelError naming the setting, its value, and what is allowed."
+        super().check_settings()
+        if self.image_size % 32:
+            raise ModelError(f"image_size={self.image_size} is not a multiple of 32, as YOLO needs. The usual one is 224.")
+        if self.learning_rate > 1:
+            raise ModelError(f"learning_rate={self.learning_rate!r} is above 1, which ultralytics refuses. Usual is 0.001.")
+        return self
 
     def _fit(self, train: Any, validation: Any, history: History) -> None:
         yolo_framework()

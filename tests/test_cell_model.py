@@ -1,6 +1,9 @@
 """The cell-centred model: it sees cells and nothing else, and it is a classifier like the others."""
+from pathlib import Path
+
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 
 from leukemia_nb.cell_model import (
@@ -154,3 +157,18 @@ def test_two_classes(sources):
 def test_is_registered():
     assert MODELS["cells"].title == "Cell-centred (ours)"
     assert isinstance(make_model("cells", weights="random", image_size=64), CellModel)
+
+
+def test_benchmark_tests_on_no_near_duplicate_of_what_it_was_trained_or_chosen_on(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    from cell_model import chosen_on, five_folds
+    random = np.random.default_rng(0)
+    table = pd.DataFrame({"class": np.repeat(CLASSES, 120), "listed": np.arange(360) // 2})
+    table["group"] = np.where(random.random(360) < 0.3, table["listed"] // 4, 1000 + table["listed"])  # some more are found
+    table["group"] = table.groupby("listed")["group"].transform("first")
+    folds = five_folds(table)
+    assert sorted(np.concatenate(folds)) == list(range(360))
+    fold = np.empty(360, int)
+    for number, places in enumerate(folds): fold[places] = number
+    assert pd.Series(fold).groupby(table["group"]).nunique().max() == 1
+    assert set(fold[chosen_on(table)]) == {1}

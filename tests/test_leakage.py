@@ -1,4 +1,7 @@
 """Leakage: copies and overlapping fields are found, look-alikes are not; against the listed groups on real pictures."""
+import json
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pandas as pd
@@ -8,6 +11,8 @@ from hypothesis import given, settings, strategies as st
 from leukemia_nb import leakage
 from leukemia_nb.images import PictureError, write_picture
 from leukemia_nb.synthetic import smear
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +140,54 @@ def test_report_counts_partners_in_train_only():
     assert leakage.crossing_groups(split, groups)["group"].tolist() == [0, 2]
     for function in (leakage.leakage_report, leakage.crossing_groups):
         with pytest.raises(ValueError, match="5 groups for 6"): function(split, groups[:5])
+
+
+def test_report_tells_direct_pairs_from_those_by_way_of_a_third_image():
+    split = pd.DataFrame({"pair": list("abcde"), "subset": ["train", "test", "test", "validation", "test"]})
+    pairs = pd.DataFrame({"a": ["b", "b", "d"], "b": ["a", "c", "e"]})  # c is tied to a through b alone
+    groups = leakage.group_pictures(split["pair"], pairs)
+    report = leakage.leakage_report(split, groups, pairs).set_index("subset")
+    assert (report.loc["test", "with_partner"], report.loc["test", "directly"]) == (2, 1)
+    assert report.loc["validation", "with_partner"] == report.loc["validation", "directly"] == 0
+
+
+@pytest.fixture
+def benchmarks(monkeypatch, tmp_path):
+    "The modules of benchmarks/ for data that are made up: five images, of which the finder pairs a and b, and the list b and c."
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    files = ["Benign/a.jpg", "Benign/b.jpg", "Pre/c.jpg", "Pro/d.jpg", "Early/e.jpg"]
+    for file in files:
+        (tmp_path / "taleqani" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "taleqani" / file).write_text(file)
+    pd.DataFrame({"file": files, "overlap_group": [0, 1, 1, 2, 2]}).to_csv(tmp_path / "taleqani_fields.csv", index=False)
+    found = pd.DataFrame([{name: None for name in leakage.PAIR_COLUMNS} | {side: str(tmp_path / "taleqani" / file) for side, file in
+                                                                         zip("ab", files)}])
+    monkeypatch.setattr(leakage, "find_pairs", lambda paths, **settings: found)
+    import taleqani
+    return taleqani, tmp_path
+
+
+def test_benchmarks_group_by_what_is_found_joined_with_what_is_listed(benchmarks):
+    taleqani, data = benchmarks
+    images, pairs = taleqani.known_images(data)
+    assert images["file"].tolist() == ["Benign/a.jpg", "Benign/b.jpg", "Pre/c.jpg", "Pro/d.jpg"]
+    assert images["group"].nunique() == 2 and images["group"][:3].nunique() == 1
+    assert pairs[["a", "b"]].to_numpy().tolist() == [["Benign/a.jpg", "Benign/b.jpg"]]
+    taleqani.check_apart(images, pairs, [np.array([0, 1, 2]), np.array([3])])
+    for parts in ([[0], [1, 2, 3]], [[0, 1], [2, 3]]):
+        with pytest.raises(AssertionError, match="in two parts"): taleqani.check_apart(images, pairs, map(np.array, parts))
+
+
+def test_benchmarks_on_the_real_images_use_these_groups_and_say_so():
+    for name in ("cell_model", "shortcuts", "yolo"):
+        text = (ROOT / f"benchmarks/{name}.py").read_text(encoding="utf-8")
+        assert "known_images(" in text and "check_apart(" in text and "overlap_group" not in text, name
+        result = ROOT / f"benchmarks/results/{name}.json"
+        if result.is_file(): assert "find_pairs, joined with" in json.loads(result.read_text())["grouped_by"], name
+    kept = json.loads((ROOT / "benchmarks/results/cell_model.json").read_text())
+    assert kept["pairs_across_folds"] == 0 and kept["near_duplicate_pairs"] > 800 and kept["interval"] == "Clopper-Pearson 95 %"
+    assert kept["untouched_test"]["cells"]["n"] == kept["test"]
 
 
 def test_listed_groups_of_real_pictures(shared_data):

@@ -1,4 +1,7 @@
 """Properties of the split: exact counts, duplicates and groups in one subset, refusals that name the pictures."""
+import json
+import os
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -8,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leukemia_nb.splitting import (SplitError, check_split, deal, grouped_folds, merge_groups, read_split,
-                                   smallest_class, split_pairs, subset_sizes, write_split)
+from leukemia_nb.splitting import (SplitError, check_split, deal, grouped_folds, image_groups, mark_two_classes, merge_groups,
+                                   read_groups, read_split, smallest_class, split_pairs, subset_sizes, write_split)
 
 DECK = {"Normal": 512, "Pre-B": 955, "Pro-B": 796}
 
@@ -184,6 +187,148 @@ def test_round_trip_and_comparison(tmp_path):
     with pytest.raises(SplitError, match="not a split, it lacks subset"): read_split(tmp_path / "split.csv")
 
 
+IMAGES = ("Pre/Snap_001.jpg", "Pre/Snap_002.jpg", "Pro/Snap_001.jpg", "Pro/Zoë 3.jpg")
+GROUPS = ["7", "7", "Müller", "Müller"]
+
+
+@pytest.fixture
+def images(tmp_path):
+    for name in IMAGES:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_bytes(name.encode())
+    return [str(tmp_path / "data" / name) for name in IMAGES]
+
+
+def matched(path, images, data=""):
+    "Groups of the images, and the lines that are said."
+    said = []
+    return image_groups(path, images, data=data, log=said.append), said
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|", ";\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16", "utf-16-le", "utf-16-be"])
+def test_groups_out_of_any_spreadsheet(images, tmp_path, separator, encoding):
+    separator, end = separator[0], "\r\n" if len(separator) > 1 else "\n"
+    rows = [separator.join(row) for row in [("path", "group"), *zip(images, GROUPS)]]
+    (tmp_path / "groups.csv").write_bytes((end.join(rows) + end).encode(encoding))
+    assert matched(tmp_path / "groups.csv", images) == (GROUPS, [])
+
+
+@pytest.mark.parametrize("header", ["Path,Group", "FILE,Patient", "image,slide", "Image Path,Slide_ID", "file,overlap_group", "\"path\", 'group'"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_groups_under_any_header(images, tmp_path, header, order):
+    rows = [header.split(",")[::order], *([image, group][::order] for image, group in zip(images, GROUPS))]
+    (tmp_path / "groups.csv").write_text("".join(f"{number},{','.join(row)},note\n" for number, row in enumerate(rows)), encoding="utf-8")
+    assert matched(tmp_path / "groups.csv", images)[0] == GROUPS
+
+
+@pytest.mark.parametrize("spelled", [
+    lambda image, root: image, lambda image, root: f' "{image}" ', lambda image, root: f"'{image}'",
+    lambda image, root: os.path.relpath(image, root / "lists"), lambda image, root: os.path.relpath(image, root / "data"),
+    lambda image, root: os.path.relpath(image), lambda image, root: os.path.relpath(image, root / "data").replace("/", "\\"),
+    lambda image, root: "C:\\Users\\me\\" + os.path.relpath(image, root / "data").replace("/", "\\"),
+    lambda image, root: "./" + os.path.relpath(image, root / "data"),
+    lambda image, root: unicodedata.normalize("NFD", os.path.relpath(image, root / "data"))],
+    ids=["absolute", "quoted", "single quotes", "to the list", "to the data", "to cwd", "backslashes", "drive", "dot", "decomposed"])
+def test_groups_by_any_kind_of_path(images, tmp_path, spelled):
+    (tmp_path / "lists").mkdir()
+    rows = [f"{spelled(image, tmp_path)},{group}" for image, group in zip(images, GROUPS)]
+    (tmp_path / "lists/groups.csv").write_text("\n".join(["path,group", *rows]), encoding="utf-8")
+    assert matched(tmp_path / "lists/groups.csv", images, tmp_path / "data") == (GROUPS, [])
+
+
+def test_groups_by_file_name_where_only_one_image_has_it(images, tmp_path):
+    (tmp_path / "groups.csv").write_text("path,group\nSnap_002.jpg,7\nZoë 3.jpg,8\n", encoding="utf-8")
+    assert matched(tmp_path / "groups.csv", images)[0] == ["", "7", "", "8"]
+    (tmp_path / "groups.csv").write_text("path,group\nSnap_001.jpg,7\n")
+    with pytest.raises(SplitError, match="Snap_001.jpg may mean .*Pre/Snap_001.jpg or .*Pro/Snap_001.jpg"):
+        matched(tmp_path / "groups.csv", images)
+
+
+@pytest.mark.parametrize("name", ["/data/Pre/caf\\xe9.jpg", "/data/Pre/caf\udce9.jpg"], ids=["as tables hold it", "as the disk holds it"])
+def test_groups_of_an_image_whose_name_is_no_utf8(tmp_path, name):
+    (tmp_path / "groups.csv").write_bytes("path,group\nPre/café.jpg,7\n".encode("cp1252"))
+    assert matched(tmp_path / "groups.csv", [name]) == (["7"], [])
+
+
+def test_file_name_in_another_folder_is_trusted_only_where_it_is_unique_and_said(images, tmp_path):
+    (tmp_path / "groups.csv").write_text("path,group\npatient 1/Snap_002.jpg,1\npatient 1/Snap_001.jpg,1\npatient 2/Snap_001.jpg,2\n")
+    found, said = matched(tmp_path / "groups.csv", images)
+    assert found == ["", "1", "", ""]
+    assert any("2 rows of no image here: patient 1/Snap_001.jpg, patient 2/Snap_001.jpg" in line for line in said)
+    assert any("1 row matched by the file name alone, its folder is another: patient 1/Snap_002.jpg" in line for line in said)
+
+
+def test_a_file_that_is_there_and_no_image_of_the_study_is_not_taken_for_one(images, tmp_path):
+    other = tmp_path / "data/Early/Snap_002.jpg"
+    other.parent.mkdir()
+    other.write_bytes(b"another")
+    for spelled in (other, "Early/Snap_002.jpg"):
+        (tmp_path / "groups.csv").write_text(f"path,group\n{images[0]},7\n{spelled},8\n")
+        assert matched(tmp_path / "groups.csv", images, tmp_path / "data")[0] == ["7", "", "", ""]
+
+
+@pytest.mark.parametrize("second", ["Pre/Snap_001.jpg", "data/Pre/Snap_001.jpg", "D:\\x\\Pre\\Snap_001.jpg"])
+def test_an_image_in_two_groups_is_refused(images, tmp_path, second):
+    (tmp_path / "groups.csv").write_text(f"path,group\n{images[0]},patient 1\n{images[1]},patient 1\n{second},patient 2\n")
+    with pytest.raises(SplitError, match="groups.csv: .*Pre/Snap_001.jpg is in two groups, patient 1 and patient 2. Keep one"):
+        matched(tmp_path / "groups.csv", images, tmp_path / "data")
+    (tmp_path / "groups.csv").write_text(f"path,group\n{images[0]},patient 1\n{second},patient 1\n")
+    assert matched(tmp_path / "groups.csv", images, tmp_path / "data")[0][0] == "patient 1"
+
+
+def test_images_without_a_group_and_rows_without_an_image_are_counted(images, tmp_path):
+    (tmp_path / "groups.csv").write_text(f"path,group\n{images[0]},7\n{images[1]},\nPre/gone.jpg,7\nPre/lost.jpg,8\n\n;\n".replace(";", ","))
+    found, said = matched(tmp_path / "groups.csv", images)
+    assert found == ["7", "", "", ""]
+    assert any("3 images without a group, each a group of its own: " + images[1] in line for line in said)
+    assert any("2 rows of no image here: Pre/gone.jpg, Pre/lost.jpg" in line for line in said)
+    (tmp_path / "groups.csv").write_text("path,group\nPre/gone.jpg,7\n")
+    with pytest.raises(SplitError, match="none of its 1 path is an image of this data .Pre/gone.jpg; .*Expected is"):
+        matched(tmp_path / "groups.csv", images)
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "found: nothing"), (b"Pre/a.jpg,7\nPre/b.jpg,7\n", "found: Pre/a.jpg, 7"), (b"path,note\na.jpg,7\n", "that can be group"),
+    (b"path,patient,slide\na.jpg,7,8\n", "more than one, that can be group"), (b"path,group\n", "no rows"), (b"path,group\na.jpg,\n", "no row has a group"), (b"path,group\n,7\n", "has no path"),
+    (b"path,group\na,b.jpg,7\n", "'a,b.jpg,7' has more than 2 columns"), (b'path,group\n"a.jpg,7\nb.jpg,8\n', "a quotation mark is not closed"),
+    (b"PK\x03\x04\x14\x00\x06\x00\x08\x00", "found: "), (b"\x81\x8d\x8f\xff", "not a text")])
+def test_what_is_no_list_of_groups_is_one_line(tmp_path, content, message):
+    (tmp_path / "groups.csv").write_bytes(content)
+    with pytest.raises(SplitError, match="groups.csv: ") as caught: read_groups(tmp_path / "groups.csv")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    if message.startswith(("found", "that", "more", "no rows")): assert "path,group" in str(caught.value) and "patient 7" in str(caught.value)
+
+
+def test_a_list_of_groups_that_is_not_there(tmp_path):
+    with pytest.raises(SplitError, match="not there"): read_groups(tmp_path / "groups.csv")
+    with pytest.raises(SplitError, match="not a file"): read_groups(tmp_path)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "cp1252", "utf-16"])
+def test_split_file_out_of_any_spreadsheet(tmp_path, separator, encoding):
+    table = pictures({"Normal": 40, "Prä-B": 40})
+    split = split_pairs(table)
+    text = split.rename(columns=str.title).to_csv(index=False, sep=separator, quoting=1, lineterminator="\r\n")
+    (tmp_path / "split.csv").write_bytes((f"sep={separator}\r\n" + text).encode(encoding))
+    pd.testing.assert_frame_equal(read_split(tmp_path / "split.csv", table), split, check_dtype=False)
+
+
+def test_split_file_that_puts_an_image_into_two_subsets_is_named(tmp_path):
+    split = split_pairs(pictures({"Normal": 40}))
+    pd.concat([split, split[:1].assign(subset="test")]).to_csv(tmp_path / "split.csv", index=False)
+    with pytest.raises(SplitError, match="split.csv: twice in the split: Normal/0000"): read_split(tmp_path / "split.csv")
+
+
+def test_copies_under_two_classes_get_a_problem_that_names_the_other():
+    table = pictures({"Normal": 3, "Pre-B": 3}).assign(path=list("abcdef"), problem=["", "", "broken", "", "", ""])
+    table.loc[[0, 3], "pixels"] = "same"
+    found = mark_two_classes(table, copies=[0, 1, 2, 3, 1, 2])  # c is broken, so its copy f stays
+    assert found["problem"][0] == "a: the same image lies under another class: d. Remove the wrong one."
+    assert list(found["pair"][found["problem"] == ""]) == ["Pre-B/0002"] and list(found.columns) == list(table.columns)
+
+
 def test_leaky_split_is_not_written(tmp_path):
     split = split_pairs(pictures({"Normal": 40})).assign(sha256="same")
     with pytest.raises(SplitError, match="same file"): write_split(split, tmp_path / "split.csv")
@@ -208,3 +353,63 @@ def test_real_pictures(shared_data):
     with pytest.raises(SplitError, match="same group"): check_split(deck, groups=table.set_index("pair")["field"][deck["pair"]])
     shares = pd.crosstab(grouped["class"], grouped["subset"], normalize="index")
     assert (shares["test"] - 0.05).abs().max() < 0.01 and (shares["train"] - 0.85).abs().max() < 0.03
+
+
+@pytest.fixture(scope="module")
+def split_step(tmp_path_factory):
+    """The split step on smears with one of each bad kind: its run folder, and what it printed for a list of patients."""
+    from dataclasses import replace
+
+    from leukemia_nb.data import CLASSES, build_manifest
+    from leukemia_nb.images import read_picture, write_picture
+    from leukemia_nb.pairing import prepare_pairs
+    from leukemia_nb.study import SMOKE, Run, run_step, study_steps
+    from leukemia_nb.synthetic import write_smears
+    folder = tmp_path_factory.mktemp("split step")
+    data = folder / "data"
+    write_smears(data, 24, seed=1, height=120, width=160)
+    normal, pre = sorted((data / "Normal").glob("*.png")), sorted((data / "Pre-B").glob("*.png"))
+    (data / "Normal/empty.png").write_bytes(b"")
+    (data / "Normal/text.jpg").write_text("no image")
+    (data / "Normal/torn.png").write_bytes(normal[0].read_bytes()[:500])
+    (data / "Pre-B/same file.png").write_bytes(normal[1].read_bytes())
+    write_picture(data / "Pre-B/flipped.png", read_picture(normal[2])[:, ::-1])
+    write_picture(data / "Pre-B/saved again.jpg", read_picture(normal[3]), quality=85)
+    write_picture(data / "Pre-B/zoom.jpg", read_picture(pre[5]), quality=85)  # a near-duplicate in its own class
+    rows = [f"Pre-B\\{pre[5].name};patient 1", "Pre-B\\zoom.jpg;patient 2"]
+    rows += [f"Pro-B\\{file.name};patient 3" for file in sorted((data / "Pro-B").glob("*.png"))[:4]] + ["Pro-B\\gone.png;patient 4"]
+    (folder / "patients.csv").write_text("\r\n".join(["Image;Patient", *rows]), encoding="utf-16")
+    run = Run(folder / "run")
+    manifest = build_manifest(data, CLASSES)
+    run.write_table(manifest, "manifest.csv")
+    pre[9].unlink()  # vanishes before it is prepared
+    run.write_table(prepare_pairs(manifest, run.folder / "pairs", size=96, progress=False), "pairs.csv")
+    settings = replace(SMOKE, data=str(data), split="grouped", groups=str(folder / "patients.csv"))
+    run.write_json({"data": str(data), "classes": 3}, "study.json")
+    run_step(next(step for step in study_steps(settings) if step.name == "split"), run)
+    notebook = json.loads((run.folder / "notebooks/split.ipynb").read_text(encoding="utf-8"))
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    return run, "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
+
+
+BAD = {"Normal/empty", "Normal/text", "Normal/torn", "Normal/Normal_002", "Pre-B/same file", "Normal/Normal_003", "Pre-B/flipped",
+       "Normal/Normal_004", "Pre-B/saved again", "Pre-B/Pre-B_010"}
+
+
+def test_split_step_leaves_out_and_lists_one_of_each_bad_kind(split_step):
+    run, said = split_step
+    assert set(run.table("left_out.csv").pair) == BAD and (run.table("left_out.csv").problem != "").all()
+    for name in ("split.csv", "training.csv"): assert not BAD & set(run.table(name).pair)
+    assert len(run.table("split.csv")) == len(run.table("pairs.csv")) - len(BAD)
+    assert f"{len(BAD)} images left out, listed in left_out.csv" in said
+
+
+def test_split_step_joins_the_list_with_what_it_finds(split_step):
+    run, said = split_step
+    split = run.table("split.csv").set_index("pair")
+    pairs = {frozenset(pair) for pair in run.table("related.csv")[["a", "b"]].to_numpy()}
+    assert frozenset(("Pre-B/Pre-B_006", "Pre-B/zoom")) in pairs
+    assert split.related["Pre-B/Pre-B_006"] == split.related["Pre-B/zoom"], "listed apart, found together"
+    assert split.loc[[f"Pro-B/Pro-B_00{number}" for number in range(1, 5)], "related"].nunique() == 1, "not found, listed together"
+    assert split.groupby("related").subset.nunique().max() == 1
+    assert "images without a group, each a group of its own" in said and "1 row of no image here: Pro-B\\gone.png" in said

@@ -1,19 +1,30 @@
 """The driver's contracts, and the smoke study of all eight models."""
 import json
 import os
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
+import psutil
 import pytest
+from PIL import Image
+from typer.testing import CliRunner
 
+from leukemia_nb.command_line import app, is_explained
+from leukemia_nb.files import mark_output_folder
 from leukemia_nb.models import MODELS, ModelEntry
-from leukemia_nb.study import (SMOKE, Run, Step, StudyError, StudySettings, check_parameters, fingerprint, generations, run_step,
-                               run_study, study_notebook, study_steps)
+from leukemia_nb.study import (SMOKE, Run, Step, StudyError, StudySettings, _step_lock, check_parameters, fingerprint, generations,
+                               run_step, run_study, study_notebook, study_steps)
+from leukemia_nb.synthetic import write_smears
 
 ALL_MODELS = ("efficientnet_b0", "mobilenet_v2", "nasnet_mobile", "dual_channel", "yolov8", "yolo11", "yolo12", "cells")
 
@@ -248,3 +259,269 @@ def test_a_model_without_a_graph_is_not_exported(monkeypatch):
     steps = study_steps(replace(SMOKE, models=("stub", "cells")))
     assert {step.name for step in steps if "stub" in step.name} == {"train-stub", "audit-stub"}
     assert any(step.name == "export-cells" for step in steps) and len(generations(steps)) > 3
+
+
+# --- what real use brings: own output, killed studies, broken records, other people's folders
+
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ("--models", "cells", "--image-size", "32", "--weights", "random", "--train", "cells:epochs=1")
+
+
+def command(*arguments, cwd=ROOT, **environment):
+    """`leukemia_nb study` as a user calls it; gives (exit status, what it wrote on both streams)."""
+    done = subprocess.run([sys.executable, "-m", "leukemia_nb", "study", *map(str, arguments)], cwd=cwd, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, errors="backslashreplace", timeout=1500,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)} | environment)
+    return done.returncode, done.stdout
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder with 24 small synthetic images of each class, for tests that read it only."""
+    folder = tmp_path_factory.mktemp("images") / "images"
+    write_smears(folder, 24, height=64, width=64)
+    shutil.rmtree(folder / "truth")
+    return folder
+
+
+def add_bad_images(data):
+    """One of each kind of what cannot be used, among good images."""
+    good = sorted((data / "Normal").glob("*.png"))
+    (data / "Normal/empty.jpg").write_bytes(b"")
+    Image.open(good[0]).save(data / "Normal/cut.jpg")
+    (data / "Normal/cut.jpg").write_bytes((data / "Normal/cut.jpg").read_bytes()[:-200])
+    (data / "Pre-B/text.jpg").write_text("this is no image")
+    Image.fromarray(np.full((5, 5, 3), 200, np.uint8)).save(data / "Pre-B/tiny.png")
+    header = struct.pack(">IIBBBBB", 200_000, 200_000, 8, 2, 0, 0, 0)
+    chunks = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in (
+        (b"IHDR", header), (b"IDAT", zlib.compress(b"x")), (b"IEND", b"")))
+    (data / "Pro-B/huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    shutil.copy(good[1], data / "Pre-B/double.png")
+    (data / "Pro-B/dangling.png").symlink_to(data / "nowhere.png")
+    for place, name in enumerate((b"caf\xe9.png", b"a$b$c.png", b"=1+1.png", b"r\rx.png", b"{n} and space.png", b"n" * 240 + b".png")):
+        changed = np.array(Image.open(good[3]))
+        changed[0, :, 0] = place
+        Image.fromarray(changed).save(data / "Normal" / os.fsdecode(name))
+
+
+@pytest.fixture(scope="module")
+def hostile(images, tmp_path_factory):
+    """`cd data; leukemia_nb study --data .` in every adversity at once; gives (data, run folder, exit status, output)."""
+    top = tmp_path_factory.mktemp("hostile")
+    data, run, new = shutil.copytree(images, top / "data"), top / "data/runs/a {run}", top / "new"
+    add_bad_images(data)
+    new.mkdir()
+    for path in sorted((images / "Pre-B").glob("*.png"))[:2]: shutil.copy(path, new)
+    (new / "empty.jpg").write_bytes(b"")
+    (new / "dangling.png").symlink_to(new / "nowhere.png")
+    shutil.copy(sorted((images / "Pro-B").glob("*.png"))[0], new / os.fsdecode(b"caf\xe9.png"))
+    run.mkdir(parents=True)
+    for folder in (run, data):
+        for name in ("pandas", "json", "numpy", "sitecustomize", "ipython_kernel_config"):
+            (folder / f"{name}.py").write_text(f"open({str(top / 'executed')!r}, 'a').write(__file__ + '\\n')")
+    (top / "kernels/python3").mkdir(parents=True)
+    (top / "kernels/python3/kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "another", "language": "python"}')
+    status, said = command("--data", ".", "--run", "runs/a {run}", "--unseen", "../new", *TINY, "--n-jobs", "2", cwd=data,
+                           HOME="/proc/nowhere", PYTHONIOENCODING="cp1252", JUPYTER_PATH=str(top), KERAS_BACKEND="torch", MPLBACKEND="qtagg")
+    return data, run, status, said
+
+
+def test_a_study_with_every_bad_image_runs_to_its_report_and_lists_them(hostile):
+    data, run, status, said = hostile
+    assert status == 0 and "Traceback" not in said, said
+    report = (run / "report.html").read_text(encoding="utf-8")
+    for name in ("empty", "cut", "text", "tiny", "huge", "double", "dangling"): assert f"{name}." in report or f"/{name}" in report, name
+    assert "new/empty.jpg" in report and "new/dangling.png" in report
+    manifest = pd.read_csv(run / "manifest.csv", keep_default_na=False)
+    assert (manifest.problem == "").sum() == 72 + 6 - 1 and (manifest.problem != "").sum() == 8  # two are one image in two classes
+    unseen = pd.read_csv(run / "unseen/cells.csv", keep_default_na=False)
+    assert len(unseen) == 3 and sum(map(os.path.isfile, unseen.path)) == 2  # no table holds a name that is not UTF-8
+
+
+def test_nothing_of_the_run_folder_the_current_folder_or_another_python_is_executed(hostile):
+    assert hostile[2] == 0 and not (hostile[0].parent / "executed").exists()
+
+
+def test_a_study_inside_its_data_does_not_read_itself_and_litter_redoes_nothing(hostile):
+    data, run, *_ = hostile
+    for folder in (run / "pairs/Normal", run / "models/cells", data / "Normal"):
+        for name in (".DS_Store", "Thumbs.db", "desktop.ini"): (folder / name).write_text("x")
+        (folder / ".ipynb_checkpoints").mkdir()
+        (folder / ".ipynb_checkpoints/a-checkpoint.png").write_text("x")
+    before = (run / "manifest.csv").read_bytes()
+    status, said = command("--data", ".", "--run", "runs/a {run}", "--unseen", "../new", *TINY, cwd=data, KERAS_BACKEND="tensorflow")
+    done = [line for line in said.splitlines() if line.startswith("  ")]
+    assert status == 0 and len(done) > 9 and all(line.endswith("unchanged") for line in done), said
+    assert (run / "manifest.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--data", "images", "--run", "images"), "holds the images"),
+    (("--data", "images", "--run", "."), "holds images"),
+    (("--data", "run/pairs"), "written by leukemia_nb"),
+    (("--unseen", "run/pairs"), "written by leukemia_nb"),
+    (("--run", "images"), "holds images that no study wrote"),
+    (("--unseen", "empty"), "no pictures in it"),
+    (("--unseen", "bad"), "none of its 1 image can be read"),
+    (("--unseen", "file.csv"), "is a file"),
+    (("--data", "file.csv"), "is a file"),
+    (("--data", "one"), "class Normal has 1 image"),
+    (("--data", "empty"), "no pictures in it"),
+    (("--groups", "file.csv"), "path"),
+    (("--data", "images", "--groups", "others.csv"), "none of its 1 path"),
+    (("--split-file", "file.csv"), "not a split"),
+    (("--split-file", "empty"), "not a file"),
+    (("--data", "images", "--split-file", "split.csv"), "is of other images"),
+    (("--classes", "4", "--split-file", "split.csv"), "Early Pre-B"),
+    (("--models", "yolov8", "--image-size", "50"), "not a multiple of 32"),
+    (("--models", ""), "no model is named"),
+    (("--models", "cells,cells"), "more than once"),
+    (("--train", "cells:learning_rate=abc"), "learning_rate=abc"),
+    (("--train", "cells:image_size=64"), "Set them with"),
+    (("--train", "cells:classes=3"), "Set them with"),
+    (("--weights", "local"), "names no folder"),
+    (("--run", "file.csv"), "cannot be written"),
+])
+def test_what_can_be_known_is_said_before_the_first_step(images, tmp_path, monkeypatch, arguments, message):
+    (tmp_path / "images").symlink_to(images)
+    for name in ("empty", "bad", "run/pairs/Normal", "one/Normal"): (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "bad/a.jpg").write_bytes(b"")
+    shutil.copy(next((images / "Normal").glob("*.png")), tmp_path / "one/Normal")
+    (tmp_path / "file.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "others.csv").write_text("path,group\nelsewhere/x.png,1\n")
+    mark_output_folder(tmp_path / "run")
+    rows = [f"{label}/{subset},{label},{subset},{label}{subset}" for label in ("Normal", "Pre-B", "Pro-B")
+            for subset in ("train", "validation", "test")]
+    (tmp_path / "split.csv").write_text("\n".join(["pair,class,subset,sha256", *rows]))
+    before = sorted(tmp_path.rglob("*"))
+    models = () if "--models" in arguments else ("--models", "cells")
+    where = () if "--run" in arguments else ("--run", "new")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LEUKEMIA_NB_WEIGHTS", raising=False)
+    error = CliRunner().invoke(app, ["study", *arguments, *models, *where]).exception
+    assert is_explained(error) and message in str(error) and len(str(error).splitlines()) == 1, error
+    assert sorted(tmp_path.rglob("*")) == before  # nothing was begun
+
+
+def test_a_small_disk_is_found_out_before_the_first_step(tmp_path):
+    (tmp_path / "disk").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path / "disk"], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try: status, said = command("--run", tmp_path / "disk/run", *TINY)
+    finally: subprocess.run(["umount", tmp_path / "disk"], check=True)
+    assert status == 1 and "Free some space" in said and len(said.splitlines()) == 1
+
+
+def test_images_of_an_unmarked_study_among_the_data_are_refused(images, tmp_path):
+    data = shutil.copytree(images, tmp_path / "data")
+    settings = replace(SMOKE, data=str(data), models=("cells",))
+    run_study(settings, tmp_path / "old", until=("prepare",), say=lambda line: None)
+    shutil.copytree(tmp_path / "old/pairs", data / "old")  # a study of a time before folders were marked
+    with pytest.raises(StudyError, match="which this study wrote"):
+        run_study(settings, tmp_path / "new", until=("split",), say=lambda line: None)
+    assert not (tmp_path / "new/split.csv").exists()
+
+
+def processes_of(run):
+    """Processes that have a run folder as their working directory, zombies left out."""
+    found = []
+    for process in psutil.process_iter(["cwd", "status"]):
+        if process.info["cwd"] == str(run) and process.info["status"] != psutil.STATUS_ZOMBIE: found.append(process)
+    return found
+
+
+def start_study(run):
+    return subprocess.Popen([sys.executable, "-m", "leukemia_nb", "study", "--run", str(run), "--models", "cells,mobilenet_v2", "--per-class",
+                             "20", "--image-size", "32", "--n-jobs", "2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def wait_for(condition):
+    end = time.monotonic() + 300
+    while not (found := condition()) and time.monotonic() < end: time.sleep(0.05)
+    assert found
+    return found
+
+
+def test_a_killed_study_leaves_no_process_and_another_one_waits_for_them(tmp_path):
+    run = tmp_path / "run"
+    with start_study(run) as first:
+        wait_for(lambda: len(list(run.glob("notebooks/*.partial.ipynb"))) > 1)
+        workers = psutil.Process(first.pid).children(recursive=True)
+        assert len(workers) >= 2
+        first.kill()
+        with start_study(run) as second:  # at once
+            seen = wait_for(lambda: [each for each in psutil.Process(second.pid).children(recursive=True)] or second.poll() is not None)
+            alive = [each for each in workers if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+            second.send_signal(signal.SIGINT)
+            said = second.communicate(timeout=60)[0]
+        assert seen and not alive and "Traceback" not in said
+    assert not psutil.wait_procs(workers, timeout=20)[1] and not processes_of(run)
+    assert second.returncode == 130 and "2 steps finished and kept" in said and "the same command goes on" in said
+
+
+def test_a_worker_of_a_killed_study_keeps_others_out(counter):
+    step, run, notebook = counter
+    with _step_lock(run, step.name) as held:
+        keeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=held)
+    with pytest.raises(StudyError, match="still being run by one of its workers"), _step_lock(run, step.name, patience=0): pass
+    keeper.communicate(b"\n")
+    assert not run_step(step, run, notebook)["skipped"]
+
+
+@pytest.mark.parametrize("record", ["", "{", "[]", "{}", "null", '"x"', '{"fingerprint": 1, "outputs": []}', "\0" * 40, "whole but no outputs"])
+def test_a_step_with_a_broken_record_is_unfinished(counter, record):
+    step, run, notebook = counter
+    whole = run_step(step, run, notebook)
+    text = json.dumps({"fingerprint": whole["fingerprint"], "outputs": {"out.txt": 3}, "seconds": 1}) if "whole" in record else record
+    run.path("steps/counter.json").write_text(text)
+    assert not run_step(step, run, notebook)["skipped"]
+    assert run_step(step, run, notebook)["skipped"] and runs(run) == 2
+
+
+def test_a_kernel_that_is_killed_is_named_with_the_remedy(counter):
+    step, run, notebook = counter
+    write_notebook(notebook, "import os\nos.kill(os.getpid(), 9)")
+    with pytest.raises(StudyError, match=r"step counter failed: its process was killed\. Memory may have run out") as caught:
+        run_step(step, run, notebook)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize(("code", "message"), [("raise MemoryError('too much')", "Memory may have run out"),
+                                               ("raise OSError(28, 'No space left on device')", "The disk is full: free some space")])
+def test_an_error_of_the_machine_comes_with_its_remedy(counter, code, message):
+    step, run, notebook = counter
+    write_notebook(notebook, code)
+    with pytest.raises(StudyError, match=message): run_step(step, run, notebook)
+
+
+def test_a_port_that_is_taken_meanwhile_is_another_try(counter, monkeypatch):
+    import papermill
+    import zmq
+
+    step, run, notebook = counter
+    real, times = papermill.execute_notebook, []
+
+    def unlucky(*arguments, **more):
+        times.append(1)
+        if len(times) < 3: raise zmq.ZMQError(zmq.EADDRINUSE)
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(papermill, "execute_notebook", unlucky)
+    assert not run_step(step, run, notebook)["skipped"] and len(times) == 3
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **more: (_ for _ in ()).throw(zmq.ZMQError(zmq.EADDRINUSE)))
+    with pytest.raises(StudyError, match="step counter: no Python kernel starts"): run_step(step, run, notebook, redo=True)
+
+
+def test_a_kernel_is_this_python_in_an_environment_of_its_own(counter, monkeypatch, tmp_path):
+    step, run, notebook = counter
+    monkeypatch.setenv("PYTHONPATH", f"{os.pathsep}.{os.pathsep}{ROOT}")
+    monkeypatch.setenv("PYTHONSTARTUP", str(tmp_path / "startup.py"))
+    (tmp_path / "startup.py").write_text("raise SystemExit")
+    write_notebook(notebook, "import os, sys, json\nfrom pathlib import Path\n(Path(run) / 'out.txt').write_text(json.dumps("
+                             "[sys.executable, sys.path, os.getcwd(), os.environ.get('X_OF_MINE')]))")
+    run_step(step, run, notebook, environment={"X_OF_MINE": "1"})
+    executable, path, folder, mine = json.loads(run.path("out.txt").read_text())
+    assert executable == sys.executable and folder == str(run.folder) and mine == "1"
+    assert "" not in path and "." not in path and str(run.folder) not in path and str(ROOT) in path

@@ -1,0 +1,57 @@
+"""Which images the counterfactual images of a finished study were made of, for whoever reads its tables `follow*.csv`.
+
+    python benchmarks/counterfactual_images.py [--run runs/taleqani] [--shared ../shared]
+
+Counts those of the validation part (which chose each model's epoch), those with a near-duplicate in training (`taleqani.py`:
+found by this project or listed), and those on which the recipe of the cell-centred model was chosen.
+Writes benchmarks/results/counterfactual_images.json.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from cell_model import chosen_on
+from leukemia_nb.files import read_table
+from leukemia_nb.robustness import stratified_sample
+from taleqani import GROUPED_BY, known_images
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def sampled(run: Path) -> pd.DataFrame:
+    "Pairs that the step `counterfactuals` takes from the test and the validation of a run, and their subset."
+    settings = json.loads((run / "study.json").read_text(encoding="utf-8"))
+    pairs, split = read_table(run / "pairs.csv"), read_table(run / "split.csv").set_index("pair").subset
+    pairs["subset"] = pairs["pair"].map(split)
+    table = pd.concat([pairs[pairs["subset"] == subset] for subset in ("test", "validation")], ignore_index=True)
+    return table.iloc[stratified_sample(table["class"].to_numpy(), min(settings["audit"], len(table)), settings["seed"])]
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--run", type=Path, default=ROOT / "runs/taleqani")
+    options.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
+    asked = options.parse_args()
+    images, near = known_images(asked.shared / "data")
+    place = {Path(file).name: number for number, file in enumerate(images["file"])}
+    split = read_table(asked.run / "split.csv").merge(read_table(asked.run / "pairs.csv")[["pair", "path"]], on="pair")
+    trained = {place[Path(path).name] for path in split["path"][split["subset"] == "train"]}
+    table = sampled(asked.run)
+    made_of = np.array([place[Path(path).name] for path in table["path"]])
+    groups = set(images["group"].iloc[list(trained)])
+    files = set(images["file"].iloc[list(trained)])
+    partners = {one for a, b in zip(near["a"], near["b"]) for one, other in ((a, b), (b, a)) if other in files}
+    report = {"images": len(made_of), "grouped_by": GROUPED_BY, **table["subset"].value_counts().to_dict(),
+              "near_duplicate_in_training": int(images["group"].iloc[made_of].isin(groups).sum()),
+              "near_duplicate_in_training_directly": int(images["file"].iloc[made_of].isin(partners).sum()),
+              "chose_the_recipe_of_cells": int(np.isin(made_of, chosen_on(images)).sum())}
+    target = ROOT / "benchmarks/results/counterfactual_images.json"
+    target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
