@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from .evaluation import exact_interval
 from .segmentation import a_channel, find_cells
 
 # %% auto #0
@@ -274,19 +275,11 @@ def make_counterfactuals(
     return np.stack(made), pd.DataFrame(rows, columns=["kind", "row", "partner", "cells", "other"])
 
 # %% ../nbs/76_counterfactuals.ipynb #9bb05a23
-def _share(hits: int, n: int) -> tuple[float, float, float]:
-    "Share and its exact 95 % interval (Clopper and Pearson 1934)."
-    from scipy.stats import binomtest
-    if n == 0: return np.nan, np.nan, np.nan
-    interval = binomtest(int(hits), int(n)).proportion_ci(0.95, method="exact")
-    return hits / n, float(interval.low), float(interval.high)
-
-
 def follow_rates(
     table: pd.DataFrame,  # columns kind, cells, other, as `make_counterfactuals` gives them
     predictions: Sequence[str] | np.ndarray,  # a class name for each row
 ) -> pd.DataFrame:  # a row for each kind and answer: [kind, follows, n, count, share, low, high]
-    "How often predictions are the class of the cells, of everything else, or neither, with exact 95 % intervals."
+    "How often predictions are the class of the cells, of everything else, or neither; exact (Clopper-Pearson) 95 % intervals."
     predictions = np.asarray(predictions, dtype=str)
     if len(predictions) != len(table): raise ValueError(f"{len(table)} pictures but {len(predictions)} predictions.")
     rows = []
@@ -294,5 +287,6 @@ def follow_rates(
         cells = part.said == part.cells
         other = (part.said == part.other) & ~cells
         for follows, hits in (("cells", cells), ("other", other), ("neither", ~cells & ~other)):
-            rows.append((kind, follows, len(part), int(hits.sum()), *_share(hits.sum(), len(part))))
+            n, count = len(part), int(hits.sum())
+            rows.append((kind, follows, n, count, count / n, *exact_interval(count, n)))
     return pd.DataFrame(rows, columns=["kind", "follows", "n", "count", "share", "low", "high"])

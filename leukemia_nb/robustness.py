@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from .evaluation import (GREY, MODEL_COLOURS, PALE, answers, blank_figure, calm_style, exact_interval, model_title,
-                                    probabilities_of)
+from .evaluation import (CLOPPER_PEARSON, GREY, MODEL_COLOURS, PALE, answers, blank_figure, calm_style, exact_interval,
+                                    model_title, probabilities_of)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -201,7 +201,7 @@ def _order(column: pd.Series) -> pd.Series:
 # %% ../nbs/79_robustness.ipynb #86c5733f
 def robustness_table(predictions: Mapping[str, pd.DataFrame]  # model name -> from `robustness_predictions`
                      ) -> pd.DataFrame:  # a row a model, change and level
-    "Accuracy and share of unchanged answers at every level, with exact 95 % intervals."
+    "Accuracy and share of unchanged answers at every level, with exact (Clopper-Pearson) 95 % intervals."
     rows = []
     for model, table in predictions.items():
         told = table.assign(said=answers(table), sure=probabilities_of(table).max(axis=1))
@@ -248,7 +248,8 @@ def robustness_figure(table: pd.DataFrame,  # from `robustness_table`
             axis.set(title=CHANGES[name].title, xlabel=CHANGES[name].unit, xticks=range(len(levels)), ylim=(0, 1.01))
             axis.set_xticklabels([f"{level:g}" for level in levels]); axis.grid(axis="y", color=PALE)
             axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        for axis in axes[:, 0]: axis.set_ylabel("right answers" if measure == "accuracy" else "answers that stay")
+        band = f"\nband: 95 % CI ({CLOPPER_PEARSON})" if len(models) < 4 else ""
+        for axis in axes[:, 0]: axis.set_ylabel(("right answers" if measure == "accuracy" else "answers that stay") + band)
         lines, labels = axes[0, 0].get_legend_handles_labels()
         spare = axes.flat[len(names)] if len(names) < bands * across else None
         if spare is not None: spare.legend(lines, labels, loc="center left", fontsize=8)

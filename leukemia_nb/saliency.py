@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .evaluation import blank_figure, calm_style, model_title
+from .uncertainty import BOOTSTRAP, cluster_bootstrap
 from .models import ModelError, open_pictures, read_batches
 from .segmentation import find_cells
 
@@ -325,21 +326,22 @@ def saliency_table(
 
 # %% ../nbs/78_saliency.ipynb #9e551b36
 def saliency_summary(
-    tables: Mapping[str, pd.DataFrame],  # model's name -> `saliency_table`
+    tables: Mapping[str, pd.DataFrame],  # model's name -> `saliency_table`, with the column `pair` where groups are given
     checks: Mapping[str, pd.DataFrame] | None = None,  # model's name -> `randomisation_check`
     seed: int = 0,  # of the bootstrap
+    groups: Mapping[str, object] | None = None,  # pair -> group of near-duplicates; None: each image its own
 ) -> pd.DataFrame:  # a row a model
-    "Mean energy inside the cells with a 95 % interval, both chance levels, the ratio, and the correlations after shuffling."
+    "Mean energy inside the cells with its bootstrap 95 % interval, both chance levels, the ratio, correlations after shuffling."
     rows: list[dict[str, Any]] = []
-    rng = np.random.default_rng(seed)
     for name, table in tables.items():
         seen = table[np.isfinite(table["energy_inside"])]
         energy, area = (seen[column].to_numpy(float) for column in ("energy_inside", "area_inside"))
-        means = [np.nan] if not len(seen) else energy[rng.integers(0, len(seen), (2000, len(seen)))].mean(axis=1)
-        low, high = np.quantile(means, [0.025, 0.975])
+        group = np.arange(len(seen)) if groups is None else [str(groups.get(pair, f"alone:{pair}")) for pair in seen["pair"]]
+        found = cluster_bootstrap(energy, group, seed=seed) if len(set(group)) > 1 else None
         check = (checks or {}).get(name)
         rows.append({"model": name, "title": model_title(name), "pictures": len(table), "empty_maps": len(table) - len(seen),
-                     "energy_inside": seen["energy_inside"].mean(), "low": low, "high": high,
+                     "energy_inside": seen["energy_inside"].mean(), "low": found.low if found else np.nan,
+                     "high": found.high if found else np.nan, "interval": BOOTSTRAP,
                      "area_inside": seen["area_inside"].mean(),
                      "other_maps": seen["other_maps"].mean(), "ratio": energy.sum() / area.sum() if area.sum() else np.nan,
                      "original_share": seen["original_share"].mean(),

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['HIDDEN', 'CONTROLS', 'BLIND', 'SHUFFLES', 'bar_corner', 'background_pixels', 'colour_numbers', 'texture_numbers',
            'grey_picture', 'shape_numbers', 'silhouette_numbers', 'Control', 'views_figure', 'control_features',
-           'fit_control', 'run_controls', 'cross_validate_controls', 'control_table', 'controls_figure']
+           'fit_control', 'run_controls', 'permutation_table', 'permuted_accuracy', 'cross_validate_controls',
+           'control_table', 'permuted_sentence', 'controls_figure']
 
 # %% ../nbs/74_shortcuts.ipynb #e5b78775
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,10 +18,10 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 
-from .evaluation import (CLASS_COLOURS, GREY, INK, PALE, blank_figure, calm_style, model_title,
+from .evaluation import (CLASS_COLOURS, CLOPPER_PEARSON, GREY, INK, PALE, answers, blank_figure, calm_style, model_title,
                                     predictions_table, take_subset)
 from .segmentation import deck_mask, find_cells
-from .uncertainty import cross_validated_accuracy, grouped_accuracy
+from .uncertainty import Interval, cross_validated_accuracy, grouped_accuracy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -229,13 +230,20 @@ def fit_control(name: str,  # key of `CONTROLS`
     return model.fit(features, labels)
 
 # %% ../nbs/74_shortcuts.ipynb #dbfad8ee
+SHUFFLES = 100  # label permutations of a permuted control where nothing else is asked
+
+def _shuffles(wanted: int | None, images: int) -> int:
+    "How often labels are shuffled: `SHUFFLES`, or a third of the images where these are few."
+    return wanted or max(5, min(SHUFFLES, images // 3))
+
 def run_controls(train: Any,  # `Pairs` for training
                  test: Any,  # `Pairs` to be answered; column `subset` of its table is kept, "test" where it lacks
                  cells: tuple[Sequence[np.ndarray], Sequence[np.ndarray]] | None = None,  # of all pictures; None: found here
                  controls: Sequence[str] = tuple(CONTROLS),  # names of controls
                  seed: int = 0,  # of forests and shuffling
-                 n_jobs: int | None = None  # processes for the numbers, threads of the forests
-                 ) -> dict[str, pd.DataFrame]:  # control -> predictions
+                 n_jobs: int | None = None,  # processes for the numbers, threads of the forests
+                 shuffles: int | None = None  # label permutations; None: 100, or a third of the training images if fewer
+                 ) -> dict[str, pd.DataFrame]:  # control -> predictions; of a permuted control all, with the column `repeat`
     "Train every control on one set of pictures and let it answer another."
     original = np.flatnonzero(train.table["flip"] == "none") if "flip" in train.table else np.arange(len(train))
     known = _Rows(train, original)
@@ -243,9 +251,13 @@ def run_controls(train: Any,  # `Pairs` for training
     taught, asked = control_features(known, mine, controls, n_jobs), control_features(test, cells and cells[1], controls, n_jobs)
     labels, rows, made = np.asarray(train.labels, str)[original], test.table, {}
     if "subset" not in rows: rows = rows.assign(subset="test")
-    for name in controls:
+    def predicted(name: str, seed: int) -> pd.DataFrame:
         model = fit_control(name, taught[name], labels, seed, n_jobs)
-        made[name] = predictions_table(rows, model.predict_proba(asked[name]), [str(label) for label in model.classes_])
+        return predictions_table(rows, model.predict_proba(asked[name]), [str(label) for label in model.classes_])
+    for name in controls:
+        if not CONTROLS[name].permuted: made[name] = predicted(name, seed)
+        else: made[name] = pd.concat([predicted(name, seed + repeat).assign(repeat=repeat)
+                                      for repeat in range(_shuffles(shuffles, len(labels)))], ignore_index=True)
     return made
 
 class _Rows:
@@ -254,16 +266,32 @@ class _Rows:
     def __len__(self) -> int: return len(self.rows)
     def read(self, row: int) -> np.ndarray: return self.pairs.read(int(self.rows[row]))
 
-# %% ../nbs/74_shortcuts.ipynb #75705e1e
-SHUFFLES = 5  # repeats of a permuted control, at least
+# %% ../nbs/74_shortcuts.ipynb #6cddbaf6
+def permutation_table(predictions: pd.DataFrame  # of a permuted control, with the column `repeat`
+                      ) -> pd.DataFrame:  # a row a label permutation: repeat, pictures, right, accuracy
+    "Accuracy after each shuffle of the labels."
+    right = pd.Series(answers(predictions) == predictions["class"].to_numpy(), index=predictions.index)
+    table = right.groupby(predictions["repeat"]).agg(pictures="size", right="sum").reset_index()
+    return table.assign(accuracy=table["right"] / table["pictures"])
 
+def permuted_accuracy(predictions: pd.DataFrame  # of a permuted control, with the column `repeat`
+                      ) -> Interval:
+    "Mean accuracy over label permutations, and the central 95 % of them."
+    table, pairs = permutation_table(predictions), predictions.drop_duplicates("pair")
+    groups = pairs["group"].nunique() if "group" in pairs else len(pairs)
+    low, high = (np.quantile(table["accuracy"], share, method=side) for share, side in ((0.025, "lower"), (0.975, "higher")))
+    return Interval(float(table["accuracy"].mean()), float(low), float(high), len(pairs), groups, float(groups),
+                    f"central 95 % of {len(table)} label permutations")
+
+# %% ../nbs/74_shortcuts.ipynb #75705e1e
 def cross_validate_controls(features: Mapping[str, np.ndarray],  # control -> (n, d), from `control_features`
                             pairs: pd.DataFrame,  # (n rows) with `pair`, `class` and, optionally, `path`
                             groups: Sequence | np.ndarray | None = None,  # (n,) groups that stay together; None: each its own
                             folds: int = 5,  # folds of one repeat
                             repeats: int = 1,  # with other folds each time
                             seed: int = 0,  # of folds, forests and shuffling
-                            n_jobs: int | None = None  # folds fitted at once
+                            n_jobs: int | None = None,  # folds fitted at once
+                            shuffles: int | None = None  # of a permuted control; None: 100, or a third of the images if fewer
                             ) -> dict[str, pd.DataFrame]:  # control -> predictions as `uncertainty.cross_validate` gives them
     "Out-of-fold answers of every control. Raises ValueError if a class has too few groups."
     from sklearn.model_selection import StratifiedGroupKFold
@@ -276,14 +304,14 @@ def cross_validate_controls(features: Mapping[str, np.ndarray],  # control -> (n
                           "subset": "fold", "class": labels, "group": group})
     tables: dict[str, list[pd.DataFrame]] = {name: [] for name in features}
     shuffled = [name for name in features if CONTROLS[name].permuted]
-    for repeat in range(max(repeats, SHUFFLES if shuffled else 0)):
+    for repeat in range(max(repeats, _shuffles(shuffles, len(labels)) if shuffled else 0)):
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed + repeat)
         parts = list(splitter.split(labels, labels, group))
         for name in features if repeat < repeats else shuffled:
             numbers = features[name]
-            answers = Parallel(n_jobs=n_jobs)(delayed(_fold)(name, numbers, labels, *part, seed + repeat) for part in parts)
+            predicted = Parallel(n_jobs=n_jobs)(delayed(_fold)(name, numbers, labels, *part, seed + repeat) for part in parts)
             values = np.empty((len(labels), len(classes)))
-            for (_, asked), answer in zip(parts, answers): values[asked] = answer
+            for (_, asked), answer in zip(parts, predicted): values[asked] = answer
             tables[name].append(known.assign(repeat=repeat, **{f"p_{label}": values[:, i] for i, label in enumerate(classes)}))
     return {name: pd.concat(made, ignore_index=True) for name, made in tables.items()}
 
@@ -292,34 +320,45 @@ def _fold(name: str, features: np.ndarray, labels: np.ndarray, taught: np.ndarra
 
 # %% ../nbs/74_shortcuts.ipynb #7d0d9ebf
 def control_table(predictions: Mapping[str, pd.DataFrame],  # control or model -> predictions, of a test or cross-validated
-                  groups: Mapping[str, object] | None = None,  # pair -> group, for test predictions; None: exact intervals
-                  subset: str = "test",  # rows to use of test predictions
-                  seed: int = 0  # of the bootstrap
+                  groups: Mapping[str, object] | None = None,  # pair -> group, for test predictions; None: images as independent
+                  subset: str = "test"  # rows to use of test predictions
                   ) -> pd.DataFrame:  # a row a control, then a row a model
-    "Accuracy with its 95 % interval, and what each control sees. Groups are resampled where they are known."
+    "Accuracy with its 95 % interval, whose method the column `interval` names, and what each control sees."
     rows = []
     for name, table in predictions.items():
-        part = table if "repeat" in table else take_subset(table, subset)
+        control, part = CONTROLS.get(name), table if "group" in table else take_subset(table, subset)
         if "repeat" in table:
-            found = cross_validated_accuracy(part, seed)
+            found = permuted_accuracy(part) if control and control.permuted else cross_validated_accuracy(part)
             measured = {"pictures": found.n, "groups": found.groups, "accuracy": found.estimate, "low": found.low,
                         "high": found.high, "interval": found.method}
         else:
-            one = grouped_accuracy({name: table}, groups, subset, seed).iloc[0]
+            one = grouped_accuracy({name: table}, groups, subset).iloc[0]
             low, high = ("exact_low", "exact_high") if groups is None else ("grouped_low", "grouped_high")
             measured = {"pictures": one["pictures"], "groups": one["groups"], "accuracy": one["accuracy"], "low": one[low],
-                        "high": one[high], "interval": "exact" if groups is None else one["method"]}
-        control = CONTROLS.get(name)
+                        "high": one[high], "interval": CLOPPER_PEARSON if groups is None else one["method"]}
         rows.append({"kind": "control" if control else "model", "name": name, "title": control.title if control else
                      model_title(name), "sees": control.sees if control else "the picture", **measured,
                      "chance": float(part["class"].value_counts(normalize=True).iloc[0])})
     if not rows: raise ValueError("no predictions: nothing to compare.")
     return pd.DataFrame(rows).sort_values("kind", kind="stable", ignore_index=True)
 
+# %% ../nbs/74_shortcuts.ipynb #b114a0a9
+def permuted_sentence(table: pd.DataFrame  # from `control_table`
+                      ) -> str:  # "" without a permuted control
+    "What shuffled labels reach on these images, and whether any control can say something beside it."
+    permuted = [name in CONTROLS and CONTROLS[name].permuted for name in table["name"]]
+    if not any(permuted): return ""
+    row, others = table[permuted].iloc[0], table[(table["kind"] == "control") & ~np.array(permuted)]
+    text = (f"Trained on shuffled labels, a control is correct on {row['accuracy']:.1%} of {row['pictures']} images on average "
+            f"({row['interval']}: {row['low']:.1%} to {row['high']:.1%}).")
+    if len(others) and others["accuracy"].max() <= row["high"]:
+        return f"{text} With so few images chance alone comes as far as the best control: the controls here show nothing."
+    return f"{text} A control or model at or below {row['high']:.1%} shows nothing."
+
 # %% ../nbs/74_shortcuts.ipynb #9793e5f1
 def controls_figure(table: pd.DataFrame  # from `control_table`
                     ) -> "Figure":
-    "Accuracy of controls and models with 95 % intervals, and the line of chance."
+    "Accuracy of controls and models with 95 % intervals, whose methods the axis names, and the line of chance."
     from matplotlib.ticker import PercentFormatter
     gap = np.where(table["kind"] == "model", 0.6, 0) if table["kind"].nunique() > 1 else 0
     place = np.arange(len(table)) + gap
@@ -341,8 +380,15 @@ def controls_figure(table: pd.DataFrame  # from `control_table`
             axis.annotate(words, (0, y), (-8, -5), xycoords=axis.get_yaxis_transform(), textcoords="offset points",
                           ha="right", va="center", fontsize=7, color=GREY)
         axis.set(yticks=place, yticklabels=[""] * len(place), ylim=(place.max() + 0.6, -0.6), xlim=(0, 1.01),
-                 xlabel="accuracy, 95 % interval")
+                 xlabel=_interval_label(table))
         axis.hlines(place, 0, 1, color=PALE, linewidth=0.6, zorder=-1)
         axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axis.tick_params(axis="y", length=0); axis.spines["left"].set_visible(False)
     return figure
+
+def _interval_label(table: pd.DataFrame) -> str:
+    "Name of the axis, with the commonest method of the intervals and, with their titles, the others."
+    common = table["interval"].mode().iloc[0]
+    others = [f"{', '.join(rows['title'])}: {method}"
+              for method, rows in table[table["interval"] != common].groupby("interval", sort=False)]
+    return "\n".join([f"accuracy; 95 % CI: {common}", *others])
