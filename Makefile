@@ -22,7 +22,7 @@ install: .venv/installed  ## create .venv with everything
 
 .venv/installed: setup.py settings.ini requirements.lock
 	@echo "Installing into .venv: TensorFlow, PyTorch with CUDA and JupyterLab, $$(grep -c == requirements.lock) packages." \
-	  "About 3 GB are downloaded and 6 GB written; this takes some minutes, once."
+	  "About 4 GB are downloaded and 9 GB written, once; it takes some minutes."
 ifdef UV
 	test -x $(PY) || uv venv --quiet --python python3 .venv
 	uv pip install --python $(PY) --require-hashes -r requirements.lock

@@ -8,7 +8,9 @@ from __future__ import annotations
 import html
 import json
 import os
+import secrets
 import tempfile
+import webbrowser
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,9 +28,10 @@ from .predictor import (_data_uri, Predictor, doubt_in_words, exported_models, m
 from .segmentation import find_cells
 
 # %% auto #0
-__all__ = ['STYLE', 'HEAD', 'LOOKS', 'MADE_UP', 'LIMIT', 'POLICY', 'read_upload', 'cells_svg', 'picture_html', 'headline',
-           'answers_html', 'made_up_models', 'look_html', 'drop_zone', 'open_models', 'about_html', 'Panel', 'panel',
-           'page_notebook', 'server_settings', 'serve']
+__all__ = ['STYLE', 'HEAD', 'LOOKS', 'MADE_UP', 'LIMIT', 'POLICY', 'KERNELS', 'read_upload', 'cells_svg', 'picture_html',
+           'headline', 'answers_html', 'made_up_models', 'look_html', 'drop_zone', 'open_models', 'about_html', 'Panel',
+           'panel', 'page_notebook', 'server_settings', 'token_only', 'capped_kernels', 'page_server', 'own_python',
+           'serve']
 
 # %% ../nbs/95_app.ipynb #b9928003
 def read_upload(
@@ -424,23 +427,111 @@ def page_notebook() -> dict:  # a notebook, as JSON has it
 def server_settings(
     port: int,  # on 127.0.0.1
 ) -> dict:  # keyword settings of Voilà
-    "How Voilà is to run: for this computer alone, with a content policy, for files up to the limit."
-    return {"ip": "127.0.0.1", "port": port, "tornado_settings": {
+    "How Voilà is to run: for this computer alone, with a token and a content policy, for files up to the limit."
+    from jupyter_server import DEFAULT_STATIC_FILES_PATH
+    return {"ip": "127.0.0.1", "port": port, "auto_token": True, "config_file_paths": [], "tornado_settings": {
+        "allow_remote_access": False, "local_hostnames": ["localhost"], "static_path": DEFAULT_STATIC_FILES_PATH,
         "headers": {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer"},
         "websocket_max_message_size": (LIMIT + 1) * 1_000_000}}
+
+# %% ../nbs/95_app.ipynb #5b7e01d2
+def token_only() -> type:
+    "Jupyter's identity provider, without a log-in page and without cookies: each request carries the token of this start."
+    from jupyter_server.auth.identity import IdentityProvider, User
+    from jupyter_server.base.handlers import FileFindHandler
+    from tornado.web import HTTPError
+    from traitlets import default
+
+    class TokenOnly(IdentityProvider):
+        login_available = False
+
+        @default("token")
+        def _new_token(self) -> str:
+            self.token_generated = True  # so that Voilà prints it
+            return secrets.token_urlsafe(32)
+
+        def get_user(self, handler: Any) -> User:
+            asset = isinstance(handler, FileFindHandler)  # a script of an installed package, which the page asks for without a token
+            if asset or secrets.compare_digest((self.get_token(handler) or "").encode(), self.token.encode()): return User("reader")
+            handler.current_user = None
+            raise HTTPError(403, reason="Open the whole address that make app printed, with its token")
+
+    return TokenOnly
+
+# %% ../nbs/95_app.ipynb #5b7e01d4
+KERNELS = 4  # pages open at a time, a Python process each
+
+
+def capped_kernels() -> type:
+    "Jupyter's kernel manager with room for `KERNELS` pages: a new one takes the place of a closed one, or is refused (503)."
+    from asyncio import Lock
+    from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+    from tornado.web import HTTPError
+
+    class CappedKernels(AsyncMappingKernelManager):
+        def __init__(self, **settings: Any):
+            super().__init__(**settings)
+            self.starting, self.left = Lock(), set[str]()  # kernels whose page has been there and may be gone
+
+        def notify_disconnect(self, kernel_id: str) -> None:
+            super().notify_disconnect(kernel_id)
+            self.left.add(kernel_id)
+
+        async def start_kernel(self, **settings: Any) -> str:
+            async with self.starting:
+                running = self.list_kernels()
+                if len(running) >= KERNELS:
+                    closed = [kernel["id"] for kernel in running if kernel["id"] in self.left and not kernel["connections"]]
+                    if not closed: raise HTTPError(503, reason=f"{KERNELS} pages are open: close one, or wait two minutes")
+                    await self.shutdown_kernel(closed[0], now=True)
+                return await super().start_kernel(**settings)
+
+    return CappedKernels
+
+# %% ../nbs/95_app.ipynb #5b7e01d6
+def page_server() -> type:
+    "Voilà that opens the browser by way of a private file, so that the token stands in no list of processes."
+    from voila.app import Voila
+
+    class PageServer(Voila):
+        def launch_browser(self) -> None:
+            file = Path(self.connection_dir, "open.html")  # in a folder of the user alone, removed at the end
+            file.write_text(f'<meta http-equiv="refresh" content="0; url={html.escape(self.display_url)}">', encoding="utf-8")
+            Thread(target=webbrowser.open, args=(file.as_uri(),), daemon=True).start()
+
+    return PageServer
+
+
+def own_python() -> type:
+    "Kernel specifications without those of other Pythons that may lie about on the machine: this one starts the page."
+    from jupyter_client.kernelspec import KernelSpecManager
+    from traitlets import default
+
+    class OwnPython(KernelSpecManager):
+        @default("kernel_dirs")
+        def _no_others(self) -> list[str]: return []
+
+    return OwnPython
 
 
 def serve(
     run: str | os.PathLike = "runs/synthetic",  # a study's run folder
-    port: int = 8866,  # on 127.0.0.1
+    port: int = 8866,  # on 127.0.0.1; the next free one is taken
     browser: bool = True,  # open a browser
 ) -> None:
-    "Serve the page until interrupted."
+    "Serve the page until interrupted; its address, with the token, is printed."
     from traitlets.config import Config
-    from voila.app import Voila
     os.environ["LEUKEMIA_NB_RUN"] = os.path.abspath(run)
-    culled = Config(MappingKernelManager={"cull_interval": 60, "cull_idle_timeout": 300})  # processes whose page was closed
+    def with_token(page, settings, **_): return {**page, "token": settings["identity_provider"].token, "appendToken": "true"}
+    config = Config(
+        KernelManager={"transport": "ipc"},  # sockets in the user's own folder, not ports that all users of the machine can open
+        MappingKernelManager={"cull_interval": 30, "cull_idle_timeout": 120},  # processes whose page was closed
+        VoilaConfiguration={"multi_kernel_manager_class": capped_kernels(), "kernel_spec_manager_class": own_python(),
+                            "page_config_hook": with_token})
     with tempfile.TemporaryDirectory() as folder:
+        for name in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):  # nothing is read from or written to the home folder
+            os.environ[name] = str(Path(folder, "home"))
         page = Path(folder, "Blood smear.ipynb")
         page.write_text(json.dumps(page_notebook()), encoding="utf-8")
-        Voila.launch_instance([str(page)], open_browser=browser, config=culled, **server_settings(port))
+        page_server().launch_instance([str(page)], open_browser=browser, identity_provider_class=token_only(), config=config,
+                                      **server_settings(port))
