@@ -451,8 +451,9 @@ def token_only() -> type:
             return secrets.token_urlsafe(32)
 
         def get_user(self, handler: Any) -> User:
-            asset = isinstance(handler, FileFindHandler)  # a script of an installed package, which the page asks for without a token
-            if asset or secrets.compare_digest((self.get_token(handler) or "").encode(), self.token.encode()): return User("reader")
+            asset = isinstance(handler, FileFindHandler)  # a script of an installed package: the page asks without a token
+            given = self.get_token(handler) or ""
+            if asset or secrets.compare_digest(given.encode(), self.token.encode()): return User("reader")
             handler.current_user = None
             raise HTTPError(403, reason="Open the whole address that make app printed, with its token")
 
@@ -529,7 +530,7 @@ def serve(
         VoilaConfiguration={"multi_kernel_manager_class": capped_kernels(), "kernel_spec_manager_class": own_python(),
                             "page_config_hook": with_token})
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):  # nothing is read from or written to the home folder
+        for name in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):  # nothing from or to the home folder
             os.environ[name] = str(Path(folder, "home"))
         page = Path(folder, "Blood smear.ipynb")
         page.write_text(json.dumps(page_notebook()), encoding="utf-8")
