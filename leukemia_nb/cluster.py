@@ -6,7 +6,11 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
+import os
 import socket
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +18,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 # %% auto #0
-__all__ = ['ClusterError', 'cluster_backend', 'Workers', 'parallel']
+__all__ = ['ClusterError', 'cluster_backend', 'Workers', 'parallel', 'die_with_parent']
 
 # %% ../nbs/81_cluster.ipynb #969b4609
 class ClusterError(OSError):
@@ -94,3 +98,21 @@ def _connected(address: str) -> Iterator[Any]:
     except CancelledError as error:
         raise ClusterError(f"{address}: the scheduler is gone. What is finished stays finished; start it and give the "
                            "same command again.") from error
+
+# %% ../nbs/81_cluster.ipynb #3775740c
+@functools.cache
+def die_with_parent() -> None:
+    """End this worker process at once when the process that started it is gone, however that one ended.
+
+    Called first thing in a task: joblib's and Dask's workers are then watched, five times a second; in a main process, and
+    for the tasks that it does itself, nothing happens. Windows keeps the number of a parent that is gone, so there a
+    worker ends as joblib has it.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None: return
+
+    def watch() -> None:
+        while os.getppid() == parent.pid: time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="watch the parent").start()
