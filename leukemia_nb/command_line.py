@@ -124,79 +124,93 @@ def prepare(
 # %% ../nbs/90_command_line.ipynb #ff970d9f
 @app.command()
 def predict(
-    pictures: Annotated[list[str], typer.Argument(help="Pictures, folders searched with their subfolders, or 'patterns/*.png'.")],
+    pictures: Annotated[list[str], typer.Argument(help="Images, folders searched with their subfolders, or 'patterns/*.png'.")],
     model: Annotated[Path, typer.Option(help="Model file that a study exported: RUN/exported/NAME.onnx.")],
-    out: Annotated[Path | None, typer.Option(help="CSV file for the answers.  [default: they are printed]")] = None,
-    json: Annotated[Path | None, typer.Option(help="JSON file for the answers.")] = None,
-    overlays: Annotated[Path | None, typer.Option(help="Folder for the pictures with their cells outlined.")] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV file for the predictions.  [default: they are printed]")] = None,
+    json: Annotated[Path | None, typer.Option(help="JSON file for the predictions.")] = None,
+    overlays: Annotated[Path | None, typer.Option(help="Folder for images with cells outlined; no search reads it.")] = None,
     saliency: Annotated[bool, typer.Option(help="With --overlays: also maps of what mattered to the model (slow).")] = False,
-    batch_size: Annotated[int, typer.Option(help="Pictures in memory at a time, in each process.", min=1)] = 32,
+    batch_size: Annotated[int, typer.Option(help="Images in memory at a time, in each process.", min=1)] = 32,
     n_jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
     cluster: Annotated[str, typer.Option(
-        help="Address of a Dask scheduler, tcp://host:8786, whose workers answer. They share a file system.")] = "",
+        help="Address of a Dask scheduler, tcp://host:8786, whose workers predict. They share a file system.")] = "",
 ) -> None:
-    """Ask an exported model about new pictures: class, calibrated probabilities, doubt, number and area of blasts.
+    """Predict new images with an exported model: class, probabilities, confidence, number and area of the white blood cells.
 
     For research use only. A run that was stopped goes on where it was when the same command is given again.
+    Only open model files from people you trust: their checksum shows damage, and is no signature.
     """
     from leukemia_nb.cluster import parallel
     from leukemia_nb.files import counted
-    from leukemia_nb.predictor import (Task, check_outputs, iter_answers, list_pictures, predict_files, row_text,
-                                       unfinished_file)
+    from leukemia_nb.predictor import (Task, calibration_text, check_outputs, find_inputs, iter_answers, model_of, predict_files,
+                                       row_text, sole_writer, unfinished_file)
 
     if saliency and not overlays: raise typer.BadParameter("--saliency needs a folder: --overlays FOLDER")
     place: Any = os.path.abspath if cluster else str  # the workers are started in a folder of their own
-    paths = [place(path) for path in list_pictures(pictures, overlays or "")]
     task = Task(place(model), place(overlays) if overlays else "", saliency)
-    counts = {"answered": 0, "abstained": 0, "not read": 0}
+    about = model_of(task).info
+    inputs, found = find_inputs(pictures, overlays or "")
+    paths = [place(path) for path in inputs]
+    counts = {"answered": 0, "abstained": 0, "not read": 0, "without overlay": 0}
 
     def count(rows: list[dict]) -> int:
-        for row in rows: counts["not read" if row["error"] else "abstained" if row["abstain"] else "answered"] += 1
+        for row in rows:
+            counts["not read" if not row["class"] else "abstained" if row["abstain"] else "answered"] += 1
+            if row["class"] and row["error"]: counts["without overlay"] += 1
         return len(rows)
 
     if out or json:
         from tqdm import tqdm
         try:
-            with parallel(n_jobs, cluster) as workers, tqdm(total=len(paths), unit="picture", disable=None) as bar:
-                resumed = predict_files(paths, task, out, json, batch_size, workers.n_jobs, lambda rows: bar.update(count(rows)))
+            with parallel(n_jobs, cluster) as workers, tqdm(total=len(paths), unit="image", disable=None) as bar:
+                resumed = predict_files(paths, task, out, json, batch_size, workers.n_jobs,
+                                        lambda rows: bar.update(count(rows)), lambda line: _say(line, err=True))
         except KeyboardInterrupt:
-            _say(f"stopped: answers so far are in {unfinished_file(out, json)}; the same command goes on.", err=True)
+            _say(f"stopped: predictions so far are in {unfinished_file(out, json)}; the same command goes on.", err=True)
             raise typer.Exit(130) from None
         kept = f" ({resumed} of them before)" if resumed else ""
         _say(f"{counted(len(paths), 'picture')} in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
     else:
         check_outputs(paths, task)  # as `predict_files` does
-        with parallel(n_jobs, cluster) as workers:
+        with sole_writer(task), parallel(n_jobs, cluster) as workers:
             for rows in iter_answers(task, paths, batch_size, workers.n_jobs):
                 count(rows)
-                _say("\n".join(map(row_text, rows)))
-    typer.echo("; ".join(f"{number} {what}" for what, number in counts.items()) + ". Research use only.", err=True)
-    if counts["not read"]: raise typer.Exit(1)
+                for row in rows: _say(row_text(row))
+    if found: _say(found, err=True)
+    said = [f"{number} {what}" for what, number in counts.items() if number or what != "without overlay"]
+    _say(f"{'; '.join(said)}. {calibration_text(about)} Research use only.", err=True)
+    if counts["not read"] or counts["without overlay"]: raise typer.Exit(1)
 
 # %% ../nbs/90_command_line.ipynb #e5e2a040
 @app.command()
 def compare(
-    pictures: Annotated[list[str], typer.Argument(help="Pictures, folders searched with their subfolders, or 'patterns/*.png'.")],
+    pictures: Annotated[list[str], typer.Argument(help="Images, folders searched with their subfolders, or 'patterns/*.png'.")],
     study: Annotated[Path, typer.Option(help="Run folder of a study with exported models (exported/*.onnx).")],
     out: Annotated[Path, typer.Option(help="Folder for comparison.csv and comparison.png.")] = Path("comparison"),
 ) -> None:
-    "Show what every exported model of a study says about new pictures: a table, a CSV file and a grid of the pictures."
-    from leukemia_nb.files import atomic_path, check_output, write_table
+    "Show what every exported model of a study predicts for new images: a table, a CSV file and a grid of the images."
     from leukemia_nb.evaluation import unseen_figure
-    from leukemia_nb.predictor import compare_models_on, comparison_text, exported_models, list_pictures
+    from leukemia_nb.files import atomic_path, check_output, exclusive, mark_output_folder, write_table
+    from leukemia_nb.predictor import check_inputs_apart, compare_models_on, comparison_text, exported_models, find_inputs
 
-    paths, models = list_pictures(pictures, out), exported_models(study)
+    models = exported_models(study)
+    paths, found = find_inputs(pictures, out)
     for name in ("comparison.csv", "comparison.png"): check_output(out / name)
+    check_inputs_apart(paths, out)
     problems: list[str] = []
 
     def tell(problem: str) -> None:
         problems.append(problem)
         _say(problem, err=True)
 
-    table = compare_models_on(paths, models, tell)
-    _say(comparison_text(table))
-    write_table(out / "comparison.csv", table)
-    with atomic_path(out / "comparison.png") as temporary: unseen_figure(table, most=12).savefig(temporary, dpi=160)
+    with exclusive(out):
+        table = compare_models_on(paths, models, tell)
+        for line in comparison_text(table).split("\n"): _say(line)
+        mark_output_folder(out)
+        write_table(out / "comparison.csv", table, excel=True)
+        seen = table[table["error"] == ""]
+        with atomic_path(out / "comparison.png") as temporary: unseen_figure(seen, most=12).savefig(temporary, dpi=160)
+    if found: _say(found, err=True)
     _say(f"comparison.csv and comparison.png in {out}. In brackets: the model abstains. Research use only.", err=True)
     if problems: raise typer.Exit(1)
 
