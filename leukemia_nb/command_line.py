@@ -33,9 +33,9 @@ def main() -> None:
 
 
 def _say(text: str, err: bool = False) -> None:
-    "Print a line; a file name in it that is not UTF-8 is escaped."
-    from leukemia_nb.files import shown
-    typer.echo(shown(text), err=err)
+    "Print lines; what a terminal cannot take in a file name is escaped."
+    from leukemia_nb.files import shown_lines
+    typer.echo(shown_lines(text), err=err)
 
 
 def _known_method(name: str | None) -> str | None:

@@ -158,6 +158,7 @@ class _Walk:
         else: self.search.paths.append(path)
         if reason: self.search.left_out.append((path, reason))
 
+# %% ../nbs/10_data.ipynb #d3adb33f
 def search_images(folder: str | os.PathLike,  # searched with all that is below it
                   without: str | os.PathLike = ""  # a folder left out where it lies in the other, say the one to write to
                   ) -> ImageSearch:
@@ -165,6 +166,7 @@ def search_images(folder: str | os.PathLike,  # searched with all that is below 
     check_folder(folder)
     return _Walk(Path(folder), without).run()
 
+# %% ../nbs/10_data.ipynb #decade01
 def find_pictures(folder: str | os.PathLike,  # searched with all that is below it
                   without: str | os.PathLike = ""  # a folder left out where it lies in the other, say the one to write to
                   ) -> list[Path]:  # in an order that does not depend on the disk
@@ -248,7 +250,9 @@ def _nothing_found(search: ImageSearch,  # sorted by class
     "Why there is no manifest, and what to do."
     if search.unreachable: return f"{search.summary()}. {search.unreachable[0][1]}"
     others = sum(reason.startswith(("of class", "in folders")) for _, reason in search.left_out)
-    if not others: return f"{search.folder}: no pictures in it ({', '.join(SUFFIXES)}). Check the path. {search.summary()}"
+    if not others:
+        more = f" {search.summary()}." if search.left_out else ""
+        return f"{search.folder}: no pictures in it ({', '.join(SUFFIXES)}). Check the path.{more}"
     there = f"{counted(others, 'picture')}, but in no folder of the classes {', '.join(classes)}"
     names = f" (found: {', '.join(unknown[:8])})" if unknown else ""
     return f"{search.folder}: {there}{names}. Sort them into folders named after the classes, such as Benign, Pre, Pro."
