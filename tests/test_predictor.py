@@ -1,6 +1,7 @@
 """Asking model files: the seal, bad files, rows, stopping and going on, the display."""
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -13,12 +14,13 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from leukemia_nb.files import OutputError
 from leukemia_nb.images import PictureError, read_picture, write_picture
 from leukemia_nb.models import ModelError, square_picture
 from leukemia_nb.predictor import (FORMAT, SEAL, Predictor, Task, answer_files, check_outputs, compare_models_on, comparison_text, doubt_in_words,
-                                   exported_models, list_pictures, made_up_model_file, open_model_file, overlay_file,
+                                   calibration_text, exported_models, find_inputs, list_pictures, made_up_model_file, open_model_file, overlay_file,
                                    predict_files, predictions_html, read_unfinished, reasons, row_columns, row_text, saliency,
                                    seal, unseal)
 from leukemia_nb.segmentation import check_mask, count_cells, cut_out, segment
@@ -102,19 +104,32 @@ def test_a_folder_with_magic_letters_is_a_folder(tmp_path):
 
 
 def test_overlays_are_no_pictures(file, tmp_path, monkeypatch):
-    """Those that an earlier run saved among the pictures, and whatever lies in the folder that this run writes to."""
+    """A folder that an earlier run wrote is left out of every search, unless its marker is deleted."""
     write_smears(tmp_path, 1, height=96, width=128)
     mine = list_pictures(tmp_path)
-    answer_files(Task(str(file), str(tmp_path / "ov"), saliency=True), mine)
-    answer_files(Task(str(file), str(tmp_path)), mine)
-    assert len(list(tmp_path.rglob("*.jpg"))) == 9
-    assert list_pictures(tmp_path) == list_pictures(tmp_path, tmp_path) == list_pictures(tmp_path, tmp_path / "ov") == mine
-    assert list_pictures([*mine, f"{tmp_path}/*.jpg", f"{tmp_path}/ov/*"]) == mine
-    assert len(list_pictures(tmp_path / "ov")) == 6  # alone, they may well be asked about
-    write_picture(tmp_path / "ov" / "left.png", smear("Pre-B", 0, 96, 128).picture)
+    predict_files(mine, Task(str(file), str(tmp_path / "ov"), saliency=True), tmp_path / "a.csv")
+    assert len(list(tmp_path.rglob("*.jpg"))) == 6
+    assert list_pictures(tmp_path) == list_pictures(tmp_path, tmp_path / "ov") == mine
+    found, summary = find_inputs([*mine, f"{tmp_path}/*/*.[jp][pn]g", f"{tmp_path}/ov/*", f"{tmp_path}/**/*.jpg"])
+    assert [path for path in found if "*" not in path] == mine and "written by leukemia_nb: 6" in summary
+    rows = Predictor.load(file).predict([tmp_path / "ov", f"{tmp_path}/ov/*"]).rows
+    assert ["leukemia_nb" in row["error"] for row in rows] == [True, True]
+    assert len(list_pictures(next((tmp_path / "ov").glob("Pre*cells.jpg")))) == 1  # a file that is named is asked about
+    (tmp_path / "ov" / ".leukemia_nb-output").unlink()
+    assert len(list_pictures(tmp_path / "ov")) == 6
     monkeypatch.chdir(tmp_path)
-    assert "ov/left.png" in list_pictures(".") and "ov/left.png" not in list_pictures(".", "ov")
-    assert "ov/left.png" in list_pictures("ov", "ov")
+    assert len(list_pictures(".")) == 9 and list_pictures(".", "ov") == [os.path.relpath(path, tmp_path) for path in mine]
+
+
+def test_brackets_in_patterns_are_brackets_where_they_are_there(tmp_path):
+    for name in ("[Malignant] Pre-B/a.png", "[Malignant] Pro-B/b.png", "M/c.png", "[x]/[y]1.png", "[x]/y1.png", "q/y1.png"):
+        write_picture(tmp_path / name, smear("Pre-B", 0, 96, 128).picture)
+    def found(pattern): return [os.path.relpath(path, tmp_path) for path in list_pictures(f"{tmp_path}/{pattern}")]
+    assert found("[Malignant] Pre-B/*.png") == found("[Malignant] Pre*/?.png") == ["[Malignant] Pre-B/a.png"]
+    assert found("[Malignant]*/*.png") == ["[Malignant] Pre-B/a.png", "[Malignant] Pro-B/b.png"]
+    assert found("[Malignant]/*.png") == ["M/c.png"]  # no such folder: a set of letters
+    assert found("[x]/[y]1.png") == ["[x]/[y]1.png"] and found("[pq]/[xy]1.png") == ["q/y1.png"]
+    assert len(found("**/*.png")) == len(found("*")) == len(found("**")) == 6  # folders that match are searched
 
 
 def test_names_in_bytes_are_kept_in_the_journal_and_escaped_in_tables(file, paths, tmp_path):
@@ -151,7 +166,7 @@ def test_a_doubtful_mask_is_said_and_does_not_make_the_model_abstain(file, paths
     stained[:, 60:] = (120, 60, 160)
     row, plain = model.predict([stained, read_picture(paths[4])]).rows
     assert row["mask_flag"] == check_mask(segment(stained)) != "" == plain["mask_flag"]
-    assert row["why"] == reasons(row["confidence"], row["distance"], row["blasts"], model.info["thresholds"])
+    assert row["why"] == reasons(row["confidence"], row["distance"], row["n_cells"], model.info["thresholds"])
     assert f"1 cell on 76.6% of the picture (doubtful mask: {row['mask_flag']})" in row_text(row)
     assert "doubtful" not in row_text(plain) and row["mask_flag"] in predictions_html(model.predict([stained]))
 
@@ -163,7 +178,7 @@ def test_rows_have_all_columns_and_say_what_is_in_the_picture(file, paths):
     picture = read_picture(paths[4])
     mask = segment(picture)
     row = table.iloc[4]
-    assert (row["blasts"], row["blast_pixels"]) == (count_cells(mask), mask.sum())
+    assert (row["n_cells"], row["cell_pixels"], row["cell_area"]) == (count_cells(mask), mask.sum(), round(mask.mean(), 5))
     assert row["sha256"] == hashlib.sha256(Path(paths[4]).read_bytes()).hexdigest()
     np.testing.assert_allclose(table[[f"p_{name}" for name in CLASSES]].sum(axis=1), 1, atol=1e-5)
     assert (table["confidence"] == table[[f"p_{name}" for name in CLASSES]].max(axis=1)).all()
@@ -194,7 +209,7 @@ def test_a_picture_without_cells_is_not_answered(place):
     blank = np.full((96, 128, 3), 235, np.uint8)
     for kind in ("picture", "pair", "cells"):
         row = Predictor.load(place / f"run/exported/{kind}.onnx").predict([blank]).rows[0]
-        assert row["abstain"] and "no cells found" in row["why"] and row["blasts"] == 0
+        assert row["abstain"] and "no cells found" in row["why"] and row["n_cells"] == 0
         assert np.isfinite([row[f"p_{name}"] for name in CLASSES]).all()
 
 
@@ -209,17 +224,55 @@ def test_bad_pictures_are_rows_and_the_rest_goes_on(file, paths, tmp_path):
     assert all(path in error for path, error in zip(table["path"], table["error"]) if error)
 
 
-@pytest.mark.parametrize("array", [np.zeros((20, 30), np.uint8), np.zeros((20, 30, 3)), np.zeros((20, 30, 4), np.uint8)])
-def test_arrays_that_are_no_pictures(file, array):
+@pytest.mark.parametrize("array", [np.zeros((20, 30), float), np.zeros((20, 30, 3)), np.zeros((20, 30, 4), np.uint8),
+                                   np.zeros((20, 30, 3), np.uint16), np.zeros((3, 20, 30), np.uint8), np.zeros((20, 30, 3), bool),
+                                   np.zeros(7), np.zeros((2, 2, 2, 20, 30, 3))], ids=lambda array: f"{array.dtype}{array.shape}")
+def test_arrays_that_are_no_pictures_are_refused_as_they_were_given(file, array):
     model = Predictor.load(file)
-    assert "uint8 RGB" in model.predict([array]).rows[0]["error"]
-    with pytest.raises(PictureError, match="uint8 RGB"): model.predict_proba([array])
+    for given in (array, [array]):
+        row, = model.predict(given).rows
+        assert str(array.dtype) in row["error"] and str(array.shape) in row["error"] and row["abstain"]
+        with pytest.raises(PictureError, match=str(array.dtype)): model.predict_proba(given)
+
+
+@pytest.mark.parametrize("thing", [None, 5, [3.5], object()])
+def test_what_is_no_picture_at_all_is_one_line(file, thing):
+    row, = Predictor.load(file).predict(thing).rows
+    assert "not an image" in row["error"]
+
+
+@pytest.mark.parametrize("kind", ["picture", "pair", "cells"])
+def test_pictures_in_memory_are_answered_as_files_are(place, paths, kind):
+    model, pixels = Predictor.load(place / f"run/exported/{kind}.onnx"), read_picture(paths[4])
+    picture = Image.fromarray(pixels)
+    whole = model.predict_proba(paths[4:5])
+    for given in (pixels, picture, picture.convert("RGBA"), [picture], [pixels]):
+        np.testing.assert_allclose(model.predict_proba(given), whole, atol=1e-6)
+    grey = np.repeat(pixels[..., 1:2], 3, axis=2)
+    for given in (grey[..., 0], Image.fromarray(grey[..., 0])):
+        np.testing.assert_allclose(model.predict_proba(given), model.predict_proba([grey]), atol=1e-6)
+    assert model.predict([picture])._repr_html_().count('src="data:image/jpeg') == 1
+    assert saliency(model, picture).shape == (1, 224, 224)
+
+
+def test_a_predictor_can_be_sent_to_other_processes(place, paths):
+    made_up_model_file(place / "gone.onnx", "pair")
+    model = Predictor.load(place / "gone.onnx", count=False)
+    model.info["title"] = "Mine"
+    (place / "gone.onnx").unlink()
+    sent = pickle.loads(pickle.dumps(model))
+    assert sent.info == model.info and not sent.count and repr(sent) == repr(model)
+    np.testing.assert_array_equal(sent.predict_proba(paths[:2]), model.predict_proba(paths[:2]))
+    from joblib import Parallel, delayed
+    far = Parallel(n_jobs=2)(delayed(model.predict_proba)(paths[i : i + 1]) for i in range(2))
+    np.testing.assert_allclose(np.concatenate(far), model.predict_proba(paths[:2]), atol=1e-6)
+    with pytest.raises(TypeError, match="Predictor.load"): pickle.dumps(Predictor(model.session, model.info))
 
 
 @given(st.floats(0, 1), st.floats(0, 10), st.sampled_from([None, 0, 5]))
-def test_nothing_doubtful_is_accepted(confidence, distance, blasts):
-    why = reasons(confidence, distance, blasts, {"confidence": 0.7, "distance": 3.0})
-    assert (why == "") == (confidence >= 0.7 and distance <= 3.0 and blasts != 0)
+def test_nothing_doubtful_is_accepted(confidence, distance, n_cells):
+    why = reasons(confidence, distance, n_cells, {"confidence": 0.7, "distance": 3.0})
+    assert (why == "") == (confidence >= 0.7 and distance <= 3.0 and n_cells != 0)
 
 
 def test_not_a_number_is_doubtful():
@@ -235,7 +288,7 @@ def test_csv_and_json_hold_the_same(file, paths, tmp_path, n_jobs):
     table, rows = pd.read_csv(tmp_path / "a.csv", keep_default_na=False), json.loads((tmp_path / "a.json").read_text())
     assert list(table["path"]) == paths == [row["path"] for row in rows] == [row["path"] for row in said]
     np.testing.assert_allclose(table["confidence"], [row["confidence"] for row in rows])
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.csv", "a.json"]
+    assert sorted(each.name for each in tmp_path.iterdir() if each.suffix != ".lock") == ["a.csv", "a.json"]
 
 
 def test_a_stopped_run_goes_on_where_it_was(file, paths, tmp_path):
@@ -256,6 +309,7 @@ def test_changed_files_other_models_and_errors_are_asked_again(place, file, tmp_
     mine = [*list_pictures(tmp_path / "s"), str(tmp_path / "later.png")]
     journal = tmp_path / "a.csv.unfinished"
     rows = answer_files(Task(str(file)), mine)
+    assert {row["model_sha256"] for row in rows} == {Predictor.load(file).info["sha256"]}
     journal.write_text("".join(json.dumps(row) + "\n" for row in [rows[0] | {"model_version": "other"}, *rows[1:]]))
     write_picture(mine[1], smear("Normal", 9, 96, 128).picture)
     write_picture(mine[3], smear("Pro-B", 9, 96, 128).picture)
@@ -295,11 +349,12 @@ def test_overlays_and_saliency(place, paths, tmp_path):
 def test_every_model_beside_the_others(place, paths, tmp_path):
     problems = []
     table = compare_models_on([*paths, "nowhere.png"], exported_models(place / "run"), problems.append)
-    assert len(table) == 9 and len(problems) == 1 and set(table["true label"]) == set(CLASSES)
+    assert list(table["path"]) == [*paths, "nowhere.png"] and problems == list(table["error"][9:])
+    assert set(table["true label"][:9]) == set(CLASSES) and not any(table["error"][:9]) and table.iloc[9]["made_up_pair"] == ""
     single = Predictor.load(place / "run/exported/pair.onnx").predict(paths).table
     np.testing.assert_allclose(table.set_index("path").loc[paths, "made_up_pair confidence"], single["confidence"], atol=1e-5)
     text = comparison_text(table.assign(**{"made_up_pair doubt": "not sure"}))
-    assert len(text.splitlines()) == 10 and len(re.findall(r"\(P?[rN]o.*? \d\.\d\d\)|\(P.*? \d\.\d\d\)", text)) == 9
+    assert len(text.splitlines()) == 11 and len(re.findall(r"\(P?[rN]o.*? \d\.\d\d\)|\(P.*? \d\.\d\d\)", text)) == 9
     with pytest.raises(ModelError, match="no exported models"): exported_models(tmp_path)
     with pytest.raises(ModelError, match="no such folder"): exported_models(tmp_path / "nowhere")
     with pytest.raises(PictureError, match="No picture can be read"):
