@@ -7,6 +7,8 @@ __all__ = ['app', 'main', 'is_explained', 'synth', 'segment', 'prepare', 'predic
 
 # %% ../nbs/90_command_line.ipynb #470bd5ba
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,26 +71,54 @@ def synth(
     seed: Annotated[int, typer.Option(help="The same seed gives the same pictures.", min=0)] = 0,
 ) -> None:
     "Draw synthetic blood smears with the true cell masks beside them."
-    from leukemia_nb.files import counted
+    from leukemia_nb.data import find_pictures
+    from leukemia_nb.files import OutputError, check_output, counted, exclusive, is_output_folder
     from leukemia_nb.study import class_names
     from leukemia_nb.synthetic import write_smears
 
-    table = write_smears(out, per_class, classes=class_names(classes), seed=seed, height=height, width=width)
-    _say(f"{counted(len(table), 'smear')} in {out}")
+    check_output(out, folder=True)
+    if is_output_folder(out):
+        raise OutputError(f"{out}: holds results, so no search would take its images for data. Choose another folder.")
+    try:
+        with exclusive(out):
+            table = write_smears(out, per_class, classes=class_names(classes), seed=seed, height=height, width=width)
+    except KeyboardInterrupt:
+        _say(f"stopped: the smears so far are in {out}; the same command draws all of them.", err=True)
+        raise typer.Exit(130) from None
+    before = len(find_pictures(out)) - len(table)
+    more = f"; {counted(before, 'other image')} lay there before" if before > 0 else ""
+    _say(f"{counted(len(table), 'smear')} in {out}{more}")
 
 # %% ../nbs/90_command_line.ipynb #a633ea85
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    "Work that goes on when the command is given again: Ctrl-C is one line and exit status 130."
+    try: yield
+    except KeyboardInterrupt as stop:
+        _report(f"leukemia_nb: {stop}" if str(stop) else "leukemia_nb: stopped. Run again to go on.")
+        raise typer.Exit(130) from None
+
+
+def _report(line: str) -> None:
+    "Print a line about the work, beside its results."
+    _say(line, err=True)
+
 @app.command()
 def segment(
-    pictures: Annotated[Path, typer.Argument(help="A picture, or a folder searched with its subfolders.", exists=True)],
-    out: Annotated[Path, typer.Option(help="Folder for masks/, overlays/ and qc.csv.")] = Path("segmented"),
+    pictures: Annotated[Path, typer.Argument(help="An image, or a folder searched with its subfolders.", exists=True)],
+    out: Annotated[Path, typer.Option(help="Folder for masks/, overlays/, records/ and qc.csv.")] = Path("segmented"),
     method: Annotated[str, typer.Option(help="Segmentation method: deck or seeded.", callback=_known_method)] = "deck",
     n_jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
 ) -> None:
-    "Find the white cells of pictures: masks, overlays and a quality-control table."
+    """Find the white blood cells of images: masks, overlays and a quality-control table.
+
+    Finished images are kept: after an interruption the same command goes on where it stopped.
+    """
     from leukemia_nb.files import counted
     from leukemia_nb.quality_control import segment_folder
 
-    table = segment_folder(pictures, out, method=method, n_jobs=n_jobs)
+    with _stoppable():
+        table = segment_folder(pictures, out, method=method, n_jobs=n_jobs, say=_report)
     bad, flagged = int((table.problem != "").sum()), int((table.flag != "").sum())
     _say(f"{counted(len(table) - bad, 'picture')} segmented into {out}; "
          f"{counted(flagged, 'mask')} to look at and {bad} unreadable in qc.csv")
@@ -105,21 +135,28 @@ def prepare(
     method: Annotated[str, typer.Option(help="Segmentation method: deck or seeded.", callback=_known_method)] = "deck",
     n_jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
 ) -> None:
-    "Turn a folder of pictures into pairs: each picture and its segmented twin, resized."
-    from leukemia_nb.data import build_manifest, check_manifest
-    from leukemia_nb.files import check_output, counted
-    from leukemia_nb.pairing import prepare_pairs
+    """Turn a folder of images into pairs: each image and its segmented twin, resized.
+
+    Finished pairs are kept: after an interruption the same command goes on where it stopped.
+    """
+    from leukemia_nb.data import build_manifest, check_manifest, search_images
+    from leukemia_nb.files import check_output, counted, exclusive, mark_output_folder
+    from leukemia_nb.pairing import check_no_input, prepare_pairs, remove_unfinished
     from leukemia_nb.study import Run, class_names
 
-    check_output(out, folder=True)
     run, names = Run(out), class_names(classes)
-    manifest = build_manifest(data, classes=names, without=out)
-    run.write_table(manifest, "manifest.csv")
-    check_manifest(manifest, minimum=1, classes=names)
-    pairs = prepare_pairs(manifest, out / "pairs", size=size, method=method, n_jobs=n_jobs)
-    run.write_table(pairs, "pairs.csv")
-    flagged, bad = int((pairs.flag != "").sum()), int((manifest.problem != "").sum())
-    _say(f"{counted(len(pairs), 'pair')} in {out}, {flagged} flagged; {counted(bad, 'picture')} with problems in manifest.csv")
+    check_output(out, folder=True)
+    check_no_input(search_images(data).paths, out)
+    with _stoppable(), exclusive(out / "pairs.csv"):
+        mark_output_folder(out)
+        remove_unfinished(out)
+        manifest = build_manifest(data, classes=names, without=out, say=_report)
+        run.write_table(manifest, "manifest.csv")
+        check_manifest(manifest, minimum=1, classes=names)
+        pairs = prepare_pairs(manifest, out / "pairs", size=size, method=method, n_jobs=n_jobs)
+        run.write_table(pairs, "pairs.csv")
+    flagged, bad = int((pairs.flag != "").sum()), int((pairs.problem != "").sum())
+    _say(f"{counted(len(pairs) - bad, 'pair')} in {out}, {flagged} flagged; {counted(bad, 'picture')} with problems in pairs.csv")
 
 # %% ../nbs/90_command_line.ipynb #ff970d9f
 @app.command()

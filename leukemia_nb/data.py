@@ -5,6 +5,7 @@
 # %% ../nbs/10_data.ipynb #5e451aac
 from __future__ import annotations
 
+import heapq
 import os
 import re
 import unicodedata
@@ -110,7 +111,7 @@ class _Walk:
     def run(self) -> ImageSearch:
         while self.folders or self.links:
             linked = not self.folders
-            here = self.links.pop(0) if linked else self.folders.pop()
+            here = heapq.heappop(self.links) if linked else self.folders.pop()
             try: reason = self._reason(here, linked) or self._read(here)
             except OSError as error: self._missed(here, f"the folder cannot be read: {error.strerror}. Check who may read it.")
             else:
@@ -118,7 +119,7 @@ class _Walk:
         for found in (self.search.paths, self.search.left_out, self.search.unreachable): found.sort()
         return self.search
 
-    def _missed(self, path: Path, problem: str) -> None: self.search.unreachable.append((path, f"{path}: {problem}"))
+    def _missed(self, path: Path, problem: str) -> None: self.search.unreachable.append((path, shown(f"{path}: {problem}")))
 
     def _reason(self, here: Path, linked: bool) -> str:
         "Why a folder is left out; empty where it is searched."
@@ -148,7 +149,7 @@ class _Walk:
         path, linked = Path(entry.path), entry.is_symlink()
         suffix, reason = path.suffix.lower(), ""
         if entry.name.startswith("."): reason = "hidden"
-        elif linked and os.stat(path) and entry.is_dir() and entry.name.lower() not in PASSED_BY: self.links.append(path)
+        elif linked and os.stat(path) and entry.is_dir() and entry.name.lower() not in PASSED_BY: heapq.heappush(self.links, path)
         elif entry.is_dir() and entry.name.lower() not in PASSED_BY: self.folders.append(path)
         elif entry.is_dir(): reason = f"named {', '.join(PASSED_BY)}"
         elif not entry.is_file(): reason = "devices or pipes"
@@ -185,7 +186,7 @@ def _examine(path: Path, missed: str) -> tuple[str, int, int, str]:
     "sha256, width, height and problem of one image, or of what could not be reached."
     if missed: return "", 0, 0, missed
     try: digest = file_sha256(path)
-    except OSError as error: return "", 0, 0, f"{path}: cannot be opened: {error.strerror}. Check who may read it."
+    except OSError as error: return "", 0, 0, shown(f"{path}: cannot be opened: {error.strerror}. Check who may read it.")
     try: height, width = read_picture(path).shape[:2]
     except PictureError as error: return digest, 0, 0, str(error)
     return digest, width, height, ""
@@ -205,7 +206,8 @@ def _mark_two_classes(manifest: DataFrame) -> None:
         if same["class"].nunique() < 2: continue
         for index, label, path in zip(same.index, same["class"], same["path"]):
             others = ", ".join(same.loc[same["class"] != label, "path"])
-            manifest.loc[index, "problem"] = f"{path}: the same picture lies under another class: {others}. Remove the wrong one."
+            problem = f"{path}: the same picture lies under another class: {others}. Remove the wrong one."
+            manifest.loc[index, "problem"] = shown(problem)
 
 # %% ../nbs/10_data.ipynb #0dd72185
 def build_manifest(folder: str | os.PathLike,  # holds a folder for each class, at any depth
@@ -238,12 +240,25 @@ def _sort_by_class(search: ImageSearch, classes: Sequence[str]) -> tuple[ImageSe
     labels = {path: _class_of_path(path, search.folder) for path in search.paths}
     places = {path: _class_of_path(path / "inside", search.folder) for path, _ in search.unreachable}  # mostly folders
     unreachable = [each for each in search.unreachable if places[each[0]] in (None, *classes)]
-    paths = [path for path in search.paths if labels[path] in classes]
     others = [(path, f"of class {label}" if label else "in folders of no class")
               for path, label in labels.items() if label not in classes]
+    twice = _linked_twice({path: label for path, label in labels.items() if label in classes})
+    paths = [path for path in search.paths if labels[path] in classes and path not in twice]
     rows = [(path, labels.get(path) or places.get(path) or "") for path in sorted([*paths, *(path for path, _ in unreachable)])]
     unknown = sorted({path.parent.relative_to(search.folder).as_posix() for path, label in labels.items() if label is None})
-    return ImageSearch(search.folder, paths, sorted([*search.left_out, *others]), unreachable), rows, unknown
+    left_out = sorted([*search.left_out, *others, *((path, "linked twice") for path in twice)])
+    return ImageSearch(search.folder, paths, left_out, unreachable), rows, unknown
+
+def _linked_twice(labels: dict[Path, str | None]) -> set[Path]:
+    "Links to an image that its class has already; under two classes both stay, as a problem."
+    seen, twice = set(), set()
+    for path in sorted(labels, key=lambda path: (path.is_symlink(), path)):
+        try: status = os.stat(path)
+        except OSError: continue  # gone since the search: its row will say so
+        file = (status.st_dev, status.st_ino, labels[path])
+        if file in seen: twice.add(path)
+        seen.add(file)
+    return twice
 
 def _nothing_found(search: ImageSearch,  # sorted by class
                    unknown: list[str], classes: Sequence[str]) -> str:

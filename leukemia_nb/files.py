@@ -25,8 +25,8 @@ else: DataFrame = Any  # loaded with the first table; the name is for the docume
 # %% auto #0
 __all__ = ['MAX_NAME', 'OUTPUT_MARKER', 'shown', 'shown_lines', 'counted', 'OutputError', 'writing', 'atomic_path',
            'check_output', 'mark_output_folder', 'is_output_folder', 'unique_names', 'exclusive', 'file_sha256',
-           'safe_cell', 'restored_cell', 'write_table', 'TableError', 'read_table', 'write_json', 'read_json',
-           'set_sha256']
+           'safe_cell', 'restored_cell', 'write_table', 'TableError', 'read_table', 'shown_table', 'write_json',
+           'read_json', 'set_sha256']
 
 # %% ../nbs/08_files.ipynb #15819cb8
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
@@ -276,6 +276,12 @@ def read_table(path: str | os.PathLike  # a CSV of the study
         if "out of memory" in str(error): raise MemoryError(f"{path}: no memory left to read the table") from error
         raise TableError(f"{path}: not a table, or damaged ({str(error).strip()}). Make it again, or remove it.") from error
     return _changed(table.fillna({name: "" for name in text if name in table}), restored_cell)
+
+# %% ../nbs/08_files.ipynb #1dea5eed
+def shown_table(table: DataFrame  # any table
+                ) -> DataFrame:  # a copy
+    "A table for people to look at: every text as `shown`."
+    return _changed(table, lambda value: shown(value) if isinstance(value, str) else value)
 
 # %% ../nbs/08_files.ipynb #a9b8c7d6
 def write_json(path: str | os.PathLike,  # the file
