@@ -7,6 +7,7 @@ __all__ = ['app', 'main', 'is_explained', 'synth', 'segment', 'prepare', 'predic
 
 # %% ../nbs/90_command_line.ipynb #470bd5ba
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -177,10 +178,7 @@ def predict(
     For research use only. A run that was stopped goes on where it was when the same command is given again.
     Only open model files from people you trust: their checksum shows damage, and is no signature.
     """
-    from leukemia_nb.cluster import parallel
-    from leukemia_nb.files import counted
-    from leukemia_nb.predictor import (Task, calibration_text, check_outputs, find_inputs, iter_answers, model_of, predict_files,
-                                       row_text, sole_writer, unfinished_file)
+    from leukemia_nb.predictor import Task, calibration_text, find_inputs, model_of
 
     if saliency and not overlays: raise typer.BadParameter("--saliency needs a folder: --overlays FOLDER")
     place: Any = os.path.abspath if cluster else str  # the workers are started in a folder of their own
@@ -188,35 +186,54 @@ def predict(
     about = model_of(task).info
     inputs, found = find_inputs(pictures, overlays or "")
     paths = [place(path) for path in inputs]
-    counts = {"answered": 0, "abstained": 0, "not read": 0, "without overlay": 0}
-
-    def count(rows: list[dict]) -> int:
-        for row in rows:
-            counts["not read" if not row["class"] else "abstained" if row["abstain"] else "answered"] += 1
-            if row["class"] and row["error"]: counts["without overlay"] += 1
-        return len(rows)
-
-    if out or json:
-        from tqdm import tqdm
-        try:
-            with parallel(n_jobs, cluster) as workers, tqdm(total=len(paths), unit="image", disable=None) as bar:
-                resumed = predict_files(paths, task, out, json, batch_size, workers.n_jobs,
-                                        lambda rows: bar.update(count(rows)), lambda line: _say(line, err=True))
-        except KeyboardInterrupt:
-            _say(f"stopped: predictions so far are in {unfinished_file(out, json)}; the same command goes on.", err=True)
-            raise typer.Exit(130) from None
-        kept = f" ({resumed} of them before)" if resumed else ""
-        _say(f"{counted(len(paths), 'picture')} in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
-    else:
-        check_outputs(paths, task)  # as `predict_files` does
-        with sole_writer(task), parallel(n_jobs, cluster) as workers:
-            for rows in iter_answers(task, paths, batch_size, workers.n_jobs):
-                count(rows)
-                for row in rows: _say(row_text(row))
+    outcomes = Counter({"answered": 0, "abstained": 0, "not read": 0})
+    if out or json: _predict_into_files(paths, task, out, json, batch_size, n_jobs, cluster, outcomes)
+    else: _predict_on_screen(paths, task, batch_size, n_jobs, cluster, outcomes)
     if found: _say(found, err=True)
-    said = [f"{number} {what}" for what, number in counts.items() if number or what != "without overlay"]
-    _say(f"{'; '.join(said)}. {calibration_text(about)} Research use only.", err=True)
-    if counts["not read"] or counts["without overlay"]: raise typer.Exit(1)
+    said = "; ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
+    _say(f"{said}. {calibration_text(about)} Research use only.", err=True)
+    if outcomes["not read"] or outcomes["without overlay"]: raise typer.Exit(1)
+
+
+def _outcome(row: dict[str, Any]) -> str:
+    "How the prediction of one image ended, for the summary."
+    if not row["class"]: return "not read"
+    if row["error"]: return "without overlay"
+    return "abstained" if row["abstain"] else "answered"
+
+
+def _predict_into_files(paths: list[str], task: Any, out: Path | None, json: Path | None, batch_size: int, n_jobs: int,
+                        cluster: str, outcomes: Counter[str]) -> None:
+    "Predict with a progress bar; what is done stays when it is stopped."
+    from tqdm import tqdm
+
+    from leukemia_nb.cluster import parallel
+    from leukemia_nb.files import counted
+    from leukemia_nb.predictor import predict_files, unfinished_file
+
+    def count(rows: list[dict[str, Any]]) -> None:
+        outcomes.update(map(_outcome, rows))
+        bar.update(len(rows))
+    try:
+        with parallel(n_jobs, cluster) as workers, tqdm(total=len(paths), unit="image", disable=None) as bar:
+            resumed = predict_files(paths, task, out, json, batch_size, workers.n_jobs, count, lambda line: _say(line, err=True))
+    except KeyboardInterrupt:
+        _say(f"stopped: predictions so far are in {unfinished_file(out, json)}; the same command goes on.", err=True)
+        raise typer.Exit(130) from None
+    kept = f" ({resumed} of them before)" if resumed else ""
+    _say(f"{counted(len(paths), 'picture')} in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
+
+
+def _predict_on_screen(paths: list[str], task: Any, batch_size: int, n_jobs: int, cluster: str, outcomes: Counter[str]) -> None:
+    "Predict, and print a line for each image as soon as it is there."
+    from leukemia_nb.cluster import parallel
+    from leukemia_nb.predictor import check_outputs, iter_answers, row_text, sole_writer
+
+    check_outputs(paths, task)  # as `predict_files` does
+    with sole_writer(task), parallel(n_jobs, cluster) as workers:
+        for rows in iter_answers(task, paths, batch_size, workers.n_jobs):
+            outcomes.update(map(_outcome, rows))
+            for row in rows: _say(row_text(row))
 
 # %% ../nbs/90_command_line.ipynb #e5e2a040
 @app.command()

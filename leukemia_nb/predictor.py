@@ -870,9 +870,6 @@ class Task(NamedTuple):
     threads: int = 0  # of the network; 0: as many as there are cores
 
 
-_LONGEST_JPEG = 65_500  # pixels a side, the limit of libjpeg
-
-
 @functools.lru_cache(maxsize=1)
 def _opened(file: str, threads: int, changed: float) -> Predictor:
     return Predictor.load(file, threads=threads)
@@ -898,9 +895,6 @@ def overlay_file(
 def _write_overlays(task: Task, model: Predictor, row: dict) -> None:
     "Save what the task wants to see of one picture. Raises OutputError, PictureError."
     picture = read_picture(row["path"])
-    if max(picture.shape) > _LONGEST_JPEG:
-        raise PictureError(f"{row['path']}: no overlay, as a JPEG is {_LONGEST_JPEG} pixels wide at most and this image "
-                           f"{picture.shape[1]} x {picture.shape[0]}. Scale it down, or leave out --overlays.")
     write_picture(overlay_file(row, task.overlays), overlay(picture, model.method))
     if task.saliency:
         heat = saliency(model, picture)[0]

@@ -83,9 +83,9 @@ def test_results_never_go_into_the_folder_of_the_images(command, paths, model, p
 def test_every_search_says_what_it_left_out_and_could_not_reach(paths, model, tmp_path):
     shutil.copy(paths[0], tmp_path / "a.png")
     (tmp_path / "b.png").symlink_to(tmp_path / "nowhere.png")
-    (tmp_path / "c.gif").write_bytes(b"GIF89a")
+    (tmp_path / "c.svs").write_bytes(b"slide")
     status, _, error = call("predict", tmp_path, "--model", model, "--out", tmp_path / "a.csv")
-    assert status == 1 and "1 image found, 1 left out (.gif files: 1), 1 could not be reached" in error
+    assert status == 1 and "1 image found, 1 left out (.svs files: 1), 1 could not be reached" in error
     assert [Path(path).name for path in table_of(tmp_path / "a.csv")["path"]] == ["a.png", "b.png"]
 
 
@@ -205,12 +205,11 @@ def test_an_over_wide_image_is_a_row_with_its_error_and_the_rest_goes_on(paths, 
     status, out, error = call("predict", paths[0], tmp_path / "wide.png", *paths[1:], "--model", model, "--out", tmp_path / "a.csv",
                               "--overlays", tmp_path / "ov", "--saliency")
     table = table_of(tmp_path / "a.csv")
-    assert status == 1 and len(table) == 7 and "1 without overlay" in error
+    assert status == 1 and len(table) == 7 and "1 not read" in error
     assert [bool(problem) for problem in table["error"]] == [False, True] + [False] * 5 and "70144 x 100" in table["error"][1]
-    assert table["class"][1] in ("Normal", "Pre-B", "Pro-B")  # what is known of it is not lost
     assert len(list((tmp_path / "ov").glob("*-saliency.jpg"))) == 6
     status, out, error = call("compare", tmp_path / "wide.png", paths[0], "--study", place / "run", "--out", tmp_path / "cmp")
-    assert status == 0 and len(table_of(tmp_path / "cmp/comparison.csv")) == 2
+    assert status == 1 and "70144 x 100" in error and len(table_of(tmp_path / "cmp/comparison.csv")) == 2
 
 
 def test_what_fails_in_any_other_way_stays_with_its_image(paths, model, tmp_path, monkeypatch):

@@ -92,6 +92,128 @@ def test_a_sealed_file_that_is_no_network_is_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def rewritten(file, out, change=None, text=None, edit=None):
+    """A sealed copy of a model file with another description, or another graph."""
+    import onnx
+    model = onnx.load_model_from_string(file.read_bytes()[: -len(seal(b""))])
+    entry, = (each for each in model.metadata_props if each.key == "leukemia_nb")
+    info = json.loads(entry.value)
+    entry.value = json.dumps(change(info)) if change else entry.value if text is None else text
+    if edit: edit(model)
+    out.write_bytes(seal(model.SerializeToString()))
+    return out
+
+
+NEEDED = ["name", "title", "version", "classes", "input", "image_size", "segmentation", "temperature", "thresholds", "training", "test",
+          "weights_source", "licence", "research_use", "card", "format"]
+MALFORMED = {
+    **{f"without {key}": lambda info, key=key: {name: info[name] for name in info if name != key} for key in NEEDED},
+    **{f"{key} is {value!r}": lambda info, key=key, value=value: info | {key: value} for key in NEEDED
+       for value in (None, [[1]], {"a": 1}, float("nan"))},
+    **{name: lambda info, more=more: info | more for name, more in {
+        "two classes": {"classes": ["Normal", "Pre-B"]}, "one class twice": {"classes": ["Normal", "Pre-B", "Pre-B"]},
+        "a number for a class": {"classes": ["Normal", "Pre-B", 3]}, "a class of control characters": {"classes": ["A", "B", "C\x1b[2J"]},
+        "size as text": {"image_size": "224"}, "size as fraction": {"image_size": 224.5}, "other size": {"image_size": 64},
+        "huge size": {"image_size": 10**9}, "no size": {"image_size": 0}, "unknown input": {"input": "slide"}, "input pair": {"input": "pair"},
+        "input cells": {"input": "cells"}, "unknown segmentation": {"segmentation": "otsu"}, "negative temperature": {"temperature": -1.0},
+        "endless temperature": {"temperature": float("inf")}, "huge number": {"temperature": 10**400},
+        "NaN thresholds": {"thresholds": {"confidence": float("nan"), "distance": 1.0}}, "half the thresholds": {"thresholds": {"confidence": 0.5}},
+        "thresholds as text": {"thresholds": {"confidence": "0.5", "distance": "1"}}, "half a surrogate": {"title": "\ud800"},
+        "more right than tested": {"test": {"right": 5, "pictures": 3, "low": 0.1, "high": 0.9}}, "half a test": {"test": {"right": 5}},
+        "seed as text": {"seed": "0"}, "calibration as number": {"calibration": 1.5}, "format as text": {"format": "2"}}.items()},
+    "a list": lambda info: [info], "null": lambda info: None, "a number": lambda info: 7}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_description_is_one_line(case, file, tmp_path):
+    bad = rewritten(file, tmp_path / "odd.onnx", MALFORMED[case])
+    with pytest.raises(ModelError, match="odd.onnx: ") as error: Predictor.load(bad)
+    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 400 and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "1" * 5_000, '{"a":' * 900 + "1" + "}" * 900, "\0"])
+def test_a_description_that_is_no_json_is_one_line(text, file, tmp_path):
+    bad = rewritten(file, tmp_path / "odd.onnx", text=text)
+    with pytest.raises(ModelError, match="odd.onnx: its description") as error: Predictor.load(bad)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_network_without_description_is_one_line(file, tmp_path):
+    bad = rewritten(file, tmp_path / "odd.onnx", edit=lambda model: model.ClearField("metadata_props"))
+    with pytest.raises(ModelError, match="odd.onnx: has no description"): Predictor.load(bad)
+
+
+def test_what_the_rules_do_not_ask_for_may_be_missing_or_more(file, paths, tmp_path):
+    def change(info): return {key: info[key] for key in info if key != "calibration"} | {"temperature": 1.5, "of later": [1, 2]}
+    model = Predictor.load(rewritten(file, tmp_path / "good.onnx", change))
+    assert len(model.predict(paths[:1])) == 1 and "calibrated with temperature 1.5" in calibration_text(model.info)
+
+
+def refer(tensor, location):
+    """Say of a tensor that its numbers lie in another file."""
+    for field in ("raw_data", "float_data", "int64_data"): tensor.ClearField(field)
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", str(location)
+    tensor.data_location = 1
+
+
+def hide(model, where):
+    """A tensor somewhere in a network, where nothing uses it."""
+    import onnx
+    tensor = onnx.helper.make_tensor("far", 1, [1], [0.0])
+    if where == "initializer": return model.graph.initializer.append(tensor) or model.graph.initializer[-1]
+    if where == "sparse": return model.graph.sparse_initializer.add(dims=[1]).values
+    node = model.graph.node.add(op_type="Constant", output=["unused"]) if where != "function" else model.functions.add(name="f").node.add()
+    attribute = node.attribute.add(name="value")
+    if where == "inner graph": attribute.g.CopyFrom(onnx.GraphProto(name="inner"))
+    if where == "inner graph": return attribute.g.initializer.add(name="far", data_type=1, dims=[1])
+    return attribute.tensors.add() if where == "tensors" else attribute.t
+
+
+@pytest.mark.parametrize("where", ["weights", "initializer", "sparse", "node", "tensors", "inner graph", "function"])
+def test_a_network_that_refers_to_other_files_is_refused_unopened(where, file, tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # whoever opens it waits for ever
+    def edit(model): refer(model.graph.initializer[0] if where == "weights" else hide(model, where), tmp_path / "pipe")
+    bad = rewritten(file, tmp_path / "odd.onnx", edit=edit)
+    with pytest.raises(ModelError, match="odd.onnx: refers to other files"): Predictor.load(bad)
+
+
+@pytest.mark.parametrize("what", ["pipe", "/dev/zero", "folder", "huge", "link to a pipe", "socket"])
+def test_what_is_no_file_of_a_models_size_is_refused_at_once(what, tmp_path):
+    import socket
+    given = Path(what) if what.startswith("/dev") else tmp_path / "given.onnx"
+    if what == "folder": given.mkdir()
+    if "pipe" in what: os.mkfifo(given if what == "pipe" else tmp_path / "pipe")
+    if what == "link to a pipe": given.symlink_to(tmp_path / "pipe")
+    if what == "huge":
+        with open(given, "wb") as empty: empty.truncate(50_000_000_000)
+    with socket.socket(socket.AF_UNIX) as listener:
+        if what == "socket": listener.bind(str(given))
+        with pytest.raises(ModelError, match=f"^{given}: .*Check the path") as error: Predictor.load(given)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_file_that_does_not_fit_does_not_stop_the_others(place, file, paths, tmp_path):
+    rewritten(file, tmp_path / "odd.onnx", lambda info: info | {"thresholds": []})
+    problems = []
+    table = compare_models_on(paths[:2], [tmp_path / "odd.onnx", file], problems.append)
+    assert len(table) == 2 and len(problems) == 1 and "odd.onnx: its description says thresholds" in problems[0]
+
+
+def test_numbers_that_are_none_are_an_error_and_no_answer(file, paths):
+    model = Predictor.load(file)
+    real = model.session
+
+    class Session:
+        def run(self, names, given):
+            probabilities, *others = real.run(names, given)
+            return [probabilities * np.nan, *others]
+    model.session = Session()
+    row, = model.predict(paths[:1]).rows
+    assert row["class"] == "" and row["abstain"] and "no finite numbers" in row["error"]
+    json.dumps(row, allow_nan=False)
+
+
 def test_files_folders_and_patterns(place, paths):
     assert len(paths) == 9 and list_pictures(str(place / "smears/*/*.png")) == paths
     assert list_pictures([place / "smears", paths[0], "no/such*.png"]) == [*paths, "no/such*.png"]
@@ -229,10 +351,10 @@ def test_bad_pictures_are_rows_and_the_rest_goes_on(file, paths, tmp_path):
                                    np.zeros(7), np.zeros((2, 2, 2, 20, 30, 3))], ids=lambda array: f"{array.dtype}{array.shape}")
 def test_arrays_that_are_no_pictures_are_refused_as_they_were_given(file, array):
     model = Predictor.load(file)
-    for given in (array, [array]):
-        row, = model.predict(given).rows
+    for asked in (array, [array]):
+        row, = model.predict(asked).rows
         assert str(array.dtype) in row["error"] and str(array.shape) in row["error"] and row["abstain"]
-        with pytest.raises(PictureError, match=str(array.dtype)): model.predict_proba(given)
+        with pytest.raises(PictureError, match=str(array.dtype)): model.predict_proba(asked)
 
 
 @pytest.mark.parametrize("thing", [None, 5, [3.5], object()])
@@ -246,11 +368,11 @@ def test_pictures_in_memory_are_answered_as_files_are(place, paths, kind):
     model, pixels = Predictor.load(place / f"run/exported/{kind}.onnx"), read_picture(paths[4])
     picture = Image.fromarray(pixels)
     whole = model.predict_proba(paths[4:5])
-    for given in (pixels, picture, picture.convert("RGBA"), [picture], [pixels]):
-        np.testing.assert_allclose(model.predict_proba(given), whole, atol=1e-6)
+    for image in (pixels, picture, picture.convert("RGBA"), [picture], [pixels]):
+        np.testing.assert_allclose(model.predict_proba(image), whole, atol=1e-6)
     grey = np.repeat(pixels[..., 1:2], 3, axis=2)
-    for given in (grey[..., 0], Image.fromarray(grey[..., 0])):
-        np.testing.assert_allclose(model.predict_proba(given), model.predict_proba([grey]), atol=1e-6)
+    for image in (grey[..., 0], Image.fromarray(grey[..., 0])):
+        np.testing.assert_allclose(model.predict_proba(image), model.predict_proba([grey]), atol=1e-6)
     assert model.predict([picture])._repr_html_().count('src="data:image/jpeg') == 1
     assert saliency(model, picture).shape == (1, 224, 224)
 
@@ -379,6 +501,25 @@ def test_the_display_is_safe_and_says_all(file, paths, tmp_path):
     assert text.count('class="lnb-card"') == 3 and text.count("<img") == 2 and "8 more in .table" in text
     assert text.count('class="lnb-bar"') == 6 and predictions[0]._repr_html_().count("<img") == 1
     assert "nowhere.png" in doubt_in_words(predictions.rows[1])
+
+
+def test_the_display_says_numbers_and_no_verdict(file, paths, tmp_path):
+    model = Predictor.load(file)
+    predictions = model.predict(paths)
+    for text in (predictions_html(predictions), *map(doubt_in_words, predictions.rows), repr(predictions)):
+        assert "blast" not in text and "Hardly" not in text and "Little doubt" not in text
+    assert "Confidence" in predictions_html(predictions) and "white blood cells</b> segmented" not in predictions_html(predictions)
+    assert re.search(r"<b>\d+</b> white blood cells? segmented, <b>[\d.]+%</b> of the image", predictions_html(predictions))
+    assert "not calibrated: made up" in predictions_html(predictions) and "are calibrated" not in predictions_html(predictions)
+    row = predictions.rows[4] | {"class": "Pre-B", "confidence": 0.999, "abstain": False, "p_Pre-B": 0.999, "p_Normal": 0.001, "p_Pro-B": 0.0}
+    assert doubt_in_words(row) == "Confidence 99.9%; next is Normal, 0.1%."
+
+
+def test_the_display_goes_on_without_a_file_that_is_gone(file, paths, tmp_path):
+    (tmp_path / "a.png").write_bytes(Path(paths[4]).read_bytes())
+    predictions = Predictor.load(file).predict([tmp_path / "a.png"])
+    (tmp_path / "a.png").unlink()
+    assert "Confidence" in predictions_html(predictions)
 
 
 def test_the_predict_path_loads_nothing_heavy(file, paths):
