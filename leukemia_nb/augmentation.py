@@ -28,10 +28,11 @@ def draw_copies(pairs: list[str],  # names of the pairs of one class
     return pd.DataFrame(drawn[:number], columns=["pair", "flip", "repeat"])
 
 # %% ../nbs/50_augmentation.ipynb #447e818c
-def balance(split: pd.DataFrame,  # a split, or its training rows: pair, class and, where there is one, subset
+def balance(split: pd.DataFrame,  # a split, or its training rows: pair, class and, where they are there, subset and problem
             seed: int = 0  # another seed, other copies
             ) -> pd.DataFrame:  # training rows, then copies; the columns of split with flip and repeat
-    "Training table in which each class has as many pairs as the largest. Raises `ValueError` without training pairs."
+    "Training table in which each class has as many pairs as the largest; rows with a problem left out. Raises `ValueError`."
+    if "problem" in split: split = split[split["problem"].fillna("") == ""]
     train = split[split["subset"] == "train"] if "subset" in split else split
     if train.empty: raise ValueError("no training pairs: no row of the split has subset train")
     if train["pair"].duplicated().any(): raise ValueError("pairs named twice: this table has its copies already")

@@ -7,6 +7,9 @@ __all__ = ['app', 'main', 'is_explained', 'synth', 'segment', 'prepare', 'predic
 
 # %% ../nbs/90_command_line.ipynb #470bd5ba
 import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,9 +36,9 @@ def main() -> None:
 
 
 def _say(text: str, err: bool = False) -> None:
-    "Print a line; a file name in it that is not UTF-8 is escaped."
-    from leukemia_nb.files import shown
-    typer.echo(shown(text), err=err)
+    "Print lines; what a terminal cannot take in a file name is escaped."
+    from leukemia_nb.files import shown_lines
+    typer.echo(shown_lines(text), err=err)
 
 
 def _known_method(name: str | None) -> str | None:
@@ -69,26 +72,54 @@ def synth(
     seed: Annotated[int, typer.Option(help="The same seed gives the same pictures.", min=0)] = 0,
 ) -> None:
     "Draw synthetic blood smears with the true cell masks beside them."
-    from leukemia_nb.files import counted
+    from leukemia_nb.data import find_pictures
+    from leukemia_nb.files import OutputError, check_output, counted, exclusive, is_output_folder
     from leukemia_nb.study import class_names
     from leukemia_nb.synthetic import write_smears
 
-    table = write_smears(out, per_class, classes=class_names(classes), seed=seed, height=height, width=width)
-    _say(f"{counted(len(table), 'smear')} in {out}")
+    check_output(out, folder=True)
+    if is_output_folder(out):
+        raise OutputError(f"{out}: holds results, so no search would take its images for data. Choose another folder.")
+    try:
+        with exclusive(out):
+            table = write_smears(out, per_class, classes=class_names(classes), seed=seed, height=height, width=width)
+    except KeyboardInterrupt:
+        _say(f"stopped: the smears so far are in {out}; the same command draws all of them.", err=True)
+        raise typer.Exit(130) from None
+    before = len(find_pictures(out)) - len(table)
+    more = f"; {counted(before, 'other image')} lay there before" if before > 0 else ""
+    _say(f"{counted(len(table), 'smear')} in {out}{more}")
 
 # %% ../nbs/90_command_line.ipynb #a633ea85
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    "Work that goes on when the command is given again: Ctrl-C is one line and exit status 130."
+    try: yield
+    except KeyboardInterrupt as stop:
+        _report(f"leukemia_nb: {stop}" if str(stop) else "leukemia_nb: stopped. Run again to go on.")
+        raise typer.Exit(130) from None
+
+
+def _report(line: str) -> None:
+    "Print a line about the work, beside its results."
+    _say(line, err=True)
+
 @app.command()
 def segment(
-    pictures: Annotated[Path, typer.Argument(help="A picture, or a folder searched with its subfolders.", exists=True)],
-    out: Annotated[Path, typer.Option(help="Folder for masks/, overlays/ and qc.csv.")] = Path("segmented"),
+    pictures: Annotated[Path, typer.Argument(help="An image, or a folder searched with its subfolders.", exists=True)],
+    out: Annotated[Path, typer.Option(help="Folder for masks/, overlays/, records/ and qc.csv.")] = Path("segmented"),
     method: Annotated[str, typer.Option(help="Segmentation method: deck or seeded.", callback=_known_method)] = "deck",
     n_jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
 ) -> None:
-    "Find the white cells of pictures: masks, overlays and a quality-control table."
+    """Find the white blood cells of images: masks, overlays and a quality-control table.
+
+    Finished images are kept: after an interruption the same command goes on where it stopped.
+    """
     from leukemia_nb.files import counted
     from leukemia_nb.quality_control import segment_folder
 
-    table = segment_folder(pictures, out, method=method, n_jobs=n_jobs)
+    with _stoppable():
+        table = segment_folder(pictures, out, method=method, n_jobs=n_jobs, say=_report)
     bad, flagged = int((table.problem != "").sum()), int((table.flag != "").sum())
     _say(f"{counted(len(table) - bad, 'picture')} segmented into {out}; "
          f"{counted(flagged, 'mask')} to look at and {bad} unreadable in qc.csv")
@@ -105,98 +136,135 @@ def prepare(
     method: Annotated[str, typer.Option(help="Segmentation method: deck or seeded.", callback=_known_method)] = "deck",
     n_jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
 ) -> None:
-    "Turn a folder of pictures into pairs: each picture and its segmented twin, resized."
-    from leukemia_nb.data import build_manifest, check_manifest
-    from leukemia_nb.files import check_output, counted
-    from leukemia_nb.pairing import prepare_pairs
+    """Turn a folder of images into pairs: each image and its segmented twin, resized.
+
+    Finished pairs are kept: after an interruption the same command goes on where it stopped.
+    """
+    from leukemia_nb.data import build_manifest, check_manifest, search_images
+    from leukemia_nb.files import check_output, counted, exclusive, mark_output_folder
+    from leukemia_nb.pairing import check_no_input, prepare_pairs, remove_unfinished
     from leukemia_nb.study import Run, class_names
 
-    check_output(out, folder=True)
     run, names = Run(out), class_names(classes)
-    manifest = build_manifest(data, classes=names, without=out)
-    run.write_table(manifest, "manifest.csv")
-    check_manifest(manifest, minimum=1, classes=names)
-    pairs = prepare_pairs(manifest, out / "pairs", size=size, method=method, n_jobs=n_jobs)
-    run.write_table(pairs, "pairs.csv")
-    flagged, bad = int((pairs.flag != "").sum()), int((manifest.problem != "").sum())
-    _say(f"{counted(len(pairs), 'pair')} in {out}, {flagged} flagged; {counted(bad, 'picture')} with problems in manifest.csv")
+    check_output(out, folder=True)
+    check_no_input(search_images(data).paths, out)
+    with _stoppable(), exclusive(out / "pairs.csv"):
+        mark_output_folder(out)
+        remove_unfinished(out)
+        manifest = build_manifest(data, classes=names, without=out, say=_report)
+        run.write_table(manifest, "manifest.csv")
+        check_manifest(manifest, minimum=1, classes=names)
+        pairs = prepare_pairs(manifest, out / "pairs", size=size, method=method, n_jobs=n_jobs)
+        run.write_table(pairs, "pairs.csv")
+    flagged, bad = int((pairs.flag != "").sum()), int((pairs.problem != "").sum())
+    _say(f"{counted(len(pairs) - bad, 'pair')} in {out}, {flagged} flagged; {counted(bad, 'picture')} with problems in pairs.csv")
 
 # %% ../nbs/90_command_line.ipynb #ff970d9f
 @app.command()
 def predict(
-    pictures: Annotated[list[str], typer.Argument(help="Pictures, folders searched with their subfolders, or 'patterns/*.png'.")],
+    pictures: Annotated[list[str], typer.Argument(help="Images, folders searched with their subfolders, or 'patterns/*.png'.")],
     model: Annotated[Path, typer.Option(help="Model file that a study exported: RUN/exported/NAME.onnx.")],
-    out: Annotated[Path | None, typer.Option(help="CSV file for the answers.  [default: they are printed]")] = None,
-    json: Annotated[Path | None, typer.Option(help="JSON file for the answers.")] = None,
-    overlays: Annotated[Path | None, typer.Option(help="Folder for the pictures with their cells outlined.")] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV file for the predictions.  [default: they are printed]")] = None,
+    json: Annotated[Path | None, typer.Option(help="JSON file for the predictions.")] = None,
+    overlays: Annotated[Path | None, typer.Option(help="Folder for images with cells outlined; no search reads it.")] = None,
     saliency: Annotated[bool, typer.Option(help="With --overlays: also maps of what mattered to the model (slow).")] = False,
-    batch_size: Annotated[int, typer.Option(help="Pictures in memory at a time, in each process.", min=1)] = 32,
+    batch_size: Annotated[int, typer.Option(help="Images in memory at a time, in each process.", min=1)] = 32,
     n_jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
     cluster: Annotated[str, typer.Option(
-        help="Address of a Dask scheduler, tcp://host:8786, whose workers answer. They share a file system.")] = "",
+        help="Address of a Dask scheduler, tcp://host:8786, whose workers predict. They share a file system.")] = "",
 ) -> None:
-    """Ask an exported model about new pictures: class, calibrated probabilities, doubt, number and area of blasts.
+    """Predict new images with an exported model: class, probabilities, confidence, number and area of the white blood cells.
 
     For research use only. A run that was stopped goes on where it was when the same command is given again.
+    Only open model files from people you trust: their checksum shows damage, and is no signature.
     """
-    from leukemia_nb.cluster import parallel
-    from leukemia_nb.files import counted
-    from leukemia_nb.predictor import (Task, check_outputs, iter_answers, list_pictures, predict_files, row_text,
-                                       unfinished_file)
+    from leukemia_nb.predictor import Task, calibration_text, find_inputs, model_of
 
     if saliency and not overlays: raise typer.BadParameter("--saliency needs a folder: --overlays FOLDER")
     place: Any = os.path.abspath if cluster else str  # the workers are started in a folder of their own
-    paths = [place(path) for path in list_pictures(pictures, overlays or "")]
     task = Task(place(model), place(overlays) if overlays else "", saliency)
-    counts = {"answered": 0, "abstained": 0, "not read": 0}
+    about = model_of(task).info
+    inputs, found = find_inputs(pictures, overlays or "")
+    paths = [place(path) for path in inputs]
+    outcomes = Counter({"answered": 0, "abstained": 0, "not read": 0})
+    if out or json: _predict_into_files(paths, task, out, json, batch_size, n_jobs, cluster, outcomes)
+    else: _predict_on_screen(paths, task, batch_size, n_jobs, cluster, outcomes)
+    if found: _say(found, err=True)
+    said = "; ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
+    _say(f"{said}. {calibration_text(about)} Research use only.", err=True)
+    if outcomes["not read"] or outcomes["without overlay"]: raise typer.Exit(1)
 
-    def count(rows: list[dict]) -> int:
-        for row in rows: counts["not read" if row["error"] else "abstained" if row["abstain"] else "answered"] += 1
-        return len(rows)
 
-    if out or json:
-        from tqdm import tqdm
-        try:
-            with parallel(n_jobs, cluster) as workers, tqdm(total=len(paths), unit="picture", disable=None) as bar:
-                resumed = predict_files(paths, task, out, json, batch_size, workers.n_jobs, lambda rows: bar.update(count(rows)))
-        except KeyboardInterrupt:
-            _say(f"stopped: answers so far are in {unfinished_file(out, json)}; the same command goes on.", err=True)
-            raise typer.Exit(130) from None
-        kept = f" ({resumed} of them before)" if resumed else ""
-        _say(f"{counted(len(paths), 'picture')} in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
-    else:
-        check_outputs(paths, task)  # as `predict_files` does
-        with parallel(n_jobs, cluster) as workers:
-            for rows in iter_answers(task, paths, batch_size, workers.n_jobs):
-                count(rows)
-                _say("\n".join(map(row_text, rows)))
-    typer.echo("; ".join(f"{number} {what}" for what, number in counts.items()) + ". Research use only.", err=True)
-    if counts["not read"]: raise typer.Exit(1)
+def _outcome(row: dict[str, Any]) -> str:
+    "How the prediction of one image ended, for the summary."
+    if not row["class"]: return "not read"
+    if row["error"]: return "without overlay"
+    return "abstained" if row["abstain"] else "answered"
+
+
+def _predict_into_files(paths: list[str], task: Any, out: Path | None, json: Path | None, batch_size: int, n_jobs: int,
+                        cluster: str, outcomes: Counter[str]) -> None:
+    "Predict with a progress bar; what is done stays when it is stopped."
+    from tqdm import tqdm
+
+    from leukemia_nb.cluster import parallel
+    from leukemia_nb.files import counted
+    from leukemia_nb.predictor import predict_files, unfinished_file
+
+    def count(rows: list[dict[str, Any]]) -> None:
+        outcomes.update(map(_outcome, rows))
+        bar.update(len(rows))
+    try:
+        with parallel(n_jobs, cluster) as workers, tqdm(total=len(paths), unit="image", disable=None) as bar:
+            resumed = predict_files(paths, task, out, json, batch_size, workers.n_jobs, count, lambda line: _say(line, err=True))
+    except KeyboardInterrupt:
+        _say(f"stopped: predictions so far are in {unfinished_file(out, json)}; the same command goes on.", err=True)
+        raise typer.Exit(130) from None
+    kept = f" ({resumed} of them before)" if resumed else ""
+    _say(f"{counted(len(paths), 'picture')} in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
+
+
+def _predict_on_screen(paths: list[str], task: Any, batch_size: int, n_jobs: int, cluster: str, outcomes: Counter[str]) -> None:
+    "Predict, and print a line for each image as soon as it is there."
+    from leukemia_nb.cluster import parallel
+    from leukemia_nb.predictor import check_outputs, iter_answers, row_text, sole_writer
+
+    check_outputs(paths, task)  # as `predict_files` does
+    with sole_writer(task), parallel(n_jobs, cluster) as workers:
+        for rows in iter_answers(task, paths, batch_size, workers.n_jobs):
+            outcomes.update(map(_outcome, rows))
+            for row in rows: _say(row_text(row))
 
 # %% ../nbs/90_command_line.ipynb #e5e2a040
 @app.command()
 def compare(
-    pictures: Annotated[list[str], typer.Argument(help="Pictures, folders searched with their subfolders, or 'patterns/*.png'.")],
+    pictures: Annotated[list[str], typer.Argument(help="Images, folders searched with their subfolders, or 'patterns/*.png'.")],
     study: Annotated[Path, typer.Option(help="Run folder of a study with exported models (exported/*.onnx).")],
     out: Annotated[Path, typer.Option(help="Folder for comparison.csv and comparison.png.")] = Path("comparison"),
 ) -> None:
-    "Show what every exported model of a study says about new pictures: a table, a CSV file and a grid of the pictures."
-    from leukemia_nb.files import atomic_path, check_output, write_table
+    "Show what every exported model of a study predicts for new images: a table, a CSV file and a grid of the images."
     from leukemia_nb.evaluation import unseen_figure
-    from leukemia_nb.predictor import compare_models_on, comparison_text, exported_models, list_pictures
+    from leukemia_nb.files import atomic_path, check_output, exclusive, mark_output_folder, write_table
+    from leukemia_nb.predictor import check_inputs_apart, compare_models_on, comparison_text, exported_models, find_inputs
 
-    paths, models = list_pictures(pictures, out), exported_models(study)
+    models = exported_models(study)
+    paths, found = find_inputs(pictures, out)
     for name in ("comparison.csv", "comparison.png"): check_output(out / name)
+    check_inputs_apart(paths, out)
     problems: list[str] = []
 
     def tell(problem: str) -> None:
         problems.append(problem)
         _say(problem, err=True)
 
-    table = compare_models_on(paths, models, tell)
-    _say(comparison_text(table))
-    write_table(out / "comparison.csv", table)
-    with atomic_path(out / "comparison.png") as temporary: unseen_figure(table, most=12).savefig(temporary, dpi=160)
+    with exclusive(out):
+        table = compare_models_on(paths, models, tell)
+        for line in comparison_text(table).split("\n"): _say(line)
+        mark_output_folder(out)
+        write_table(out / "comparison.csv", table, excel=True)
+        seen = table[table["error"] == ""]
+        with atomic_path(out / "comparison.png") as temporary: unseen_figure(seen, most=12).savefig(temporary, dpi=160)
+    if found: _say(found, err=True)
     _say(f"comparison.csv and comparison.png in {out}. In brackets: the model abstains. Research use only.", err=True)
     if problems: raise typer.Exit(1)
 

@@ -8,8 +8,8 @@ __all__ = ['DECK_ACCURACY', 'DECK_TEST_PICTURES', 'KEYS', 'CLASS_COLOURS', 'MODE
            'predictions_table', 'write_predictions', 'read_predictions', 'read_all_predictions', 'take_subset',
            'answers', 'exact_interval', 'confusion_table', 'class_table', 'class_aucs', 'roc_auc', 'compare_models',
            'readable_comparison', 'calm_style', 'blank_figure', 'class_colours', 'accuracy_figure', 'curves_figure',
-           'confusion_figure', 'roc_figure', 'predict_unseen', 'unseen_table', 'model_names', 'unseen_html',
-           'unseen_figure']
+           'confusion_figure', 'roc_figure', 'predict_unseen', 'unseen_table', 'model_names', 'distinct_paths',
+           'unseen_html', 'unseen_figure']
 
 # %% ../nbs/70_evaluation.ipynb #64fc7764
 import html
@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from .data import class_of, find_pictures
-from .files import atomic_path
+from .files import atomic_path, shown
 from .images import PictureError, read_picture
 from .models import MODELS
 
@@ -458,6 +458,21 @@ def model_names(table: pd.DataFrame  # from `unseen_table`
     "Models that an unseen-pictures table has answers of."
     return [name.removesuffix(" confidence") for name in table.columns if name.endswith(" confidence")]
 
+# %% ../nbs/70_evaluation.ipynb #c41a7e16
+def distinct_paths(paths: Sequence[str]  # of files
+                   ) -> list[str]:  # as many, in order
+    "Names of files, with those of their folders that tell files of one name apart."
+    parts, depth = [Path(path).parts for path in paths], [1] * len(paths)
+    while True:
+        ends = [each[-deep:] for each, deep in zip(parts, depth)]
+        same = pd.Series(ends, dtype=object).duplicated(keep=False)
+        twice = [i for i in np.flatnonzero(same) if depth[i] < len(parts[i])]
+        if not twice: break
+        for i in twice: depth[i] += 1
+    brief = [(end[0], "…", end[-1]) if len(end) > 3 else end for end in ends]
+    if len(set(brief)) == len(set(ends)): ends = brief
+    return [os.path.join("", *end) for end in ends]
+
 # %% ../nbs/70_evaluation.ipynb #c213f7cb
 def unseen_html(table: pd.DataFrame  # from `unseen_table`
                 ) -> str:  # one <table>
@@ -493,10 +508,10 @@ def unseen_figure(table: pd.DataFrame,  # from `unseen_table`
             axis.axis("off")
             axis.set_position(((i % across + 0.03) / across, 1 - (i // across + 1) / bands + below / high / bands,
                                (1 - 0.15 / cell) / across, (high - above - below) / high / bands))
-        for axis, (_, row) in zip(axes.flat, rows.iterrows()):
+        for axis, (_, row), short in zip(axes.flat, rows.iterrows(), distinct_paths(rows["picture"])):
             axis.imshow(read_picture(Path(folder) / row["path"]))
             axis.set_title(row["true label"] or "no label", fontsize=10, pad=13)
-            axis.annotate(Path(row["picture"]).name, (0, 1), (0, 3), xycoords="axes fraction",
+            axis.annotate(shown(short), (0, 1), (0, 3), xycoords="axes fraction",
                           textcoords="offset points", fontsize=7, color=GREY)
             for i, name in enumerate(names):
                 mark = "" if not row["true label"] else "✓" if row[name] == row["true label"] else "✗"

@@ -320,7 +320,7 @@ def join_lobes(cells: np.ndarray,  # int32 (H, W)
                much_nucleus: float = 0.7,  # above this share of nucleus it has to fill 0.85 of it
                largest: float = 1.5  # a joined cell is at most this many times the median cell that stands alone
                ) -> np.ndarray:  # int32 (H, W), joined cells under one number
-    "Join touching parts whose union is round and no larger than a cell: lobes of one nucleus, not neighbouring blasts."
+    "Join touching parts whose union is round and no larger than a cell: lobes of one nucleus, not neighbouring cells."
     pairs, areas = _neighbours(cells), np.bincount(cells.ravel())
     alone = np.setdiff1d(np.flatnonzero(areas), [0, *pairs.ravel()])
     limit = largest * np.median(areas[alone]) if len(alone) else np.inf

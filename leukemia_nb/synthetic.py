@@ -18,7 +18,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from .data import CLASSES, FOUR_CLASSES
-from .files import atomic_path
+from .files import write_table
 from .images import read_grey, write_picture
 
 # %% ../nbs/12_synthetic.ipynb #4aad08c3
@@ -339,7 +339,7 @@ def write_smears(folder: str | os.PathLike,  # made where it is missing; picture
         write_picture(folder / "truth" / name, drawn.cells.astype(np.uint16))
         rows.append((label, name, f"truth/{name}", int(drawn.cells.max()), drawn.laboratory, own_seed))
     table = pd.DataFrame(rows, columns=["class", "path", "truth", "cells", "laboratory", "seed"])
-    with atomic_path(folder / "truth" / "smears.csv") as temporary: table.to_csv(temporary, index=False)
+    write_table(folder / "truth" / "smears.csv", table)
     return table
 
 # %% ../nbs/12_synthetic.ipynb #26dbca4c

@@ -1,6 +1,7 @@
 """Folders, classes and the manifest."""
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from leukemia_nb import data
-from leukemia_nb.data import CLASSES, build_manifest, check_manifest, class_of, fetch_kaggle
-from leukemia_nb.files import file_sha256, read_table, write_table
+from leukemia_nb.data import CLASSES, build_manifest, check_apart, check_manifest, class_of, fetch_kaggle, find_pictures, search_images
+from leukemia_nb.files import OUTPUT_MARKER, OutputError, file_sha256, mark_output_folder, read_table, shown_table, write_table
 from leukemia_nb.images import PictureError, read_picture, write_picture
 
 
@@ -181,3 +182,178 @@ def test_tables_come_back_as_they_were(tmp_path, hospital):
     assert found["pair"][0] == "Normal/NA" and (found["problem"] == "").all() and (found["flag"] == "").all()
     assert found["loss"].isna().sum() == 2 and found["width"].dtype.kind == "i"
     pd.testing.assert_frame_equal(found, manifest, check_dtype=False)
+
+
+# --- searches: nothing taken that is not data, nothing passed over in silence
+
+def names(folder: Path, **settings: object) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in find_pictures(folder, **settings)}
+
+
+def call(*arguments: object, cwd: Path | None = None, unprivileged: bool = False) -> tuple[int, str]:
+    """Run the program, if wanted as a user whom permissions bind, also where the tests are root's; its status and all it prints."""
+    without = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if unprivileged and os.geteuid() == 0 else []
+    if without and not shutil.which("setpriv"): pytest.skip("root may read anything, and there is no setpriv")
+    done = subprocess.run([*without, sys.executable, "-m", "leukemia_nb", *map(str, arguments)], capture_output=True, text=True, timeout=300,
+                          cwd=cwd, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"})
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_what_leukemia_nb_wrote_is_no_data_at_any_depth(hospital):
+    before = names(hospital)
+    for seed, place in enumerate(["seg/masks/a.png", "Pro/deep/run/pairs/Pro/b.png", "Pro/run2/Pre/c.png"]): write_picture(hospital / place, noise(seed))
+    for place in ("seg", "Pro/deep/run", "Pro/run2"): mark_output_folder(hospital / place)
+    assert names(hospital) == before and len(build_manifest(hospital)) == 5
+    assert "written by leukemia_nb: 3" in search_images(hospital).summary()
+    (hospital / "Pre" / "link").symlink_to(hospital / "Pro/deep/run/pairs")  # a way round the marker
+    assert names(hospital) == before
+    (hospital / "Pro/run2" / OUTPUT_MARKER).unlink()
+    assert names(hospital) == before | {"Pro/run2/Pre/c.png"}
+
+
+@pytest.mark.parametrize("inner", ["", "masks", "masks/Pre"])
+def test_a_folder_that_leukemia_nb_wrote_is_refused_with_the_remedy(tmp_path, inner):
+    write_picture(tmp_path / "seg/masks/Pre/a.png", noise(0))
+    mark_output_folder(tmp_path / "seg")
+    for search in (find_pictures, search_images, build_manifest):
+        with pytest.raises(PictureError, match=r"was written by leukemia_nb.*delete .*/seg/\.leukemia_nb-output\.$"): search(tmp_path / "seg" / inner)
+    (tmp_path / "seg" / OUTPUT_MARKER).unlink()
+    assert len(find_pictures(tmp_path / "seg")) == 0 and len(find_pictures(tmp_path / "seg/masks")) == 1
+
+
+def test_the_folder_of_the_results_is_left_out_by_whatever_way(hospital, monkeypatch):
+    write_picture(hospital / "out/overlays/Pre/a.png", noise(7))
+    (hospital / "Pro" / "shortcut").symlink_to(hospital / "out/overlays")
+    before = names(hospital, without=hospital / "out")
+    assert len(before) == 5 and len(names(hospital)) == 6
+    monkeypatch.chdir(hospital)
+    assert {str(path) for path in find_pictures(".", "out")} == before
+    assert {str(path) for path in find_pictures(".", "./Pro/../out/")} == before
+    for out in (".", "..", hospital):
+        with pytest.raises(OutputError, match="holds the images that are read"): check_apart(".", out)
+    check_apart(".", "out")
+
+
+def test_synthetic_smears_in_a_run_folder_are_data(tmp_path):
+    status, said = call("synth", tmp_path / "run/pictures", "--per-class", 1, "--height", 64, "--width", 64)
+    mark_output_folder(tmp_path / "run")
+    assert status == 0 and len(build_manifest(tmp_path / "run/pictures")) == 3 == len(find_pictures(tmp_path / "run/pictures/Pre-B")) * 3
+    assert not find_pictures(tmp_path)  # from above they are part of the run
+
+
+def test_links_are_followed_once_and_loops_end(hospital, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    write_picture(elsewhere / "x.png", noise(8))
+    before = names(hospital)
+    (hospital / "Pre" / "more").symlink_to(elsewhere)
+    (hospital / "Pro" / "more").symlink_to(elsewhere)        # the same again
+    (hospital / "Pro" / "other").symlink_to("../Benign")     # found anyway
+    (hospital / "Pro" / "loop").symlink_to("..")
+    (hospital / "up").symlink_to(hospital.parent)
+    (elsewhere / "back").symlink_to(hospital)
+    (elsewhere / "self").symlink_to(".")
+    search = search_images(hospital)
+    assert names(hospital) == before | {"Pre/more/x.png"}
+    assert {reason for _, reason in search.left_out} == {"folder found by another way", "link to a folder around it"}
+    assert len(search.left_out) == 6 and not search.unreachable
+    assert build_manifest(hospital).set_index("pair").loc["Pre-B/x", "class"] == "Pre-B"
+
+
+def test_a_linked_image_counts_once_in_its_class_and_is_a_problem_in_another(hospital):
+    (hospital / "Pro" / "a link.png").symlink_to("Snap_001.png")
+    said: list[str] = []
+    assert len(build_manifest(hospital, say=said.append)) == 5 and "linked twice: 1" in said[0]
+    (hospital / "Pre" / "link.png").symlink_to("../Pro/Snap_001.png")
+    assert sorted(build_manifest(hospital).query("problem != ''")["pair"]) == ["Pre-B/link", "Pro-B/Snap_001"]
+
+
+def test_whatever_is_left_out_is_counted_in_one_line(hospital):
+    for place in ("scan.svs", "Pre/a.gif", "Pre/b.GIF", "Pre/c.jp2", "Pre/d.heic", "Pre/._Snap_001.jpg", "Pre/README", "old.zip", "old.tar.gz",
+                  ".git/x.png", "truth/Pre/a.png", "Segmented/a.png"):
+        (hospital / place).parent.mkdir(parents=True, exist_ok=True)
+        (hospital / place).touch()
+    os.mkfifo(hospital / "Pre" / "pipe.png")
+    said = search_images(hospital).summary(most=20)
+    assert said.startswith(f"{hospital}: 5 images found, 13 left out (") and "\n" not in said
+    for part in (".gif files: 2", ".jp2 files: 1", ".heic files: 1", ".svs files: 1", "hidden: 2", "files without a suffix: 1",
+                 ".zip archives, to be unpacked: 1", ".gz archives, to be unpacked: 1", "named truth, segmented, masks: 2", "devices or pipes: 1"):
+        assert part in said
+    write_picture(hospital / "holiday" / "x.png", noise(9))
+    write_picture(hospital / "Early" / "x.png", noise(10))
+    lines: list[str] = []
+    assert len(build_manifest(hospital, say=lines.append)) == 5
+    assert len(lines) == 1 and "5 images found, 15 left out" in lines[0] and "in folders of no class: 1" in search_line(hospital)
+
+
+def search_line(folder: Path) -> str:
+    lines: list[str] = []
+    build_manifest(folder, classes=data.FOUR_CLASSES, say=lines.append)
+    return lines[0]
+
+
+def test_what_cannot_be_reached_has_a_row_and_stops_nothing(hospital):
+    for place in ("Pre/closed/a.png", "Pro/listed/b.png", "Pro/listed/deep/c.png"): write_picture(hospital / place, noise(len(place)))
+    (hospital / "Benign" / "gone.png").symlink_to("nowhere.png")
+    (hospital / "Benign" / "round").symlink_to("round")
+    (hospital / "Pre" / "closed").chmod(0o000)
+    (hospital / "Pro" / "listed").chmod(0o444)
+    (hospital / "Pro" / "Snap_001.png").chmod(0o000)
+    try: status, said = call("prepare", hospital, "--out", hospital.parent / "out of the way", "--size", 32, unprivileged=True)
+    finally:
+        for place in ("Pre/closed", "Pro/listed"): (hospital / place).chmod(0o755)
+    table = read_table(hospital.parent / "out of the way" / "manifest.csv")
+    problems = {Path(row.path).relative_to(hospital).as_posix(): row.problem for row in table.itertuples() if row.problem}
+    assert set(problems) == {"Benign/gone.png", "Benign/round", "Pre/closed", "Pro/Snap_001.png", "Pro/listed/b.png", "Pro/listed/deep"}
+    assert all(place in problem and "\n" not in problem for place, problem in problems.items()), said
+    assert "leads nowhere" in problems["Benign/gone.png"] and "Permission denied" in problems["Pre/closed"]
+    assert "listed, not entered" in problems["Pro/listed/b.png"] and (table["problem"] == "").sum() == 4
+    assert set(table["class"]) == {"Normal", "Pre-B", "Pro-B"} and "Traceback" not in said
+    assert len(read_table(hospital.parent / "out of the way" / "pairs.csv").query("problem == ''")) == 4
+
+
+def test_what_cannot_be_reached_outside_a_class_has_a_row_as_well(hospital):
+    (hospital / "unsorted").symlink_to("nowhere")
+    (hospital / "Early").symlink_to("nowhere")  # a class that is not asked for
+    table = build_manifest(hospital)
+    assert table.loc[table["problem"] != "", ["pair", "class"]].to_numpy().tolist() == [["unsorted", ""]]
+    assert len(check_manifest(table, minimum=1)) == 5
+
+
+def test_a_folder_that_cannot_be_read_at_all_says_why(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o000)
+    status, said = call("prepare", tmp_path / "closed", "--out", tmp_path / "out", unprivileged=True)
+    assert status != 0 and "Traceback" not in said and said.count("closed") >= 1
+
+
+@pytest.mark.parametrize("name", ["set.zip", "set.tar", "set.tar.gz", "set.TGZ", "set.7z", "set.rar"])
+def test_an_archive_is_to_be_unpacked(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(PictureError, match="is an archive. Unpack it and give the unpacked folder"): build_manifest(tmp_path / name)
+    with pytest.raises(PictureError, match="is a file. Give the folder"): build_manifest(__file__)
+
+
+ODD = [os.fsdecode(b"caf\xe9"), "a\rb", "a\nb", "=1+1", "-1", "@x", "\tx", "'=x", "\x1b[31m", "\u202egpj", "a,b;c", "{}", "$x$", "%s", "x" * 240, "007", "NA"]
+
+
+def test_odd_names_make_a_row_each_and_can_be_looked_at(tmp_path):
+    for seed, name in enumerate(ODD):
+        write_picture(tmp_path / "in/Pre/x.png", noise(seed))
+        (tmp_path / "in/Pre/x.png").rename(tmp_path / "in/Pre" / f"{name}.png")
+        (tmp_path / "in/Pro").mkdir(exist_ok=True)
+        (tmp_path / "in/Pro" / f"{name}.png").touch()  # bad ones, with the name in the message
+    manifest = build_manifest(tmp_path / "in")
+    assert {Path(path).stem for path in manifest["path"]} == set(ODD) and manifest["pair"].is_unique
+    assert (manifest["problem"] == "").sum() == len(ODD) and all(len(problem.splitlines()) <= 1 for problem in manifest["problem"])
+    write_table(tmp_path / "m.csv", manifest)
+    again = read_table(tmp_path / "m.csv")
+    assert len(again) == 2 * len(ODD) == len(pd.read_csv(tmp_path / "m.csv"))
+    wanted = manifest.assign(path=[path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for path in manifest["path"]])
+    pd.testing.assert_frame_equal(again, wanted, check_dtype=False)
+    shown_table(manifest).to_html().encode()
+
+
+def test_rows_with_problems_are_not_counted_as_usable(hospital):
+    (hospital / "Pro" / "other.png").write_bytes((hospital / "Benign" / "Snap_001.png").read_bytes())
+    manifest = build_manifest(hospital)
+    with pytest.raises(PictureError, match=r"class Normal is empty \(1 more cannot be used"): check_manifest(manifest, minimum=1)
+    assert (check_manifest(manifest, minimum=1, classes=("Pre-B", "Pro-B"))["problem"] == "").all()

@@ -12,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from leukemia_nb import synthetic
 from leukemia_nb.data import CLASSES, FOUR_CLASSES, build_manifest
+from leukemia_nb.files import mark_output_folder
 from leukemia_nb.images import read_picture
 from leukemia_nb.synthetic import KINDS, LABORATORIES, read_cells, smear, write_smears
 
@@ -213,3 +214,24 @@ def test_like_the_real_ones(shared_data):
     for column in range(3):
         low, high = np.quantile(real[:, column], [.01, .99])
         assert low <= np.median(drawn[:, column]) <= high, (column, low, np.median(drawn[:, column]), high)
+
+
+def synth(*arguments):
+    done = subprocess.run([sys.executable, "-m", "leukemia_nb", "synth", *map(str, arguments), "--height", "64", "--width", "64"],
+                          capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_images_of_an_earlier_call_are_named(tmp_path):
+    assert "6 smears in" in synth(tmp_path / "s", "--per-class", 2)[1]
+    status, said = synth(tmp_path / "s", "--per-class", 1, "--seed", 4)
+    assert status == 0 and "3 smears in" in said and "3 other images lay there before" in said
+    assert all(path.name.startswith(".") for path in tmp_path.iterdir() if path.name != "s")
+
+
+def test_no_smears_where_no_search_would_find_them_or_nothing_can_be_written(tmp_path):
+    mark_output_folder(tmp_path / "run")
+    (tmp_path / "file").touch()
+    for folder, message in [("run", "run: holds results"), ("file", "A file stands where a folder is needed")]:
+        status, said = synth(tmp_path / folder, "--per-class", 1)
+        assert status == 1 and message in said and "Traceback" not in said and "0%" not in said

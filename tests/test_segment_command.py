@@ -1,0 +1,239 @@
+"""`segment` as a user calls it: nothing lost, no mask attributed to the wrong image, own output never read."""
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+
+from leukemia_nb import quality_control
+from leukemia_nb.images import read_picture, write_picture
+from leukemia_nb.quality_control import mask_names, segment_folder
+from leukemia_nb.segmentation import segment
+from leukemia_nb.synthetic import smear
+
+PROGRAM = [sys.executable, "-m", "leukemia_nb", "segment"]
+
+
+def call(*arguments, **more):
+    """Run `segment`; gives (exit status, standard output, standard error)."""
+    done = subprocess.run([*PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=300, **more)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+@contextmanager
+def begun(out, *arguments):
+    """A running `segment` that has finished an image and not all of them."""
+    with subprocess.Popen([*PROGRAM, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        while run.poll() is None and not list(Path(out).glob("records/*.json")): time.sleep(0.01)
+        assert run.poll() is None, run.stderr.read()
+        yield run
+
+
+def table_of(out) -> pd.DataFrame:
+    return pd.read_csv(Path(out) / "qc.csv", keep_default_na=False, dtype={"problem": str})
+
+
+def check_masks(images, out):
+    """Every row without a problem has a mask of its own image and an overlay of its size, and no two the same file."""
+    table = table_of(out)
+    good = table[table.problem == ""]
+    for column in ("mask", "overlay"):
+        names = [unicodedata.normalize("NFC", name).casefold() for name in good[column]]
+        assert len(set(names)) == len(good) == sum(path.is_file() for path in (Path(out) / f"{column}s").rglob("*"))
+    for row in good.itertuples():
+        picture = read_picture(Path(images, row.path))
+        assert ((read_picture(Path(out, row.mask))[..., 0] > 0) == segment(picture)).all(), row.path
+        assert read_picture(Path(out, row.overlay)).shape == picture.shape
+    return table
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Five different smears, 128 x 160."""
+    return [smear("Pre-B", seed, 128, 160).picture for seed in range(5)]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory, drawn):
+    """A folder of thirty larger images: work for some seconds."""
+    folder = tmp_path_factory.mktemp("many")
+    for number in range(30): write_picture(folder / f"{number:02d}.png", np.tile(np.roll(drawn[number % 5], number, 0), (6, 6, 1)))
+    return folder
+
+
+def test_inputs_of_one_stem_have_a_mask_each(tmp_path, drawn):
+    folder, long = tmp_path / "in", "é" * 121  # 246 bytes with its suffix
+    for name, picture in zip(("a.jpg", "a.png", "b.png", "A.png", f"{long}.png"), drawn): write_picture(folder / name, picture)
+    (folder / "b.png").rename(folder / "a.jpg.png")
+    write_picture(folder / "a.jpg.d" / "a.png", drawn[0])
+    write_picture(folder / "x.png" / "y.jpg", drawn[1])  # a folder of the name that the mask of X.png would have
+    write_picture(folder / "X.png", drawn[2])
+    status, said, error = call(folder, "--out", tmp_path / "out")
+    assert status == 0 and "8 pictures segmented" in said, error
+    assert len(check_masks(folder, tmp_path / "out")) == 8
+
+
+def test_a_name_stays_when_other_images_come_to_it():
+    names = ["a.bmp", "a.jpg", "a.jpg.png", "a.png", "a.png.png", "b/a.png", "b/a.tif", "ü" * 124 + ".jpg"]
+    alone = [mask_names([name])[0] for name in names]
+    assert mask_names(names) == alone and len(set(alone)) == len(names)
+    assert all(len(name.encode()) <= 255 for name in alone) and alone[3] == "a.png"
+    both = mask_names(["A.jpg", "a.jpg", "É.png", "É.png"])  # one letter, or a letter and its accent
+    assert len({unicodedata.normalize("NFC", name).casefold() for name in both}) == 4
+
+
+def test_an_old_mask_is_never_taken_for_that_of_another_image(tmp_path, drawn):
+    for name, picture in zip("ab", drawn): write_picture(tmp_path / "in" / f"{name}.png", picture)
+    call(tmp_path / "in", "--out", tmp_path / "out")
+    write_picture(tmp_path / "in/a.png", drawn[3])  # another image under the name
+    write_picture(tmp_path / "in/a.jpg", drawn[4])
+    (tmp_path / "in/b.png").write_bytes(b"")
+    status, _, error = call(tmp_path / "in", "--out", tmp_path / "out")
+    table = check_masks(tmp_path / "in", tmp_path / "out")
+    assert status == 1 and table["path"].tolist() == ["a.jpg", "a.png", "b.png"] and (table.problem != "").tolist() == [False, False, True]
+    assert table["mask"].tolist() == ["masks/a.jpg.png", "masks/a.png", ""] and not (tmp_path / "out/masks/b.png").exists()
+
+
+def test_a_torn_file_counts_as_not_done(tmp_path, drawn):
+    for name, picture in zip("abc", drawn): write_picture(tmp_path / "in" / f"{name}.png", picture)
+    segment_folder(tmp_path / "in", tmp_path / "out", progress=False)
+    files = [tmp_path / "out" / name for name in ("overlays/a.png", "masks/b.png", "records/c.png.json", "qc.csv")]
+    before = [file.read_bytes() for file in files]
+    files[0].write_bytes(before[0][:300])
+    files[1].write_bytes(b"")
+    files[2].write_bytes(b"[]")
+    segment_folder(tmp_path / "in", tmp_path / "out", progress=False)
+    assert [file.read_bytes() for file in files] == before
+    (tmp_path / "out/records/c.png.json").write_bytes(b"junk")
+    (tmp_path / "out/masks/.part-1-abc.png").write_bytes(b"what a killed run left")
+    segment_folder(tmp_path / "in", tmp_path / "out", progress=False)
+    assert [file.read_bytes() for file in files] == before and not list(tmp_path.rglob(".part-*"))
+
+
+def test_own_output_is_not_read_again(tmp_path, drawn):
+    for name, picture in zip("ab", drawn): write_picture(tmp_path / f"Pre/{name}.png", picture)
+    for out in ("one", "two", "one"):
+        status, said, error = call(".", "--out", out, cwd=tmp_path)
+        assert status == 0 and "2 pictures segmented" in said and ".: 2 images found" in error
+    assert "written by leukemia_nb: 2" in error and table_of(tmp_path / "one")["path"].tolist() == ["Pre/a.png", "Pre/b.png"]
+
+
+@pytest.mark.parametrize(("images", "out"), [("data", "data"), ("data", "."), ("data", "data/Pre"), (".", "data/Pre"),
+                                             ("data/Pre/a.png", "data"), ("data", "link")])
+def test_output_into_the_folder_of_the_images_is_refused(tmp_path, drawn, images, out):
+    write_picture(tmp_path / "data/Pre/a.png", drawn[0])
+    write_picture(tmp_path / "data/Pro/b.png", drawn[1])
+    (tmp_path / "link").symlink_to("data")
+    before = sorted(tmp_path.rglob("*"))
+    status, said, error = call(images, "--out", out, cwd=tmp_path)
+    assert status == 1 and said == "" and "lie in it" in error and "--out" in error.splitlines()[-1]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_was_left_out_or_not_reached_is_said(tmp_path, drawn):
+    write_picture(tmp_path / "in/a.png", drawn[0])
+    (tmp_path / "in/notes.txt").touch()
+    (tmp_path / "in/gone.png").symlink_to("nowhere")
+    status, said, error = call(tmp_path / "in", "--out", tmp_path / "out")
+    assert status == 1 and "1 picture segmented" in said and "1 unreadable" in said
+    assert "1 image found, 1 left out (.txt files: 1), 1 could not be reached" in error
+    table = table_of(tmp_path / "out").set_index("path")
+    assert table.problem["a.png"] == "" and "leads nowhere" in table.problem["gone.png"]
+
+
+def test_images_too_wide_for_a_step_are_rows(tmp_path, drawn):
+    write_picture(tmp_path / "in/good.png", drawn[0])
+    write_picture(tmp_path / "in/wide.png", np.tile(drawn[0][:100], (1, 439, 1)))  # 70240 x 100: more than a JPEG can be
+    write_picture(tmp_path / "in/widest.tif", np.full((16, 1_000_001), 230, np.uint8))  # more than a PNG can be
+    status, said, error = call(tmp_path / "in", "--out", tmp_path / "out")
+    table = check_masks(tmp_path / "in", tmp_path / "out").set_index("path")
+    assert status == 1 and "2 pictures segmented" in said and len(error.splitlines()) == 1, error
+    assert table.problem["wide.png"] == "" and "1,000,001 pixels" in table.problem["widest.tif"]
+
+
+@pytest.mark.parametrize("trouble", [cv2.error("bad\nlines"), MemoryError(), ValueError("no such thing"), RuntimeError("x")])
+def test_any_error_on_one_image_is_its_row(tmp_path, drawn, monkeypatch, trouble):
+    for name, picture in zip("abc", drawn): write_picture(tmp_path / "in" / f"{name}.png", picture)
+    real = quality_control.segment
+
+    def failing(picture, **more):
+        if (picture == drawn[1]).all(): raise trouble
+        return real(picture, **more)
+
+    monkeypatch.setattr(quality_control, "segment", failing)
+    segment_folder(tmp_path / "in", tmp_path / "out", progress=False)
+    table = table_of(tmp_path / "out").set_index("path")
+    assert (table.problem != "").tolist() == [False, True, False] and "in/b.png: " in table.problem["b.png"]
+    assert "\n" not in table.problem["b.png"] and len(list((tmp_path / "out").rglob("*.png"))) == 4
+
+
+def test_a_full_disk_keeps_what_is_done_and_the_same_command_goes_on(tmp_path, drawn):
+    write_picture(tmp_path / "in/a.png", drawn[0])
+    noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8)
+    write_picture(tmp_path / "in/b.png", noise)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    status, said, error = call(tmp_path / "in", "--out", tmp_path / "out", preexec_fn=limit)
+    assert status == 1 and said == "" and "out: " in error and "1 of 2 images are done and kept: run again" in error.splitlines()[-1]
+    assert {path.name for path in (tmp_path / "out/overlays").iterdir()} == {"a.png"} and not list(tmp_path.rglob(".part-*"))
+    done = (tmp_path / "out/masks/a.png").stat().st_mtime_ns
+    assert call(tmp_path / "in", "--out", tmp_path / "out")[0] == 0
+    assert len(check_masks(tmp_path / "in", tmp_path / "out")) == 2 and (tmp_path / "out/masks/a.png").stat().st_mtime_ns == done
+
+
+def test_a_second_writer_is_refused_and_the_first_one_loses_nothing(tmp_path, many):
+    with begun(tmp_path / "out", many, "--out", tmp_path / "out") as first:
+        first.send_signal(signal.SIGSTOP)
+        status, said, error = call(many, "--out", tmp_path / "out")
+        assert status == 1 and said == "" and "another leukemia_nb is writing it" in error
+        first.send_signal(signal.SIGCONT)
+        assert first.wait(300) == 0
+    assert table_of(tmp_path / "out")["path"].tolist() == sorted(path.name for path in many.iterdir())
+
+
+def test_a_killed_run_leaves_no_workers_and_is_gone_on_with(tmp_path, many):
+    psutil = pytest.importorskip("psutil")
+    segment_folder(many, tmp_path / "whole", progress=False)
+    with begun(tmp_path / "out", many, "--out", tmp_path / "out", "--n-jobs", 2) as run:
+        workers = psutil.Process(run.pid).children(recursive=True)
+        assert len(workers) >= 2
+        run.kill()
+    assert not psutil.wait_procs(workers, timeout=60)[1]
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/records").iterdir()}
+    assert 1 <= len(done) < 30 and not (tmp_path / "out/qc.csv").exists()
+    status, _, error = call(many, "--out", tmp_path / "out")
+    assert status == 0 and all(path.stat().st_mtime_ns == date for path, date in done.items())
+    pd.testing.assert_frame_equal(table_of(tmp_path / "out"), table_of(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_says_what_is_done(tmp_path, many, jobs):
+    with begun(tmp_path / "out", many, "--out", tmp_path / "out", "--n-jobs", jobs) as run:
+        run.send_signal(signal.SIGINT)
+        error = run.communicate(timeout=300)[1]
+    assert run.returncode == 130 and "of 30 images are done and kept: run again to go on" in error and "Traceback" not in error
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, drawn):
+    write_picture(tmp_path / "in/a.png", drawn[0])
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file/below", "/proc/out"):
+        status, said, error = call(tmp_path / "in", "--out", out)
+        assert status == 1 and said == "" and len(error.splitlines()) == 2 and str(out) in error
+
+
+def test_real_images_of_three_laboratories(tmp_path, shared_data):
+    for path in [*sorted((shared_data / "wbc_masks").glob("00[1-4].bmp")), *sorted((shared_data / "bccd/images").glob("*"))[:4],
+                 *sorted((shared_data / "kaggle_fullres").rglob("*.jpg"))[:3]]: shutil.copy(path, tmp_path)
+    (tmp_path / "out").mkdir()
+    assert call(tmp_path, "--out", tmp_path / "out", "--n-jobs", 2)[0] == 0
+    assert len(check_masks(tmp_path, tmp_path / "out")) >= 10
