@@ -469,7 +469,8 @@ def load_model(
     try:
         facts = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         files = {str(file): str(digest) for file, digest in facts["files"].items()}
-        name, settings, classes = str(facts["name"]), dict(facts["settings"].items()), np.array([str(name) for name in facts["classes"]])
+        name, settings = str(facts["name"]), dict(facts["settings"].items())
+        classes = np.array([str(name) for name in facts["classes"]])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = (str(error).splitlines() or [""])[0][:120]
         raise ModelError(f"{folder / 'model.json'} is damaged ({type(error).__name__}: {reason}). Train it again.") from error

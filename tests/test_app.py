@@ -5,12 +5,14 @@ import os
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from conftest import ROOT
 
 from leukemia_nb import app
 from leukemia_nb.images import PictureError, write_picture
-from leukemia_nb.predictor import made_up_model_file
+from leukemia_nb.predictor import made_up_model_file, seal
 from leukemia_nb.synthetic import smear
 
 KINDS = ("picture", "pair", "cells")
@@ -57,11 +59,13 @@ def test_a_picture_is_shown_with_cells_answers_and_doubt(run, files):
     look(page, files / "smear.png")
     cells = page.shown[1].max()
     assert cells > 3
-    assert page.seen.value.count("<path") == cells and f"{cells} white cells found" in page.seen.value
+    assert page.seen.value.count("<path") == cells and f"{cells} white blood cells segmented" in page.seen.value
     assert page.answers.value.count('class="app-line') == 1 + len(KINDS)
     widths = [float(w) for w in re.findall(r"width:([\d.]+)%", page.answers.value)]
     assert np.allclose(np.sum(np.reshape(widths, (len(KINDS), 3)), axis=1), 100, atol=0.2)
-    assert page.answers.value.count("doubt") + page.answers.value.count("Abstains") >= len(KINDS)
+    assert page.answers.value.count("Confidence ") + page.answers.value.count("Abstains") == len(KINDS)
+    assert "doubt" not in page.answers.value and "alibrated" not in page.answers.value
+    assert page.about.value.count("not calibrated") == len(KINDS)
     assert page.button.layout.display == "" and page.looks.value == ""
 
 
@@ -98,6 +102,21 @@ def test_a_model_that_cannot_be_opened_is_named_and_the_others_answer(run):
     assert len(page.models) == len(KINDS) and "torn.onnx: not a model file" in page.head.value
 
 
+@pytest.mark.parametrize("described", ["[]", "null", "{", '{"format": 2}', '{"format": 2, "title": ["\\u001b[31m"], "classes": 3}'])
+def test_a_sealed_file_with_a_malformed_description_is_one_line_and_the_others_answer(run, tmp_path, described):
+    import onnx
+    model = onnx.load(run / "exported" / "picture.onnx")
+    entries = {entry.key: entry.value for entry in model.metadata_props if entry.key != "sha256"} | {"leukemia_nb": described}
+    model.ClearField("metadata_props")
+    onnx.helper.set_model_props(model, entries)
+    (tmp_path / "exported").mkdir()
+    shutil.copy(run / "exported" / "cells.onnx", tmp_path / "exported")
+    (tmp_path / "exported" / "odd\x1b.onnx").write_bytes(seal(model.SerializeToString()))
+    page = app.panel(tmp_path)
+    note = re.search(r'role="status">([^<]*)<', page.head.value)[1]
+    assert len(page.models) == 1 and "odd\\x1b.onnx: " in note and "\n" not in note and "\x1b" not in note and len(note) < 500
+
+
 def test_without_a_study_the_page_says_what_to_do_and_calls_its_models_made_up(tmp_path, monkeypatch):
     monkeypatch.setenv("LEUKEMIA_NB_RUN", str(tmp_path / "nowhere"))
     page = app.panel()
@@ -110,7 +129,7 @@ def test_without_a_study_the_page_says_what_to_do_and_calls_its_models_made_up(t
 def test_without_any_model_cells_are_still_found(files):
     page = app.Panel([], "no models")
     look(page, files / "smear.png")
-    assert "white cells found" in page.seen.value and "No models" in page.answers.value
+    assert "white blood cells segmented" in page.seen.value and "No models" in page.answers.value
     assert page.button.layout.display == "none"
 
 
@@ -120,6 +139,32 @@ def test_names_are_text_and_not_markup(run, files):
     assert "&lt;b&gt;ü &amp; &quot;.jpg" in page.seen.value and "<b>ü" not in page.still()
     page.look("<img src=x>", b"no picture")
     assert "<img src=x>" not in page.message.value and "&lt;img src=x&gt;" in page.message.value
+
+
+def test_control_characters_in_names_are_escaped(run, files):
+    page = app.panel(run)
+    page.look("a\x1b[31m\nb\u202e.png", (files / "smear.png").read_bytes())
+    assert "a\\x1b[31m\\nb\\u202e.png" in page.seen.value and not re.search("[\x1b\u202e]", page.still())
+    page.look("a\x1b[31m.png", b"no picture")
+    assert "a\\x1b[31m.png: not" in page.message.value and "\x1b" not in page.still()
+
+
+def test_an_upload_is_held_to_the_limits_of_a_file(run, monkeypatch):
+    """Size in bytes, size in pixels, formats: a page that is not ours sends what it likes."""
+    page = app.panel(run)
+    page.look("huge.png", bytes(300_000_000))
+    assert "huge.png: 300 MB, over the limit" in page.message.value
+    page.look("vast.png", png_header(1_000_000, 1_000_000))
+    assert page.message.value.count("vast.png") == 1 and "pixels" in page.message.value
+    page.look("drawing.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(x) run\n")
+    assert "drawing.png: not" in page.message.value and page.seen.value == ""
+
+
+def png_header(width, height):
+    """A PNG that says it is very large."""
+    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
 
 
 def test_no_upload_is_kept(tmp_path, monkeypatch):
@@ -132,7 +177,7 @@ def test_no_upload_is_kept(tmp_path, monkeypatch):
 def test_a_blank_field_has_no_cells_and_no_answer(run):
     page = app.panel(run)
     page.show("blank.png", np.full((300, 400, 3), 240, np.uint8))
-    assert "No white cells found" in page.seen.value
+    assert "No white blood cells segmented" in page.seen.value
     assert "No answer" in page.answers.value and "no cells found" in page.answers.value
 
 
@@ -356,13 +401,13 @@ def test_in_a_browser_a_picture_shows_cells_bars_and_doubt(browser, files):
     browser.choose(files / "smear.png")
     wait_for(lambda: browser.count(".app-line") == 1 + len(KINDS))
     outlines = browser.count(".app-picture svg path")
-    assert outlines > 3 and f"{outlines} white cells found" in browser.text(".app-picture figcaption")
+    assert outlines > 3 and f"{outlines} white blood cells segmented" in browser.text(".app-picture figcaption")
     box = "document.querySelector('.app-picture {}').getBoundingClientRect()"
     assert browser.value(f"Math.abs({box.format('svg')}.width - {box.format('img')}.width)") < 1
     bars = browser.value("[...document.querySelectorAll('.app-line > span > i > i')].map(i => i.offsetWidth / i.parentNode.offsetWidth)")
     assert len(bars) == 3 * len(KINDS) and np.allclose(np.sum(np.reshape(bars, (-1, 3)), axis=1), 1, atol=0.06)
     doubts = browser.value("[...document.querySelectorAll('.app-line small')].map(e => e.innerText)")
-    assert len(doubts) == len(KINDS) and all(re.search("doubt|Abstains", doubt) for doubt in doubts)
+    assert len(doubts) == len(KINDS) and all(re.search("Confidence|Abstains", doubt) for doubt in doubts)
 
 
 def test_in_a_browser_the_outlines_can_be_taken_away(browser, files):
