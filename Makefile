@@ -13,23 +13,32 @@ export YOLO_OFFLINE ?= true
 export YOLO_AUTOINSTALL ?= false
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help install study test notebooks lint lab app bench results export clean
+.PHONY: help install lock study test notebooks lint lab app bench results export clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: .venv/installed  ## create .venv with everything
 
-.venv/installed: setup.py settings.ini constraints.txt
+.venv/installed: setup.py settings.ini requirements.lock
+	@echo "Installing into .venv: TensorFlow, PyTorch with CUDA and JupyterLab, $$(grep -c == requirements.lock) packages." \
+	  "About 4 GB are downloaded and 9 GB written, once; it takes some minutes."
 ifdef UV
 	test -x $(PY) || uv venv --quiet --python python3 .venv
-	uv pip install --quiet --python $(PY) -c constraints.txt -e '.[dev]'
+	uv pip install --python $(PY) --require-hashes -r requirements.lock
+	uv pip install --quiet --python $(PY) --no-deps --no-build-isolation -e .
 else
 	test -x $(PY) || python3 -m venv .venv
 	$(PY) -m pip --version > /dev/null 2>&1 || $(PY) -m ensurepip --upgrade > /dev/null
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install --disable-pip-version-check --require-hashes -r requirements.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --use-pep517 -e .
 endif
 	touch $@
+
+lock:  ## resolve all packages again, within the ranges of settings.ini; needs uv; ARGS=--upgrade takes the newest
+	sed -n 's/^[a-z_]*requirements = //p' settings.ini | tr ' ' '\n' | uv pip compile - --quiet --universal --python-version 3.11 \
+	  --only-binary :all: --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command 'make lock' $(ARGS) \
+	  --output-file requirements.lock
 
 study: install  ## run the whole study; DATA=folder for your pictures, DATA=kaggle for the public set
 	$(PY) -m leukemia_nb study --n-jobs $(JOBS) $(if $(DATA),--data "$(DATA)") $(if $(filter file,$(origin RUN)),,--run "$(RUN)") $(ARGS)

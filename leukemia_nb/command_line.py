@@ -6,43 +6,18 @@
 __all__ = ['app', 'main', 'is_explained', 'synth', 'segment', 'prepare', 'predict', 'compare', 'study']
 
 # %% ../nbs/90_command_line.ipynb #470bd5ba
-import _thread
-import atexit
-import errno
 import os
-import shutil
-import signal
-import site
-import sys
-import tempfile
-import threading
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 # %% ../nbs/90_command_line.ipynb #6be45166
-class _Commands(TyperGroup):
-    "The commands, which end in one line when they are stopped; a polite request to end (SIGTERM) is taken as Ctrl-C is."
-    def invoke(self, ctx: Any) -> Any:
-        with suppress(ValueError):  # not in the main thread
-            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try: return super().invoke(ctx)
-        except KeyboardInterrupt: _say("\nleukemia_nb: stopped. Nothing is half-written, and what is finished is kept; "
-                                       "the same command goes on, or starts again.", err=True)
-        except BrokenPipeError:
-            _say("leukemia_nb: stopped, because nobody reads the output any more. What is finished is kept.", err=True)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still has to write at its end
-            raise typer.Exit(1) from None
-        raise typer.Exit(130)
-
-
 app = typer.Typer(
-    name="leukemia_nb", cls=_Commands,
+    name="leukemia_nb",
     help="Acute lymphoblastic leukaemia in blood-smear pictures: a reference study, and what its accuracy is worth. "
          "For research use only; nothing it prints is medical advice.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -52,16 +27,12 @@ app.callback()(lambda: None)  # commands have names even while there is only one
 # %% ../nbs/90_command_line.ipynb #5da4ec9b
 def main() -> None:
     "Run the command line; explained errors are one line on standard error and exit status 1."
-    _prepare_process()
     try:
         app()
-    except KeyboardInterrupt: raise SystemExit(130) from None  # while it was being stopped
     except Exception as error:
         if not is_explained(error): raise
-        _say(f"leukemia_nb: {_line(error)}", err=True)
+        _say(f"leukemia_nb: {error}", err=True)
         raise SystemExit(1) from None
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_DFL)  # no traceback of Python's own end
 
 
 def _say(text: str, err: bool = False) -> None:
@@ -78,68 +49,17 @@ def _known_method(name: str | None) -> str | None:
     return name
 
 
-def _not_empty(text: str | None) -> str | None:
-    "Refuse an empty path, as of a shell variable that is not set, which would mean another study than the one asked for."
-    if text is not None and not text.strip(): raise typer.BadParameter("it is empty. Name a path, or leave the option out.")
-    return text
-
-
 def is_explained(
     error: Exception,  # raised by a command
 ) -> bool:
     "Whether an error's message is meant for the user: one line that names the file, what is wrong and the remedy."
-    if isinstance(error, OSError | MemoryError): return True
-    if isinstance(error, ImportError): return (error.name or "leukemia_nb").partition(".")[0] != "leukemia_nb"
+    if isinstance(error, OSError): return True
     from leukemia_nb.images import PictureError
     from leukemia_nb.evaluation import PredictionsError
     from leukemia_nb.models import ModelError
     from leukemia_nb.splitting import SplitError
     from leukemia_nb.study import StudyError
     return isinstance(error, PictureError | PredictionsError | ModelError | SplitError | StudyError)
-
-# %% ../nbs/90_command_line.ipynb #ef173e7a
-def _line(
-    error: Exception,  # an explained one
-) -> str:
-    "What an error says, in one line with the remedy."
-    if isinstance(error, ImportError):
-        return (f"the package {error.name} is needed for this and cannot be loaded ({error}). Install what is missing: "
-                "pip install 'leukemia_nb[train]', or in a checkout: pip install '.[train]'.")
-    if isinstance(error, MemoryError): return f"memory has run out ({error}). Close other programs, or use a smaller --n-jobs."
-    if type(error).__str__ is not OSError.__str__ or not isinstance(error, OSError) or not error.strerror: return str(error)
-    space = " Free some space, or choose another folder." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-    return f"{f'{os.fsdecode(error.filename)}: ' if isinstance(error.filename, str | bytes) else ''}{error.strerror}.{space}"
-
-
-def _prepare_process() -> None:
-    "Streams that take any text, worker processes likewise, and a home folder for the libraries that want to write into one."
-    for name in ("stdout", "stderr"):
-        if (stream := getattr(sys, name)) is None: setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    os.environ.update(PYTHONIOENCODING=f"{encoding}:backslashreplace", PYTHONSAFEPATH="1")  # for worker processes
-    sys.unraisablehook = _stop_again
-    _prepare_home()
-
-
-def _stop_again(ignored: Any) -> None:
-    "Ctrl-C that came where Python must ignore errors, as in a callback of an import, would be lost: it is given again."
-    if ignored.exc_type is KeyboardInterrupt: threading.Timer(0.05, _thread.interrupt_main).start()
-    else: sys.__unraisablehook__(ignored)
-
-
-def _prepare_home() -> None:
-    "Where nothing can be written into the home folder, or there is none, libraries keep their settings in a temporary one."
-    home = os.path.expanduser("~")
-    try:
-        with tempfile.TemporaryFile(dir=home): return
-    except OSError: own = tempfile.mkdtemp(prefix="leukemia_nb-home-")
-    atexit.register(shutil.rmtree, own, ignore_errors=True)
-    for name in ("MPLCONFIGDIR", "YOLO_CONFIG_DIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
-        os.environ.setdefault(name, own)
-    if not os.path.isdir(home):
-        os.environ.setdefault("PYTHONUSERBASE", site.getuserbase())
-        os.environ["HOME"] = own
 
 # %% ../nbs/90_command_line.ipynb #085e2f07
 @app.command()
@@ -228,106 +148,135 @@ def prepare(
     run, names = Run(out), class_names(classes)
     check_output(out, folder=True)
     check_no_input(search_images(data).paths, out)
-    with _stoppable():
+    with _stoppable(), exclusive(out / "pairs.csv"):
+        mark_output_folder(out)
+        remove_unfinished(out)
         manifest = build_manifest(data, classes=names, without=out, say=_report)
-        with exclusive(out / "pairs.csv"):
-            mark_output_folder(out)
-            remove_unfinished(out)
-            run.write_table(manifest, "manifest.csv")
-            check_manifest(manifest, minimum=1, classes=names)
-            pairs = prepare_pairs(manifest, out / "pairs", size=size, method=method, n_jobs=n_jobs)
-            run.write_table(pairs, "pairs.csv")
+        run.write_table(manifest, "manifest.csv")
+        check_manifest(manifest, minimum=1, classes=names)
+        pairs = prepare_pairs(manifest, out / "pairs", size=size, method=method, n_jobs=n_jobs)
+        run.write_table(pairs, "pairs.csv")
     flagged, bad = int((pairs.flag != "").sum()), int((pairs.problem != "").sum())
     _say(f"{counted(len(pairs) - bad, 'pair')} in {out}, {flagged} flagged; {counted(bad, 'picture')} with problems in pairs.csv")
 
 # %% ../nbs/90_command_line.ipynb #ff970d9f
 @app.command()
 def predict(
-    pictures: Annotated[list[str], typer.Argument(help="Pictures, folders searched with their subfolders, or 'patterns/*.png'.")],
+    pictures: Annotated[list[str], typer.Argument(help="Images, folders searched with their subfolders, or 'patterns/*.png'.")],
     model: Annotated[Path, typer.Option(help="Model file that a study exported: RUN/exported/NAME.onnx.")],
-    out: Annotated[Path | None, typer.Option(help="CSV file for the answers.  [default: they are printed]")] = None,
-    json: Annotated[Path | None, typer.Option(help="JSON file for the answers.")] = None,
-    overlays: Annotated[Path | None, typer.Option(help="Folder for the pictures with their cells outlined.")] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV file for the predictions.  [default: they are printed]")] = None,
+    json: Annotated[Path | None, typer.Option(help="JSON file for the predictions.")] = None,
+    overlays: Annotated[Path | None, typer.Option(help="Folder for images with cells outlined; no search reads it.")] = None,
     saliency: Annotated[bool, typer.Option(help="With --overlays: also maps of what mattered to the model (slow).")] = False,
-    batch_size: Annotated[int, typer.Option(help="Pictures in memory at a time, in each process.", min=1)] = 32,
+    batch_size: Annotated[int, typer.Option(help="Images in memory at a time, in each process.", min=1)] = 32,
     n_jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
     cluster: Annotated[str, typer.Option(
-        help="Address of a Dask scheduler, tcp://host:8786, whose workers answer. They share a file system.")] = "",
+        help="Address of a Dask scheduler, tcp://host:8786, whose workers predict. They share a file system.")] = "",
 ) -> None:
-    """Ask an exported model about new pictures: class, calibrated probabilities, doubt, number and area of blasts.
+    """Predict new images with an exported model: class, probabilities, confidence, number and area of the white blood cells.
 
     For research use only. A run that was stopped goes on where it was when the same command is given again.
+    Only open model files from people you trust: their checksum shows damage, and is no signature.
     """
-    from leukemia_nb.cluster import parallel
-    from leukemia_nb.files import counted
-    from leukemia_nb.predictor import (Task, check_outputs, iter_answers, list_pictures, predict_files, row_text,
-                                       unfinished_file)
+    from leukemia_nb.predictor import Task, calibration_text, find_inputs, model_of
 
     if saliency and not overlays: raise typer.BadParameter("--saliency needs a folder: --overlays FOLDER")
     place: Any = os.path.abspath if cluster else str  # the workers are started in a folder of their own
-    paths = [place(path) for path in list_pictures(pictures, overlays or "")]
     task = Task(place(model), place(overlays) if overlays else "", saliency)
-    counts = {"answered": 0, "abstained": 0, "not read": 0}
+    about = model_of(task).info
+    inputs, found = find_inputs(pictures, overlays or "")
+    paths = [place(path) for path in inputs]
+    outcomes = Counter({"answered": 0, "abstained": 0, "not read": 0})
+    if out or json: _predict_into_files(paths, task, out, json, batch_size, n_jobs, cluster, outcomes)
+    else: _predict_on_screen(paths, task, batch_size, n_jobs, cluster, outcomes)
+    if found: _say(found, err=True)
+    said = "; ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
+    _say(f"{said}. {calibration_text(about)} Research use only.", err=True)
+    if outcomes["not read"] or outcomes["without overlay"]: raise typer.Exit(1)
 
-    def count(rows: list[dict]) -> int:
-        for row in rows: counts["not read" if row["error"] else "abstained" if row["abstain"] else "answered"] += 1
-        return len(rows)
 
-    if out or json:
-        from tqdm import tqdm
-        try:
-            with parallel(n_jobs, cluster) as workers, tqdm(total=len(paths), unit="picture", disable=None) as bar:
-                resumed = predict_files(paths, task, out, json, batch_size, workers.n_jobs, lambda rows: bar.update(count(rows)))
-        except KeyboardInterrupt:
-            _say(f"stopped: answers so far are in {unfinished_file(out, json)}; the same command goes on.", err=True)
-            raise typer.Exit(130) from None
-        kept = f" ({resumed} of them before)" if resumed else ""
-        _say(f"{counted(len(paths), 'picture')} in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
-    else:
-        check_outputs(paths, task)  # as `predict_files` does
-        with parallel(n_jobs, cluster) as workers:
-            for rows in iter_answers(task, paths, batch_size, workers.n_jobs):
-                count(rows)
-                _say("\n".join(map(row_text, rows)))
-    typer.echo("; ".join(f"{number} {what}" for what, number in counts.items()) + ". Research use only.", err=True)
-    if counts["not read"]: raise typer.Exit(1)
+def _outcome(row: dict[str, Any]) -> str:
+    "How the prediction of one image ended, for the summary."
+    if not row["class"]: return "not read"
+    if row["error"]: return "without overlay"
+    return "abstained" if row["abstain"] else "answered"
+
+
+def _predict_into_files(paths: list[str], task: Any, out: Path | None, json: Path | None, batch_size: int, n_jobs: int,
+                        cluster: str, outcomes: Counter[str]) -> None:
+    "Predict with a progress bar; what is done stays when it is stopped."
+    from tqdm import tqdm
+
+    from leukemia_nb.cluster import parallel
+    from leukemia_nb.files import counted
+    from leukemia_nb.predictor import predict_files, unfinished_file
+
+    def count(rows: list[dict[str, Any]]) -> None:
+        outcomes.update(map(_outcome, rows))
+        bar.update(len(rows))
+    try:
+        with parallel(n_jobs, cluster) as workers, tqdm(total=len(paths), unit="image", disable=None) as bar:
+            resumed = predict_files(paths, task, out, json, batch_size, workers.n_jobs, count, lambda line: _say(line, err=True))
+    except KeyboardInterrupt:
+        _say(f"stopped: predictions so far are in {unfinished_file(out, json)}; the same command goes on.", err=True)
+        raise typer.Exit(130) from None
+    kept = f" ({resumed} of them before)" if resumed else ""
+    _say(f"{counted(len(paths), 'picture')} in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
+
+
+def _predict_on_screen(paths: list[str], task: Any, batch_size: int, n_jobs: int, cluster: str, outcomes: Counter[str]) -> None:
+    "Predict, and print a line for each image as soon as it is there."
+    from leukemia_nb.cluster import parallel
+    from leukemia_nb.predictor import check_outputs, iter_answers, row_text, sole_writer
+
+    check_outputs(paths, task)  # as `predict_files` does
+    with sole_writer(task), parallel(n_jobs, cluster) as workers:
+        for rows in iter_answers(task, paths, batch_size, workers.n_jobs):
+            outcomes.update(map(_outcome, rows))
+            for row in rows: _say(row_text(row))
 
 # %% ../nbs/90_command_line.ipynb #e5e2a040
 @app.command()
 def compare(
-    pictures: Annotated[list[str], typer.Argument(help="Pictures, folders searched with their subfolders, or 'patterns/*.png'.")],
+    pictures: Annotated[list[str], typer.Argument(help="Images, folders searched with their subfolders, or 'patterns/*.png'.")],
     study: Annotated[Path, typer.Option(help="Run folder of a study with exported models (exported/*.onnx).")],
     out: Annotated[Path, typer.Option(help="Folder for comparison.csv and comparison.png.")] = Path("comparison"),
 ) -> None:
-    "Show what every exported model of a study says about new pictures: a table, a CSV file and a grid of the pictures."
-    from leukemia_nb.files import atomic_path, check_output, write_table
+    "Show what every exported model of a study predicts for new images: a table, a CSV file and a grid of the images."
     from leukemia_nb.evaluation import unseen_figure
-    from leukemia_nb.predictor import compare_models_on, comparison_text, exported_models, list_pictures
+    from leukemia_nb.files import atomic_path, check_output, exclusive, mark_output_folder, write_table
+    from leukemia_nb.predictor import check_inputs_apart, compare_models_on, comparison_text, exported_models, find_inputs
 
-    paths, models = list_pictures(pictures, out), exported_models(study)
+    models = exported_models(study)
+    paths, found = find_inputs(pictures, out)
     for name in ("comparison.csv", "comparison.png"): check_output(out / name)
+    check_inputs_apart(paths, out)
     problems: list[str] = []
 
     def tell(problem: str) -> None:
         problems.append(problem)
         _say(problem, err=True)
 
-    table = compare_models_on(paths, models, tell)
-    _say(comparison_text(table))
-    write_table(out / "comparison.csv", table)
-    with atomic_path(out / "comparison.png") as temporary: unseen_figure(table, most=12).savefig(temporary, dpi=160)
+    with exclusive(out):
+        table = compare_models_on(paths, models, tell)
+        for line in comparison_text(table).split("\n"): _say(line)
+        mark_output_folder(out)
+        write_table(out / "comparison.csv", table, excel=True)
+        seen = table[table["error"] == ""]
+        with atomic_path(out / "comparison.png") as temporary: unseen_figure(seen, most=12).savefig(temporary, dpi=160)
+    if found: _say(found, err=True)
     _say(f"comparison.csv and comparison.png in {out}. In brackets: the model abstains. Research use only.", err=True)
     if problems: raise typer.Exit(1)
 
 # %% ../nbs/90_command_line.ipynb #9256e468
 @app.command()
 def study(
-    data: Annotated[str | None, typer.Option(callback=_not_empty,
+    data: Annotated[str, typer.Option(
         help="Folder with one folder of pictures a class, or 'kaggle' to download the public set. "
-             "Left out: synthetic smears, small, random weights.")] = None,
+             "Left out: synthetic smears, small, random weights.")] = "",
     run: Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/<name of the data folder>]")] = None,
     classes: Annotated[int, typer.Option(help="3, or 4 with early Pre-B.", min=3, max=4)] = 3,
-    models: Annotated[str | None, typer.Option(help="Models to train, separated by commas.  [default: all]")] = None,
+    models: Annotated[str, typer.Option(help="Models to train, separated by commas.  [default: all]")] = "",
     weights: Annotated[str | None, typer.Option(
         help="imagenet: files of the folder LEUKEMIA_NB_WEIGHTS, else downloaded; local: files of that folder, random "
              "where none is; random.  [default: imagenet; random without --data]")] = None,
@@ -340,12 +289,9 @@ def study(
     segmentation: Annotated[str | None, typer.Option(help="deck or seeded.  [default: deck]", callback=_known_method)] = None,
     split: Annotated[str | None, typer.Option(
         help="deck: by picture; grouped: related pictures stay together.  [default: deck]")] = None,
-    groups: Annotated[str | None, typer.Option(
-        help="CSV with columns path and group (patient, slide) for --split grouped.", callback=_not_empty)] = None,
-    split_file: Annotated[str | None, typer.Option(
-        help="split.csv of an earlier study, to be used again.", callback=_not_empty)] = None,
-    unseen: Annotated[str | None, typer.Option(
-        help="Folder of new pictures for the unseen-pictures table.", callback=_not_empty)] = None,
+    groups: Annotated[str, typer.Option(help="CSV with columns path and group (patient, slide) for --split grouped.")] = "",
+    split_file: Annotated[str, typer.Option(help="split.csv of an earlier study, to be used again.")] = "",
+    unseen: Annotated[str, typer.Option(help="Folder of new pictures for the unseen-pictures table.")] = "",
     per_class: Annotated[int | None, typer.Option(help="Synthetic smears a class, without --data.", min=20)] = None,
     seed: Annotated[int, typer.Option(help="Seed of split, flips and training.", min=0, max=2**32 - 1)] = 0,
     n_jobs: Annotated[int, typer.Option(help="Steps side by side.", min=1)] = 1,
@@ -361,25 +307,19 @@ def study(
     from dataclasses import replace
 
     from leukemia_nb.data import fetch_kaggle
-    from leukemia_nb.files import counted
     from leukemia_nb.models import MODELS
     from leukemia_nb.study import EMBEDDED, StudySettings, run_study
 
-    folder = str(fetch_kaggle()) if data == "kaggle" else data or ""
+    folder = str(fetch_kaggle()) if data == "kaggle" else data
     asked: dict[str, Any] = dict(
-        data=_absolute(folder), classes=classes, models=tuple(MODELS) if models is None else _names(models), weights=weights,
-        recipe=recipe, epochs=epochs, train=tuple(train or ()), image_size=image_size, segmentation=segmentation, split=split,
+        data=_absolute(folder), classes=classes, models=_names(models) or tuple(MODELS), weights=weights, recipe=recipe,
+        epochs=epochs, train=tuple(train or ()), image_size=image_size, segmentation=segmentation, split=split,
         groups=_absolute(groups), split_file=_absolute(split_file), unseen=_absolute(unseen), per_class=per_class, seed=seed,
         n_jobs=n_jobs)
     given = {name: value for name, value in asked.items() if value is not None}
     settings = replace(StudySettings() if folder else EMBEDDED, **given)
     where = run or Path("runs", Path(data).resolve().name if data else "synthetic")
-    try: done = run_study(settings, where, n_jobs=n_jobs, redo=redo or (), say=_say, cluster=cluster)
-    except KeyboardInterrupt:
-        finished = len(list((where / "steps").glob("*.json")))
-        kept = f"{counted(finished, 'step')} finished and kept in {where}"
-        _say(f"\nleukemia_nb: stopped. {kept}; the same command goes on.", err=True)
-        raise typer.Exit(130) from None
+    done = run_study(settings, where, n_jobs=n_jobs, redo=redo or (), say=_say, cluster=cluster)
     _say(f"report: {done.folder / 'report.html'}")
 
 # %% ../nbs/90_command_line.ipynb #5988bbfe
@@ -387,6 +327,6 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 # %% ../nbs/90_command_line.ipynb #ec3c83a0
-def _absolute(path: str | None) -> str:
-    "The path as the notebooks need it, which run in the run folder; none is an empty text."
+def _absolute(path: str) -> str:
+    "The path as the notebooks need it, which run in the run folder; an empty text stays empty."
     return str(Path(path).resolve()) if path else ""

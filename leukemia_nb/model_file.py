@@ -366,9 +366,13 @@ def training_summary(
 def weights_version(
     graph: Any,  # onnx GraphProto of a network
 ) -> str:  # 12 hexadecimal digits
-    "A short digest of all numbers in a network: another training, another version."
-    digests = sorted(hashlib.sha256(tensor.SerializeToString()).digest() for tensor in graph.initializer)
-    return hashlib.sha256(b"".join(digests)).hexdigest()[:12]
+    "A short digest of all numbers in a network, whatever its tensors are called: another training, another version."
+    from onnx import numpy_helper
+
+    def digest(values: np.ndarray) -> str:
+        content = np.ascontiguousarray(values).tobytes()
+        return f"{values.dtype} {values.shape} {hashlib.sha256(content).hexdigest()}"
+    return set_sha256(digest(numpy_helper.to_array(tensor)) for tensor in graph.initializer)[:12]
 
 # %% ../nbs/82_model_file.ipynb #6dc9c2d6
 LICENCES = {"torch": "AGPL-3.0, as ultralytics' networks and weights are"}  # by framework; else Apache-2.0

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 else: DataFrame = Any  # loaded with the first table; the name is for the documentation
 
 # %% auto #0
-__all__ = ['MODELS', 'ModelError', 'ModelEntry', 'register', 'make_model', 'Keywords', 'Settings', 'square_picture', 'Pictures',
-           'open_pictures', 'read_batches', 'History', 'collapsed_to', 'PicturePredictor', 'PictureClassifier',
-           'versions', 'save_model', 'load_model']
+__all__ = ['MODELS', 'ModelError', 'ModelEntry', 'register', 'make_model', 'kept_environment', 'Keywords', 'Settings',
+           'square_picture', 'Pictures', 'open_pictures', 'read_batches', 'History', 'collapsed_to', 'PicturePredictor',
+           'PictureClassifier', 'versions', 'save_model', 'load_model']
 
 # %% ../nbs/60_models.ipynb #c415bbd2
 class ModelError(ValueError):
@@ -85,6 +86,20 @@ def make_model(
     if unknown := sorted(set(settings) - set(known)):
         raise ModelError(f"{name}: unknown setting '{unknown[0]}'. It has: {', '.join(known)}.")
     return model_class(**settings).check_settings()
+
+# %% ../nbs/60_models.ipynb #5b7e02a2
+@contextmanager
+def kept_environment(
+    *names: str,  # environment variables
+) -> Iterator[None]:
+    "Give these environment variables back the values they had, or none."
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None: os.environ[name] = value
 
 # %% ../nbs/60_models.ipynb #61e19801
 class Keywords:
@@ -453,17 +468,25 @@ def load_model(
         raise ModelError(f"{folder}: no model.json here, so this is no finished model. Give the folder of a model.")
     try:
         facts = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        name, files = facts["name"], facts["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder / 'model.json'} is damaged ({error}). Train the model again.") from error
+        files = {str(file): str(digest) for file, digest in facts["files"].items()}
+        name, settings = str(facts["name"]), dict(facts["settings"].items())
+        classes = np.array([str(name) for name in facts["classes"]])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = (str(error).splitlines() or [""])[0][:120]
+        raise ModelError(f"{folder / 'model.json'} is damaged ({type(error).__name__}: {reason}). Train it again.") from error
     for file, digest in files.items():
         if not (folder / file).is_file() or file_sha256(folder / file) != digest:
             raise ModelError(f"{folder / file} is missing or not what was saved. Train the model again.")
-    model = make_model(name, **facts["settings"])
-    model.classes_ = np.array(facts["classes"], dtype=str)
-    model.weights_source_, model.collapsed_ = facts["weights_source"], facts["collapsed"]
-    model.best_epoch_ = facts["best_epoch"]
-    import pandas as pd
-    model.history_ = pd.read_csv(folder / "history.csv")
-    model._load(folder)
+    try:
+        model = make_model(name, **settings)
+        model.classes_ = classes
+        model.weights_source_, model.collapsed_ = facts["weights_source"], facts["collapsed"]
+        model.best_epoch_ = facts["best_epoch"]
+        import pandas as pd
+        model.history_ = pd.read_csv(folder / "history.csv")
+        model._load(folder)
+    except (ModelError, ImportError, MemoryError): raise
+    except Exception as error:  # whatever a framework says of files that somebody has changed, their checksums included
+        reason = (str(error).splitlines() or [""])[0][:120]
+        raise ModelError(f"{folder} does not hold a whole model ({type(error).__name__}: {reason}). Train it again.") from error
     return model

@@ -12,9 +12,11 @@ import hashlib
 import html
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import stat
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from glob import glob, has_magic
 from itertools import repeat
 from pathlib import Path
@@ -22,23 +24,27 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import numpy as np
+from PIL import Image
 
-from .data import NO_PICTURES, find_pictures
-from .files import OutputError, atomic_path, check_output, counted, file_sha256, shown
-from .images import PictureError, read_picture, write_picture
+from .cluster import ClusterError, die_with_parent
+from .data import NO_PICTURES, ImageSearch, check_apart, check_folder, search_images
+from .files import (OutputError, atomic_path, check_output, counted, exclusive, file_sha256,
+                               mark_output_folder, safe_cell, shown, unique_names, writing)
+from .images import PictureError, as_rgb, read_picture, write_picture
 from .models import ModelError, square_picture
-from .segmentation import check_mask, count_cells, cut_out, draw_outlines, find_cells, label_cells, segment
+from .segmentation import METHODS, check_mask, count_cells, cut_out, draw_outlines, find_cells, label_cells, segment
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 else: DataFrame = Any  # loaded with the first table; the name is for the documentation
 
 # %% auto #0
-__all__ = ['FORMAT', 'SEAL', 'OUTPUTS', 'AT_ONCE', 'unseal', 'seal', 'made_up_model_file', 'open_model_file', 'list_pictures',
-           'picture_list', 'row_columns', 'reasons', 'Predictions', 'doubt_in_words', 'row_text', 'Look', 'look_at',
-           'answer_row', 'Predictor', 'overlay', 'predictions_html', 'saliency', 'Task', 'model_of', 'overlay_file',
-           'answer_files', 'unfinished_file', 'read_unfinished', 'write_rows', 'check_outputs', 'iter_answers',
-           'predict_files', 'exported_models', 'open_predictors', 'compare_models_on', 'comparison_text']
+__all__ = ['FORMAT', 'SEAL', 'OUTPUTS', 'AT_ONCE', 'MAX_MODEL_BYTES', 'unseal', 'seal', 'made_up_model_file', 'open_model_file',
+           'find_inputs', 'list_pictures', 'picture_list', 'row_columns', 'reasons', 'Predictions', 'doubt_in_words',
+           'row_text', 'calibration_text', 'Look', 'look_at', 'answer_row', 'Predictor', 'overlay', 'predictions_html',
+           'saliency', 'Task', 'model_of', 'overlay_file', 'answer_files', 'unfinished_file', 'read_unfinished',
+           'write_rows', 'check_inputs_apart', 'check_outputs', 'sole_writer', 'iter_answers', 'predict_files',
+           'exported_models', 'open_predictors', 'compare_models_on', 'comparison_text']
 
 # %% ../nbs/84_predictor.ipynb #9b8dcdba
 FORMAT = 2  # of model files; one of another number is refused
@@ -49,7 +55,10 @@ def unseal(
     data: bytes,  # a whole model file
     name: str | os.PathLike = "model file",  # for the message
 ) -> str:  # sha256 of what is sealed, 64 hexadecimal digits
-    "Check a model file's digest before anything else looks into it. Raises ModelError."
+    """Check a model file's checksum before anything else looks into it. Raises ModelError.
+
+    It is no signature: it shows damage by accident, not a change on purpose. Only open model files from people you trust.
+    """
     body, mark, digest = data[:-76], data[-76:-64], data[-64:]
     if mark != SEAL:
         raise ModelError(f"{name}: not a model file of leukemia_nb, or cut off. Copy it again, or export the model again.")
@@ -125,6 +134,7 @@ def made_up_model_file(
     model = _nearest_mean_graph(kind, size, seen.mean(axis=1), seen.std(axis=1).mean(axis=0) + 1e-3)
     info = {"format": FORMAT, "name": f"made_up_{kind}", "title": "Made-up model", "version": "000000000000",
             "classes": list(classes), "input": kind, "image_size": size, "segmentation": "deck", "temperature": 1.0,
+            "calibration": "not calibrated: made up, no validation images",
             "thresholds": {"confidence": 0.4, "distance": 4.0}, "training": {"pictures": len(drawn), "validation": 0},
             "test": {}, "weights_source": "none: the nearest mean of synthetic smears", "licence": "Apache-2.0",
             "research_use": "For research only, and not even for that: it is made up.", "card": "# A made-up model"}
@@ -154,75 +164,301 @@ def _network_input(
 # %% ../nbs/84_predictor.ipynb #f0d02d81
 OUTPUTS = ["probabilities", "features", "distance"]
 AT_ONCE = 4  # pictures given to the network at a time: as fast as more, in a fraction of the memory
+MAX_MODEL_BYTES = 1_000_000_000  # of a model file; the study's largest has 40 million
 
 
 def open_model_file(
     file: str | os.PathLike,  # an exported `.onnx` file
     threads: int | None = None,  # of the network; None: as many as there are cores
-) -> tuple[Any, dict]:  # onnxruntime session, what the file says about itself
-    "Check, read and start a model file. Raises ModelError."
-    try: data = Path(file).read_bytes()
+) -> tuple[Any, dict]:  # onnxruntime session, what the file says about itself, and its `sha256`
+    "Check, read and start a model file. Its checksum is no signature: open only files from people you trust. Raises ModelError."
+    return _start(_model_bytes(file), file, threads)
+
+
+def _model_bytes(file: str | os.PathLike) -> bytes:
+    "A model file, looked at before it is opened: a pipe would wait for ever. Raises ModelError."
+    try:
+        about = os.stat(file)
+        if not stat.S_ISDIR(about.st_mode):  # opening it gives the system's own words
+            if not stat.S_ISREG(about.st_mode):
+                raise ModelError(f"{file}: a pipe or a device, where a model file is needed. Check the path of the model file.")
+            if about.st_size > MAX_MODEL_BYTES:
+                raise ModelError(f"{file}: {about.st_size / 1e6:,.0f} MB, over the limit of {MAX_MODEL_BYTES / 1e6:,.0f} MB for "
+                                 "model files. Check the path of the model file.")
+        return Path(file).read_bytes()
     except OSError as error: raise ModelError(f"{file}: {error.strerror}. Check the path of the model file.") from None
-    unseal(data, file)
+
+
+def _start(data: bytes, name: str | os.PathLike, threads: int | None) -> tuple[Any, dict]:
+    "Session and checked description of a whole model file. Raises ModelError."
+    digest = unseal(data, name)
+    _check_complete(data, name)
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        info = json.loads(session.get_modelmeta().custom_metadata_map["leukemia_nb"])
+        described = session.get_modelmeta().custom_metadata_map.get("leukemia_nb")
     except Exception as error:  # onnxruntime has a class of its own for each of its troubles
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{file}: cannot be started ({reason}). Export the model again, or update onnxruntime.") from error
-    _check_format(info, [output.name for output in session.get_outputs()], file)
-    return session, info
+        raise ModelError(f"{name}: cannot be started ({_first_line(error)}). "
+                         "Export the model again, or update onnxruntime.") from error
+    if described is None: raise ModelError(f"{name}: has no description of leukemia_nb in it. Export the model again.")
+    try: info = json.loads(described)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{name}: its description is no JSON ({_first_line(error)}). Export the model again.") from None
+    _check_info(info, name)
+    _check_network(info, session, name)
+    return session, info | {"sha256": digest}
 
 
-def _check_format(info: dict, outputs: list[str], file: str | os.PathLike) -> None:
+def _first_line(error: BaseException) -> str:
+    "What an error says, in one line."
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+# %% ../nbs/84_predictor.ipynb #c41a7e11
+_INSIDE = {  # ONNX message -> field -> the message in it, for all that can hold a tensor
+    "model": {7: "graph", 20: "training", 25: "function"}, "training": {1: "graph", 2: "graph"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse tensor"}, "function": {7: "node", 11: "attribute"},
+    "node": {5: "attribute"}, "sparse tensor": {1: "tensor", 2: "tensor"}, "tensor": {},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse tensor", 23: "sparse tensor"}}
+_EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # fields of a tensor; a location that is not 0 is another file
+
+
+def _whole_number(message: memoryview, place: int) -> tuple[int, int]:
+    "A protobuf varint, and where it ends. Raises ValueError, IndexError."
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = message[place]
+        value, place = value | (byte & 127) << shift, place + 1
+        if byte < 128: return value, place
+    raise ValueError("a number without an end")
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    "Number and content of each field of a protobuf message. Raises ValueError, IndexError."
+    place = 0
+    while place < len(message):
+        key, place = _whole_number(message, place)
+        kind = key & 7
+        if kind == 0:
+            value, place = _whole_number(message, place)
+            yield key >> 3, value
+            continue
+        if kind == 2: length, place = _whole_number(message, place)
+        elif kind in (1, 5): length = 8 if kind == 1 else 4
+        else: raise ValueError(f"a field of kind {kind}")
+        if place + length > len(message): raise ValueError("a field that is cut off")
+        yield key >> 3, message[place : place + length]
+        place += length
+
+
+def _refers_elsewhere(message: memoryview, kind: str = "model") -> bool:
+    "Whether a tensor in an ONNX message has its numbers in another file. Raises ValueError, IndexError, RecursionError."
+    for number, content in _fields(message):
+        if kind == "tensor" and (number == _EXTERNAL_DATA or number == _DATA_LOCATION and content): return True
+        inner = _INSIDE[kind].get(number)
+        if inner and isinstance(content, memoryview) and _refers_elsewhere(content, inner): return True
+    return False
+
+
+def _check_complete(data: bytes, name: str | os.PathLike) -> None:
+    "Raise ModelError for a network that is none, or whose numbers lie in other files, before anything opens those."
+    try: elsewhere = _refers_elsewhere(memoryview(data))
+    except (ValueError, IndexError, RecursionError) as error:
+        raise ModelError(f"{name}: cannot be started (no ONNX network: {_first_line(error)}). Export the model again.") from None
+    if elsewhere:
+        raise ModelError(f"{name}: refers to other files for its weights, and is refused. A model file holds them all: "
+                         "export the model again.")
+
+# %% ../nbs/84_predictor.ipynb #c41a7e13
+def _is_text(value: Any) -> bool: return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _is_line(value: Any) -> bool: return _is_text(value) and value.isprintable() and value.strip() != ""
+
+
+def _is_number(value: Any, least: float = -1e300, most: float = 1e300) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most  # NaN is not
+
+
+def _is_whole(value: Any, least: int = 0, most: int = 10**12) -> bool:
+    return isinstance(value, int) and _is_number(value, least, most)
+
+
+def _are_classes(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(map(_is_line, value)) and len(set(value)) == len(value)
+
+
+def _is_test(value: Any) -> bool:
+    if value == {}: return True
+    if not isinstance(value, dict) or not _is_whole(value.get("pictures"), 1): return False
+    interval = all(_is_number(value.get(each), 0, 1) for each in ("low", "high"))
+    return interval and _is_whole(value.get("right"), 0, value["pictures"])
+
+
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # entry of a description -> what it is, and whether a value is that
+    **dict.fromkeys(("name", "title", "version", "weights_source", "licence"), ("a line of text", _is_line)),
+    **dict.fromkeys(("research_use", "card"), ("a text", _is_text)),
+    "classes": ("a list of two or more different names", _are_classes),
+    "input": ("picture, pair or cells", lambda value: value in ("picture", "pair", "cells")),
+    "image_size": ("a whole number from 1 to 4096", lambda value: _is_whole(value, 1, 4096)),
+    "segmentation": (f"one of {', '.join(METHODS)}", lambda value: _is_text(value) and value in METHODS),
+    "temperature": ("a number above 0", lambda value: _is_number(value, 1e-9)),
+    "thresholds": ("numbers for confidence (0 to 1) and distance (from 0)", lambda value: isinstance(value, dict)
+                   and _is_number(value.get("confidence"), 0, 1) and _is_number(value.get("distance"), 0)),
+    "training": ("entries, with the number of pictures", lambda value: isinstance(value, dict)
+                 and _is_whole(value.get("pictures"))),
+    "test": ("empty, or the numbers right, pictures, low, high", _is_test),
+}
+_OPTIONAL_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "calibration": ("a text", _is_text),
+    "seed": ("a whole number from 0", lambda value: _is_whole(value, 0, 2**32 - 1)),
+}
+
+
+def _check_info(info: Any, file: str | os.PathLike) -> None:
+    "Raise ModelError for a description that is of another format, or has an entry that breaks its rule."
+    if not isinstance(info, dict): raise ModelError(f"{file}: its description is {_brief(info)}, no entries. {_AGAIN}")
+    _check_format(info, file)
+    for entry, (wanted, fits) in {**_RULES, **_OPTIONAL_RULES}.items():
+        if entry in info and not fits(info[entry]):
+            raise ModelError(f"{file}: its description says {entry} = {_brief(info[entry])}, which must be {wanted}. {_AGAIN}")
+        if entry not in info and entry in _RULES:
+            raise ModelError(f"{file}: its description lacks {entry}, which must be {wanted}. {_AGAIN}")
+
+
+_AGAIN = "Export the model again."
+
+
+def _brief(value: Any, most: int = 60) -> str:
+    "A value for a message: in one line, and not long."
+    text = repr(value)
+    return text if len(text) < most else f"{text[:most]}…"
+
+
+def _check_format(info: dict, file: str | os.PathLike) -> None:
     "Raise ModelError for a file of another format, older or newer."
     made = info.get("format")
-    if made == FORMAT and outputs == OUTPUTS: return
+    if made == FORMAT: return
+    if not isinstance(made, int): raise ModelError(f"{file}: its description says format = {_brief(made)}. {_AGAIN}")
     numbers = f"format {made}, this one reads {FORMAT}"
-    if isinstance(made, int) and made > FORMAT:
+    if made > FORMAT:
         raise ModelError(f"{file}: made by a newer version of leukemia_nb ({numbers}). Update leukemia_nb.")
-    raise ModelError(f"{file}: made by an older version of leukemia_nb ({numbers}). "
-                     f"Export it again: `leukemia_nb study … --redo export-{info.get('name', 'NAME')}`.")
+    name = info.get("name", "")
+    raise ModelError(f"{file}: made by an older version of leukemia_nb ({numbers}). Export it again: `leukemia_nb study … "
+                     f"--redo export-{name if isinstance(name, str) and name.isidentifier() else 'NAME'}`.")
+
+
+def _check_network(info: dict, session: Any, file: str | os.PathLike) -> None:
+    "Raise ModelError where the network takes or gives something else than the description says."
+    size, outputs = info["image_size"], {each.name: each.shape for each in session.get_outputs()}
+    picture: list[int | None] = [None, *[2][: info["input"] == "pair"], size, size, 3]
+    wanted = {"pictures": ("tensor(uint8)", picture)}
+    if info["input"] == "cells": wanted["measures"] = ("tensor(float)", [None, None])
+    found = {each.name: (each.type, each.shape) for each in session.get_inputs()}
+    fits = found.keys() == wanted.keys() and list(outputs) == OUTPUTS and all(
+        found[name][0] == kind and _same_shape(found[name][1], shape) for name, (kind, shape) in wanted.items())
+    if not fits or not _same_shape(outputs["probabilities"], [None, len(info["classes"])]):
+        said = f"{len(info['classes'])} classes, input {info['input']} of {size} x {size}"
+        has = {name: shape for name, (_, shape) in found.items()} | outputs
+        raise ModelError(f"{file}: its network is not the one described ({said}): it has {_brief(has, 200)}. {_AGAIN}")
+
+
+def _same_shape(found: Sequence[Any], wanted: Sequence[int | None]) -> bool:
+    "Whether shapes agree where both have numbers."
+    return len(found) == len(wanted) and all(not isinstance(one, int) or other is None or one == other
+                                             for one, other in zip(found, wanted))
 
 # %% ../nbs/84_predictor.ipynb #b3990125
-def list_pictures(
+def _step(folder: str, part: str) -> list[str]:
+    "What one part of a pattern means in a folder: the name itself, else brackets as brackets, else as sets of letters."
+    if os.path.lexists(os.path.join(folder, part)): return [os.path.join(folder, part)]
+    if part == "**": return _folders_below(folder)
+    for pattern in (part.replace("[", "[[]"), part):
+        if names := sorted(glob(pattern, root_dir=folder or None)): return [os.path.join(folder, name) for name in names]
+    return []
+
+
+def _folders_below(folder: str) -> list[str]:
+    "A folder and all below it but hidden ones; links are not followed."
+    below = [here if folder else here[2:] for here, _, _ in os.walk(folder or os.curdir)]
+    return [here for here in below if not any(part.startswith(".") for part in here[len(folder):].split(os.sep))]
+
+
+def _expand(pattern: str, without: str | os.PathLike = "") -> ImageSearch:
+    "Files that a pattern means, and images in the folders that it means; none of a folder that leukemia_nb wrote."
+    drive, path = os.path.splitdrive(pattern)
+    places = [drive + os.sep if path.startswith(os.sep) else drive]
+    for part in filter(None, path.split(os.sep)): places = [found for place in places for found in _step(place, part)]
+    found, ours = ImageSearch(Path(pattern)), functools.cache(_is_ours)
+    searches = [found]
+    for place in dict.fromkeys(place or os.curdir for place in places):
+        folder = place if os.path.isdir(place) else os.path.dirname(place)
+        if ours(folder or os.curdir): found.left_out.append((Path(place), "written by leukemia_nb"))
+        elif folder != place: found.paths.append(Path(place))
+        else: searches.append(search_images(place, without))
+    return _joined(searches, pattern)
+
+
+def _joined(searches: Sequence[ImageSearch], name: str) -> ImageSearch:
+    "What several searches found, each once."
+    whole = ImageSearch(Path(name))
+    for kind in ("paths", "left_out", "unreachable"):
+        getattr(whole, kind).extend(dict.fromkeys(found for search in searches for found in getattr(search, kind)))
+    return whole
+
+
+def _is_ours(folder: str) -> bool:
+    "Whether leukemia_nb wrote a folder, or one around it."
+    try: check_folder(folder)
+    except PictureError: return True
+    return False
+
+# %% ../nbs/84_predictor.ipynb #c41a7e14
+def find_inputs(
     pictures: str | os.PathLike | Iterable[str | os.PathLike],  # files, folders, patterns
-    without: str | os.PathLike = "",  # a folder that is passed by where it lies in one of them, say the one to write to
-) -> list[str]:  # paths of pictures, each once, in the order given
-    "Paths of the pictures that files, folders and patterns mean; overlays of pictures among them are left out."
+    without: str | os.PathLike = "",  # a folder that is left out where it lies in one of them, say the one to write to
+) -> tuple[list[str], str]:  # paths, each once, in the order given; a line on what was found and left out, "" without a search
+    "Paths of the images that files, folders and patterns mean; what could not be reached is among them."
     given = [pictures] if isinstance(pictures, str | os.PathLike) else pictures
     found: list[str] = []
-    for each in [os.fspath(one) for one in given]:
-        if os.path.isdir(each): found += [str(path) for path in find_pictures(each, without)] or [each]
-        elif has_magic(each) and not os.path.exists(each): found += sorted(glob(each, recursive=True)) or [each]
-        else: found.append(each)
-    found = list(dict.fromkeys(found))
-    drawn = {path: match for path in found if (match := _OVERLAY.fullmatch(os.path.basename(path)))}
-    stems = {match[1] for match in drawn.values()}
-    known = {(Path(path).stem, _digits(path)) for path in found if drawn and Path(path).stem in stems}
-    return [path for path in found if path not in drawn or drawn[path].groups() not in known]
+    searches: list[ImageSearch] = []
+    for each in map(os.fsdecode, given):
+        if os.path.isdir(each): search = ImageSearch(Path(each)) if _is_ours(each) else search_images(each, without)
+        elif has_magic(each) and not os.path.lexists(each): search = _expand(each, without)
+        else:
+            found.append(each)
+            continue
+        searches.append(search)
+        found += [str(path) for path in (*search.paths, *(path for path, _ in search.unreachable))] or [each]
+    return list(dict.fromkeys(found)), _summary(searches)
 
 
-_OVERLAY = re.compile(r"(.+)-([0-9a-f]{8})-(?:cells|saliency)\.jpg")
+def _summary(searches: Sequence[ImageSearch]) -> str:
+    "One line about all searches."
+    whole = searches[0] if len(searches) == 1 else _joined(searches, f"{len(searches)} folders and patterns")
+    return whole.summary() if searches else ""
 
 
-def _digits(path: str) -> str:
-    try: return file_sha256(path)[:8]
-    except OSError: return ""
+def list_pictures(
+    pictures: str | os.PathLike | Iterable[str | os.PathLike],  # files, folders, patterns
+    without: str | os.PathLike = "",  # a folder that is left out where it lies in one of them, say the one to write to
+) -> list[str]:  # paths of images, each once, in the order given
+    "The paths that `find_inputs` finds."
+    return find_inputs(pictures, without)[0]
 
 
 def picture_list(
-    pictures: Any,  # a path, folder, pattern, uint8 (H, W, 3), (n, H, W, 3) or (n, 2, H, W, 3), or an iterable of these
-) -> list:  # paths and arrays, one a picture
-    "Paths and arrays of whatever may be asked about."
-    if isinstance(pictures, np.ndarray): return [pictures] if pictures.ndim == 3 else list(pictures)
+    pictures: Any,  # a path, folder, pattern, Pillow image, uint8 (H, W, 3), (H, W), (n, H, W, 3) or (n, 2, H, W, 3), or several
+) -> list:  # paths, arrays and Pillow images, one an image
+    "Paths, arrays and Pillow images of whatever may be asked about."
+    if isinstance(pictures, np.ndarray): return list(pictures) if pictures.ndim in (4, 5) else [pictures]
     if isinstance(pictures, str | os.PathLike): return list_pictures(pictures)
+    if isinstance(pictures, Image.Image) or not isinstance(pictures, Iterable): return [pictures]
     found: list = []
-    for each in pictures: found += [each] if isinstance(each, np.ndarray) else list_pictures(each)
+    for each in pictures: found += list_pictures(each) if isinstance(each, str | os.PathLike) else [each]
     return found
 
 # %% ../nbs/84_predictor.ipynb #8c3d157d
@@ -231,18 +467,18 @@ def row_columns(
 ) -> list[str]:
     "Columns of an answer, in order."
     return ["path", "class", *(f"p_{name}" for name in classes), "confidence", "distance", "abstain", "why",
-            "blasts", "blast_area", "blast_pixels", "mask_flag", "sha256", "model", "model_version", "error"]
+            "n_cells", "cell_area", "cell_pixels", "mask_flag", "sha256", "model", "model_version", "model_sha256", "error"]
 
 
 def reasons(
-    confidence: float,  # calibrated probability of the answer
+    confidence: float,  # probability of the answer
     distance: float,  # of the features from the training pictures'
-    blasts: int | None,  # cells found; None: not counted
+    n_cells: int | None,  # white blood cells found; None: not counted
     thresholds: dict,  # `confidence` and `distance`, from the model file
 ) -> str:  # "" where the answer stands, else why not, joined by "; "
     "Why a model should not be believed about a picture."
     doubts = {"unlike the training pictures": not distance <= thresholds["distance"],
-              "not sure": not confidence >= thresholds["confidence"], "no cells found": blasts == 0}
+              "not sure": not confidence >= thresholds["confidence"], "no cells found": n_cells == 0}
     return "; ".join(text for text, true in doubts.items() if true)
 
 # %% ../nbs/84_predictor.ipynb #be6ce029
@@ -280,30 +516,37 @@ class Predictions:
 def doubt_in_words(
     row: dict,  # an answer
 ) -> str:  # one sentence
-    "How far to believe an answer."
-    if row["error"]: return f"Not answered: {row['error']}"
+    "How sure the model is of its prediction: its numbers, without a verdict on them."
+    if not row["class"]: return f"Not answered: {row['error']}"
     if row["abstain"]: return f"The model abstains: {row['why']}."
-    word = next(word for least, word in ((0.99, "Hardly any"), (0.9, "Little"), (0.7, "Some"), (0, "Much"))
-                if row["confidence"] >= least)
     others = {name[2:]: p for name, p in row.items() if name.startswith("p_") and name[2:] != row["class"]}
     second = max(others, key=lambda name: others[name])
-    return f"{word} doubt" + (f"; {second} is possible too." if others[second] >= 0.1 else ".")
+    return f"Confidence {row['confidence']:.1%}; next is {second}, {others[second]:.1%}."
 
 
 def row_text(
     row: dict,  # an answer
 ) -> str:  # one line
     "An answer as a line of text."
-    if row["error"]: return shown(f"not answered: {row['error']}")
+    if not row["class"]: return shown(f"not answered: {row['error']}")
     found = f"{row['class']} {row['confidence']:.1%}"
     if row["abstain"]: found = f"abstains: {row['why']} (nearest: {found})"
-    cells = "" if row["blasts"] is None else f"; {counted(row['blasts'], 'cell')} on {row['blast_area']:.1%} of the picture"
-    return shown(f"{row['path']}: {found}{cells}{_mask_text(row)}")
+    cells = "" if row["n_cells"] is None else f"; {counted(row['n_cells'], 'cell')} on {row['cell_area']:.1%} of the picture"
+    problem = f" (not all is done: {row['error']})" if row["error"] else ""
+    return shown(f"{row['path']}: {found}{cells}{_mask_text(row)}{problem}")
 
 
 def _mask_text(row: dict) -> str:
     "What is suspicious about the mask, in brackets; that it is empty, the number of cells says already."
-    return f" (doubtful mask: {flag})" if (flag := row.get("mask_flag")) and row["blasts"] else ""
+    return f" (doubtful mask: {flag})" if (flag := row.get("mask_flag")) and row["n_cells"] else ""
+
+def calibration_text(
+    info: dict,  # what a model file says about itself
+) -> str:  # a sentence
+    "Whether a model's probabilities are calibrated, as its file says."
+    said, temperature = info.get("calibration", ""), info["temperature"]
+    if said or temperature == 1: return f"Probabilities are {said or 'not calibrated: their temperature is 1'}."
+    return f"Probabilities are calibrated with temperature {temperature:.3g}, fitted on validation images."
 
 # %% ../nbs/84_predictor.ipynb #4809b6f6
 class Look(NamedTuple):
@@ -312,36 +555,59 @@ class Look(NamedTuple):
     ready: Any  # what the network sees; None where the picture could not be read
 
 
-def _prepared(picture: np.ndarray, info: dict, count: bool, row: dict) -> np.ndarray:
+def _prepared(picture: Any, info: dict, count: bool, row: dict) -> np.ndarray:
     "What the network sees of a picture; number and area of its cells go into the row."
-    if picture.ndim == 4:  # with its segmented twin
-        if info["input"] != "pair": return _network_input(picture[0], info)
-        return np.stack([square_picture(one, info["image_size"]) for one in picture])
-    square_picture(picture[:1], 1)  # its demands on the picture
-    if not count: return _network_input(picture, info)
-    cells = find_cells(picture) if info["segmentation"] == "seeded" else segment(picture, info["segmentation"])
+    if isinstance(picture, np.ndarray) and picture.ndim == 4 and len(picture) == 2:  # with its segmented twin
+        pair = [as_rgb(one) for one in picture]
+        if info["input"] != "pair": return _network_input(pair[0], info)
+        return np.stack([square_picture(one, info["image_size"]) for one in pair])
+    pixels = as_rgb(picture)
+    if not count: return _network_input(pixels, info)
+    cells = find_cells(pixels) if info["segmentation"] == "seeded" else segment(pixels, info["segmentation"])
     mask = cells > 0
-    row.update(blasts=count_cells(cells), blast_area=round(float(mask.mean()), 5), blast_pixels=int(mask.sum()),
+    row.update(n_cells=count_cells(cells), cell_area=round(float(mask.mean()), 5), cell_pixels=int(mask.sum()),
                mask_flag=check_mask(mask))
-    return _network_input(picture, info, mask)
+    return _network_input(pixels, info, mask)
 
 
 def look_at(
-    picture: str | os.PathLike | np.ndarray,  # a path, uint8 (H, W, 3) RGB, or uint8 (2, H, W, 3) with its segmented twin
+    picture: str | os.PathLike | np.ndarray | Image.Image,  # an array is uint8 (H, W, 3), (H, W), or (2, H, W, 3) with its twin
     info: dict,  # what the model file says about itself
     count: bool = True,  # segment the picture and count its cells
 ) -> Look:
     "Read a picture, count its cells and bring it to what the network sees; what is wrong with it goes into the row."
-    row: dict[str, Any] = {"path": "", "sha256": "", "blasts": None, "blast_area": None, "blast_pixels": None, "mask_flag": "",
+    row: dict[str, Any] = {"path": "", "sha256": "", "n_cells": None, "cell_area": None, "cell_pixels": None, "mask_flag": "",
                            "error": ""}
+    pixels: Any = picture
     try:
-        if isinstance(picture, np.ndarray): return Look(row, _prepared(picture, info, count, row))
-        row["path"] = os.fspath(picture)
-        if os.path.isdir(picture): raise PictureError(f"{picture}: {NO_PICTURES}")
-        pixels = read_picture(picture)
-        row["sha256"] = file_sha256(picture)
+        if isinstance(picture, str | os.PathLike):
+            row["path"] = os.fspath(picture)
+            if os.path.isdir(picture) or has_magic(row["path"]): _check_any(row["path"])
+            pixels = read_picture(picture)
+            row["sha256"] = file_sha256(picture)
         return Look(row, _prepared(pixels, info, count, row))
-    except (PictureError, OSError, ModelError) as error: return Look(row | {"error": str(error)}, None)
+    except Exception as error:  # whatever it is, the other images can still be answered
+        return Look(row | {"error": _problem(row["path"], error)}, None)
+
+
+def _check_any(path: str) -> None:
+    "Raise PictureError for a folder or pattern in which no image was found, with the reason."
+    if os.path.isdir(path):
+        unreachable = search_images(path).unreachable
+        raise PictureError(unreachable[0][1] if unreachable else f"{path}: {NO_PICTURES}")
+    if not os.path.lexists(path) and _expand(path).left_out:
+        raise PictureError(f"{path}: nothing but what leukemia_nb wrote, so none is data. Name the folder of the images.")
+
+
+def _problem(path: str, error: Exception) -> str:
+    "What is said of an image that something failed on, in one line: the error's own words where they are meant for people."
+    if isinstance(error, PictureError | ModelError | OutputError): return str(error)
+    where = f"{path}: " if path else ""
+    if isinstance(error, OSError): return f"{where}cannot be read: {error.strerror or error}. Check the file and its disk."
+    if isinstance(error, MemoryError) or "Insufficient memory" in str(error):
+        return f"{where}memory ran out. Scale the image down, or take fewer images at a time (--batch-size, --n-jobs)."
+    return (f"{where}the software failed on this image ({type(error).__name__}: {_first_line(error)}). "
+            "Save it anew as PNG, or report this.")
 
 
 def answer_row(
@@ -351,16 +617,18 @@ def answer_row(
 ) -> dict:  # keys as in `row_columns`
     "What is known of a picture together with what the network answered."
     names = [f"p_{name}" for name in info["classes"]]
-    about = known | {"model": info["name"], "model_version": info["version"]}
+    about = known | {"model": info["name"], "model_version": info["version"], "model_sha256": info.get("sha256", "")}
+    if answer is not None and not np.isfinite(answer[0]).all():
+        about["error"], answer = "The probabilities are no finite numbers. Train the model again.", None
     if answer is None:
         nothing = dict.fromkeys([*names, "confidence", "distance"])
         return about | nothing | {"class": "", "abstain": True, "why": "could not be read"}
     p, distance = answer[0], float(answer[2])
     confidence = round(float(p.max()), 6)
-    why = reasons(confidence, distance, known["blasts"], info["thresholds"])
+    why = reasons(confidence, distance, known["n_cells"], info["thresholds"])
     return about | {name: round(float(value), 6) for name, value in zip(names, p)} | {
-        "class": info["classes"][int(p.argmax())], "confidence": confidence, "distance": round(distance, 4),
-        "abstain": bool(why), "why": why}
+        "class": info["classes"][int(p.argmax())], "confidence": confidence,
+        "distance": round(distance, 4) if np.isfinite(distance) else None, "abstain": bool(why), "why": why}
 
 # %% ../nbs/84_predictor.ipynb #3d4cf12c
 class Predictor:
@@ -371,8 +639,11 @@ class Predictor:
         session: Any,  # onnxruntime session
         info: dict,  # what the file says about itself
         count: bool = True,  # segment each picture and count its cells
+        data: bytes = b"",  # the whole model file; needed for pickling only
+        threads: int | None = None,  # of the network, where it is opened anew
     ):
         self.session, self.info, self.count = session, info, count
+        self._data, self._threads = data, threads
         self.classes_ = np.array(info["classes"], dtype=str)
         self.image_size, self.method = int(info["image_size"]), info["segmentation"]
         self.channels = ("original", "segmented") if info["input"] == "pair" else ("original",)
@@ -384,8 +655,17 @@ class Predictor:
         count: bool = True,  # segment each picture and count its cells
         threads: int | None = None,  # of the network; None: as many as there are cores
     ) -> Predictor:
-        "Open a model file. Raises ModelError."
-        return cls(*open_model_file(file, threads), count)
+        "Open a model file; its checksum is no signature, so open only files from people you trust. Raises ModelError."
+        data = _model_bytes(file)
+        return cls(*_start(data, file, threads), count, data, threads)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not self._data: raise TypeError("a Predictor that was not made by Predictor.load cannot be pickled")
+        return {"data": self._data, "info": self.info, "count": self.count, "threads": self._threads}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        session, _ = _start(state["data"], state["info"]["title"], state["threads"])
+        Predictor.__init__(self, session, state["info"], state["count"], state["data"], state["threads"])
 
     def __repr__(self) -> str:
         return f"Predictor({self.info['title']}, version {self.info['version']}, {', '.join(self.classes_)})"
@@ -394,25 +674,41 @@ class Predictor:
         self,
         ready: Sequence[Any],  # what the network sees of each picture
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # probabilities (n, k), features (n, d), distance (n,), float32
-        "Run the network."
+        "Run the network. Raises ModelError where it gives other columns than there are classes."
         if self.info["input"] == "cells": given = [{"measures": cells, "pictures": square[None]} for cells, square in ready]
         else: given = [{"pictures": np.stack(ready[start : start + AT_ONCE])} for start in range(0, len(ready), AT_ONCE)]
         answers = [self.session.run(OUTPUTS, inputs) for inputs in given]
-        return tuple(np.concatenate(parts) for parts in zip(*answers))  # type: ignore[return-value]
+        probabilities, features, distance = (np.concatenate(parts) for parts in zip(*answers))
+        if probabilities.shape != (len(ready), len(self.classes_)):
+            raise ModelError(f"{self.info['name']}: gives probabilities of shape {probabilities.shape}, not "
+                             f"{(len(ready), len(self.classes_))}. {_AGAIN}")
+        return probabilities, features, distance
 
     def _rows(self, looks: Sequence[Look]) -> list[dict]:
         good = [look.ready for look in looks if look.ready is not None]
-        answers = zip(*self.ask(good)) if good else iter(())
+        try: answers = zip(*self.ask(good)) if good else iter(())
+        except Exception as error:  # of one of them: each is asked alone
+            if len(looks) > 1: return [row for look in looks for row in self._rows([look])]
+            known = looks[0].row
+            return [answer_row(known | {"error": _problem(known["path"], error)}, None, self.info)]
         return [answer_row(look.row, None if look.ready is None else next(answers), self.info) for look in looks]
 
     def iter_predict(
         self,
-        pictures: Any,  # paths, folders, patterns, uint8 RGB arrays, or an iterable of these
+        pictures: Any,  # paths, folders, patterns, Pillow images, uint8 arrays, or an iterable of these
         batch_size: int = 32,  # pictures in memory at a time
         threads: int = 2,  # that read and segment pictures
     ) -> Iterator[Predictions]:
         "Answers batch by batch; a picture that cannot be read is a row with its error."
-        every = picture_list(pictures)
+        return self.answer_each(picture_list(pictures), batch_size, threads)
+
+    def answer_each(
+        self,
+        every: Sequence[Any],  # paths of files, Pillow images or arrays, one an image
+        batch_size: int = 32,  # pictures in memory at a time
+        threads: int = 2,  # that read and segment pictures
+    ) -> Iterator[Predictions]:
+        "As `iter_predict`, with a row for each of the list: no path in it is searched or taken for a pattern."
         with ThreadPoolExecutor(threads) as pool:
             for start in range(0, len(every), batch_size):
                 batch = every[start : start + batch_size]
@@ -422,12 +718,12 @@ class Predictor:
 
     def predict(
         self,
-        pictures: Any,  # paths, folders, patterns, uint8 RGB arrays, or an iterable of these
+        pictures: Any,  # paths, folders, patterns, Pillow images, uint8 arrays, or an iterable of these
         batch_size: int = 32,  # pictures in memory at a time
     ) -> Predictions:
         "Answers to all pictures."
         every = picture_list(pictures)
-        return Predictions([row for part in self.iter_predict(every, batch_size) for row in part.rows], self.info, every)
+        return Predictions([row for part in self.answer_each(every, batch_size) for row in part.rows], self.info, every)
 
     def _numbers(self, pictures: Any, which: int, batch_size: int = 32) -> np.ndarray:
         every = picture_list(pictures)
@@ -441,7 +737,7 @@ class Predictor:
         return np.concatenate(found)
 
     def predict_proba(self, pictures: Any) -> np.ndarray:
-        "Calibrated probabilities float32 (n, k), columns as `classes_`; Raises PictureError for a picture that is none."
+        "Probabilities float32 (n, k), columns as `classes_`, calibrated where `calibration_text` says so; Raises PictureError."
         return self._numbers(pictures, 0)
 
     def features(self, pictures: Any) -> np.ndarray:
@@ -514,20 +810,26 @@ def _bars_html(row: dict, classes: Sequence[str]) -> str:
 
 def _found_html(row: dict) -> str:
     "Number and area of the cells found."
-    if row["blasts"] is None: return ""
-    number, what = counted(row["blasts"], "white cell" if row["abstain"] or row["class"] == "Normal" else "blast").split(" ", 1)
-    return (f'<div class="lnb-found"><b>{number}</b> {what} found, <b>{row["blast_area"]:.1%}</b> of the picture '
-            f'({row["blast_pixels"]:,} pixels){_mask_text(row)}</div>')
+    if row["n_cells"] is None: return ""
+    number, what = counted(row["n_cells"], "white blood cell").split(" ", 1)
+    return (f'<div class="lnb-found"><b>{number}</b> {what} segmented, <b>{row["cell_area"]:.1%}</b> of the image '
+            f'({row["cell_pixels"]:,} pixels){_mask_text(row)}</div>')
+
+
+def _pixels(picture: Any) -> np.ndarray:
+    "uint8 (H, W, 3) RGB of a path, an image in memory or a pair. Raises PictureError."
+    if isinstance(picture, str | os.PathLike): return read_picture(picture)
+    return as_rgb(picture[0] if isinstance(picture, np.ndarray) and picture.ndim == 4 else picture)
 
 
 def _card_html(row: dict, info: dict, picture: Any) -> str:
     "One answer: the picture on the left, what is said about it on the right."
     name = html.escape(shown(os.path.basename(row["path"])) or "picture")
     doubt = f'<div class="lnb-doubt{" no" if row["abstain"] else ""}">{html.escape(shown(doubt_in_words(row)))}</div>'
-    if row["error"]:
+    if not row["class"]:
         return f'<div class="lnb-card"><div class="lnb-say"><div class="lnb-name">{name}</div>{doubt}</div></div>'
-    pixels = picture if isinstance(picture, np.ndarray) else read_picture(picture)
-    drawn = _data_uri(overlay(pixels[0] if pixels.ndim == 4 else pixels, info["segmentation"]))
+    try: drawn = _data_uri(overlay(_pixels(picture), info["segmentation"]))
+    except Exception: drawn = "data:,"  # the file is gone, say: the numbers are shown all the same
     answer = f'No answer <small>nearest: {html.escape(row["class"])}</small>' if row["abstain"] else html.escape(row["class"])
     return (f'<div class="lnb-card"><img class="lnb-pic" alt="{name}, its cells outlined" src="{drawn}"><div class="lnb-say">'
             f'<div class="lnb-name">{name}</div><div class="lnb-class">{answer}</div>{doubt}'
@@ -538,25 +840,25 @@ def predictions_html(
     predictions: Predictions,  # answers
     most: int = 6,  # pictures shown
 ) -> str:  # a block of HTML
-    "Answers as a notebook shows them: pictures with their cells outlined, calibrated probabilities, doubt in words."
+    "Answers as a notebook shows them: pictures with their cells outlined, probabilities, confidence in numbers."
     info = predictions.info
     first = list(zip(predictions.rows, predictions.pictures))[:most]
     rest = f"{len(predictions) - len(first)} more in .table. " if len(predictions) > len(first) else ""
     cards = "".join(_card_html(row, info, picture) for row, picture in first)
     test = f", right on {info['test']['right']} of {info['test']['pictures']} test pictures" if info["test"] else ""
-    foot = (f"{rest}{info['title']}, version {info['version']}{test}. Probabilities are calibrated. "
+    foot = (f"{rest}{info['title']}, version {info['version']}{test}. {calibration_text(info)} "
             "Research use only: not medical advice.")
     return f'{_STYLE}<div class="lnb">{cards}<div class="lnb-foot">{html.escape(foot)}</div></div>'
 
 # %% ../nbs/84_predictor.ipynb #b36e17e3
 def saliency(
     model: Predictor,  # an exported model
-    pictures: Any,  # paths, folders, patterns or uint8 RGB arrays
+    pictures: Any,  # paths, folders, patterns, Pillow images or uint8 arrays
     grid: int = 7,  # squares along a side: grid * grid + 1 answers a picture
 ) -> np.ndarray:  # float32 (n, S, S), 0..1
     "Occlusion maps of the model's answers, see `leukemia_nb.saliency.occlusion_map`. Raises PictureError."
     from leukemia_nb.saliency import occlusion_map
-    pixels = [each if isinstance(each, np.ndarray) else read_picture(each) for each in picture_list(pictures)]
+    pixels = [each if isinstance(each, np.ndarray) and each.ndim == 4 else _pixels(each) for each in picture_list(pictures)]
     return occlusion_map(model, pixels, grid=grid)
 
 # %% ../nbs/84_predictor.ipynb #a4d61305
@@ -585,8 +887,18 @@ def overlay_file(
     folder: str | os.PathLike,  # of the overlays
     kind: str = "cells",  # "cells" or "saliency"
 ) -> Path:
-    "Name of an overlay: the picture's own, with the first digits of its sha256, so that names cannot collide."
-    return Path(folder) / f"{Path(row['path']).stem}-{row['sha256'][:8]}-{kind}.jpg"
+    "Name of an overlay: the picture's own, with digits of a hash of its path and content, so that names cannot collide."
+    digest = hashlib.sha256(os.fsencode(row["path"]) + row["sha256"].encode()).hexdigest()
+    return Path(folder) / f"{unique_names([Path(row['path']).stem])[0]}-{digest[:8]}-{kind}.jpg"
+
+
+def _write_overlays(task: Task, model: Predictor, row: dict) -> None:
+    "Save what the task wants to see of one picture. Raises OutputError, PictureError."
+    picture = read_picture(row["path"])
+    write_picture(overlay_file(row, task.overlays), overlay(picture, model.method))
+    if task.saliency:
+        heat = saliency(model, picture)[0]
+        write_picture(overlay_file(row, task.overlays, "saliency"), overlay(picture, model.method, heat))
 
 
 def answer_files(
@@ -594,15 +906,14 @@ def answer_files(
     paths: Sequence[str],  # one batch of files
 ) -> list[dict]:  # rows, one a file, in order
     "Answer one batch; the unit of work of every way of running many. Raises ModelError, OutputError."
+    die_with_parent()
     model = model_of(task)
-    rows = [row for part in model.iter_predict(paths, max(1, len(paths))) for row in part.rows]
+    rows = [row for part in model.answer_each(paths, max(1, len(paths))) for row in part.rows]
     for row in rows:
         if not task.overlays or row["error"]: continue
-        picture = read_picture(row["path"])
-        write_picture(overlay_file(row, task.overlays), overlay(picture, model.method))
-        if task.saliency:
-            heat = saliency(model, picture)[0]
-            write_picture(overlay_file(row, task.overlays, "saliency"), overlay(picture, model.method, heat))
+        try: _write_overlays(task, model, row)
+        except OutputError: raise  # a full disk, say: it would be so for all that follow
+        except Exception as error: row["error"] = _problem(row["path"], error)
     return rows
 
 # %% ../nbs/84_predictor.ipynb #1de08255
@@ -614,59 +925,137 @@ def unfinished_file(
     return Path(f"{out or json_file}.unfinished")
 
 
+_TEXTS = ("path", "class", "why", "mask_flag", "sha256", "model", "model_version", "model_sha256", "error")  # of a row
+
+
+def _row_of(line: bytes) -> dict | None:
+    "The row that a line holds; None where it holds none."
+    try: row = json.loads(line)
+    except (ValueError, RecursionError): return None
+    return row if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in _TEXTS) else None
+
+
+def _misfit(row: dict | None, info: dict, wanted: Container[str]) -> str:
+    "Why a row is none of a model and of the files that are wanted; empty where it is one."
+    if row is None: return "no rows"
+    if (row["model"], row["model_version"], row["model_sha256"]) != (info["name"], info["version"], info["sha256"]):
+        return "of another model file"
+    if row["path"] not in wanted: return "of other images"
+    if row.keys() != set(row_columns(info["classes"])) or not isinstance(row["abstain"], bool): return "no rows"
+    numbers = [row[name] for name in row_columns(info["classes"]) if name not in (*_TEXTS, "abstain")]
+    return "" if all(number is None or _is_number(number) for number in numbers) else "no rows"
+
+
 def read_unfinished(
     file: str | os.PathLike,  # of rows, one JSON object a line
     version: str = "",  # rows of other versions of a model are passed by; "": all are taken
 ) -> Iterator[dict]:  # rows without errors
-    "Rows of a run that was stopped; a last line that was cut off is none."
+    "Rows of a run that was stopped; lines that are none, such as a last one that was cut off, are passed by."
     if not os.path.exists(file): return
-    with open(file, encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try: row = json.loads(line)
-            except ValueError: return
-            if not row["error"] and version in ("", row["model_version"]): yield row
+    with open(file, "rb") as lines:
+        for row in map(_row_of, lines):
+            if row and not row["error"] and version in ("", row["model_version"]): yield row
 
 
-def _keep_finished(journal: Path, wanted: Sequence[str], version: str, task: Task) -> list[str]:
-    "Reduce the rows of a stopped run to those that still hold; gives the files that are left to do."
+def _still_holds(row: dict, task: Task) -> bool:
+    "Whether a row's image is as it was, and its overlays are there, whole."
     kinds = ["cells", "saliency"][: 1 + task.saliency] if task.overlays else []
-    def holds(row: dict) -> bool:
-        drawn = all(overlay_file(row, task.overlays, kind).is_file() for kind in kinds)
-        return row["path"] in left and drawn and os.path.isfile(row["path"]) and file_sha256(row["path"]) == row["sha256"]
-    left = dict.fromkeys(wanted)
-    with atomic_path(journal) as temporary, open(temporary, "w", encoding="utf-8") as lines:
-        for row in read_unfinished(journal, version):
-            if not holds(row): continue
-            lines.write(json.dumps(row) + "\n")
+    return (not row["error"] and all(_is_whole_jpeg(overlay_file(row, task.overlays, kind)) for kind in kinds)
+            and os.path.isfile(row["path"]) and file_sha256(row["path"]) == row["sha256"])
+
+
+def _is_whole_jpeg(file: Path) -> bool:
+    "Whether a JPEG has its end."
+    try:
+        with open(file, "rb") as content:
+            content.seek(-2, os.SEEK_END)
+            return content.read() == b"\xff\xd9"
+    except OSError: return False
+
+
+def _keep_finished(journal: Path, wanted: Sequence[str], info: dict, task: Task, tell: Callable[[str], Any]) -> list[str]:
+    "Reduce the rows of a stopped run to those that still hold; gives the files that are left to do."
+    left, passed_over = dict.fromkeys(wanted), Counter[str]()
+    with atomic_path(journal) as temporary, open(journal, "a+b") as lines, open(temporary, "wb") as kept:
+        lines.seek(0)
+        for line in lines:
+            row = _row_of(line)
+            misfit = _misfit(row, info, left)
+            if misfit and line.endswith(b"\n"): passed_over[misfit] += 1  # else it is where the run was stopped
+            if misfit or row is None or not _still_holds(row, task): continue
+            kept.write(json.dumps(row).encode() + b"\n")
             left.pop(row["path"])
+    if passed_over:
+        reasons = ", ".join(f"{number} {why}" for why, number in passed_over.items())
+        tell(f"{journal}: {counted(passed_over.total(), 'line')} of a stopped run passed over ({reasons}).")
     return list(left)
 
 # %% ../nbs/84_predictor.ipynb #dde6410d
-def _written_rows(journal: str | os.PathLike) -> Iterator[dict]:
-    with open(journal, encoding="utf-8") as lines:
-        for row in map(json.loads, lines): yield row | {"path": shown(row["path"])}
+def _append_rows(journal: Path, rows: Sequence[dict]) -> None:
+    "Add rows to a journal, so that they outlast the computer's crash. Raises OutputError, with the journal as it was before."
+    with writing(journal), open(journal, "ab", buffering=0) as lines:
+        before, left = lines.tell(), memoryview(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+        try:
+            while left: left = left[lines.write(left) :]
+            os.fsync(lines.fileno())
+        except OSError:
+            lines.truncate(before)
+            raise
+
+
+def _places(journal: str | os.PathLike, paths: Sequence[str], info: dict) -> list[int]:
+    "Where the row of each file begins in a journal. Raises OutputError where the rows are not exactly those of the files."
+    wanted, places, number = set(paths), {}, 0
+    with open(journal, "rb") as lines:
+        place = 0
+        for line in lines:
+            row = _row_of(line)
+            if row is not None and not _misfit(row, info, wanted): places[row["path"]] = place
+            place, number = place + len(line), number + 1
+    if number == len(places) == len(wanted): return [places[path] for path in paths]
+    found = f"{counted(number, 'row')}, {len(places)} of them right, for {counted(len(wanted), 'file')}"
+    raise OutputError(f"{journal}: {found}: it or the model file was changed meanwhile. Nothing else was written. "
+                      "Give the same command again.")
 
 
 def write_rows(
     journal: str | os.PathLike,  # rows, one JSON object a line
-    classes: Sequence[str],  # class names
+    paths: Sequence[str],  # the files that the rows are of, in the order that is wanted
+    info: dict,  # what the model file says about itself
     out: str | os.PathLike | None = None,  # CSV file
     json_file: str | os.PathLike | None = None,  # JSON file: a list of objects
 ) -> None:
-    "Turn rows into the files that are wanted, each whole or not at all, holding one row at a time. Raises OutputError."
+    "Turn the rows of exactly these files into what is wanted, each whole or not at all, one row at a time. Raises OutputError."
+    places, columns = _places(journal, paths, info), row_columns(info["classes"])
+
+    def rows() -> Iterator[dict]:
+        with open(journal, "rb") as lines:
+            for place in places:
+                lines.seek(place)
+                row = json.loads(lines.readline())
+                path = os.fsencode(row["path"]).decode("utf-8", "backslashreplace")
+                yield {name: row[name] for name in columns} | {"path": path}
     if out:
-        with atomic_path(out) as temporary, open(temporary, "w", encoding="utf-8", newline="") as target:
-            table = csv.DictWriter(target, row_columns(classes))
-            table.writeheader()
-            table.writerows(_written_rows(journal))
+        with atomic_path(out) as temporary, open(temporary, "w", encoding="utf-8-sig", newline="") as target:
+            table = csv.writer(target)
+            table.writerow(map(safe_cell, columns))
+            table.writerows(map(safe_cell, row.values()) for row in rows())
     if json_file:
         with atomic_path(json_file) as temporary, open(temporary, "w", encoding="utf-8") as target:
             target.write("[\n")
-            lines = (json.dumps(row, ensure_ascii=False) for row in _written_rows(journal))
-            target.writelines(f"{',' if place else ''}{line}\n" for place, line in enumerate(lines))
+            texts = (json.dumps(row, ensure_ascii=False) for row in rows())
+            target.writelines(f"{',' if place else ''}{text}\n" for place, text in enumerate(texts))
             target.write("]\n")
 
 # %% ../nbs/84_predictor.ipynb #a212271e
+def check_inputs_apart(
+    paths: Sequence[str],  # files that are asked about
+    folder: str | os.PathLike,  # to be written, and marked as such
+) -> None:
+    "Raise OutputError where files lie in the folder for the results, which no search would find from then on."
+    for place in dict.fromkeys(map(os.path.dirname, paths)): check_apart(place or os.curdir, folder)
+
+
 def check_outputs(
     paths: Sequence[str],  # files that are asked about
     task: Task,  # model and overlays
@@ -674,17 +1063,41 @@ def check_outputs(
     json_file: str | os.PathLike | None = None,  # JSON file
 ) -> None:
     "Refuse, before any work, what cannot be written or would replace what is read. Raises OutputError."
-    if task.overlays: check_output(task.overlays, folder=True)
+    if task.overlays:
+        check_output(task.overlays, folder=True)
+        check_inputs_apart(paths, task.overlays)
     files = [file for file in (out, json_file) if file]
     if files: files.append(unfinished_file(out, json_file))
     for file in files: check_output(file)
     if len({os.path.realpath(file) for file in files}) < len(files):
         raise OutputError(f"{files[-2]}: two files of that name are wanted. Choose another name for one of them.")
-    files = [file for file in files if os.path.exists(file)]
+    _check_not_read(paths, task, [file for file in files if os.path.exists(file)])
+    for wanted, suffix, kind in ((out, ".csv", "CSV"), (json_file, ".json", "JSON")):
+        if wanted and Path(wanted).suffix.lower() != suffix:
+            raise OutputError(f"{wanted}: is to be written as {kind}, and must end in {suffix}. Choose such a name"
+                              f"{'; Excel opens CSV files' if kind == 'CSV' else ''}.")
+
+
+def _check_not_read(paths: Sequence[str], task: Task, files: Sequence[str | os.PathLike]) -> None:
+    "Raise OutputError where one of the files is the model or an image."
     for each in (task.model, *paths) if files else ():
         if os.path.exists(each) and (same := [file for file in files if os.path.samefile(file, each)]):
             what = "the model file" if each == task.model else "one of the pictures"
             raise OutputError(f"{same[0]}: is {what}. Choose another name for the answers.")
+
+
+@contextmanager
+def sole_writer(
+    task: Task,  # overlays
+    out: str | os.PathLike | None = None,  # CSV file
+    json_file: str | os.PathLike | None = None,  # JSON file
+) -> Iterator[None]:
+    "Hold the only right to write a run's files; the folder of overlays is marked as written. Raises OutputError."
+    with ExitStack() as held:
+        for path in (out, json_file, task.overlays):
+            if path: held.enter_context(exclusive(path))
+        if task.overlays: mark_output_folder(task.overlays)
+        yield
 
 # %% ../nbs/84_predictor.ipynb #8e6ce0c3
 def iter_answers(
@@ -696,9 +1109,16 @@ def iter_answers(
     "Answer many files, here or in worker processes, each of which opens the model once."
     batches = [paths[:1], *(paths[start : start + batch_size] for start in range(1, len(paths), batch_size))]
     if n_jobs == 1: return (answer_files(task, batch) for batch in batches)
+    return _in_workers(task._replace(threads=1), batches, n_jobs)
+
+
+def _in_workers(task: Task, batches: Sequence[Sequence[str]], n_jobs: int | None) -> Iterator[list[dict]]:
+    "Rows of batches from joblib's workers, in order. Raises ClusterError where a worker was killed."
     from joblib import Parallel, delayed
-    alone = task._replace(threads=1)
-    return iter(Parallel(n_jobs=n_jobs, return_as="generator")(delayed(answer_files)(alone, batch) for batch in batches))
+    try: yield from Parallel(n_jobs=n_jobs, return_as="generator")(delayed(answer_files)(task, batch) for batch in batches)
+    except BrokenExecutor:
+        raise ClusterError("a worker process was killed; memory may have run out. Give the same command with a smaller "
+                           "--batch-size or fewer --n-jobs.") from None
 
 
 def predict_files(
@@ -709,19 +1129,23 @@ def predict_files(
     batch_size: int = 32,  # files a batch
     n_jobs: int | None = 1,  # worker processes; None: joblib's configuration
     say: Callable[[list[dict]], Any] = len,  # called with the rows of each batch
+    tell: Callable[[str], Any] = len,  # called with a line about rows of a stopped run that are passed over
 ) -> int:  # files whose answers were there from a run that was stopped
-    "Answer files into tables, going on where a stopped run left off. Raises ModelError, OutputError."
+    "Answer files into tables, going on where a stopped run left off. Raises ModelError, OutputError, ClusterError."
     check_outputs(paths, task, out, json_file)
-    about = model_of(task).info
+    paths, info = list(dict.fromkeys(paths)), model_of(task).info
     journal = unfinished_file(out, json_file)
-    left = _keep_finished(journal, paths, about["version"], task)
-    with open(journal, "a", encoding="utf-8") as lines:
-        for rows in iter_answers(task, left, batch_size, n_jobs) if left else ():
-            lines.writelines(json.dumps(row) + "\n" for row in rows)
-            lines.flush()
-            say(rows)
-    write_rows(journal, about["classes"], out, json_file)
-    journal.unlink()
+    with sole_writer(task, out, json_file):
+        left = _keep_finished(journal, paths, info, task, tell)
+        try:
+            for rows in iter_answers(task, left, batch_size, n_jobs) if left else ():
+                _append_rows(journal, rows)
+                say(rows)
+            write_rows(journal, paths, info, out, json_file)
+        except (OutputError, ClusterError) as error:
+            kept = f"Predictions so far are kept in {journal}: the same command goes on from there."
+            raise type(error)(f"{error} {kept}") from error
+        journal.unlink()
     return len(paths) - len(left)
 
 # %% ../nbs/84_predictor.ipynb #56e17e85
@@ -755,40 +1179,49 @@ def compare_models_on(
     paths: Sequence[str],  # files
     models: Sequence[str | os.PathLike],  # model files
     say: Callable[[str], Any] = len,  # called with the message of each picture and each model that cannot be read
-) -> DataFrame:  # picture, path, true label, then answer, confidence and doubt a model
-    "What every model says about new pictures, as `evaluation.unseen_table` has it. Raises PictureError, ModelError."
+) -> DataFrame:  # one row a file, in order: picture, path, true label, then answer, confidence and doubt a model, and error
+    "What every model says about new pictures. Raises PictureError where none can be read, ModelError where no model can be."
+    import pandas as pd
+
     from leukemia_nb.data import class_of
-    from leukemia_nb.evaluation import model_title, predictions_table, unseen_table
-    found: dict[str, DataFrame] = {}
-    doubts: dict[str, Any] = {}
     opened = open_predictors(models, say)
     if not opened: raise ModelError("No model file can be opened. Copy them again, or export the models again.")
-    for model in opened:
-        table = model.predict(list(paths)).table
-        good = table[table["error"] == ""].reset_index(drop=True)
-        if not found:
-            for error in table.loc[table["error"] != "", "error"]: say(error)
-        if not len(good): raise PictureError("No picture can be read. Check the paths.")
-        labels = [class_of(Path(path).parent.name) or "" for path in good["path"]]
-        known = good.assign(pair=good["path"].map(shown), subset="unseen", **{
-            "class": [label if label in model.classes_ else "" for label in labels]})
-        name, columns = model.info["name"], [f"p_{label}" for label in model.classes_]
-        found[name] = predictions_table(known, good[columns].to_numpy(float), model.classes_.tolist())
-        doubts[f"{model_title(name)} doubt"] = good.set_index("path")["why"]
-    compared = unseen_table(found)
-    return compared.assign(**{name: compared["path"].map(why) for name, why in doubts.items()})
+    paths = list(dict.fromkeys(paths))
+    tables = {title: Predictions([row for part in model.answer_each(paths) for row in part.rows], model.info).table
+              for title, model in zip(_titles(opened), opened)}
+    known = {str(name) for model in opened for name in model.classes_}
+    labels = [class_of(Path(path).parent.name) or "" for path in paths]
+    compared = pd.DataFrame({"picture": list(map(shown, paths)), "path": paths,
+                             "true label": [label if label in known else "" for label in labels]})
+    errors = pd.DataFrame({title: table["error"] for title, table in tables.items()})
+    for title, table in tables.items():
+        confidence = table["confidence"].astype(float)
+        compared = compared.assign(**{title: table["class"], f"{title} confidence": confidence, f"{title} doubt": table["why"]})
+    compared["error"] = [next(filter(None, row), "") for row in errors.itertuples(index=False)]
+    for error in compared["error"]:
+        if error: say(error)
+    if all(compared["error"] != ""): raise PictureError("No picture can be read. Check the paths.")
+    return compared
+
+
+def _titles(models: Sequence[Predictor]) -> list[str]:
+    "Names of models for people; those that would be the same are told apart by their versions."
+    from leukemia_nb.evaluation import model_title
+    plain = [model_title(model.info["name"]) for model in models]
+    return unique_names(f"{title} {model.info['version']}" if plain.count(title) > 1 else title
+                        for title, model in zip(plain, models))
 
 
 def comparison_text(
     table: DataFrame,  # from `compare_models_on`
 ) -> str:  # a line a picture, a column a model
-    "The comparison as text: answers with their confidence, in brackets where the model abstains."
-    from leukemia_nb.evaluation import model_names
+    "The comparison as text: answers with their confidence, in brackets where the model abstains, - where there is none."
+    from leukemia_nb.evaluation import distinct_paths, model_names
     names = model_names(table)
     lines = [["picture", "true label", *names]]
-    for _, row in table.iterrows():
-        said = [f"{row[name]} {row[f'{name} confidence']:.2f}" for name in names]
-        said = [f"({text})" if row[f"{name} doubt"] else text for name, text in zip(names, said)]
-        lines.append([shown(Path(row["picture"]).name), row["true label"] or "-", *said])
+    for picture, (_, row) in zip(distinct_paths(table["picture"]), table.iterrows()):
+        said = [f"{row[name]} {row[f'{name} confidence']:.2f}" if row[name] else "-" for name in names]
+        said = [f"({text})" if row[name] and row[f"{name} doubt"] else text for name, text in zip(names, said)]
+        lines.append([shown(picture), row["true label"] or "-", *said])
     wide = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, wide)).rstrip() for line in lines)

@@ -9,6 +9,7 @@ import hashlib
 import os
 import random
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,15 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from .models import History, ModelError, PictureClassifier, read_batches
+from .models import History, ModelError, PictureClassifier, kept_environment, read_batches
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's start-up messages, not its errors in Python
 
 # %% auto #0
-__all__ = ['BACKBONES', 'WEIGHTS_FOLDER', 'Backbone', 'input_scaling', 'start_quietly', 'find_weight_file', 'download_weights',
-           'choose_weights', 'values_sha256', 'weights_source', 'normalise_as_imagenet', 'seeded', 'build_backbone',
-           'statistics_measurer', 'epoch_batches', 'variant_rows', 'BackboneNetwork', 'sharing_strategy', 'train_step',
-           'score_logits', 'BackboneClassifier', 'EfficientNetB0', 'MobileNetV2', 'NASNetMobile']
+__all__ = ['BACKBONES', 'KERAS_SETTINGS', 'WEIGHTS_FOLDER', 'Backbone', 'input_scaling', 'check_keras', 'start_quietly',
+           'find_weight_file', 'download_weights', 'choose_weights', 'values_sha256', 'weights_source',
+           'normalise_as_imagenet', 'seeded', 'build_backbone', 'statistics_measurer', 'epoch_batches', 'variant_rows',
+           'BackboneNetwork', 'sharing_strategy', 'train_step', 'score_logits', 'BackboneClassifier', 'EfficientNetB0',
+           'MobileNetV2', 'NASNetMobile']
 
 # %% ../nbs/62_transfer.ipynb #c5dd3f41
 @dataclass(frozen=True)
@@ -67,19 +69,39 @@ def input_scaling(
     return (backbone.high - backbone.low) / 255, float(backbone.low)
 
 # %% ../nbs/62_transfer.ipynb #58c10bcc
+KERAS_SETTINGS = {"backend": "tensorflow", "image_data_format": "channels_last", "floatx": "float32", "epsilon": 1e-7,
+                  "dtype_policy": "float32"}
+
+
+def check_keras() -> None:
+    "Raises ModelError, one line, where Keras runs in this process with other settings than the models need."
+    import keras
+    for name, value in KERAS_SETTINGS.items():
+        found = getattr(keras.config, name)()
+        found = getattr(found, "name", found)
+        if found != value:
+            raise ModelError(f"Keras is loaded in this process with {name}={found!r}, and the models need {value!r}. "
+                             "Start Python anew and do not import keras first: leukemia_nb imports it as it needs it.")
+
+
 def start_quietly() -> None:
-    "Import Keras and TensorFlow with the native start-up messages thrown away (they say that there is no GPU, six times)."
-    if "tensorflow" in sys.modules: return
+    "Import Keras as the models need it, whatever the user's settings, without native start-up messages. Raises ModelError."
+    if "keras" in sys.modules: check_keras()
+    if {"keras", "tensorflow"} <= sys.modules.keys(): return
+    others = [name for name in os.environ if name.startswith("KERAS_")]
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 2)
-        import keras
-        import tensorflow as tf
-        keras.ops.zeros(1), tf.config.list_physical_devices()
-    finally:
-        os.dup2(kept, 2)
-        for handle in (kept, nothing): os.close(handle)
+    with tempfile.TemporaryDirectory() as no_settings, kept_environment("KERAS_HOME", "KERAS_BACKEND", *others):
+        for name in others: del os.environ[name]
+        os.environ.update(KERAS_HOME=no_settings, KERAS_BACKEND=KERAS_SETTINGS["backend"])
+        try:
+            os.dup2(nothing, 2)  # they say that there is no GPU, six times
+            import keras
+            import tensorflow as tf
+            keras.ops.zeros(1), tf.config.list_physical_devices()
+        finally:
+            os.dup2(kept, 2)
+            for handle in (kept, nothing): os.close(handle)
 
 # %% ../nbs/62_transfer.ipynb #d56fbdee
 WEIGHTS_FOLDER = "LEUKEMIA_NB_WEIGHTS"
@@ -101,8 +123,10 @@ def download_weights(
     "Keras' own download of the ImageNet weights. Raises ModelError that says which file to put where."
     start_quietly()
     import keras
+    cache = os.environ.get("KERAS_HOME") or os.path.expanduser("~/.keras")
     try:
-        return Path(keras.utils.get_file(backbone.files[-1], backbone.url, cache_subdir="models",
+        os.makedirs(cache, exist_ok=True)
+        return Path(keras.utils.get_file(backbone.files[-1], backbone.url, cache_dir=cache, cache_subdir="models",
                                          file_hash=backbone.md5 or None))
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0].rsplit("-- ", 1)[-1][:100]
@@ -165,6 +189,7 @@ def seeded(
     seed: int,  # for every random number Keras draws inside
 ) -> Iterator[None]:
     "Seed Keras, and give Python's and NumPy's global generators back as they were."
+    start_quietly()
     import keras
     states = random.getstate(), np.random.get_state()
     try:
@@ -192,8 +217,8 @@ def build_backbone(
     if file is not None:
         try:
             network.load_weights(file)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0][:120]
+        except Exception as error:  # HDF5 files can be wrong in many ways
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
             raise ModelError(f"{file}: not the weights of {backbone.application} without top ({reason}). "
                              f"Get {backbone.files[0]} again from {backbone.url}.") from error
     source = weights_source(backbone, file, network.get_weights())
@@ -321,6 +346,7 @@ def train_step(
     learning_rate: float,  # of Adam
 ) -> Callable[[Any, Any], Any]:  # (batch, int64 targets) -> tensor: mean loss, share of right answers
     "One compiled step of Adam on the cross-entropy, on whatever devices the current TensorFlow strategy has."
+    start_quietly()
     import keras
     import tensorflow as tf
     optimizer = keras.optimizers.Adam(learning_rate)

@@ -24,30 +24,15 @@ from typing import Any
 
 import numpy as np
 
-from .models import History, ModelError, PictureClassifier, square_picture
+from .models import History, ModelError, PictureClassifier, kept_environment, square_picture
 
 # %% auto #0
-__all__ = ['INTEGRATIONS', 'YOLO_FILES', 'YOLO_DOWNLOADS', 'kept_environment', 'yolo_framework', 'training_transforms',
-           'YoloPictures', 'download_yolo', 'pretrained_file', 'take_over', 'new_network', 'measure_statistics',
-           'pairs_trainer', 'counting_loss', 'left_as_found', 'training_settings', 'YoloClassifier', 'YOLOv8', 'YOLO11',
-           'YOLO12']
+__all__ = ['INTEGRATIONS', 'YOLO_FILES', 'YOLO_DOWNLOADS', 'yolo_framework', 'training_transforms', 'YoloPictures',
+           'download_yolo', 'pretrained_file', 'take_over', 'new_network', 'measure_statistics', 'pairs_trainer',
+           'counting_loss', 'left_as_found', 'training_settings', 'YoloClassifier', 'YOLOv8', 'YOLO11', 'YOLO12']
 
 # %% ../nbs/66_yolo.ipynb #a7d79c7e
 INTEGRATIONS = ("clearml", "comet", "dvc", "mlflow", "raytune", "tensorboard", "wandb")
-
-
-@contextmanager
-def kept_environment(
-    *names: str,  # environment variables
-) -> Iterator[None]:
-    "Give these environment variables back the values they had, or none."
-    before = {name: os.environ.get(name) for name in names}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None: os.environ[name] = value
 
 # %% ../nbs/66_yolo.ipynb #cf8a255f
 def yolo_framework() -> ModuleType:  # the package ultralytics

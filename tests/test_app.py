@@ -5,19 +5,25 @@ import os
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.parse
 import urllib.request
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from conftest import ROOT
 
 from leukemia_nb import app
 from leukemia_nb.images import PictureError, write_picture
-from leukemia_nb.predictor import made_up_model_file
+from leukemia_nb.predictor import made_up_model_file, seal
 from leukemia_nb.synthetic import smear
 
 KINDS = ("picture", "pair", "cells")
@@ -53,11 +59,13 @@ def test_a_picture_is_shown_with_cells_answers_and_doubt(run, files):
     look(page, files / "smear.png")
     cells = page.shown[1].max()
     assert cells > 3
-    assert page.seen.value.count("<path") == cells and f"{cells} white cells found" in page.seen.value
+    assert page.seen.value.count("<path") == cells and f"{cells} white blood cells segmented" in page.seen.value
     assert page.answers.value.count('class="app-line') == 1 + len(KINDS)
     widths = [float(w) for w in re.findall(r"width:([\d.]+)%", page.answers.value)]
     assert np.allclose(np.sum(np.reshape(widths, (len(KINDS), 3)), axis=1), 100, atol=0.2)
-    assert page.answers.value.count("doubt") + page.answers.value.count("Abstains") >= len(KINDS)
+    assert page.answers.value.count("Confidence ") + page.answers.value.count("Abstains") == len(KINDS)
+    assert "doubt" not in page.answers.value and "alibrated" not in page.answers.value
+    assert page.about.value.count("not calibrated") == len(KINDS)
     assert page.button.layout.display == "" and page.looks.value == ""
 
 
@@ -94,6 +102,21 @@ def test_a_model_that_cannot_be_opened_is_named_and_the_others_answer(run):
     assert len(page.models) == len(KINDS) and "torn.onnx: not a model file" in page.head.value
 
 
+@pytest.mark.parametrize("described", ["[]", "null", "{", '{"format": 2}', '{"format": 2, "title": ["\\u001b[31m"], "classes": 3}'])
+def test_a_sealed_file_with_a_malformed_description_is_one_line_and_the_others_answer(run, tmp_path, described):
+    import onnx
+    model = onnx.load(run / "exported" / "picture.onnx")
+    entries = {entry.key: entry.value for entry in model.metadata_props if entry.key != "sha256"} | {"leukemia_nb": described}
+    model.ClearField("metadata_props")
+    onnx.helper.set_model_props(model, entries)
+    (tmp_path / "exported").mkdir()
+    shutil.copy(run / "exported" / "cells.onnx", tmp_path / "exported")
+    (tmp_path / "exported" / "odd\x1b.onnx").write_bytes(seal(model.SerializeToString()))
+    page = app.panel(tmp_path)
+    note = re.search(r'role="status">([^<]*)<', page.head.value)[1]
+    assert len(page.models) == 1 and "odd\\x1b.onnx: " in note and "\n" not in note and "\x1b" not in note and len(note) < 500
+
+
 def test_without_a_study_the_page_says_what_to_do_and_calls_its_models_made_up(tmp_path, monkeypatch):
     monkeypatch.setenv("LEUKEMIA_NB_RUN", str(tmp_path / "nowhere"))
     page = app.panel()
@@ -106,7 +129,7 @@ def test_without_a_study_the_page_says_what_to_do_and_calls_its_models_made_up(t
 def test_without_any_model_cells_are_still_found(files):
     page = app.Panel([], "no models")
     look(page, files / "smear.png")
-    assert "white cells found" in page.seen.value and "No models" in page.answers.value
+    assert "white blood cells segmented" in page.seen.value and "No models" in page.answers.value
     assert page.button.layout.display == "none"
 
 
@@ -116,6 +139,32 @@ def test_names_are_text_and_not_markup(run, files):
     assert "&lt;b&gt;ü &amp; &quot;.jpg" in page.seen.value and "<b>ü" not in page.still()
     page.look("<img src=x>", b"no picture")
     assert "<img src=x>" not in page.message.value and "&lt;img src=x&gt;" in page.message.value
+
+
+def test_control_characters_in_names_are_escaped(run, files):
+    page = app.panel(run)
+    page.look("a\x1b[31m\nb\u202e.png", (files / "smear.png").read_bytes())
+    assert "a\\x1b[31m\\nb\\u202e.png" in page.seen.value and not re.search("[\x1b\u202e]", page.still())
+    page.look("a\x1b[31m.png", b"no picture")
+    assert "a\\x1b[31m.png: not" in page.message.value and "\x1b" not in page.still()
+
+
+def test_an_upload_is_held_to_the_limits_of_a_file(run, monkeypatch):
+    """Size in bytes, size in pixels, formats: a page that is not ours sends what it likes."""
+    page = app.panel(run)
+    page.look("huge.png", bytes(300_000_000))
+    assert "huge.png: 300 MB, over the limit" in page.message.value
+    page.look("vast.png", png_header(1_000_000, 1_000_000))
+    assert page.message.value.count("vast.png") == 1 and "pixels" in page.message.value
+    page.look("drawing.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(x) run\n")
+    assert "drawing.png: not" in page.message.value and page.seen.value == ""
+
+
+def png_header(width, height):
+    """A PNG that says it is very large."""
+    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
 
 
 def test_no_upload_is_kept(tmp_path, monkeypatch):
@@ -128,7 +177,7 @@ def test_no_upload_is_kept(tmp_path, monkeypatch):
 def test_a_blank_field_has_no_cells_and_no_answer(run):
     page = app.panel(run)
     page.show("blank.png", np.full((300, 400, 3), 240, np.uint8))
-    assert "No white cells found" in page.seen.value
+    assert "No white blood cells segmented" in page.seen.value
     assert "No answer" in page.answers.value and "no cells found" in page.answers.value
 
 
@@ -143,6 +192,116 @@ def test_the_app_needs_no_framework_and_no_widgets_to_be_imported():
     code = ("import sys, leukemia_nb.app\n"
             "print([n for n in ('tensorflow', 'torch', 'onnx', 'ipywidgets', 'voila', 'anywidget') if n in sys.modules])")
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "[]"
+
+
+# The server
+
+class Server:
+    """The page as `make app` serves it, on a free port, for two pages at a time."""
+
+    def __init__(self, run, log, **environment):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        code = f"from leukemia_nb import app; app.KERNELS = 2; app.serve({str(run)!r}, {port}, browser=False)"
+        with open(log, "w") as target:
+            self.process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=target, stderr=target,
+                                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment})
+        wait_for(lambda: self.process.poll() is not None or "token=" in log.read_text())
+        assert self.process.poll() is None, log.read_text()
+        self.address = re.search(r"http://127\.0\.0\.1:\d+/\?token=\S+", log.read_text())[0]
+        self.place, self.token = self.address.split("?token=")
+
+    def status(self, path="", token=None, method="GET", **headers):
+        """Status and text of the answer to a request."""
+        url = self.place + path + ("" if token is None else f"?token={token}")
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, headers=names, method=method), timeout=120) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def kernels(self):
+        return [child for child in psutil.Process(self.process.pid).children() if "ipykernel_launcher" in child.cmdline()]
+
+
+@pytest.fixture(scope="module")
+def server(run, tmp_path_factory):
+    pytest.importorskip("voila", reason="Voilà serves the page")
+    server = Server(run, tmp_path_factory.mktemp("voila") / "log.txt", JUPYTER_TOKEN="guess")
+    try:
+        yield server
+    finally:
+        stop(server.process)
+
+
+KERNEL = "00000000-0000-0000-0000-000000000000"
+
+
+@pytest.mark.parametrize("path", ["", "login", "index.html", f"api/kernels/{KERNEL}", f"api/kernels/{KERNEL}/channels"])
+@pytest.mark.parametrize("token", [None, "", "guess", "é"])
+def test_without_the_token_nothing_is_served_and_no_kernel_starts(server, path, token):
+    assert server.status(path, token and urllib.parse.quote(token))[0] == 403
+    assert server.status(path, Authorization="token guess", Cookie="username-127-0-0-1=x")[0] == 403
+    assert not server.kernels()
+
+
+def test_the_refusal_says_what_to_do_and_gives_no_cookie_that_would_do(server):
+    status, text = server.status()
+    assert status == 403 and "make app" in text and server.token not in text
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8866", "192.168.1.7", "localhost.evil.example", "[::2]", "0.0.0.0"])
+def test_another_hosts_name_is_refused_even_with_the_token(server, host):
+    """DNS rebinding: a site lets its own name point here."""
+    assert server.status(token=server.token, Host=host)[0] == 403
+    assert not server.kernels()
+
+
+def test_the_token_is_long_new_each_time_and_in_no_process_list(server):
+    assert len(server.token) >= 32 and server.token != "guess"
+    assert all(server.token not in " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
+
+
+def test_only_this_computer_can_connect(server):
+    listening = [c.laddr.ip for c in psutil.Process(server.process.pid).net_connections() if c.status == "LISTEN"]
+    assert set(listening) == {"127.0.0.1"}
+
+
+def test_with_the_token_the_page_comes_and_kernels_stay_capped(server):
+    """Two processes are the most: a third page is told so, and takes the place of one that was closed."""
+    websocket = pytest.importorskip("websocket", reason="websocket-client looks at a page")
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: server.status(token=server.token), range(4)))
+    assert sorted(status for status, _ in answers) == [200, 200, 503, 503] and len(server.kernels()) == 2
+    seen = [child.cmdline()[-1] for child in server.kernels()]
+    names = [re.search(r"kernel-([0-9a-f-]{36})\.json", name)[1] for name in seen]
+    place = server.place.replace("http", "ws")
+    with pytest.raises(websocket.WebSocketBadStatusException, match="403"):
+        websocket.create_connection(f"{place}api/kernels/{names[0]}/channels", timeout=60)
+    with pytest.raises(websocket.WebSocketBadStatusException, match="403"):  # a page of another site, even with the token
+        websocket.create_connection(f"{place}api/kernels/{names[0]}/channels?token={server.token}", origin="http://evil.example", timeout=60)
+    sockets = [websocket.create_connection(f"{place}api/kernels/{name}/channels?token={server.token}", timeout=60) for name in names]
+    status, text = server.status(token=server.token)
+    assert status == 503 and "close one" in text and [child.cmdline()[-1] for child in server.kernels()] == seen
+    for open_page in sockets:
+        open_page.close()
+    wait_for(lambda: server.status(token=server.token)[0] == 200)
+    assert len(server.kernels()) == 2
+
+
+def test_the_page_runs_in_this_python_whatever_kernels_are_installed(run, tmp_path):
+    """Another Python's kernel specification of the same name comes first on JUPYTER_PATH, and HOME cannot be written to."""
+    specification = tmp_path / "share" / "kernels" / "python3"
+    specification.mkdir(parents=True)
+    (specification / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
+    server = Server(run, tmp_path / "log.txt", JUPYTER_PATH=str(tmp_path / "share"), HOME="/proc/nowhere")
+    try:
+        assert server.status(token=server.token)[0] == 200
+        assert server.kernels()[0].cmdline()[0] == sys.executable
+    finally:
+        stop(server.process)
 
 
 # The browser
@@ -224,33 +383,13 @@ class Browser:
 
 
 @pytest.fixture(scope="module")
-def server(run, tmp_path_factory):
-    """The page as `make app` serves it, on a free port."""
-    pytest.importorskip("voila", reason="Voilà serves the page")
+def browser(server, tmp_path_factory):
     if CHROMIUM is None:
         pytest.skip("no Chromium here to look at the page with")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("voila") / "log.txt"
-    code = f"from leukemia_nb.app import serve; serve({str(run)!r}, {port}, browser=False)"
-    with open(log, "w") as target:
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=target, stderr=target,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        wait_for(lambda: process.poll() is not None or f":{port}" in log.read_text())
-        assert process.poll() is None, log.read_text()
-        yield f"http://127.0.0.1:{port}/"
-    finally:
-        stop(process)
-
-
-@pytest.fixture(scope="module")
-def browser(server, tmp_path_factory):
     found = Browser(tmp_path_factory.mktemp("chromium"))
     try:
         found.width(1280)
-        found.send("Page.navigate", url=server)
+        found.send("Page.navigate", url=server.address)
         wait_for(lambda: found.count(".app-drop input"))
         yield found
     finally:
@@ -262,13 +401,13 @@ def test_in_a_browser_a_picture_shows_cells_bars_and_doubt(browser, files):
     browser.choose(files / "smear.png")
     wait_for(lambda: browser.count(".app-line") == 1 + len(KINDS))
     outlines = browser.count(".app-picture svg path")
-    assert outlines > 3 and f"{outlines} white cells found" in browser.text(".app-picture figcaption")
+    assert outlines > 3 and f"{outlines} white blood cells segmented" in browser.text(".app-picture figcaption")
     box = "document.querySelector('.app-picture {}').getBoundingClientRect()"
     assert browser.value(f"Math.abs({box.format('svg')}.width - {box.format('img')}.width)") < 1
     bars = browser.value("[...document.querySelectorAll('.app-line > span > i > i')].map(i => i.offsetWidth / i.parentNode.offsetWidth)")
     assert len(bars) == 3 * len(KINDS) and np.allclose(np.sum(np.reshape(bars, (-1, 3)), axis=1), 1, atol=0.06)
     doubts = browser.value("[...document.querySelectorAll('.app-line small')].map(e => e.innerText)")
-    assert len(doubts) == len(KINDS) and all(re.search("doubt|Abstains", doubt) for doubt in doubts)
+    assert len(doubts) == len(KINDS) and all(re.search("Confidence|Abstains", doubt) for doubt in doubts)
 
 
 def test_in_a_browser_the_outlines_can_be_taken_away(browser, files):
@@ -331,10 +470,10 @@ def test_in_a_browser_nothing_leaves_the_machine(browser, server):
     """Every request that got as far as the network went to the server; the others were stopped by its policy."""
     asked = {e["params"]["requestId"]: e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"}
     failed = {e["params"]["requestId"]: e["params"].get("blockedReason") for e in browser.events if e["method"] == "Network.loadingFailed"}
-    elsewhere = {number: url for number, url in asked.items() if not url.startswith((server, "data:", "blob:", "about:"))}
+    elsewhere = {number: url for number, url in asked.items() if not url.startswith((server.place, "data:", "blob:", "about:"))}
     assert len(asked) > 10
     assert all(failed.get(number) == "csp" for number in elsewhere), elsewhere
     sockets = [e["params"]["url"] for e in browser.events if e["method"] == "Network.webSocketCreated"]
-    assert sockets and all(url.startswith(server.replace("http", "ws")) for url in sockets)
+    assert sockets and all(url.startswith(server.place.replace("http", "ws")) for url in sockets)
     thrown = [e["params"]["exceptionDetails"] for e in browser.events if e["method"] == "Runtime.exceptionThrown"]
     assert not thrown

@@ -1,5 +1,8 @@
 """Model files: same answers as the framework, for every kind of model; a seal that shows damage."""
 import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -71,11 +74,40 @@ def test_cells_of_two_classes(pictures, tmp_path):
 def test_what_the_file_says(exported, pictures):
     file, info, model = exported
     found = Predictor.load(file).info
+    assert found.pop("sha256") == unseal(file.read_bytes())
     assert found == json.loads(json.dumps({key: info[key] for key in found}))
     assert found["training"]["pictures"] == 24 and found["training"]["by_class"] == {name: 8 for name in CLASSES}
     assert found["test"]["pictures"] == 12 and 0 <= found["test"]["low"] <= found["test"]["right"] / 12 <= found["test"]["high"]
     assert found["accepted"]["validation"] >= 0.8 and found["card"] == "# Card" and found["licence"].startswith("AGPL")
     assert found["version"] == weights_version(network_graph(model).graph)
+
+
+def test_the_version_depends_on_numbers_alone(exported):
+    """Not on what tensors are called, how they are stored or in which order: but on every number, its type and shape."""
+    import onnx
+    from onnx import numpy_helper
+    graph = network_graph(exported[2]).graph
+    other, arrays = onnx.GraphProto(name="other"), [numpy_helper.to_array(tensor) for tensor in graph.initializer]
+    for i, array in reversed(list(enumerate(arrays))):
+        other.initializer.append(onnx.helper.make_tensor(f"tensor_{i}", graph.initializer[i].data_type, array.shape, array.ravel()))
+    assert weights_version(other) == weights_version(graph)
+    place = max(range(len(arrays)), key=lambda i: arrays[i].size)
+    for changed in (arrays[place] + 1, arrays[place].ravel(), arrays[place].astype(np.float64)):
+        other = onnx.GraphProto(initializer=graph.initializer)
+        other.initializer[place].CopyFrom(numpy_helper.from_array(changed, graph.initializer[place].name))
+        assert weights_version(other) != weights_version(graph)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "yolov8", "cells"])
+def test_the_same_weights_have_the_same_version_in_any_process(name, pictures, tmp_path):
+    model = trained(name, pictures, **({"fine_tune": False} if name == "mobilenet_v2" else {}))
+    model.save(tmp_path / "model")
+    code = ("import sys; from leukemia_nb.models import load_model; from leukemia_nb.model_file import network_graph, weights_version\n"
+            "print(weights_version(network_graph(load_model(sys.argv[1])).graph))")
+    said = [subprocess.run([sys.executable, "-c", code, tmp_path / "model"], capture_output=True, text=True, timeout=300,
+                           env=os.environ | {"PYTHONHASHSEED": seed}) for seed in ("1", "2")]
+    versions = {done.stdout.split()[-1] if done.stdout else done.stderr for done in said}
+    assert versions == {weights_version(network_graph(model).graph)}
 
 
 def test_only_standard_operations_and_any_number_of_pictures(exported):

@@ -237,3 +237,42 @@ def test_damaged_folders_are_refused(trained, tmp_path, file, content, text):
 
 def test_a_folder_without_model_json_is_no_model(tmp_path):
     with pytest.raises(ModelError, match="no model.json here"): load_model(tmp_path)
+
+
+def changed(folder, **facts):
+    """A saved model's facts as somebody has changed them; None takes one out."""
+    known = json.loads((folder / "model.json").read_text())
+    known.update(facts)
+    (folder / "model.json").write_text(json.dumps({name: value for name, value in known.items() if value is not None}))
+
+
+@pytest.mark.parametrize("facts", [
+    {"name": None}, {"name": ["stub"]}, {"name": {}}, {"name": "os"}, {"files": None}, {"files": []}, {"files": "row.npy"}, {"files": {"row.npy": None}},
+    {"files": {"../../secret": "0"}}, {"settings": None}, {"settings": []}, {"settings": "x"}, {"settings": {"epochs": "many"}},
+    {"settings": {"learning_rate": "fast"}}, {"settings": {"image_size": [1]}}, {"settings": {"unknown": 1}}, {"classes": None},
+    {"classes": 3}, {"weights_source": None}, {"collapsed": None}, {"best_epoch": None}], ids=str)
+def test_facts_that_somebody_has_changed_are_one_line(trained, tmp_path, facts):
+    changed(trained.save(tmp_path / "stub"), **facts)
+    with pytest.raises(ModelError, match=r"^[^\n]{10,400}$"): load_model(tmp_path / "stub")
+
+
+@pytest.mark.parametrize("text", ["null", "3", '"x"', "[" * 100_000, "{\"files\": 1e999}", "\udcff"])
+def test_a_model_json_that_is_something_else_is_one_line(trained, tmp_path, text):
+    trained.save(tmp_path / "stub")
+    (tmp_path / "stub" / "model.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ModelError, match=r"^[^\n]*model\.json is damaged[^\n]*$"): load_model(tmp_path / "stub")
+
+
+class Runs:
+    def __init__(self, mark): self.mark = mark
+
+    def __reduce__(self): return eval, (f"open({self.mark!r}, 'w')",)
+
+
+def test_pickled_objects_in_the_cell_models_arrays_are_refused_and_not_run(trained, tmp_path):
+    folder = trained.save(tmp_path / "cells")
+    (folder / "row.npy").unlink()
+    np.savez(folder / "cells.npz", shares=np.array([Runs(str(tmp_path / "ran"))], dtype=object), temperature=1.0)
+    changed(folder, name="cells", settings={}, files={"cells.npz": models.file_sha256(folder / "cells.npz")})
+    with pytest.raises(ModelError, match=r"^[^\n]*does not hold a whole model[^\n]*pickle[^\n]*$"): load_model(folder)
+    assert not (tmp_path / "ran").exists()

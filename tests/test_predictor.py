@@ -1,6 +1,7 @@
 """Asking model files: the seal, bad files, rows, stopping and going on, the display."""
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -13,12 +14,13 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from leukemia_nb.files import OutputError
 from leukemia_nb.images import PictureError, read_picture, write_picture
 from leukemia_nb.models import ModelError, square_picture
 from leukemia_nb.predictor import (FORMAT, SEAL, Predictor, Task, answer_files, check_outputs, compare_models_on, comparison_text, doubt_in_words,
-                                   exported_models, list_pictures, made_up_model_file, open_model_file, overlay_file,
+                                   calibration_text, exported_models, find_inputs, list_pictures, made_up_model_file, open_model_file, overlay_file,
                                    predict_files, predictions_html, read_unfinished, reasons, row_columns, row_text, saliency,
                                    seal, unseal)
 from leukemia_nb.segmentation import check_mask, count_cells, cut_out, segment
@@ -90,6 +92,128 @@ def test_a_sealed_file_that_is_no_network_is_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def rewritten(file, out, change=None, text=None, edit=None):
+    """A sealed copy of a model file with another description, or another graph."""
+    import onnx
+    model = onnx.load_model_from_string(file.read_bytes()[: -len(seal(b""))])
+    entry, = (each for each in model.metadata_props if each.key == "leukemia_nb")
+    info = json.loads(entry.value)
+    entry.value = json.dumps(change(info)) if change else entry.value if text is None else text
+    if edit: edit(model)
+    out.write_bytes(seal(model.SerializeToString()))
+    return out
+
+
+NEEDED = ["name", "title", "version", "classes", "input", "image_size", "segmentation", "temperature", "thresholds", "training", "test",
+          "weights_source", "licence", "research_use", "card", "format"]
+MALFORMED = {
+    **{f"without {key}": lambda info, key=key: {name: info[name] for name in info if name != key} for key in NEEDED},
+    **{f"{key} is {value!r}": lambda info, key=key, value=value: info | {key: value} for key in NEEDED
+       for value in (None, [[1]], {"a": 1}, float("nan"))},
+    **{name: lambda info, more=more: info | more for name, more in {
+        "two classes": {"classes": ["Normal", "Pre-B"]}, "one class twice": {"classes": ["Normal", "Pre-B", "Pre-B"]},
+        "a number for a class": {"classes": ["Normal", "Pre-B", 3]}, "a class of control characters": {"classes": ["A", "B", "C\x1b[2J"]},
+        "size as text": {"image_size": "224"}, "size as fraction": {"image_size": 224.5}, "other size": {"image_size": 64},
+        "huge size": {"image_size": 10**9}, "no size": {"image_size": 0}, "unknown input": {"input": "slide"}, "input pair": {"input": "pair"},
+        "input cells": {"input": "cells"}, "unknown segmentation": {"segmentation": "otsu"}, "negative temperature": {"temperature": -1.0},
+        "endless temperature": {"temperature": float("inf")}, "huge number": {"temperature": 10**400},
+        "NaN thresholds": {"thresholds": {"confidence": float("nan"), "distance": 1.0}}, "half the thresholds": {"thresholds": {"confidence": 0.5}},
+        "thresholds as text": {"thresholds": {"confidence": "0.5", "distance": "1"}}, "half a surrogate": {"title": "\ud800"},
+        "more right than tested": {"test": {"right": 5, "pictures": 3, "low": 0.1, "high": 0.9}}, "half a test": {"test": {"right": 5}},
+        "seed as text": {"seed": "0"}, "calibration as number": {"calibration": 1.5}, "format as text": {"format": "2"}}.items()},
+    "a list": lambda info: [info], "null": lambda info: None, "a number": lambda info: 7}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_description_is_one_line(case, file, tmp_path):
+    bad = rewritten(file, tmp_path / "odd.onnx", MALFORMED[case])
+    with pytest.raises(ModelError, match="odd.onnx: ") as error: Predictor.load(bad)
+    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 400 and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "1" * 5_000, '{"a":' * 900 + "1" + "}" * 900, "\0"])
+def test_a_description_that_is_no_json_is_one_line(text, file, tmp_path):
+    bad = rewritten(file, tmp_path / "odd.onnx", text=text)
+    with pytest.raises(ModelError, match="odd.onnx: its description") as error: Predictor.load(bad)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_network_without_description_is_one_line(file, tmp_path):
+    bad = rewritten(file, tmp_path / "odd.onnx", edit=lambda model: model.ClearField("metadata_props"))
+    with pytest.raises(ModelError, match="odd.onnx: has no description"): Predictor.load(bad)
+
+
+def test_what_the_rules_do_not_ask_for_may_be_missing_or_more(file, paths, tmp_path):
+    def change(info): return {key: info[key] for key in info if key != "calibration"} | {"temperature": 1.5, "of later": [1, 2]}
+    model = Predictor.load(rewritten(file, tmp_path / "good.onnx", change))
+    assert len(model.predict(paths[:1])) == 1 and "calibrated with temperature 1.5" in calibration_text(model.info)
+
+
+def refer(tensor, location):
+    """Say of a tensor that its numbers lie in another file."""
+    for field in ("raw_data", "float_data", "int64_data"): tensor.ClearField(field)
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", str(location)
+    tensor.data_location = 1
+
+
+def hide(model, where):
+    """A tensor somewhere in a network, where nothing uses it."""
+    import onnx
+    tensor = onnx.helper.make_tensor("far", 1, [1], [0.0])
+    if where == "initializer": return model.graph.initializer.append(tensor) or model.graph.initializer[-1]
+    if where == "sparse": return model.graph.sparse_initializer.add(dims=[1]).values
+    node = model.graph.node.add(op_type="Constant", output=["unused"]) if where != "function" else model.functions.add(name="f").node.add()
+    attribute = node.attribute.add(name="value")
+    if where == "inner graph": attribute.g.CopyFrom(onnx.GraphProto(name="inner"))
+    if where == "inner graph": return attribute.g.initializer.add(name="far", data_type=1, dims=[1])
+    return attribute.tensors.add() if where == "tensors" else attribute.t
+
+
+@pytest.mark.parametrize("where", ["weights", "initializer", "sparse", "node", "tensors", "inner graph", "function"])
+def test_a_network_that_refers_to_other_files_is_refused_unopened(where, file, tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # whoever opens it waits for ever
+    def edit(model): refer(model.graph.initializer[0] if where == "weights" else hide(model, where), tmp_path / "pipe")
+    bad = rewritten(file, tmp_path / "odd.onnx", edit=edit)
+    with pytest.raises(ModelError, match="odd.onnx: refers to other files"): Predictor.load(bad)
+
+
+@pytest.mark.parametrize("what", ["pipe", "/dev/zero", "folder", "huge", "link to a pipe", "socket"])
+def test_what_is_no_file_of_a_models_size_is_refused_at_once(what, tmp_path):
+    import socket
+    given = Path(what) if what.startswith("/dev") else tmp_path / "given.onnx"
+    if what == "folder": given.mkdir()
+    if "pipe" in what: os.mkfifo(given if what == "pipe" else tmp_path / "pipe")
+    if what == "link to a pipe": given.symlink_to(tmp_path / "pipe")
+    if what == "huge":
+        with open(given, "wb") as empty: empty.truncate(50_000_000_000)
+    with socket.socket(socket.AF_UNIX) as listener:
+        if what == "socket": listener.bind(str(given))
+        with pytest.raises(ModelError, match=f"^{given}: .*Check the path") as error: Predictor.load(given)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_file_that_does_not_fit_does_not_stop_the_others(place, file, paths, tmp_path):
+    rewritten(file, tmp_path / "odd.onnx", lambda info: info | {"thresholds": []})
+    problems = []
+    table = compare_models_on(paths[:2], [tmp_path / "odd.onnx", file], problems.append)
+    assert len(table) == 2 and len(problems) == 1 and "odd.onnx: its description says thresholds" in problems[0]
+
+
+def test_numbers_that_are_none_are_an_error_and_no_answer(file, paths):
+    model = Predictor.load(file)
+    real = model.session
+
+    class Session:
+        def run(self, names, given):
+            probabilities, *others = real.run(names, given)
+            return [probabilities * np.nan, *others]
+    model.session = Session()
+    row, = model.predict(paths[:1]).rows
+    assert row["class"] == "" and row["abstain"] and "no finite numbers" in row["error"]
+    json.dumps(row, allow_nan=False)
+
+
 def test_files_folders_and_patterns(place, paths):
     assert len(paths) == 9 and list_pictures(str(place / "smears/*/*.png")) == paths
     assert list_pictures([place / "smears", paths[0], "no/such*.png"]) == [*paths, "no/such*.png"]
@@ -102,19 +226,32 @@ def test_a_folder_with_magic_letters_is_a_folder(tmp_path):
 
 
 def test_overlays_are_no_pictures(file, tmp_path, monkeypatch):
-    """Those that an earlier run saved among the pictures, and whatever lies in the folder that this run writes to."""
+    """A folder that an earlier run wrote is left out of every search, unless its marker is deleted."""
     write_smears(tmp_path, 1, height=96, width=128)
     mine = list_pictures(tmp_path)
-    answer_files(Task(str(file), str(tmp_path / "ov"), saliency=True), mine)
-    answer_files(Task(str(file), str(tmp_path)), mine)
-    assert len(list(tmp_path.rglob("*.jpg"))) == 9
-    assert list_pictures(tmp_path) == list_pictures(tmp_path, tmp_path) == list_pictures(tmp_path, tmp_path / "ov") == mine
-    assert list_pictures([*mine, f"{tmp_path}/*.jpg", f"{tmp_path}/ov/*"]) == mine
-    assert len(list_pictures(tmp_path / "ov")) == 6  # alone, they may well be asked about
-    write_picture(tmp_path / "ov" / "left.png", smear("Pre-B", 0, 96, 128).picture)
+    predict_files(mine, Task(str(file), str(tmp_path / "ov"), saliency=True), tmp_path / "a.csv")
+    assert len(list(tmp_path.rglob("*.jpg"))) == 6
+    assert list_pictures(tmp_path) == list_pictures(tmp_path, tmp_path / "ov") == mine
+    found, summary = find_inputs([*mine, f"{tmp_path}/*/*.[jp][pn]g", f"{tmp_path}/ov/*", f"{tmp_path}/**/*.jpg"])
+    assert [path for path in found if "*" not in path] == mine and "written by leukemia_nb: 6" in summary
+    rows = Predictor.load(file).predict([tmp_path / "ov", f"{tmp_path}/ov/*"]).rows
+    assert ["leukemia_nb" in row["error"] for row in rows] == [True, True]
+    assert len(list_pictures(next((tmp_path / "ov").glob("Pre*cells.jpg")))) == 1  # a file that is named is asked about
+    (tmp_path / "ov" / ".leukemia_nb-output").unlink()
+    assert len(list_pictures(tmp_path / "ov")) == 6
     monkeypatch.chdir(tmp_path)
-    assert "ov/left.png" in list_pictures(".") and "ov/left.png" not in list_pictures(".", "ov")
-    assert "ov/left.png" in list_pictures("ov", "ov")
+    assert len(list_pictures(".")) == 9 and list_pictures(".", "ov") == [os.path.relpath(path, tmp_path) for path in mine]
+
+
+def test_brackets_in_patterns_are_brackets_where_they_are_there(tmp_path):
+    for name in ("[Malignant] Pre-B/a.png", "[Malignant] Pro-B/b.png", "M/c.png", "[x]/[y]1.png", "[x]/y1.png", "q/y1.png"):
+        write_picture(tmp_path / name, smear("Pre-B", 0, 96, 128).picture)
+    def found(pattern): return [os.path.relpath(path, tmp_path) for path in list_pictures(f"{tmp_path}/{pattern}")]
+    assert found("[Malignant] Pre-B/*.png") == found("[Malignant] Pre*/?.png") == ["[Malignant] Pre-B/a.png"]
+    assert found("[Malignant]*/*.png") == ["[Malignant] Pre-B/a.png", "[Malignant] Pro-B/b.png"]
+    assert found("[Malignant]/*.png") == ["M/c.png"]  # no such folder: a set of letters
+    assert found("[x]/[y]1.png") == ["[x]/[y]1.png"] and found("[pq]/[xy]1.png") == ["q/y1.png"]
+    assert len(found("**/*.png")) == len(found("*")) == len(found("**")) == 6  # folders that match are searched
 
 
 def test_names_in_bytes_are_kept_in_the_journal_and_escaped_in_tables(file, paths, tmp_path):
@@ -151,7 +288,7 @@ def test_a_doubtful_mask_is_said_and_does_not_make_the_model_abstain(file, paths
     stained[:, 60:] = (120, 60, 160)
     row, plain = model.predict([stained, read_picture(paths[4])]).rows
     assert row["mask_flag"] == check_mask(segment(stained)) != "" == plain["mask_flag"]
-    assert row["why"] == reasons(row["confidence"], row["distance"], row["blasts"], model.info["thresholds"])
+    assert row["why"] == reasons(row["confidence"], row["distance"], row["n_cells"], model.info["thresholds"])
     assert f"1 cell on 76.6% of the picture (doubtful mask: {row['mask_flag']})" in row_text(row)
     assert "doubtful" not in row_text(plain) and row["mask_flag"] in predictions_html(model.predict([stained]))
 
@@ -163,7 +300,7 @@ def test_rows_have_all_columns_and_say_what_is_in_the_picture(file, paths):
     picture = read_picture(paths[4])
     mask = segment(picture)
     row = table.iloc[4]
-    assert (row["blasts"], row["blast_pixels"]) == (count_cells(mask), mask.sum())
+    assert (row["n_cells"], row["cell_pixels"], row["cell_area"]) == (count_cells(mask), mask.sum(), round(mask.mean(), 5))
     assert row["sha256"] == hashlib.sha256(Path(paths[4]).read_bytes()).hexdigest()
     np.testing.assert_allclose(table[[f"p_{name}" for name in CLASSES]].sum(axis=1), 1, atol=1e-5)
     assert (table["confidence"] == table[[f"p_{name}" for name in CLASSES]].max(axis=1)).all()
@@ -194,7 +331,7 @@ def test_a_picture_without_cells_is_not_answered(place):
     blank = np.full((96, 128, 3), 235, np.uint8)
     for kind in ("picture", "pair", "cells"):
         row = Predictor.load(place / f"run/exported/{kind}.onnx").predict([blank]).rows[0]
-        assert row["abstain"] and "no cells found" in row["why"] and row["blasts"] == 0
+        assert row["abstain"] and "no cells found" in row["why"] and row["n_cells"] == 0
         assert np.isfinite([row[f"p_{name}"] for name in CLASSES]).all()
 
 
@@ -209,17 +346,55 @@ def test_bad_pictures_are_rows_and_the_rest_goes_on(file, paths, tmp_path):
     assert all(path in error for path, error in zip(table["path"], table["error"]) if error)
 
 
-@pytest.mark.parametrize("array", [np.zeros((20, 30), np.uint8), np.zeros((20, 30, 3)), np.zeros((20, 30, 4), np.uint8)])
-def test_arrays_that_are_no_pictures(file, array):
+@pytest.mark.parametrize("array", [np.zeros((20, 30), float), np.zeros((20, 30, 3)), np.zeros((20, 30, 4), np.uint8),
+                                   np.zeros((20, 30, 3), np.uint16), np.zeros((3, 20, 30), np.uint8), np.zeros((20, 30, 3), bool),
+                                   np.zeros(7), np.zeros((2, 2, 2, 20, 30, 3))], ids=lambda array: f"{array.dtype}{array.shape}")
+def test_arrays_that_are_no_pictures_are_refused_as_they_were_given(file, array):
     model = Predictor.load(file)
-    assert "uint8 RGB" in model.predict([array]).rows[0]["error"]
-    with pytest.raises(PictureError, match="uint8 RGB"): model.predict_proba([array])
+    for asked in (array, [array]):
+        row, = model.predict(asked).rows
+        assert str(array.dtype) in row["error"] and str(array.shape) in row["error"] and row["abstain"]
+        with pytest.raises(PictureError, match=str(array.dtype)): model.predict_proba(asked)
+
+
+@pytest.mark.parametrize("thing", [None, 5, [3.5], object()])
+def test_what_is_no_picture_at_all_is_one_line(file, thing):
+    row, = Predictor.load(file).predict(thing).rows
+    assert "not an image" in row["error"]
+
+
+@pytest.mark.parametrize("kind", ["picture", "pair", "cells"])
+def test_pictures_in_memory_are_answered_as_files_are(place, paths, kind):
+    model, pixels = Predictor.load(place / f"run/exported/{kind}.onnx"), read_picture(paths[4])
+    picture = Image.fromarray(pixels)
+    whole = model.predict_proba(paths[4:5])
+    for image in (pixels, picture, picture.convert("RGBA"), [picture], [pixels]):
+        np.testing.assert_allclose(model.predict_proba(image), whole, atol=1e-6)
+    grey = np.repeat(pixels[..., 1:2], 3, axis=2)
+    for image in (grey[..., 0], Image.fromarray(grey[..., 0])):
+        np.testing.assert_allclose(model.predict_proba(image), model.predict_proba([grey]), atol=1e-6)
+    assert model.predict([picture])._repr_html_().count('src="data:image/jpeg') == 1
+    assert saliency(model, picture).shape == (1, 224, 224)
+
+
+def test_a_predictor_can_be_sent_to_other_processes(place, paths):
+    made_up_model_file(place / "gone.onnx", "pair")
+    model = Predictor.load(place / "gone.onnx", count=False)
+    model.info["title"] = "Mine"
+    (place / "gone.onnx").unlink()
+    sent = pickle.loads(pickle.dumps(model))
+    assert sent.info == model.info and not sent.count and repr(sent) == repr(model)
+    np.testing.assert_array_equal(sent.predict_proba(paths[:2]), model.predict_proba(paths[:2]))
+    from joblib import Parallel, delayed
+    far = Parallel(n_jobs=2)(delayed(model.predict_proba)(paths[i : i + 1]) for i in range(2))
+    np.testing.assert_allclose(np.concatenate(far), model.predict_proba(paths[:2]), atol=1e-6)
+    with pytest.raises(TypeError, match="Predictor.load"): pickle.dumps(Predictor(model.session, model.info))
 
 
 @given(st.floats(0, 1), st.floats(0, 10), st.sampled_from([None, 0, 5]))
-def test_nothing_doubtful_is_accepted(confidence, distance, blasts):
-    why = reasons(confidence, distance, blasts, {"confidence": 0.7, "distance": 3.0})
-    assert (why == "") == (confidence >= 0.7 and distance <= 3.0 and blasts != 0)
+def test_nothing_doubtful_is_accepted(confidence, distance, n_cells):
+    why = reasons(confidence, distance, n_cells, {"confidence": 0.7, "distance": 3.0})
+    assert (why == "") == (confidence >= 0.7 and distance <= 3.0 and n_cells != 0)
 
 
 def test_not_a_number_is_doubtful():
@@ -235,7 +410,7 @@ def test_csv_and_json_hold_the_same(file, paths, tmp_path, n_jobs):
     table, rows = pd.read_csv(tmp_path / "a.csv", keep_default_na=False), json.loads((tmp_path / "a.json").read_text())
     assert list(table["path"]) == paths == [row["path"] for row in rows] == [row["path"] for row in said]
     np.testing.assert_allclose(table["confidence"], [row["confidence"] for row in rows])
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.csv", "a.json"]
+    assert sorted(each.name for each in tmp_path.iterdir() if each.suffix != ".lock") == ["a.csv", "a.json"]
 
 
 def test_a_stopped_run_goes_on_where_it_was(file, paths, tmp_path):
@@ -256,6 +431,7 @@ def test_changed_files_other_models_and_errors_are_asked_again(place, file, tmp_
     mine = [*list_pictures(tmp_path / "s"), str(tmp_path / "later.png")]
     journal = tmp_path / "a.csv.unfinished"
     rows = answer_files(Task(str(file)), mine)
+    assert {row["model_sha256"] for row in rows} == {Predictor.load(file).info["sha256"]}
     journal.write_text("".join(json.dumps(row) + "\n" for row in [rows[0] | {"model_version": "other"}, *rows[1:]]))
     write_picture(mine[1], smear("Normal", 9, 96, 128).picture)
     write_picture(mine[3], smear("Pro-B", 9, 96, 128).picture)
@@ -295,11 +471,12 @@ def test_overlays_and_saliency(place, paths, tmp_path):
 def test_every_model_beside_the_others(place, paths, tmp_path):
     problems = []
     table = compare_models_on([*paths, "nowhere.png"], exported_models(place / "run"), problems.append)
-    assert len(table) == 9 and len(problems) == 1 and set(table["true label"]) == set(CLASSES)
+    assert list(table["path"]) == [*paths, "nowhere.png"] and problems == list(table["error"][9:])
+    assert set(table["true label"][:9]) == set(CLASSES) and not any(table["error"][:9]) and table.iloc[9]["made_up_pair"] == ""
     single = Predictor.load(place / "run/exported/pair.onnx").predict(paths).table
     np.testing.assert_allclose(table.set_index("path").loc[paths, "made_up_pair confidence"], single["confidence"], atol=1e-5)
     text = comparison_text(table.assign(**{"made_up_pair doubt": "not sure"}))
-    assert len(text.splitlines()) == 10 and len(re.findall(r"\(P?[rN]o.*? \d\.\d\d\)|\(P.*? \d\.\d\d\)", text)) == 9
+    assert len(text.splitlines()) == 11 and len(re.findall(r"\(P?[rN]o.*? \d\.\d\d\)|\(P.*? \d\.\d\d\)", text)) == 9
     with pytest.raises(ModelError, match="no exported models"): exported_models(tmp_path)
     with pytest.raises(ModelError, match="no such folder"): exported_models(tmp_path / "nowhere")
     with pytest.raises(PictureError, match="No picture can be read"):
@@ -324,6 +501,25 @@ def test_the_display_is_safe_and_says_all(file, paths, tmp_path):
     assert text.count('class="lnb-card"') == 3 and text.count("<img") == 2 and "8 more in .table" in text
     assert text.count('class="lnb-bar"') == 6 and predictions[0]._repr_html_().count("<img") == 1
     assert "nowhere.png" in doubt_in_words(predictions.rows[1])
+
+
+def test_the_display_says_numbers_and_no_verdict(file, paths, tmp_path):
+    model = Predictor.load(file)
+    predictions = model.predict(paths)
+    for text in (predictions_html(predictions), *map(doubt_in_words, predictions.rows), repr(predictions)):
+        assert "blast" not in text and "Hardly" not in text and "Little doubt" not in text
+    assert "Confidence" in predictions_html(predictions) and "white blood cells</b> segmented" not in predictions_html(predictions)
+    assert re.search(r"<b>\d+</b> white blood cells? segmented, <b>[\d.]+%</b> of the image", predictions_html(predictions))
+    assert "not calibrated: made up" in predictions_html(predictions) and "are calibrated" not in predictions_html(predictions)
+    row = predictions.rows[4] | {"class": "Pre-B", "confidence": 0.999, "abstain": False, "p_Pre-B": 0.999, "p_Normal": 0.001, "p_Pro-B": 0.0}
+    assert doubt_in_words(row) == "Confidence 99.9%; next is Normal, 0.1%."
+
+
+def test_the_display_goes_on_without_a_file_that_is_gone(file, paths, tmp_path):
+    (tmp_path / "a.png").write_bytes(Path(paths[4]).read_bytes())
+    predictions = Predictor.load(file).predict([tmp_path / "a.png"])
+    (tmp_path / "a.png").unlink()
+    assert "Confidence" in predictions_html(predictions)
 
 
 def test_the_predict_path_loads_nothing_heavy(file, paths):

@@ -382,3 +382,61 @@ def test_two_devices_learn_what_one_learns(whole):
 def test_gpus_that_are_not_there(tiny_backbone, sources):
     with pytest.raises(ModelError, match=r"gpus=9, but TensorFlow sees \d GPUs here. Use gpus=1"):
         make_model("mobilenet_v2", weights="random", gpus=9).fit(*sources)
+
+
+TRAINED = """
+import sys
+import numpy as np
+from leukemia_nb.models import Pictures, load_model, make_model
+rng = np.random.default_rng(0)
+pictures = Pictures(rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8), ["a", "b"] * 3, size=32)
+model = make_model("mobilenet_v2", weights="random", fine_tune=False, image_size=32, epochs=2, batch_size=3)
+model.fit(pictures, pictures)
+again = load_model(model.save(sys.argv[1] + "/model"))
+from leukemia_nb.model_file import keras_graph, run_graph
+graph = keras_graph(again)
+print(len(graph.SerializeToString()) > 1e6)
+np.save(sys.argv[1] + "/answers.npy", again.predict_proba(pictures))
+import keras, os
+print(keras.config.backend(), keras.config.floatx(), keras.config.image_data_format(), os.environ.get("KERAS_BACKEND"))
+"""
+
+
+def train_elsewhere(folder, **environment):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("KERAS_")}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", TRAINED, str(folder)], capture_output=True, text=True, timeout=300,
+                          env={**clean, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", **environment})
+    assert done.returncode == 0, done.stderr
+    return np.load(folder / "answers.npy"), done.stdout.split()
+
+
+def test_keras_settings_of_other_projects_change_nothing(tmp_path):
+    """Another backend by environment and by keras.json, half precision, channels first, a home that cannot be written to."""
+    answers = []
+    for name, settings, environment in [
+        ("plain", None, {}),
+        ("torch", '{"backend": "jax", "floatx": "float16", "image_data_format": "channels_first", "epsilon": 0.1}',
+         {"KERAS_BACKEND": "torch", "KERAS_MAX_EPOCHS": "1"}),
+        ("homeless", None, {"KERAS_BACKEND": "jax", "HOME": "/proc/nowhere", "KERAS_HOME": "/proc/nowhere/keras"}),
+    ]:
+        home = tmp_path / name
+        (home / ".keras").mkdir(parents=True)
+        if settings: (home / ".keras" / "keras.json").write_text(settings)
+        found, said = train_elsewhere(home, **{"HOME": str(home), **environment})
+        assert said == ["True", "tensorflow", "float32", "channels_last", environment.get("KERAS_BACKEND", "None")]
+        assert settings is None or (home / ".keras" / "keras.json").read_text() == settings
+        answers.append(found)
+    assert all(np.allclose(answers[0], found, atol=1e-6) for found in answers[1:])
+
+
+@pytest.mark.parametrize("setting, value", [("floatx", "float16"), ("image_data_format", "channels_first"), ("epsilon", 1e-3),
+                                            ("dtype_policy", "mixed_float16")])
+def test_keras_that_runs_otherwise_already_is_named_in_one_line(tiny_weights, sources, setting, value):
+    import keras
+    before = getattr(keras.config, setting)()
+    getattr(keras.config, f"set_{setting}")(value)
+    try:
+        with pytest.raises(ModelError, match=rf"^Keras is loaded in this process with {setting}=.*need .*Start Python anew[^\n]*$"):
+            make_model("mobilenet_v2", image_size=32, epochs=1).fit(*sources)
+    finally:
+        getattr(keras.config, f"set_{setting}")(before)

@@ -1,5 +1,7 @@
 """The YOLO classifiers: silent, offline, whole pictures, and the same answers as ultralytics gives."""
+import json
 import os
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -11,6 +13,7 @@ import pytest
 
 pytest.importorskip("ultralytics")
 from leukemia_nb import yolo
+from leukemia_nb.files import file_sha256
 from leukemia_nb.models import MODELS, ModelError, Pictures, load_model, make_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -356,3 +359,65 @@ def test_real_pictures_with_pretrained_weights(shared_data, shared_weights, monk
     model = make_model("yolov8", weights="local", image_size=96, epochs=2, batch_size=16)
     model.fit(parts[0], parts[1])
     assert (model.predict(parts[2]) == parts[2].labels).mean() > 0.8
+
+
+class Runs:
+    """Pickled, it calls a function when it is opened."""
+
+    def __init__(self, function, *arguments):
+        self.called = function, arguments
+
+    def __reduce__(self):
+        return self.called
+
+
+def payloads(folder):
+    """Things that leave a file where they are run."""
+    mark, script = folder / "ran", folder / "script.py"
+    script.write_text(f"open({str(mark)!r}, 'w')")
+    return {"eval": Runs(eval, f"open({str(mark)!r}, 'w')"), "exec": Runs(exec, f"open({str(mark)!r}, 'w')"),
+            "system": Runs(os.system, f"touch {mark}"), "open": Runs(open, str(mark), "w"),
+            "subprocess": Runs(subprocess.call, ["touch", str(mark)]), "runpy": Runs(runpy.run_path, str(script))}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("protocol", [2, 4])  # the globals have other names in them
+@pytest.mark.parametrize("kind", ["eval", "exec", "system", "open", "subprocess", "runpy"])
+def test_code_in_a_weight_file_is_refused_and_not_run(tmp_path, monkeypatch, kind, protocol, zipped):
+    """ultralytics 8.4.0 to 8.4.66 run the first two."""
+    import torch
+
+    network, _ = yolo.new_network("yolov8", 3)
+    torch.save({"model": network, "ema": None, "date": payloads(tmp_path)[kind]}, tmp_path / "yolov8n-cls.pt",
+               pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    monkeypatch.setenv("LEUKEMIA_NB_WEIGHTS", str(tmp_path))
+    with pytest.raises(ModelError, match=r"yolov8n-cls\.pt: not a whole ultralytics weight file"):
+        make_model("yolov8", **{**SMALL, "weights": "local"}).fit(tinted(2, 0), tinted(2, 1))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["eval", "system"])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_code_in_a_saved_models_weights_is_refused_and_not_run(trained, tmp_path, kind, protocol):
+    """Whoever changes the file changes its checksum in model.json too."""
+    import torch
+
+    folder = trained.save(tmp_path / "model")
+    torch.save({"weight": payloads(tmp_path)[kind]}, folder / "network.pt", pickle_protocol=protocol)
+    facts = json.loads((folder / "model.json").read_text())
+    facts["files"]["network.pt"] = file_sha256(folder / "network.pt")
+    (folder / "model.json").write_text(json.dumps(facts))
+    with pytest.raises(ModelError, match=r"^[^\n]*model does not hold a whole model \(UnpicklingError[^\n]*$"):
+        load_model(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_home_that_cannot_be_written_to_is_no_obstacle():
+    done = child("""
+        import numpy as np
+        from leukemia_nb.models import Pictures, make_model
+        pictures = Pictures(np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8), ["a", "b"] * 3, size=32)
+        model = make_model("yolov8", weights="random", image_size=32, epochs=1, batch_size=3)
+        print(len(model.fit(pictures, pictures)))
+        """, HOME="/proc/nowhere", XDG_CONFIG_HOME="/proc/nowhere")
+    assert done.returncode == 0 and done.stdout.endswith("1\n"), done.stderr
