@@ -6,18 +6,44 @@
 __all__ = ['app', 'main', 'is_explained', 'synth', 'segment', 'prepare', 'predict', 'compare', 'study']
 
 # %% ../nbs/90_command_line.ipynb #470bd5ba
+import _thread
+import atexit
+import errno
 import os
+import shutil
+import signal
+import site
+import sys
+import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 # %% ../nbs/90_command_line.ipynb #6be45166
+class _Commands(TyperGroup):
+    "The commands, which end in one line when they are stopped; a polite request to end (SIGTERM) is taken as Ctrl-C is."
+    def invoke(self, ctx: Any) -> Any:
+        with suppress(ValueError):  # not in the main thread
+            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try: return super().invoke(ctx)
+        except KeyboardInterrupt: _say("\nleukemia_nb: stopped. Nothing is half-written, and what is finished is kept; "
+                                       "the same command goes on, or starts again.", err=True)
+        except BrokenPipeError:
+            _say("leukemia_nb: stopped, because nobody reads the output any more. What is finished is kept.", err=True)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still has to write at its end
+            raise typer.Exit(1) from None
+        raise typer.Exit(130)
+
+
 app = typer.Typer(
-    name="leukemia_nb",
+    name="leukemia_nb", cls=_Commands,
     help="Acute lymphoblastic leukaemia in blood-smear pictures: a reference study, and what its accuracy is worth. "
          "For research use only; nothing it prints is medical advice.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -27,12 +53,16 @@ app.callback()(lambda: None)  # commands have names even while there is only one
 # %% ../nbs/90_command_line.ipynb #5da4ec9b
 def main() -> None:
     "Run the command line; explained errors are one line on standard error and exit status 1."
+    _prepare_process()
     try:
         app()
+    except KeyboardInterrupt: raise SystemExit(130) from None  # while it was being stopped
     except Exception as error:
         if not is_explained(error): raise
-        _say(f"leukemia_nb: {error}", err=True)
+        _say(f"leukemia_nb: {_line(error)}", err=True)
         raise SystemExit(1) from None
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_DFL)  # no traceback of Python's own end
 
 
 def _say(text: str, err: bool = False) -> None:
@@ -49,17 +79,68 @@ def _known_method(name: str | None) -> str | None:
     return name
 
 
+def _not_empty(text: str | None) -> str | None:
+    "Refuse an empty path, as of a shell variable that is not set, which would mean another study than the one asked for."
+    if text is not None and not text.strip(): raise typer.BadParameter("it is empty. Name a path, or leave the option out.")
+    return text
+
+
 def is_explained(
     error: Exception,  # raised by a command
 ) -> bool:
     "Whether an error's message is meant for the user: one line that names the file, what is wrong and the remedy."
-    if isinstance(error, OSError): return True
+    if isinstance(error, OSError | MemoryError): return True
+    if isinstance(error, ImportError): return (error.name or "leukemia_nb").partition(".")[0] != "leukemia_nb"
     from leukemia_nb.images import PictureError
     from leukemia_nb.evaluation import PredictionsError
     from leukemia_nb.models import ModelError
     from leukemia_nb.splitting import SplitError
     from leukemia_nb.study import StudyError
     return isinstance(error, PictureError | PredictionsError | ModelError | SplitError | StudyError)
+
+# %% ../nbs/90_command_line.ipynb #ef173e7a
+def _line(
+    error: Exception,  # an explained one
+) -> str:
+    "What an error says, in one line with the remedy."
+    if isinstance(error, ImportError):
+        return (f"the package {error.name} is needed for this and cannot be loaded ({error}). Install what is missing: "
+                "pip install 'leukemia_nb[train]', or in a checkout: pip install '.[train]'.")
+    if isinstance(error, MemoryError): return f"memory has run out ({error}). Close other programs, or use a smaller --n-jobs."
+    if type(error).__str__ is not OSError.__str__ or not isinstance(error, OSError) or not error.strerror: return str(error)
+    space = " Free some space, or choose another folder." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"{f'{os.fsdecode(error.filename)}: ' if isinstance(error.filename, str | bytes) else ''}{error.strerror}.{space}"
+
+
+def _prepare_process() -> None:
+    "Streams that take any text, worker processes likewise, and a home folder for the libraries that want to write into one."
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is None: setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    os.environ.update(PYTHONIOENCODING=f"{encoding}:backslashreplace", PYTHONSAFEPATH="1")  # for worker processes
+    sys.unraisablehook = _stop_again
+    _prepare_home()
+
+
+def _stop_again(ignored: Any) -> None:
+    "Ctrl-C that came where Python must ignore errors, as in a callback of an import, would be lost: it is given again."
+    if ignored.exc_type is KeyboardInterrupt: threading.Timer(0.05, _thread.interrupt_main).start()
+    else: sys.__unraisablehook__(ignored)
+
+
+def _prepare_home() -> None:
+    "Where nothing can be written into the home folder, or there is none, libraries keep their settings in a temporary one."
+    home = os.path.expanduser("~")
+    try:
+        with tempfile.TemporaryFile(dir=home): return
+    except OSError: own = tempfile.mkdtemp(prefix="leukemia_nb-home-")
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    for name in ("MPLCONFIGDIR", "YOLO_CONFIG_DIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
+        os.environ.setdefault(name, own)
+    if not os.path.isdir(home):
+        os.environ.setdefault("PYTHONUSERBASE", site.getuserbase())
+        os.environ["HOME"] = own
 
 # %% ../nbs/90_command_line.ipynb #085e2f07
 @app.command()
@@ -148,14 +229,15 @@ def prepare(
     run, names = Run(out), class_names(classes)
     check_output(out, folder=True)
     check_no_input(search_images(data).paths, out)
-    with _stoppable(), exclusive(out / "pairs.csv"):
-        mark_output_folder(out)
-        remove_unfinished(out)
+    with _stoppable():
         manifest = build_manifest(data, classes=names, without=out, say=_report)
-        run.write_table(manifest, "manifest.csv")
-        check_manifest(manifest, minimum=1, classes=names)
-        pairs = prepare_pairs(manifest, out / "pairs", size=size, method=method, n_jobs=n_jobs)
-        run.write_table(pairs, "pairs.csv")
+        with exclusive(out / "pairs.csv"):
+            mark_output_folder(out)
+            remove_unfinished(out)
+            run.write_table(manifest, "manifest.csv")
+            check_manifest(manifest, minimum=1, classes=names)
+            pairs = prepare_pairs(manifest, out / "pairs", size=size, method=method, n_jobs=n_jobs)
+            run.write_table(pairs, "pairs.csv")
     flagged, bad = int((pairs.flag != "").sum()), int((pairs.problem != "").sum())
     _say(f"{counted(len(pairs) - bad, 'pair')} in {out}, {flagged} flagged; {counted(bad, 'picture')} with problems in pairs.csv")
 
@@ -271,12 +353,12 @@ def compare(
 # %% ../nbs/90_command_line.ipynb #9256e468
 @app.command()
 def study(
-    data: Annotated[str, typer.Option(
+    data: Annotated[str | None, typer.Option(callback=_not_empty,
         help="Folder with one folder of pictures a class, or 'kaggle' to download the public set. "
-             "Left out: synthetic smears, small, random weights.")] = "",
+             "Left out: synthetic smears, small, random weights.")] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/<name of the data folder>]")] = None,
     classes: Annotated[int, typer.Option(help="3, or 4 with early Pre-B.", min=3, max=4)] = 3,
-    models: Annotated[str, typer.Option(help="Models to train, separated by commas.  [default: all]")] = "",
+    models: Annotated[str | None, typer.Option(help="Models to train, separated by commas.  [default: all]")] = None,
     weights: Annotated[str | None, typer.Option(
         help="imagenet: files of the folder LEUKEMIA_NB_WEIGHTS, else downloaded; local: files of that folder, random "
              "where none is; random.  [default: imagenet; random without --data]")] = None,
@@ -289,9 +371,12 @@ def study(
     segmentation: Annotated[str | None, typer.Option(help="deck or seeded.  [default: deck]", callback=_known_method)] = None,
     split: Annotated[str | None, typer.Option(
         help="deck: by picture; grouped: related pictures stay together.  [default: deck]")] = None,
-    groups: Annotated[str, typer.Option(help="CSV with columns path and group (patient, slide) for --split grouped.")] = "",
-    split_file: Annotated[str, typer.Option(help="split.csv of an earlier study, to be used again.")] = "",
-    unseen: Annotated[str, typer.Option(help="Folder of new pictures for the unseen-pictures table.")] = "",
+    groups: Annotated[str | None, typer.Option(
+        help="CSV with columns path and group (patient, slide) for --split grouped.", callback=_not_empty)] = None,
+    split_file: Annotated[str | None, typer.Option(
+        help="split.csv of an earlier study, to be used again.", callback=_not_empty)] = None,
+    unseen: Annotated[str | None, typer.Option(
+        help="Folder of new pictures for the unseen-pictures table.", callback=_not_empty)] = None,
     per_class: Annotated[int | None, typer.Option(help="Synthetic smears a class, without --data.", min=20)] = None,
     seed: Annotated[int, typer.Option(help="Seed of split, flips and training.", min=0, max=2**32 - 1)] = 0,
     n_jobs: Annotated[int, typer.Option(help="Steps side by side.", min=1)] = 1,
@@ -307,19 +392,25 @@ def study(
     from dataclasses import replace
 
     from leukemia_nb.data import fetch_kaggle
+    from leukemia_nb.files import counted
     from leukemia_nb.models import MODELS
     from leukemia_nb.study import EMBEDDED, StudySettings, run_study
 
-    folder = str(fetch_kaggle()) if data == "kaggle" else data
+    folder = str(fetch_kaggle()) if data == "kaggle" else data or ""
     asked: dict[str, Any] = dict(
-        data=_absolute(folder), classes=classes, models=_names(models) or tuple(MODELS), weights=weights, recipe=recipe,
-        epochs=epochs, train=tuple(train or ()), image_size=image_size, segmentation=segmentation, split=split,
+        data=_absolute(folder), classes=classes, models=tuple(MODELS) if models is None else _names(models), weights=weights,
+        recipe=recipe, epochs=epochs, train=tuple(train or ()), image_size=image_size, segmentation=segmentation, split=split,
         groups=_absolute(groups), split_file=_absolute(split_file), unseen=_absolute(unseen), per_class=per_class, seed=seed,
         n_jobs=n_jobs)
     given = {name: value for name, value in asked.items() if value is not None}
     settings = replace(StudySettings() if folder else EMBEDDED, **given)
     where = run or Path("runs", Path(data).resolve().name if data else "synthetic")
-    done = run_study(settings, where, n_jobs=n_jobs, redo=redo or (), say=_say, cluster=cluster)
+    try: done = run_study(settings, where, n_jobs=n_jobs, redo=redo or (), say=_say, cluster=cluster)
+    except KeyboardInterrupt:
+        finished = len(list((where / "steps").glob("*.json")))
+        kept = f"{counted(finished, 'step')} finished and kept in {where}"
+        _say(f"\nleukemia_nb: stopped. {kept}; the same command goes on.", err=True)
+        raise typer.Exit(130) from None
     _say(f"report: {done.folder / 'report.html'}")
 
 # %% ../nbs/90_command_line.ipynb #5988bbfe
@@ -327,6 +418,6 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 # %% ../nbs/90_command_line.ipynb #ec3c83a0
-def _absolute(path: str) -> str:
-    "The path as the notebooks need it, which run in the run folder; an empty text stays empty."
+def _absolute(path: str | None) -> str:
+    "The path as the notebooks need it, which run in the run folder; none is an empty text."
     return str(Path(path).resolve()) if path else ""
