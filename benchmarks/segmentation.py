@@ -37,7 +37,7 @@ def machine() -> dict:
 
 
 def interval(values, draws=2000) -> dict:
-    "Mean with its 95 % bootstrap interval."
+    "Mean with its 95 % interval: percentile bootstrap, images taken as independent."
     values = np.asarray(values, float)
     means = np.random.default_rng(0).choice(values, (draws, len(values))).mean(1)
     return {"n": len(values), "mean": round(values.mean(), 4), "low": round(np.quantile(means, .025), 4),
@@ -115,20 +115,38 @@ def expert_masks() -> dict:
 
 
 def boxes() -> dict:
-    "White cells of bccd found (box IoU >= 0.5), and labels that are none."
-    report = {method: {"pictures": 0, "white_cells": 0, "found": 0, "false": 0} for method in METHODS}
+    """White cells of bccd found, and labels that fit no box of one: by box IoU >= 0.5, and by the centre of a label in the box.
+
+    Of the labels that fit no box, those with their centre in a white cell's box are pieces of it (over-splitting), the rest
+    lie elsewhere. A box with the centres of several labels is a white cell that was split.
+    """
+    report = {method: dict.fromkeys(("pictures", "white_cells", "found", "found_by_centre", "split", "labels", "false",
+                                     "false_pieces", "false_elsewhere"), 0) for method in METHODS}
     for path in sorted((DATA / "bccd" / "boxes").glob("*.xml")):
         true = [[int(item.find(f"bndbox/{key}").text) for key in ("ymin", "xmin", "ymax", "xmax")]
                 for item in ET.parse(path).iter("object") if item.find("name").text == "WBC"]
         picture = read_picture(DATA / "bccd" / "images" / f"{path.stem}.jpg")
         for method, row in report.items():
             labels = find_cells(picture) if method == "seeded" else label_cells(segment(picture))
-            found = [(w[0].start, w[1].start, w[0].stop, w[1].stop) for w in find_objects(labels)]
-            overlap = np.array([[box_iou(a, b) for b in found] for a in true]).reshape(len(true), len(found)) >= .5
-            hits = int(overlap.any(1).sum()) if found else 0
-            row["pictures"] += 1; row["white_cells"] += len(true); row["found"] += hits
-            row["false"] += len(found) - (int(overlap.any(0).sum()) if true else 0)
+            count_boxes(row, true, [(w[0].start, w[1].start, w[0].stop, w[1].stop) for w in find_objects(labels)])
     return report
+
+
+def count_boxes(row: dict, true: list, found: list) -> None:
+    "Add the counts of one picture: boxes (top, left, bottom, right) of its white cells and of the labels found."
+    shape = len(true), len(found)
+    fits = np.array([[box_iou(a, b) >= .5 for b in found] for a in true], bool).reshape(shape)
+    holds = np.array([[centre_inside(a, b) for b in found] for a in true], bool).reshape(shape)
+    false = ~fits.any(0)
+    for key, value in {"pictures": 1, "white_cells": shape[0], "found": fits.any(1).sum(), "found_by_centre": holds.any(1).sum(),
+                       "split": (holds.sum(1) > 1).sum(), "labels": shape[1], "false": false.sum(),
+                       "false_pieces": (false & holds.any(0)).sum(), "false_elsewhere": (false & ~holds.any(0)).sum()}.items():
+        row[key] += int(value)
+
+
+def centre_inside(a, b) -> bool:
+    "Whether the centre of box b lies in box a (top, left, bottom, right)."
+    return a[0] <= (b[0] + b[2]) / 2 <= a[2] and a[1] <= (b[1] + b[3]) / 2 <= a[3]
 
 
 def box_iou(a, b) -> float:

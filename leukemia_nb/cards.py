@@ -6,15 +6,16 @@
 __all__ = ['MADE_BY', 'STATUSES', 'SYNTHETIC', 'TALEQANI', 'TALEQANI_LIMITS', 'OWN', 'WHAT_IT_IS', 'CHANGED', 'SOURCES', 'CARD',
            'INTRODUCTION', 'DATA', 'PREDICTORS', 'METHODS', 'RESULTS', 'OTHER', 'GROUPS', 'ITEMS', 'NotMade',
            'run_table', 'said', 'made_up_measurements', 'without_status', 'DataSet', 'data_set', 'share_text',
-           'model_details', 'classes_of_run', 'licence_text', 'intended_use', 'markdown_table', 'training_pictures',
-           'division_text', 'preprocessing', 'training_run', 'unrelated_accuracy', 'model_predictions', 'accuracy_text',
-           'class_text', 'calibration_text', 'what_it_follows', 'verdict', 'saliency_text', 'robustness_text',
-           'known_limits', 'how_to_load', 'card_fields', 'model_card', 'write_cards', 'Item', 'filled_in',
-           'counts_answer', 'flow_answer', 'unreadable_answer', 'disjoint_answer', 'size_answer', 'trained_models',
-           'models_answer', 'weights_answer', 'training_answer', 'balance_answer', 'results_answer',
-           'uncertainty_answer', 'class_answer', 'failures_answer', 'follow_answer', 'controls_answer',
-           'robustness_answer', 'folds_answer', 'maps_answer', 'known', 'of_people', 'reporting_items',
-           'limits_statement', 'colour_answer', 'items_markdown', 'reporting_blocks']
+           'interval_text', 'model_details', 'classes_of_run', 'licence_text', 'intended_use', 'markdown_table',
+           'training_pictures', 'division_text', 'preprocessing', 'training_run', 'unrelated_accuracy',
+           'model_predictions', 'accuracy_text', 'class_text', 'fitted_temperature', 'calibration_text',
+           'what_it_follows', 'verdict', 'saliency_text', 'robustness_text', 'known_limits', 'how_to_load',
+           'card_fields', 'model_card', 'write_cards', 'Item', 'filled_in', 'counts_answer', 'flow_answer',
+           'unreadable_answer', 'disjoint_answer', 'size_answer', 'trained_models', 'models_answer', 'weights_answer',
+           'handled_answer', 'training_answer', 'balance_answer', 'results_answer', 'uncertainty_answer',
+           'class_answer', 'failures_answer', 'follow_answer', 'controls_answer', 'robustness_answer', 'folds_answer',
+           'maps_answer', 'known', 'of_people', 'external_answer', 'reporting_items', 'limits_statement',
+           'colour_answer', 'items_markdown', 'reporting_blocks']
 
 # %% ../nbs/77_cards.ipynb #aaf3bf8e
 import json
@@ -28,12 +29,13 @@ from typing import Any
 import pandas as pd
 
 from .files import atomic_path, read_json, read_table, set_sha256, write_table
-from .evaluation import (answers, class_table, classes_of, compare_models, exact_interval, model_title,
+from .evaluation import (CLOPPER_PEARSON, answers, class_table, classes_of, compare_models, exact_interval,
+                                    markdown_text, model_title,
                                     read_all_predictions, read_predictions, take_subset)
 from .models import MODELS
 from .leakage import unrelated_pairs
 from .shortcuts import BLIND
-from .uncertainty import calibration_table, compare_pairs, grouped_accuracy
+from .uncertainty import GROUPED, calibration_table, compare_pairs, grouped_accuracy
 
 # %% ../nbs/77_cards.ipynb #37c5b00b
 MADE_BY = {"manifest.csv": "prepare", "pairs.csv": "prepare", "split.csv": "split", "training.csv": "split",
@@ -94,7 +96,7 @@ def made_up_measurements(folder: str | os.PathLike  # a run by `report.made_up_r
     tables["controls"] = pd.DataFrame([dict(kind="control", name="background_colour", title="Background "
                                             "colour", pictures=111,
                                             sees="colour statistics; cells and bar masked out", groups=104, accuracy=0.982,
-                                            low=0.95, high=1.0)])
+                                            low=0.95, high=1.0, interval=GROUPED)])
     for name, table in tables.items(): write_table(folder / "metrics" / f"{name}.csv", table)
     others = ["Normal"] * 44 + ["Pre-B"] * 85 + ["Pro-B"] * 71
     write_table(folder / "audit" / "counterfactuals.csv", pd.DataFrame({"kind": "no cells", "row": range(n), "other": others}))
@@ -183,12 +185,20 @@ def data_set(folder: str | os.PathLike  # run folder
 # %% ../nbs/77_cards.ipynb #1867973c
 def share_text(count: int,  # right answers, say
                n: int,  # of so many
-               low: float | None = None,  # bounds of another 95 % interval; None: the exact one
-               high: float | None = None
+               low: float | None = None,  # bounds of a 95 % interval made before; None: made here
+               high: float | None = None,
+               method: str = CLOPPER_PEARSON  # of the interval
                ) -> str:
-    "A share with its count and its 95 % interval (Clopper and Pearson where no other is given)."
+    "A share with its count, its 95 % interval and the interval's method."
     if low is None or high is None: low, high = exact_interval(int(count), int(n))
-    return f"{count} of {n} ({count / n:.1%}; {low:.1%} to {high:.1%})"
+    return f"{count} of {n} ({count / n:.1%}; {interval_text(low, high, method)})"
+
+def interval_text(low: float,  # bounds of a 95 % interval
+                  high: float,
+                  method: str = CLOPPER_PEARSON  # its name
+                  ) -> str:
+    "An interval that says how it was made; without bounds, that there is none."
+    return f"95 % CI {low:.1%} to {high:.1%}, {method}" if pd.notna(low) else f"no 95 % CI by {method}: a single group"
 
 # %% ../nbs/77_cards.ipynb #433b243b
 WHAT_IT_IS = {
@@ -202,15 +212,18 @@ WHAT_IT_IS = {
     "cells": "white cells are found and cut out, each is described by 39 measurements of shape, texture and colour, "
     "and a small network and a logistic regression judge them; no other pixel of the picture is seen"}
 
+def _title(model: str) -> str: return markdown_text(model_title(model))
+
 def model_details(folder: str | os.PathLike,  # run folder
                   model: str  # name of the model
                   ) -> str:
     "What the model is, the weights it started from, and under what terms it may be used."
     record, classes = read_json(folder, "models", model, "model.json"), classes_of_run(folder)
-    weights = record.get("weights_source") or f"Not in this run: `models/{model}/model.json` is written by the step *train*"
+    weights = markdown_text(record.get("weights_source", ""))
+    if not weights: weights = f"Not in this run: `models/{model}/model.json` is written by the step *train*"
     ours = "" if model != "cells" else " It is this project's own and not one of the seven of the study it follows."
-    return (f"- **What it is:** {WHAT_IT_IS.get(model, model_title(model))}.{ours}\n- **It answers:** one probability "
-            f"for each of {', '.join(classes)}, for a whole picture. It knows no other class; "
+    return (f"- **What it is:** {WHAT_IT_IS.get(model, _title(model))}.{ours}\n- **It answers:** one probability "
+            f"for each of {', '.join(map(markdown_text, classes))}, for a whole picture. It knows no other class; "
             f"only the exported file can refuse to answer.\n- **Weights before training:** {weights}.\n- **Licence:** "
             f"{licence_text(folder, model)}")
 
@@ -245,15 +258,16 @@ def intended_use(folder: str | os.PathLike,  # run folder
             "contribute to one. Not for patients, not for screening, not for choosing or ruling out a test, not for "
             "pictures of other laboratories, stains, magnifications or diseases, and not for single cells. The class "
             "of a leukaemia is found by flow cytometry and genetics. Its answer to a picture of anything else is "
-            f"still one of {', '.join(classes_of_run(folder))}, unless the exported file refuses.")
+            f"still one of {', '.join(map(markdown_text, classes_of_run(folder)))}, unless the exported file refuses.")
 
 # %% ../nbs/77_cards.ipynb #a9844555
 def markdown_table(table: pd.DataFrame  # texts and whole numbers
                    ) -> str:
-    "A table in Markdown, without its index."
+    "A table in Markdown, without its index; cells may hold Markdown, but neither a bar nor a line's end breaks the table."
     rows = [list(map(str, row)) for row in table.itertuples(index=False)]
     lines = [list(map(str, table.columns)), ["---"] * len(table.columns), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    safe = lambda cell: re.sub(r"(?<!\\)\|", r"\|", re.sub(r"\s*\n\s*", " ", cell))
+    return "\n".join("| " + " | ".join(map(safe, line)) + " |" for line in lines)
 
 # %% ../nbs/77_cards.ipynb #05e597d5
 def training_pictures(folder: str | os.PathLike,  # run folder
@@ -267,7 +281,8 @@ def training_pictures(folder: str | os.PathLike,  # run folder
     digest = set_sha256(split.loc[split["subset"] == "train", "sha256"])
     told = " ".join(f"**{row.with_partner} of {row.pictures} {row.subset} pictures have a relative in training** (a "
                     "copy, or part of the same field of view)." for row in leakage.itertuples())
-    return (f"{data_set(folder).source}\n\n{markdown_table(counts.reset_index())}\n\n{division_text(folder)} {told} "
+    table = markdown_table(counts.rename(markdown_text).reset_index())
+    return (f"{data_set(folder).source}\n\n{table}\n\n{division_text(folder)} {told} "
             f"{flips} flipped copies fill up the smaller classes.\n\nDigest of the training pictures (SHA-256 over "
             f"their sorted SHA-256): `{digest}`")
 
@@ -320,13 +335,13 @@ def training_run(folder: str | os.PathLike,  # run folder
         lines.append("- **Trained:** "
                      f"{'the layers after the backbone; the backbone is frozen' if frozen else 'the whole network'}.")
     if settings:
-        told = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "classes")
+        told = ", ".join(f"{name} {markdown_text(value)}" for name, value in settings.items() if name != "classes")
         lines.append(f"- **Settings:** {told}.")
     if versions := record.get("versions"):
-        lines.append("- **Versions:** " + ", ".join(f"{name} {value}" for name, value in versions.items()) + ".")
+        lines.append("- **Versions:** " + ", ".join(f"{name} {markdown_text(value)}" for name, value in versions.items()) + ".")
     if (step := read_json(folder, "steps", f"train-{model}.json")):
         machine = read_json(folder, "study.json").get("versions", {}).get("machine", "a machine that is not recorded")
-        lines.append(f"- **Time:** {float(step['seconds']):,.0f} seconds for the whole step, on {machine}.")
+        lines.append(f"- **Time:** {float(step['seconds']):,.0f} seconds for the whole step, on {markdown_text(machine)}.")
     return "\n".join(lines)
 
 # %% ../nbs/77_cards.ipynb #ec21546e
@@ -356,17 +371,17 @@ def accuracy_text(folder: str | os.PathLike,  # run folder
                   ) -> str:
     "Right answers on the test pictures with both intervals, on those without a relative in training, and what it differs from."
     row = run_table(folder, "metrics/models.csv", model).iloc[0]
-    lines = [f"- **Test accuracy:** {share_text(row.right, row.pictures)}, exact 95 % interval."]
+    lines = [f"- **Test accuracy:** {share_text(row.right, row.pictures)}."]
     if isinstance(row.collapsed, str) and row.collapsed:
-        lines.append(f"- **It has collapsed:** it answers {row.collapsed} for every picture. Its other numbers mean "
-                     "nothing.")
+        lines.append(f"- **It has collapsed:** it answers {markdown_text(row.collapsed)} for every picture. Its other "
+                     "numbers mean nothing.")
     for part in (_grouped_line, _unrelated_line, _told_apart_line): lines.append(said(part, folder, model))
     return "\n".join(lines)
 
 def _grouped_line(folder, model):
     row = run_table(folder, "metrics/grouped_accuracy.csv", model).iloc[0]
-    return (f"- **With related pictures taken together** ({row.groups} groups; {row.method}): {row.accuracy:.1%} "
-            f"({row.grouped_low:.1%} to {row.grouped_high:.1%}).")
+    return (f"- **With related pictures taken together** ({row.groups} groups): {row.accuracy:.1%} "
+            f"({interval_text(row.grouped_low, row.grouped_high, row.method)}).")
 
 def _unrelated_line(folder, model):
     right, n = unrelated_accuracy(folder, model)
@@ -376,7 +391,7 @@ def _unrelated_line(folder, model):
 def _told_apart_line(folder, model):
     pairs = run_table(folder, "metrics/pairs_of_models.csv")
     apart = pairs[((pairs["first"] == model) | (pairs["second"] == model)) & (pairs["told_apart"].astype(str) == "True")]
-    others = [model_title(row.second if row.first == model else row.first) for row in apart.itertuples()]
+    others = [_title(row.second if row.first == model else row.first) for row in apart.itertuples()]
     found = f"differs from {', '.join(others)}" if others else "cannot be told apart from any"
     return f"- **Beside the other models of the run:** {found} ({pairs['test'].iloc[0]} test, Holm's correction)."
 
@@ -384,28 +399,36 @@ def _told_apart_line(folder, model):
 def class_text(folder: str | os.PathLike,  # run folder
              model: str  # name of the model
              ) -> str:
-    "Sensitivity and specificity of each class on the test pictures, with exact intervals."
+    "Sensitivity and specificity of each class on the test pictures, with exact (Clopper-Pearson) intervals."
     table = run_table(folder, "metrics/classes.csv", model)
     def interval(row, what):
         return "–" if pd.isna(row[what]) else f"{row[what]:.1%} ({row[what + '_low']:.1%} to {row[what + '_high']:.1%})"
-    return markdown_table(pd.DataFrame([{"Class": row["class"], "Test pictures": row["pictures"],
-                                         "Sensitivity (exact 95 %)": interval(row, "sensitivity"),
-                                         "Specificity (exact 95 %)": interval(row, "specificity")}
+    return markdown_table(pd.DataFrame([{"Class": markdown_text(row["class"]), "Test pictures": row["pictures"],
+                                         f"Sensitivity (95 % CI, {CLOPPER_PEARSON})": interval(row, "sensitivity"),
+                                         f"Specificity (95 % CI, {CLOPPER_PEARSON})": interval(row, "specificity")}
                                         for _, row in table.iterrows()]))
 
 # %% ../nbs/77_cards.ipynb #d7c65039
+def fitted_temperature(folder: str | os.PathLike,  # run folder
+                       model: str  # name of the model
+                       ) -> tuple[float, str]:  # temperature, and why none could be fitted; "" where one was
+    "Temperature of a model, or the reason why there is none. Raises NotMade."
+    row = run_table(folder, "metrics/calibration.csv", model).iloc[0]
+    note = row.get("note", "")
+    if isinstance(note, str) and note: return 1.0, "the validation pictures cannot tell a temperature"
+    if pd.isna(row.get("temperature")): return 1.0, "there are no validation pictures"
+    return float(row.temperature), ""
+
 def calibration_text(folder: str | os.PathLike,  # run folder
                 model: str  # name of the model
                 ) -> str:
     "How far confidence and accuracy agree, and the temperature."
-    row = run_table(folder, "metrics/calibration.csv", model).iloc[0]
+    row, (temperature, why) = run_table(folder, "metrics/calibration.csv", model).iloc[0], fitted_temperature(folder, model)
     text = (f"Mean confidence {row.confidence:.3f} at an accuracy of {row.accuracy:.3f}; expected calibration error "
             f"{row.ece:.3f}, Brier score {row.brier:.4f} ({row.pictures} test pictures, too few to see small errors). "
             "Confidence says nothing for pictures unlike these.")
-    note = row.get("note", "")
-    if isinstance(note, str) and note: return f"{text} No temperature could be fitted: the validation pictures cannot tell one."
-    if pd.isna(row.get("temperature")): return f"{text} No temperature was fitted: there are no validation pictures."
-    return (f"{text} Temperature fitted on validation pictures: {row.temperature:.2f}; calibration error with it: "
+    if why: return f"{text} No temperature could be fitted: {why}. The probabilities are not calibrated."
+    return (f"{text} Temperature fitted on validation pictures: {temperature:.2f}; calibration error with it: "
             f"{row.scaled_ece:.3f}.")
 
 # %% ../nbs/77_cards.ipynb #dbdf15a9
@@ -418,7 +441,7 @@ CHANGED = {"swap": "white cells on the background of another class", "no cells":
 def what_it_follows(folder: str | os.PathLike,  # run folder
                     model: str  # name of the model
                     ) -> str:
-    "How often the answer goes with the cells and how often with what was changed, with exact intervals, and a verdict."
+    "How often the answer goes with the cells and how often with what was changed, each with its interval, and a verdict."
     follow = run_table(folder, "metrics/follow.csv", model)
     def tell(kind, who):
         row = follow[(follow["kind"] == kind) & (follow["follows"] == who)].iloc[0]
@@ -427,9 +450,9 @@ def what_it_follows(folder: str | os.PathLike,  # run folder
              "Goes with the cells": "–" if kind == "no cells" else tell(kind, "cells"),
              "Goes with the rest, or with what was put in": "–" if kind == "bar erased" else tell(kind, "other")}
             for kind, text in CHANGED.items() if kind in set(follow["kind"])]
-    return (f"{markdown_table(pd.DataFrame(rows))}\n\n{verdict(folder, model)} The intervals are exact and take the "
-            "pictures as independent, which they are not quite: they are made from test and validation pictures, and "
-            "some of these are related.")
+    return (f"{markdown_table(pd.DataFrame(rows))}\n\nIn brackets: 95 % CI, {CLOPPER_PEARSON}. It takes the images as "
+            "independent, which they are not quite: they are made from test and validation pictures, and some of these are "
+            f"related.\n\n{verdict(folder, model)}")
 
 def verdict(folder: str | os.PathLike,  # run folder
             model: str  # name of the model
@@ -453,7 +476,8 @@ def saliency_text(folder: str | os.PathLike,  # run folder
              ) -> str:
     "Share of the saliency inside the cell mask, beside the mask's share of the picture and the check with shuffled weights."
     row = run_table(folder, "metrics/saliency.csv", model).iloc[0]
-    text = (f"{row.energy_inside:.1%} ({row.low:.1%} to {row.high:.1%}) of the saliency lies on the cells, which cover "
+    interval = interval_text(row.low, row.high, row.get("interval", "percentile bootstrap"))
+    text = (f"{row.energy_inside:.1%} ({interval}) of the saliency lies on the cells, which cover "
             f"{row.area_inside:.1%} of the picture ({row.pictures} pictures, {row.empty_maps} empty maps).")
     if pd.notna(row.get("other_maps")): text += f" With the maps of other pictures it would be {row.other_maps:.1%}."
     if pd.notna(row.get("all_shuffled")):
@@ -486,8 +510,8 @@ def known_limits(folder: str | os.PathLike,  # run folder
     if str(read_json(folder, "models", model, "model.json").get("weights_source", "")).startswith("random"):
         lines.append("- **Random weights:** it did not start from a pretrained network, so its numbers say nothing of "
                      "the pretrained network of that name.")
-    lines.append("- **One source:** trained and tested on pictures of one source; no picture of another laboratory has "
-                 "been classified with a known truth. Patients are not known, so the same person may be in training "
+    lines.append("- **One source:** trained and tested on pictures of one source; no accuracy was measured on pictures "
+                 "of another laboratory. Patients are not known, so the same person may be in training "
                  "and test.")
     if data_set(folder) is TALEQANI: lines.append(TALEQANI_LIMITS)
     return "\n".join(lines)
@@ -506,7 +530,8 @@ def _colour_line(folder, model):
     if of.empty: raise NotMade("Not in this run: `metrics/follow.csv` has no recoloured cells.")
     return ("- **The cells' own colour:** given the colours of another class's cells, it keeps to the cells in "
             f"{share_text(of.loc['cells', 'count'], of.loc['cells', 'n'])} and goes with the colour in "
-            f"{of.loc['other', 'share']:.1%}. Stain is tied to the class in these pictures, and no test here separates "
+            f"{share_text(of.loc['other', 'count'], of.loc['other', 'n'])}. Stain is tied to the class in these pictures, and no "
+            "test here separates "
             "it from biology.")
 
 def _leakage_line(folder, model):
@@ -518,12 +543,19 @@ def _leakage_line(folder, model):
 def how_to_load(folder: str | os.PathLike,  # run folder
                 model: str  # name of the model
                 ) -> str:
-    "Python that asks the model, and the command line."
+    "Python that asks the model, the command line, and whether the exported file's probabilities are calibrated."
+    path = json.dumps(f"{Path(folder).name}/models/{model}", ensure_ascii=False)
     return ("```python\nfrom leukemia_nb.images import read_picture\nfrom leukemia_nb.models import load_model\n\nmodel "
-            f"= load_model(\"{Path(folder).name}/models/{model}\")  # from the folder that holds the "
+            f"= load_model({path})  # from the folder that holds the "
             "run\nmodel.classes_, model.predict_proba([read_picture(\"picture.jpg\")])\n```\n\nWithout Keras or "
-            f"PyTorch, from the exported file: `leukemia_nb predict picture.jpg --model exported/{model}.onnx`. Its "
-            "probabilities have the temperature applied, those of `load_model` have not.")
+            f"PyTorch, from the exported file: `leukemia_nb predict picture.jpg --model exported/{model}.onnx`. "
+            f"{said(_exported_line, folder, model).removeprefix('- ')}")
+
+def _exported_line(folder, model):
+    temperature, why = fitted_temperature(folder, model)
+    if why: return f"Its probabilities are not calibrated: {why}."
+    return (f"Its probabilities have the temperature applied ({temperature:.2f}, fitted on validation pictures), those of "
+            "`load_model` have not.")
 
 # %% ../nbs/77_cards.ipynb #2fa4ef21
 SOURCES = (
@@ -564,9 +596,9 @@ def model_card(folder: str | os.PathLike,  # run folder
                model: str  # name of the model
                ) -> str:  # Markdown
     "The card of one model, from the files of the run; a part whose files are missing says which step makes them."
-    parts = [card_fields(folder, model), f"# {model_title(model)}",
+    parts = [card_fields(folder, model), f"# {markdown_text(model_title(model))}",
              "**For research only. Not a medical device; it makes no diagnosis.** Every number below is from the "
-             f"files of the run *{Path(folder).resolve().name}*."]
+             f"files of the run *{markdown_text(Path(folder).resolve().name)}*."]
     for heading, make in CARD: parts += [heading, said(make, folder, model)]
     return "\n\n".join(parts) + "\n"
 
@@ -600,12 +632,14 @@ def filled_in(item: Item,  # a topic
             "Answer": without_status(text), "Where": item.where}
 
 # %% ../nbs/77_cards.ipynb #c5f84e5f
+def _class_counts(table: pd.DataFrame) -> str:
+    return ", ".join(f"{markdown_text(name)} {count}" for name, count in table["class"].value_counts(sort=False).items())
+
 def counts_answer(folder: Path  # run folder
                   ) -> str:
     "Pictures and, by subset, pictures of each class."
     split = run_table(folder, "split.csv")
-    tell = lambda part: ", ".join(f"{name} {count}" for name, count in part["class"].value_counts(sort=False).items())
-    parts = [f"{name} {len(part)} ({tell(part)})" for name in ("train", "validation", "test")
+    parts = [f"{name} {len(part)} ({_class_counts(part)})" for name in ("train", "validation", "test")
              if len(part := split[split["subset"] == name])]
     return f"{'; '.join(parts)}. Pictures, not people: people are not known."
 
@@ -616,8 +650,8 @@ def flow_answer(folder: Path  # run folder
     bad = int((manifest["problem"] != "").sum())
     sizes = split["subset"].value_counts()
     return (f"In part: {len(manifest)} files found, {bad} could not be used, {len(split)} divided: "
-            f"{', '.join(f'{sizes.get(name, 0)} {name}' for name in ('train', 'validation', 'test'))}. No diagram; the "
-            "flow of people is not known.")
+            f"{', '.join(f'{sizes.get(name, 0)} {name}' for name in ('train', 'validation', 'test'))}. The diagram in the "
+            "report shows them; the flow of people is not known.")
 
 def unreadable_answer(folder: Path  # run folder
                       ) -> str:
@@ -643,8 +677,8 @@ def size_answer(folder: Path  # run folder
     n = int((run_table(folder, "split.csv")["subset"] == "test").sum())
     low = exact_interval(n, n)[0]
     return (f"Not done: no calculation. The sizes are shares of the pictures there are. With {n} test pictures even a "
-            f"model that has all of them right may be wrong on up to {1 - low:.1%} of such pictures (exact 95 % "
-            f"interval from {low:.1%}).")
+            f"model that has all of them right may be wrong on up to {1 - low:.1%} of such pictures (lower bound of "
+            f"the 95 % CI {low:.1%}, {CLOPPER_PEARSON}).")
 
 # %% ../nbs/77_cards.ipynb #16f82bbe
 def trained_models(folder: str | os.PathLike  # run folder
@@ -656,7 +690,7 @@ def trained_models(folder: str | os.PathLike  # run folder
 def models_answer(folder: Path  # run folder
                   ) -> str:
     "Which models; what each is, its card says."
-    return f"{', '.join(model_title(name) for name in trained_models(folder))}. Inputs, layers and head of each are in its card."
+    return f"{', '.join(map(_title, trained_models(folder)))}. Inputs, layers and head of each are in its card."
 
 def weights_answer(folder: Path  # run folder
                    ) -> str:
@@ -665,9 +699,18 @@ def weights_answer(folder: Path  # run folder
     if not any(record.values()): raise NotMade("Not in this run: `models/<model>/model.json` is written by the step "
                                                "*train*.")
     kinds: dict[str, list[str]] = {}
-    for name, source in record.items(): kinds.setdefault(source.split(" (")[0] or "not recorded", []).append(model_title(name))
+    for name, source in record.items():
+        kinds.setdefault(markdown_text(source.split(" (")[0]) or "not recorded", []).append(_title(name))
     told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
-    return f"{told}. Files and digests are in the cards."
+    return f"{told}. The files are named in the cards."
+
+def handled_answer(folder: Path  # run folder
+                   ) -> str:
+    "What happens to a picture before each model sees it, once where it is the same."
+    alike: dict[str, list[str]] = {}
+    for name in trained_models(folder): alike.setdefault(preprocessing(folder, name), []).append(_title(name))
+    if len(alike) == 1: return next(iter(alike))
+    return " ".join(f"{', '.join(names)}: {text}" for text, names in alike.items())
 
 # %% ../nbs/77_cards.ipynb #576250c4
 def training_answer(folder: Path  # run folder
@@ -677,7 +720,7 @@ def training_answer(folder: Path  # run folder
     for name in trained_models(folder):
         history, record = run_table(folder, f"models/{name}/history.csv"), read_json(folder, "models", name, "model.json")
         kept = record.get("best_epoch") or history.loc[history["val_loss"].idxmin(), "epoch"]
-        parts.append(f"{model_title(name)} epoch {int(kept)} of {len(history)}")
+        parts.append(f"{_title(name)} epoch {int(kept)} of {len(history)}")
     study = read_json(folder, "study.json")
     return (f"Epochs kept: {', '.join(parts)}. Recipe {study.get('recipe', 'not recorded')}, seed "
             f"{study.get('seed', 'not recorded')}; one training of each model, so the spread between trainings is not "
@@ -689,9 +732,8 @@ def balance_answer(folder: Path  # run folder
     "How unequal classes were treated."
     training = run_table(folder, "training.csv")
     flips = int((training["flip"] != "none").sum())
-    counts = ", ".join(f"{name} {count}" for name, count in training["class"].value_counts(sort=False).items())
-    return (f"Training pictures of the smaller classes are filled up with {flips} flipped copies ({counts}); test and "
-            "validation are left as they are. No probabilities were corrected for it except by the temperature.")
+    return (f"Training pictures of the smaller classes are filled up with {flips} flipped copies ({_class_counts(training)}); "
+            "test and validation are left as they are. Probabilities were not corrected for it.")
 
 # %% ../nbs/77_cards.ipynb #cea880f6
 def results_answer(folder: Path  # run folder
@@ -699,12 +741,12 @@ def results_answer(folder: Path  # run folder
     "Lowest and highest accuracy with both intervals."
     table = run_table(folder, "metrics/models.csv").merge(run_table(folder, "metrics/grouped_accuracy.csv").drop(
         columns=["title", "pictures", "accuracy"]), on="model")
-    tell = lambda row: (f"{row.title} {share_text(row.right, row.pictures)}, {row.grouped_low:.1%} to "
-                        f"{row.grouped_high:.1%} with related pictures taken together")
+    tell = lambda row: (f"{markdown_text(row.title)} {share_text(row.right, row.pictures)}, with near-duplicates "
+                        f"taken together {interval_text(row.grouped_low, row.grouped_high, row.method)}")
     table = table.sort_values("accuracy", kind="stable")
     if len(table) == 1: return f"{tell(table.iloc[0])}."
     top = table[table["right"] == table["right"].max()]
-    also = f" (as {', '.join(top['title'].iloc[:-1])})" if len(top) > 1 else ""
+    also = f" (as {', '.join(map(markdown_text, top['title'].iloc[:-1]))})" if len(top) > 1 else ""
     return f"Lowest: {tell(table.iloc[0])}. Highest: {tell(table.iloc[-1])}{also}. No subgroup of people can be formed."
 
 # %% ../nbs/77_cards.ipynb #3c6e4890
@@ -712,8 +754,8 @@ def uncertainty_answer(folder: Path  # run folder
                        ) -> str:
     "Intervals and tests, by the names that the tables give them."
     grouped = run_table(folder, "metrics/grouped_accuracy.csv")
-    text = (f"Exact binomial 95 % intervals, and beside them intervals over groups of related pictures "
-            f"({' or '.join(grouped['method'].unique())}).")
+    text = (f"95 % intervals of proportions: {CLOPPER_PEARSON} (exact binomial, images as independent), and beside it over "
+            f"groups of near-duplicates: {' or '.join(grouped['method'].unique())}.")
     if len(grouped) == 1: return text
     test = run_table(folder, "metrics/pairs_of_models.csv")["test"].iloc[0]
     return f"{text} Models are compared in pairs by the {test} test with Holm's correction."
@@ -722,26 +764,25 @@ def class_answer(folder: Path  # run folder
                  ) -> str:
     "Range of sensitivity and specificity by class over the models."
     table = run_table(folder, "metrics/classes.csv")
-    parts = [f"{name}: sensitivity {rows['sensitivity'].min():.1%} to {rows['sensitivity'].max():.1%}, specificity "
-             f"{rows['specificity'].min():.1%} to {rows['specificity'].max():.1%} ({int(rows['pictures'].iloc[0])} "
+    parts = [f"{markdown_text(name)}: sensitivity {rows['sensitivity'].min():.1%} to {rows['sensitivity'].max():.1%}, "
+             f"specificity {rows['specificity'].min():.1%} to {rows['specificity'].max():.1%} ({int(rows['pictures'].iloc[0])} "
              "pictures)"
              for name, rows in table.groupby("class", sort=False)]
-    return (f"From the worst model to the best, {'; '.join(parts)}. Exact intervals are in the table; prevalences are "
+    return (f"From the worst model to the best, {'; '.join(parts)}. Intervals are in the table; prevalences are "
             "those of the pictures, not of patients.")
 
 # %% ../nbs/77_cards.ipynb #d00a3c31
 def failures_answer(folder: Path  # run folder
                     ) -> str:
-    "Test pictures that at least one model has wrong."
-    wrong: dict[str, list[str]] = {}
-    for name in trained_models(folder):
+    "How many test pictures at least one model has wrong, and how many models share the commonest of them; no names."
+    wrong: dict[str, int] = {}
+    models = trained_models(folder)
+    for name in models:
         test = take_subset(model_predictions(folder, name))
-        for pair in test.loc[answers(test) != test["class"], "pair"]: wrong.setdefault(str(pair), []).append(model_title(name))
-    worst = sorted(wrong, key=lambda pair: -len(wrong[pair]))[:5]
-    named = "; ".join(f"{pair} by {len(wrong[pair])}" for pair in worst)
-    return (f"In part: {len(wrong)} of {len(test)} test pictures are wrong for at least one of "
-            f"{len(trained_models(folder))} models{f'; most often {named}' if named else ''}. No haematologist has "
-            "looked at them.")
+        for pair in test.loc[answers(test) != test["class"], "pair"]: wrong[str(pair)] = wrong.get(str(pair), 0) + 1
+    most = f", one of them for {max(wrong.values())}" if wrong and len(models) > 1 else ""
+    return (f"In part: {len(wrong)} of {len(test)} test pictures are wrong for at least one of {len(models)} models{most}; "
+            "which, `predictions/` says. No haematologist has looked at them.")
 
 # %% ../nbs/77_cards.ipynb #db2f3d1d
 def follow_answer(folder: Path  # run folder
@@ -749,7 +790,7 @@ def follow_answer(folder: Path  # run folder
     "How often each model goes with the cells where cells and background disagree."
     rows = run_table(folder, "metrics/follow.csv").query("kind == 'swap' and follows == 'cells'")
     ours, rest = rows[rows["model"] == "cells"], rows[rows["model"] != "cells"].sort_values("share", kind="stable")
-    tell = lambda row: f"{row['title']} {share_text(row['count'], row['n'])}"
+    tell = lambda row: f"{markdown_text(row['title'])} {share_text(row['count'], row['n'])}"
     parts = [tell(row) for _, row in rest.iterrows()]
     if len(parts) > 1: parts = [f"least often {parts[0]}", f"most often {parts[-1]}"]
     parts += [f"by construction {tell(row)}" for _, row in ours.iterrows()]
@@ -760,9 +801,10 @@ def controls_answer(folder: Path  # run folder
     "The best control that is shown no white cell."
     controls = run_table(folder, "metrics/controls.csv").query("kind == 'control'")
     blind = controls[controls["name"].isin(BLIND)]
-    best = (blind if len(blind) else controls).sort_values("accuracy", kind="stable").iloc[-1]
-    return (f"The control *{best.title}* ({best.sees}) is right on {best.accuracy:.1%} of the test pictures "
-            f"({best.low:.1%} to {best.high:.1%})")
+    if blind.empty: raise NotMade("Not in this run: `metrics/controls.csv` has no control that sees no white cell.")
+    best = blind.sort_values("accuracy", kind="stable").iloc[-1]
+    return (f"The control *{best.title}* ({best.sees}) is right on {best.accuracy:.1%} of {best.pictures} test pictures "
+            f"({interval_text(best.low, best.high, best.interval)})")
 
 # %% ../nbs/77_cards.ipynb #a21b253e
 def robustness_answer(folder: Path  # run folder
@@ -771,7 +813,7 @@ def robustness_answer(folder: Path  # run folder
     table = run_table(folder, "metrics/robustness.csv")
     worst = table.loc[table["accuracy"].idxmin()]
     text = (f"{table['change'].nunique()} kinds of change on {int(table['pictures'].max())} test pictures; lowest: "
-            f"{worst.title}, {str(worst.change).replace('_', ' ')} {worst.level:g}, "
+            f"{markdown_text(worst.title)}, {str(worst.change).replace('_', ' ')} {worst.level:g}, "
             f"{share_text(worst.right, worst.pictures)}. ")
     return text + said(folds_answer, folder)
 
@@ -779,7 +821,7 @@ def folds_answer(folder: Path  # run folder
                  ) -> str:
     "Repeated grouped cross-validation over all pictures."
     table = run_table(folder, "metrics/cross_validation.csv").sort_values("accuracy", kind="stable")
-    tell = lambda row: f"{row.title} {row.accuracy:.1%} ({row.low:.1%} to {row.high:.1%})"
+    tell = lambda row: f"{markdown_text(row.title)} {row.accuracy:.1%} ({interval_text(row.low, row.high, row.interval)})"
     return (f"Repeated cross-validation with relatives kept together, {int(table['pictures'].iloc[0])} pictures: "
             f"lowest {tell(table.iloc[0])}, highest {tell(table.iloc[-1])}; classifiers on ready-made features, not "
             "the networks trained anew.")
@@ -788,9 +830,9 @@ def maps_answer(folder: Path  # run folder
                 ) -> str:
     "Share of the saliency on the cells, over the models."
     table = run_table(folder, "metrics/saliency.csv").sort_values("energy_inside")
-    tell = lambda row: f"{row.title} {row.energy_inside:.1%} on cells that cover {row.area_inside:.1%}"
-    return (f"Saliency from least to most on the cells: {tell(table.iloc[0])}; {tell(table.iloc[-1])}. Checked by "
-            "shuffling the weights, see the cards.")
+    tell = lambda row: f"{markdown_text(row.title)} {row.energy_inside:.1%} on cells that cover {row.area_inside:.1%}"
+    return (f"Saliency from least to most on the cells: {tell(table.iloc[0])}; {tell(table.iloc[-1])}. "
+            f"{int(table['all_shuffled'].notna().sum())} of {len(table)} checked by shuffling the weights, see the cards.")
 
 # %% ../nbs/77_cards.ipynb #95cceb7e
 def known(field: str  # a field of `DataSet`
@@ -804,6 +846,16 @@ def of_people(text: str  # what to say of pictures of people
     "An answer that has no meaning for drawings."
     def answer(folder: Path) -> str: return SYNTHETIC.people if data_set(folder) is SYNTHETIC else text
     return answer
+
+def external_answer(folder: Path  # run folder
+                    ) -> str:
+    "Whether pictures of another source with a class were given to the run."
+    files = sorted((folder / "unseen").glob("*.csv")) if read_json(folder, "study.json").get("unseen") else []
+    given = read_predictions(files[0]) if files else pd.DataFrame({"class": []})
+    labelled = int((given["class"] != "").sum())
+    if not labelled: return "Not done: no pictures of another laboratory with known classes."
+    return (f"In part: {labelled} of {len(given)} new pictures given to the run lie in folders named after a class; their "
+            "predictions are shown, no accuracy is claimed. Where they come from the run does not know.")
 
 # %% ../nbs/77_cards.ipynb #125d7d86
 _CARDS, _WORTH, _HOW = "cards/", "What is this accuracy worth?", "How to reproduce this"
@@ -833,13 +885,14 @@ DATA = (
     Item("Setting and centres", "6a", "", known("setting")),
     Item("Who was taken in", "6b", "8", known("eligibility")),
     Item("Treatment", "6c", "", of_people("Not known: whether anybody was treated before the smear is not recorded.")),
-    Item("Preparation and checks of the pictures", "7", "9", lambda folder: f"{preprocessing(folder, 'mobilenet_v2')} "
+    Item("Preparation and checks of the pictures", "7", "9", lambda folder: f"{handled_answer(folder)} "
          "Unreadable files are named in the manifest, doubtful masks flagged "
          f"({int((run_table(folder, 'pairs.csv')['flag'] != '').sum())} here).", "Processing"),
     Item("Parts of the pictures that were used", "", "10", "Whole pictures. The cell model uses only the cells that "
          "the segmentation finds, the dual-channel model both.", "Processing"),
-    Item("De-identification", "", "11", of_people("Not known: done, if at all, by whoever published the pictures. File "
-         "names carry no names of people; metadata is not read.")),
+    Item("De-identification", "", "11", of_people("Not known: done, if at all, by whoever published the pictures. The names of "
+         "the files and their metadata were not searched for names of people; of the metadata only what the pixels need is "
+         "read (orientation, colours), and the prepared pictures carry none.")),
     Item("Missing data", "11", "12", unreadable_answer, "The pictures"),
     Item("How the pictures were taken", "", "13", known("acquisition")),
     Item("Outcome and reference standard", "8a", "14", known("reference")),
@@ -860,7 +913,7 @@ PREDICTORS = (
     Item("What the predictors are", "9b", "", "The picture as the file holds it, and what the segmentation makes of "
          "it, without a person.", "Processing"),
     Item("Who assessed the predictors", "9c", "", "Does not apply: no person assesses a predictor."),
-    Item("How predictors were handled", "12b", "", lambda folder: preprocessing(folder, "mobilenet_v2"), "Processing"),
+    Item("How predictors were handled", "12b", "", handled_answer, "Processing"),
     Item("How the pictures were divided", "12a", "19", division_text, "The split"),
     Item("Level at which the subsets are disjoint", "", "20", disjoint_answer, "The split"),
     Item("Sample size", "10", "21", size_answer, "Test accuracy"))
@@ -879,14 +932,14 @@ METHODS = (
          "card."),
     Item("Class imbalance", "13", "", balance_answer, "The split"),
     Item("Fairness", "14", "", of_people("Not done: nothing is known of the people, so no groups can be compared.")),
-    Item("Output and thresholds", "15", "", "One probability a class; the answer is the largest. The exported models "
-         "also abstain, at thresholds set on validation pictures.", _CARDS),
+    Item("Output and thresholds", "15", "", "One probability a class; the answer is the largest. An exported "
+         "model also abstains, at thresholds set on validation pictures.", _CARDS),
     Item("Training and test data compared", "16, 20c", "", "In part: both are drawn from the same pictures and differ "
          "by chance only. That is the weakness: it says nothing of other laboratories.", "The split"),
-    Item("Clusters", "12d, 23b", "", "In part: groups of related pictures are resampled whole for the second interval. "
+    Item("Clusters", "12d, 23b", "", "In part: the second interval counts groups of near-duplicates, not images. "
          "Centres and people cannot be compared: one centre, people not known.", "Test accuracy"),
-    Item("Measures of performance", "12e", "28", "Accuracy, sensitivity and specificity by class, ROC and "
-         "precision-recall, calibration error and Brier score; how often the answer follows the cells. No measure of "
+    Item("Measures of performance", "12e", "28", "Accuracy, sensitivity and specificity by class, ROC (precision-"
+         "recall in `figures/`), calibration error and Brier score; how often the answer follows the cells. No measure of "
          "clinical utility.", "By class"),
     Item("Uncertainty", "", "29", uncertainty_answer, "Test accuracy"),
     Item("Robustness", "", "30", robustness_answer, _WORTH),
@@ -894,9 +947,9 @@ METHODS = (
     Item("Internal testing", "", "32", lambda folder: "On "
          f"{len(take_subset(model_predictions(folder, trained_models(folder)[0])))} test pictures put aside before "
          "training.", "Test accuracy"),
-    Item("External testing", "", "33", "Not done: no pictures of another laboratory with known classes."),
-    Item("Updating", "12f, 24", "", "Does not apply: no model was updated after its test. A temperature is fitted on "
-         "validation pictures.", "Calibration"),
+    Item("External testing", "", "33", external_answer),
+    Item("Updating", "12f, 24", "", "Does not apply: no model was updated after its test. Where validation pictures "
+         "can tell a temperature, it is fitted on them, before the test.", "Calibration"),
     Item("How predictions are calculated", "12g", "", "By the code of this package; every probability is in "
          "`predictions/`.", "predictions/"),
     Item("Ethics", "17", "", of_people("Not known: an approval for the collection has to be sought with the authors of "
@@ -917,8 +970,8 @@ RESULTS = (
     Item("Limitations", "26", "40", "Stated in full below this section's heading.", "Reporting and limits"),
     Item("Meaning for practice", "", "41", "None: research and teaching only, no part of care.", _CARDS),
     Item("Poor or missing input", "27a", "", "In part: unreadable files are refused with a reason; a picture without "
-         "cells gets the cell model's prior shares; `quality_control` names blurred and dark pictures. What to do with "
-         "them in care is not studied."),
+         "cells gets the cell model's prior shares; `quality_control` flags masks that are doubtful by their size; nothing "
+         "judges focus or exposure. What to do with such pictures in care is not studied."),
     Item("What users have to do and know", "27b", "", "Nobody has to mark anything. Reading the answer takes knowledge "
          "of the limits here."),
     Item("Next steps", "27c", "", "Pictures of other laboratories with known patients, classes by flow cytometry, and "
@@ -960,7 +1013,7 @@ def limits_statement(folder: str | os.PathLike  # run folder
               ("Size", said(size_answer, folder)), ("Relatives", said(disjoint_answer, folder)),
               ("Background", f"{said(controls_answer, folder)}. {said(follow_answer, folder)}"),
               ("Colour of the cells", said(colour_answer, folder)),
-              ("One source", "No picture of another laboratory with a class of this study has been tested. Nothing here says "
+              ("One source", "No accuracy was measured on pictures of another laboratory. Nothing here says "
                "how a model would do there."),
               ("One training", "Each model was trained once with one seed; another seed would give other numbers.")]
     return "\n".join(f"- **{name}.** {without_status(text)}" for name, text in points)
@@ -971,8 +1024,9 @@ def colour_answer(folder: Path  # run folder
     rows = run_table(folder, "metrics/follow.csv").query("kind == 'recolour cells' and follows == 'cells'")
     if rows.empty: raise NotMade("Not in this run: `metrics/follow.csv` has no recoloured cells.")
     low, high = rows.loc[rows["share"].idxmin()], rows.loc[rows["share"].idxmax()]
-    return (f"With the cells in another class's colours, the answer keeps to the cells in {low.share:.1%} "
-            f"({low.title}) to {high.share:.1%} ({high.title}). Stain differs between the classes of these pictures, "
+    tell = lambda row: f"{share_text(row['count'], row['n'])} ({markdown_text(row['title'])})"
+    return (f"With the cells in another class's colours, the answer keeps to the cells in {tell(low)} to {tell(high)}. "
+            "Stain differs between the classes of these pictures, "
             "so colour that is learnt may be the laboratory's.")
 
 # %% ../nbs/77_cards.ipynb #eac4cef8

@@ -279,7 +279,7 @@ def follow_rates(
     table: pd.DataFrame,  # columns kind, cells, other, as `make_counterfactuals` gives them
     predictions: Sequence[str] | np.ndarray,  # a class name for each row
 ) -> pd.DataFrame:  # a row for each kind and answer: [kind, follows, n, count, share, low, high]
-    "How often predictions are the class of the cells, of everything else, or neither, with exact (Clopper-Pearson) 95 % intervals."
+    "How often predictions are the class of the cells, of everything else, or neither; exact (Clopper-Pearson) 95 % intervals."
     predictions = np.asarray(predictions, dtype=str)
     if len(predictions) != len(table): raise ValueError(f"{len(table)} pictures but {len(predictions)} predictions.")
     rows = []

@@ -285,7 +285,8 @@ def calm_style() -> Iterator[None]:
             "axes.linewidth": 0.8, "axes.spines.top": False, "axes.spines.right": False, "xtick.color": GREY,
             "ytick.color": GREY, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.grid": False,
             "grid.color": PALE, "grid.linewidth": 0.8, "legend.frameon": False, "lines.linewidth": 1.6,
-            "figure.dpi": 80, "savefig.dpi": 160, "svg.fonttype": "path", "svg.hashsalt": "leukemia_nb", "text.parse_math": False}):
+            "figure.dpi": 80, "savefig.dpi": 160, "svg.fonttype": "path", "svg.hashsalt": "leukemia_nb",
+            "text.parse_math": False}):
         yield
 
 # %% ../nbs/70_evaluation.ipynb #dbbf3cef

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STYLE', 'TEMPLATE', 'NOTICE', 'STAR', 'SECTIONS', 'Section', 'prose', 'table_html', 'figure_html', 'facts_html',
            'tiles_html', 'render_report', 'write_section', 'read_section', 'made_up_run', 'data_section',
-           'split_section', 'processing_section', 'training_section', 'accuracy_section', 'class_section',
-           'calibration_section', 'unseen_section', 'reproduction_section', 'summary_html', 'report_sections',
-           'build_report']
+           'split_section', 'flow_figure', 'processing_section', 'training_section', 'accuracy_section',
+           'class_section', 'calibration_section', 'unseen_section', 'reproduction_section', 'summary_html',
+           'report_sections', 'build_report']
 
 # %% ../nbs/75_report.ipynb #83db077d
 import base64
@@ -26,10 +26,10 @@ import pandas as pd
 
 from .files import atomic_path, read_json, read_table, write_table
 from .images import read_picture, write_picture
-from .evaluation import (DECK_ACCURACY, INK, PredictionsError, accuracy_figure, answers, blank_figure, calm_style,
-                                    class_table, compare_models, confusion_figure, curves_figure, made_up_predictions,
-                                    model_title, read_all_predictions, readable_comparison, roc_figure, take_subset,
-                                    unseen_html, unseen_table, write_predictions)
+from .evaluation import (CLOPPER_PEARSON, DECK_ACCURACY, GREY, INK, PredictionsError, accuracy_figure, answers,
+                                    blank_figure, calm_style, class_table, compare_models, confusion_figure, curves_figure,
+                                    made_up_predictions, markdown_text, model_title, read_all_predictions, readable_comparison,
+                                    roc_figure, take_subset, unseen_html, unseen_table, write_predictions)
 from .leakage import unrelated_pairs
 from .shortcuts import BLIND
 from .uncertainty import calibration_table, compare_pairs, reliability_figure, told_apart_sentence
@@ -372,7 +372,10 @@ def split_section(folder: Path) -> str:
     counts = counts.reindex(dict.fromkeys(split["class"])).rename(columns=str.capitalize)
     if training is not None: counts["Train, balanced by flips"] = training["class"].value_counts()
     counts.loc["All"] = counts.sum()
+    manifest = _table(folder, "manifest.csv")
     parts = [prose("Both pictures of a pair, and exact copies of it, are in one subset. Only training pictures are flipped."),
+             "" if manifest is None else figure_html(flow_figure(manifest, split), "Flow of the pictures, from files to subsets",
+                                                     "From the files found to the subsets. People are not known."),
              table_html(counts.astype(int).rename_axis("Class").reset_index())]
     if leakage is not None and {"subset", "pictures", "with_partner"} <= set(leakage.columns):
         told = " and ".join(f"{row.with_partner} of {row.pictures} {row.subset} pictures" for row in leakage.itertuples())
@@ -380,6 +383,28 @@ def split_section(folder: Path) -> str:
         else: parts.append(prose(f"**{told} show something that a training picture shows too**: the same field of view, part "
                                  "of it, or a copy. They may flatter the accuracy; the grouped split keeps relatives together."))
     return "\n".join(parts)
+
+def flow_figure(manifest: pd.DataFrame,  # a row a file found
+                split: pd.DataFrame  # a row a picture that was used: class, subset
+                ) -> "Figure":
+    "Diagram of the flow of pictures: files found, left out, and by subset with their classes."
+    box = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": GREY}
+    subsets = [name for name in ("train", "validation", "test") if (split["subset"] == name).any()]
+    with calm_style():
+        figure, axes = blank_figure(1, 1, (7, 3.4))
+        axis = axes[0, 0]
+        axis.set(xlim=(0, 1), ylim=(0, 1)); axis.axis("off")
+        def place(x: float, y: float, text: str, origin: tuple[float, float] | None = None) -> None:
+            axis.annotate(text, origin or (x, y), (x, y), ha="center", va="center", fontsize=8.5, bbox=box, zorder=3,
+                          arrowprops={"arrowstyle": "<|-", "color": GREY, "zorder": 1} if origin else None)
+        place(0.5, 0.9, f"{len(manifest):,} files found")
+        place(0.5, 0.55, f"{len(split):,} pictures divided", (0.5, 0.83))
+        place(0.85, 0.72, f"{len(manifest) - len(split):,} not used", (0.5, 0.72))
+        for i, name in enumerate(subsets):
+            rows = split[split["subset"] == name]
+            counts = "\n".join(f"{label} {count:,}" for label, count in rows["class"].value_counts(sort=False).items())
+            place((i + 0.5) / len(subsets), 0.15, f"{name} {len(rows):,}\n{counts}", (0.5, 0.48))
+    return figure
 
 # %% ../nbs/75_report.ipynb #3675a581
 def processing_section(folder: Path) -> str:
@@ -466,20 +491,22 @@ def accuracy_section(folder: Path) -> str:
     scratch = comparison["weights"].str.startswith("random")
     comparison.loc[scratch, "title"] += " *"
     said = told_apart_sentence(compare_pairs(predictions, groups=_relatives(folder))) if len(predictions) > 1 else ""
-    parts = [prose("Right answers on pictures that no model saw in training. The interval is exact (Clopper and Pearson) and "
-                   "takes pictures as independent. The deck's figures are from its own 111 test pictures."
-                   f"{STAR if scratch.any() else ''}\n\n{said} {_power(predictions)} {_unrelated(folder, predictions)}"),
+    parts = [prose(f"Correct predictions on {comparison['pictures'].max():,} pictures that no model saw in training. The 95 % "
+                   f"CI is exact ({CLOPPER_PEARSON}) and takes pictures as independent. The deck's figures are from its own "
+                   f"111 test pictures.{STAR if scratch.any() else ''}\n\n{markdown_text(said)} {_power(predictions)} "
+                   f"{_unrelated(folder, predictions)}"),
              table_html(readable_comparison(comparison).drop(columns=["Weights", "Note"], errors="ignore"))]
     grouped = _table(folder, "metrics", "grouped_accuracy.csv")
     if grouped is not None:
         intervals = [f"{row.grouped_low:.3f}–{row.grouped_high:.3f}" for row in grouped.itertuples()]
         shown = pd.DataFrame({"Model": grouped["title"], "Accuracy": grouped["accuracy"], "Groups": grouped["groups"],
-                              "95 % interval": intervals})
-        parts.append(table_html(shown, "The same, with whole groups of related pictures resampled"))
+                              "95 % CI": intervals, "Method": grouped["method"]})
+        parts.append(table_html(shown, "The same, counting groups of near-duplicates instead of pictures"))
     for row in comparison[comparison["collapsed"] != ""].itertuples():
-        parts.append(prose(f"**{row.title} has collapsed:** it answers {row.collapsed} for every picture."))
+        parts.append(prose(f"**{markdown_text(row.title)} has collapsed:** it answers {markdown_text(row.collapsed)} for "
+                           "every picture."))
     parts.append(figure_html(accuracy_figure(comparison), "Test accuracy of each model with its interval and the deck's value",
-                             "Dots: this run, with the exact 95 % interval. Diamonds: the deck."))
+                             f"Dots: this run, with the 95 % CI ({CLOPPER_PEARSON}). Diamonds: the deck."))
     if (comparison["weights"] != "").any():
         parts.append(table_html(comparison[["title", "weights"]].set_axis(["Model", "Weights"], axis=1),
                                 "Where the weights before training came from"))
@@ -490,20 +517,20 @@ def class_section(folder: Path) -> str:
     "Confusion matrices, the table by class, ROC curves and calibration."
     predictions = _predictions(folder)
     if not predictions: return ""
-    rows = []
+    rows, method = [], f" (95 % CI, {CLOPPER_PEARSON})"
     for name, table in predictions.items():
         for i, row in enumerate(class_table(take_subset(table)).itertuples()):
             interval = lambda value, low, high: "–" if pd.isna(value) else f"{value:.3f} ({low:.2f}–{high:.2f})"
             rows.append({"Model": model_title(name) if i == 0 else "", "Class": row._1, "Pictures": row.pictures,
                          "Precision": row.precision, "F1": row.f1,
-                         "Sensitivity (95 %)": interval(row.sensitivity, row.sensitivity_low, row.sensitivity_high),
-                         "Specificity (95 %)": interval(row.specificity, row.specificity_low, row.specificity_high)})
+                         f"Sensitivity{method}": interval(row.sensitivity, row.sensitivity_low, row.sensitivity_high),
+                         f"Specificity{method}": interval(row.specificity, row.specificity_low, row.specificity_high)})
     caption = "Each class against the rest: shares of the folders of one collection, which say nothing of patients"
     parts = [figure_html(confusion_figure(predictions), "Confusion matrix of each model",
                          "Rows: true class. Columns: answer. Numbers are pictures."), table_html(pd.DataFrame(rows), caption)]
     try: parts.append(figure_html(roc_figure(predictions), "ROC curves by class",
                                   "One class against the rest; the legend has the mean area."))
-    except PredictionsError as error: parts.append(prose(f"No ROC curves: {error}"))
+    except PredictionsError as error: parts.append(prose(f"No ROC curves: {markdown_text(error)}"))
     return "\n".join(parts)
 
 # %% ../nbs/75_report.ipynb #01263d44
@@ -524,7 +551,8 @@ def calibration_section(folder: Path) -> str:
             "none can be fitted and the row has dashes.")
     if worse: text += f" On the test pictures scaling raised the ECE of {worse} of {found['scaled_ece'].notna().sum()} models."
     picture = figure_html(reliability_figure(predictions), "Accuracy against confidence for each model",
-                          "On the diagonal: honest. Below it: too sure. Bars: exact 95 % intervals; area: share of pictures.")
+                          f"On the diagonal: honest. Below it: too sure. Bars: 95 % CI ({CLOPPER_PEARSON}); area: share of "
+                          "pictures.")
     return prose(text) + table_html(found[[name for name in names if name in found]].rename(columns=names)) + picture
 
 # %% ../nbs/75_report.ipynb #92dceff3
@@ -583,12 +611,12 @@ def summary_html(folder: Path  # run folder
     count = f"{many} models{trained + ' pictures,' if trained else ''} were"
     if len(table) == 1: count = count.replace("models", "model").replace("were", "was")
     did = "did best:" if len(table) > 1 else "was"
-    text = (f"{count} put to {best['pictures']} test pictures. {who} {did} right on {best['right']} of "
+    text = (f"{count} put to {best['pictures']} test pictures. {markdown_text(who)} {did} right on {best['right']} of "
             f"{best['pictures']} "
-            f"({best['accuracy']:.1%}; exact 95 % interval {best['low']:.1%} to {best['high']:.1%}).")
-    if len(table) > 1: text += " " + told_apart_sentence(compare_pairs(predictions, groups=_relatives(folder)))
+            f"({best['accuracy']:.1%}; 95 % CI {best['low']:.1%} to {best['high']:.1%}, {CLOPPER_PEARSON}).")
+    if len(table) > 1: text += " " + markdown_text(told_apart_sentence(compare_pairs(predictions, groups=_relatives(folder))))
     tiles = [(f"{best['accuracy']:.1%}", f"best test accuracy, {best['right']} of {best['pictures']}"),
-             (f"{best['low']:.1%} – {best['high']:.1%}", "its exact 95 % interval"),
+             (f"{best['low']:.1%} – {best['high']:.1%}", f"its 95 % CI ({CLOPPER_PEARSON})"),
              (f"{table['accuracy'].min():.1%}", f"lowest, {table.loc[table['accuracy'].idxmin(), 'title']}"),
              (f"{table['pictures'].iloc[0]:,}", "test pictures")]
     if len(table) == 1: del tiles[2]
@@ -606,7 +634,7 @@ def _doubt(folder: Path) -> tuple[str, list[tuple[str, str]]]:
     span = f"{swap.min():.0%}" if len(swap) == 1 else f"{swap.min():.0%} to {swap.max():.0%}"
     text = (f"**What is that worth?** {blind['title']}, without a white cell, is enough for {known} of all pictures. "
             "Shown the cells of one class on the background of another, the models answer with the cells' class in "
-            f"{span} of the pictures (most often: {swap.idxmax()}).")
+            f"{span} of the pictures (most often: {markdown_text(swap.idxmax())}).")
     return text, [(known, f"by {blind['title'].lower()} alone, no white cell seen"),
                   (span, "of swapped pictures: answer follows the cells")]
 

@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from .evaluation import (CLOPPER_PEARSON, GREY, MODEL_COLOURS, PALE, answers, blank_figure, calm_style, exact_interval, model_title,
-                                    probabilities_of)
+from .evaluation import (CLOPPER_PEARSON, GREY, MODEL_COLOURS, PALE, answers, blank_figure, calm_style, exact_interval,
+                                    model_title, probabilities_of)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

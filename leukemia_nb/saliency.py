@@ -331,7 +331,7 @@ def saliency_summary(
     seed: int = 0,  # of the bootstrap
     groups: Mapping[str, object] | None = None,  # pair -> group of near-duplicates; None: each image its own
 ) -> pd.DataFrame:  # a row a model
-    "Mean energy inside the cells with its bootstrapped 95 % interval, both chance levels, the ratio, correlations after shuffling."
+    "Mean energy inside the cells with its bootstrap 95 % interval, both chance levels, the ratio, correlations after shuffling."
     rows: list[dict[str, Any]] = []
     for name, table in tables.items():
         seen = table[np.isfinite(table["energy_inside"])]

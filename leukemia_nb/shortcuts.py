@@ -279,7 +279,7 @@ def permuted_accuracy(predictions: pd.DataFrame  # of a permuted control, with t
     "Mean accuracy over label permutations, and the central 95 % of them."
     table, pairs = permutation_table(predictions), predictions.drop_duplicates("pair")
     groups = pairs["group"].nunique() if "group" in pairs else len(pairs)
-    low, high = np.quantile(table["accuracy"], [0.025, 0.975])
+    low, high = (np.quantile(table["accuracy"], share, method=side) for share, side in ((0.025, "lower"), (0.975, "higher")))
     return Interval(float(table["accuracy"].mean()), float(low), float(high), len(pairs), groups, float(groups),
                     f"central 95 % of {len(table)} label permutations")
 
@@ -291,7 +291,7 @@ def cross_validate_controls(features: Mapping[str, np.ndarray],  # control -> (n
                             repeats: int = 1,  # with other folds each time
                             seed: int = 0,  # of folds, forests and shuffling
                             n_jobs: int | None = None,  # folds fitted at once
-                            shuffles: int | None = None  # repeats of a permuted control; None: 100, or a third of the images if fewer
+                            shuffles: int | None = None  # of a permuted control; None: 100, or a third of the images if fewer
                             ) -> dict[str, pd.DataFrame]:  # control -> predictions as `uncertainty.cross_validate` gives them
     "Out-of-fold answers of every control. Raises ValueError if a class has too few groups."
     from sklearn.model_selection import StratifiedGroupKFold
@@ -389,5 +389,6 @@ def controls_figure(table: pd.DataFrame  # from `control_table`
 def _interval_label(table: pd.DataFrame) -> str:
     "Name of the axis, with the commonest method of the intervals and, with their titles, the others."
     common = table["interval"].mode().iloc[0]
-    others = [f"{row.title}: {row.interval}" for row in table[table["interval"] != common].itertuples()]
+    others = [f"{', '.join(rows['title'])}: {method}"
+              for method, rows in table[table["interval"] != common].groupby("interval", sort=False)]
     return "\n".join([f"accuracy; 95 % CI: {common}", *others])

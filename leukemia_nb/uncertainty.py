@@ -93,7 +93,8 @@ def cluster_bootstrap(values: Sequence[float] | np.ndarray,  # (n,) one value an
     mean = lambda sums, sizes, axis=-1: sums.sum(axis=axis) / sizes.sum(axis=axis)
     found = bootstrap((sums, sizes), mean, paired=True, n_resamples=repeats, confidence_level=confidence,
                       method="percentile", batch=500, rng=np.random.default_rng(seed)).confidence_interval
-    return Interval(float(values.mean()), float(found.low), float(found.high), len(values), len(sizes), effective_groups(group), BOOTSTRAP)
+    low, high = float(found.low), float(found.high)
+    return Interval(float(values.mean()), low, high, len(values), len(sizes), effective_groups(group), BOOTSTRAP)
 
 # %% ../nbs/72_uncertainty.ipynb #d0902da6
 def grouped_accuracy(predictions: Mapping[str, pd.DataFrame],  # model name -> predictions
@@ -329,7 +330,8 @@ def reliability_figure(predictions: Mapping[str, pd.DataFrame],  # model name ->
                          color=CLASS_COLOURS["Normal"], edgecolor="white", linewidth=0.8, zorder=3, clip_on=False)
             axis.text(0.97, 0.05, f"ECE {calibration_error(part):.3f}", ha="right", fontsize=8, transform=axis.transAxes)
             axis.set(title=model_title(name), xlim=(0, 1), ylim=(0, 1), aspect="equal")
-        figure.supxlabel(f"confidence (bars: 95 % CI of the accuracy, {CLOPPER_PEARSON})", fontsize=9, color=INK); figure.supylabel("accuracy", fontsize=9, color=INK)
+        figure.supxlabel(f"confidence (bars: 95 % CI of the accuracy, {CLOPPER_PEARSON})", fontsize=9, color=INK)
+        figure.supylabel("accuracy", fontsize=9, color=INK)
     return figure
 
 # %% ../nbs/72_uncertainty.ipynb #c63b0781

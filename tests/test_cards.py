@@ -19,11 +19,14 @@ from leukemia_nb.cards import (
     Item,
     NotMade,
     accuracy_text,
+    class_text,
     data_set,
     disjoint_answer,
     division_text,
+    external_answer,
     failures_answer,
     filled_in,
+    how_to_load,
     known_limits,
     licence_text,
     limits_statement,
@@ -34,12 +37,14 @@ from leukemia_nb.cards import (
     reporting_blocks,
     reporting_items,
     results_answer,
+    robustness_text,
     run_table,
     share_text,
     trained_models,
     training_run,
     unrelated_accuracy,
     verdict,
+    what_it_follows,
     write_cards,
 )
 from leukemia_nb.files import read_table, write_table
@@ -98,7 +103,7 @@ def test_numbers_are_those_of_the_files(run):
     change(run, "models.csv", "yolov8", right=90, pictures=97)
     change(run, "grouped_accuracy.csv", "yolov8", grouped_low=0.123, grouped_high=0.987)
     card = model_card(run, "yolov8")
-    assert share_text(90, 97) in card and "12.3% to 98.7%" in card
+    assert share_text(90, 97) in card and "95 % CI 12.3% to 98.7%, Clopper-Pearson on effective groups" in card
     assert "111 of 111" not in accuracy_text(run, "yolov8")
 
 
@@ -263,7 +268,8 @@ def test_wrong_answers_are_counted_by_picture(run):
         if model == "yolo11":
             sure.loc[sure["pair"] == "Pro-B/test_001", ["p_Normal", "p_Pro-B"]] = [1.0, 0.0]
         write_predictions(sure, run / "predictions" / f"{model}.csv")
-    assert "1 of 111 test pictures are wrong" in failures_answer(run) and "Pro-B/test_001 by 1" in failures_answer(run)
+    assert "1 of 111 test pictures are wrong" in failures_answer(run) and "one of them for 1;" in failures_answer(run)
+    assert "test_001" not in failures_answer(run)
 
 
 def test_a_study_of_one_model(run):
@@ -286,6 +292,51 @@ def test_the_report_takes_the_section(run):
         assert f"<td>{item.topic}</td>" in page
     saved = read_table(run / "metrics" / "reporting_items.csv")
     assert len(saved) == len(ITEMS) and saved["Answer"].notna().all()
+
+
+def test_every_interval_names_its_method(run):
+    """In cards, limits and items: wherever two percentages stand as an interval, the method is in the same sentence or the head."""
+    texts = [model_card(run, "mobilenet_v2"), limits_statement(run), *reporting_items(run)["Answer"]]
+    bounds = re.compile(r"\d% to [\d.]+%(?P<after>[^)\n]*)")
+    for text in texts:
+        for found in bounds.finditer(text):
+            line = text[text.rfind("\n", 0, found.start()) + 1:text.find("\n", found.end())]
+            if line.startswith("|"):   # a table: its head, or the sentence below it
+                continue
+            assert "Clopper-Pearson" in found["after"] or "sensitivity" in line, line
+    for part in (class_text(run, "mobilenet_v2"), what_it_follows(run, "mobilenet_v2"), robustness_text(run, "mobilenet_v2")):
+        assert "Clopper-Pearson" in part
+
+
+def test_calibrated_is_said_only_where_a_temperature_was_fitted(run):
+    told = {name: how_to_load(run, name) for name in trained_models(run)}
+    table = read_table(run / "metrics" / "calibration.csv").set_index("model")
+    for name, text in told.items():
+        fitted = not table.loc[name, "note"] if isinstance(table.loc[name, "note"], str) else True
+        assert ("have the temperature applied" in text) == fitted and ("are not calibrated" in text) != fitted
+    assert {"have the" in text for text in told.values()} == {True, False}   # both are tried
+    write_table(run / "metrics" / "calibration.csv", table.reset_index().drop(columns=["temperature", "note"]))
+    assert "not calibrated: there are no validation pictures" in how_to_load(run, "nasnet_mobile")
+
+
+def test_items_say_what_the_project_does(run):
+    items = reporting_items(run).set_index("Topic")["Answer"]
+    assert "blurred" not in items["Poor or missing input"] and "No diagram" not in items["Flow of pictures"]
+    assert "Flow of the pictures" in build_report(run).read_text(encoding="utf-8")   # the diagram that the item names
+    assert "metadata is not read" not in items["De-identification"]
+    assert "YOLOv8" in items["How predictors were handled"] and "backbone" in items["How predictors were handled"]
+    for file in (run / "predictions").glob("*.csv"):
+        if file.stem != "yolo11":
+            file.unlink()
+    items = reporting_items(run).set_index("Topic")["Answer"]
+    assert "backbone" not in items["How predictors were handled"]   # no network of Keras in this run
+
+
+def test_new_pictures_with_classes_are_not_passed_over(run):
+    study = json.loads((run / "study.json").read_text())
+    assert external_answer(run).startswith("Not done")
+    (run / "study.json").write_text(json.dumps(study | {"unseen": "/somewhere"}))
+    assert external_answer(run).startswith("In part: 6 of 6 new pictures")
 
 
 def test_nothing_is_called_a_diagnosis(run):

@@ -206,6 +206,9 @@ def test_table_and_summary(red_corner):
     row = saliency_summary({"yolo11": empty}).iloc[0]
     assert (row.title, row.pictures, row.empty_maps, row.energy_inside) == ("YOLO11", 4, 2, 0.5)
     assert row.low <= row.energy_inside <= row.high and np.isnan(row.head_shuffled)
+    assert row.interval == "percentile bootstrap of groups"
+    alike = saliency_summary({"a": table.assign(pair=["x", "y"])}, groups={"x": 1, "y": 1}).iloc[0]
+    assert alike.energy_inside == 0.5 and np.isnan(alike.low) and np.isnan(alike.high)  # one group: no interval
     none = saliency_summary({"a": table.assign(energy_inside=np.nan)}).iloc[0]
     assert none.empty_maps == 2 and np.isnan(none.energy_inside)
 

@@ -10,9 +10,9 @@ from leukemia_nb.images import read_picture, write_picture
 from leukemia_nb.evaluation import check_predictions, compare_models, made_up_predictions, read_predictions, write_predictions
 from leukemia_nb.pairing import Pairs, prepare_pairs
 from leukemia_nb.segmentation import find_cells
-from leukemia_nb.shortcuts import (CONTROLS, SHUFFLES, background_pixels, bar_corner, colour_numbers, control_features, control_table,
-                                   controls_figure, cross_validate_controls, run_controls, silhouette_numbers, texture_numbers,
-                                   views_figure)
+from leukemia_nb.shortcuts import (CONTROLS, background_pixels, bar_corner, colour_numbers, control_features, control_table,
+                                   controls_figure, cross_validate_controls, permutation_table, permuted_accuracy,
+                                   permuted_sentence, run_controls, silhouette_numbers, texture_numbers, views_figure)
 from leukemia_nb.synthetic import smear
 from leukemia_nb.uncertainty import cross_validated_accuracy
 
@@ -101,12 +101,15 @@ def test_run_controls_writes_what_the_study_reads(pairs, tmp_path):
     found = run_controls(train, test)
     assert list(found) == list(CONTROLS)
     for name, predictions in found.items():
+        if name == "permuted":
+            assert predictions["repeat"].nunique() == 5 and predictions.groupby("repeat")["pair"].apply(list).map(lambda pairs: pairs == test.table["pair"].tolist()).all()
+            continue
         check_predictions(predictions)
         assert predictions["pair"].tolist() == test.table["pair"].tolist() and set(predictions["subset"]) == {"validation"}
         write_predictions(predictions, tmp_path / "controls" / f"{name}.csv")
         pd.testing.assert_frame_equal(read_predictions(tmp_path / "controls" / f"{name}.csv"), predictions, rtol=1e-6)
     accuracy = compare_models(found, "validation").set_index("model")["accuracy"]
-    assert accuracy["background_colour"] > 0.8 and accuracy["permuted"] < accuracy["colour"]
+    assert accuracy["background_colour"] > 0.8 and permuted_accuracy(found["permuted"]).estimate < accuracy["colour"]
     again = run_controls(train, test, controls=["permuted"])
     pd.testing.assert_frame_equal(again["permuted"], found["permuted"])
 
@@ -136,9 +139,9 @@ def test_cross_validation_keeps_groups_together():
     table = pd.DataFrame({"pair": [f"p{i}" for i in range(120)], "class": np.array(["a", "b", "c"])[group % 3]})
     alone, held = (cross_validated_accuracy(cross_validate_controls(numbers, table, groups)["grey_texture"]) for groups in (None, group))
     assert alone.estimate > 0.9 and held.estimate < 0.6 and held.groups == 30
-    found = cross_validate_controls({**numbers, "permuted": numbers["grey_texture"][:, :3]}, table, group, folds=2, repeats=2)
+    found = cross_validate_controls({**numbers, "permuted": numbers["grey_texture"][:, :3]}, table, group, folds=2, repeats=2, shuffles=7)
     assert found["grey_texture"].groupby("repeat")["pair"].nunique().tolist() == [120, 120]
-    assert found["permuted"]["repeat"].nunique() == SHUFFLES
+    assert found["permuted"]["repeat"].nunique() == 7
     with pytest.raises(ValueError, match="a has 1 groups, 5 folds need"): cross_validate_controls(numbers, table, table["class"])
 
 
@@ -146,12 +149,35 @@ def test_table_and_figure_join_controls_and_models():
     models = {"yolo11": made_up_predictions(0.99), "colour": made_up_predictions(0.9, seed=1), "permuted": made_up_predictions(0.4)}
     table = control_table(models)
     assert table["name"].tolist() == ["colour", "permuted", "yolo11"] and table["title"].tolist()[2] == "YOLO11"
-    assert table["chance"].tolist() == pytest.approx([47 / 111] * 3) and set(table["interval"]) == {"exact"}
+    assert table["chance"].tolist() == pytest.approx([47 / 111] * 3) and set(table["interval"]) == {"Clopper-Pearson"}
     by_field = control_table(models, {pair: i // 4 for i, pair in enumerate(models["colour"]["pair"])})
-    assert (by_field["groups"] < by_field["pictures"]).all() and set(by_field["interval"]) == {"cluster bootstrap"}
+    assert (by_field["groups"] < by_field["pictures"]).all() and set(by_field["interval"]) == {"Clopper-Pearson on effective groups"}
     words = [text.get_text() for text in controls_figure(table).axes[0].texts]
     assert "Colour statistics" in words and "99.1%" in words and "commonest class" in words
     with pytest.raises(ValueError, match="no predictions"): control_table({})
+
+
+def test_the_interval_of_permuted_labels_holds_the_spread_of_shuffling():
+    """Two colours a class, so images of a colour are called alike: accuracies after a shuffle spread far more than coin tosses."""
+    random = np.random.default_rng(3)
+    table = pd.DataFrame({"pair": [f"p{i}" for i in range(60)], "class": np.repeat(["a", "b"], 30)})
+    numbers = {"permuted": (np.arange(60) // 15)[:, None] + 1e-6 * random.normal(size=(60, 3))}
+    found = cross_validate_controls(numbers, table, folds=3, shuffles=40)["permuted"]
+    by_shuffle, interval = permutation_table(found), permuted_accuracy(found)
+    fresh = permutation_table(cross_validate_controls(numbers, table, folds=3, shuffles=20, seed=1000)["permuted"])["accuracy"]
+    assert by_shuffle["accuracy"].std() > 1.2 * np.sqrt(0.25 / 60)
+    assert fresh.between(interval.low, interval.high).mean() >= 0.8   # shuffles that the interval has not seen
+    row = control_table({"permuted": found}).iloc[0]
+    assert (row["low"], row["high"], row["interval"]) == (interval.low, interval.high, "central 95 % of 40 label permutations")
+
+
+def test_few_images_are_said_to_be_too_few():
+    few = {"colour": made_up_predictions(1.0, (1, 1, 1)),
+           "permuted": pd.concat([made_up_predictions(share, (1, 1, 1), seed=i).assign(repeat=i) for i, share in enumerate((0, 1 / 3, 2 / 3, 1))])}
+    text = permuted_sentence(control_table(few))
+    assert "of 3 images" in text and "the controls here show nothing" in text
+    many = {"colour": made_up_predictions(0.95), "permuted": pd.concat([made_up_predictions(0.4, seed=i).assign(repeat=i) for i in range(9)])}
+    assert "show nothing" not in permuted_sentence(control_table(many)) and permuted_sentence(control_table({"colour": many["colour"]})) == ""
 
 
 def test_views_have_a_column_a_control():
