@@ -228,14 +228,15 @@ def prepare(
     run, names = Run(out), class_names(classes)
     check_output(out, folder=True)
     check_no_input(search_images(data).paths, out)
-    with _stoppable(), exclusive(out / "pairs.csv"):
-        mark_output_folder(out)
-        remove_unfinished(out)
+    with _stoppable():
         manifest = build_manifest(data, classes=names, without=out, say=_report)
-        run.write_table(manifest, "manifest.csv")
-        check_manifest(manifest, minimum=1, classes=names)
-        pairs = prepare_pairs(manifest, out / "pairs", size=size, method=method, n_jobs=n_jobs)
-        run.write_table(pairs, "pairs.csv")
+        with exclusive(out / "pairs.csv"):
+            mark_output_folder(out)
+            remove_unfinished(out)
+            run.write_table(manifest, "manifest.csv")
+            check_manifest(manifest, minimum=1, classes=names)
+            pairs = prepare_pairs(manifest, out / "pairs", size=size, method=method, n_jobs=n_jobs)
+            run.write_table(pairs, "pairs.csv")
     flagged, bad = int((pairs.flag != "").sum()), int((pairs.problem != "").sum())
     _say(f"{counted(len(pairs) - bad, 'pair')} in {out}, {flagged} flagged; {counted(bad, 'picture')} with problems in pairs.csv")
 

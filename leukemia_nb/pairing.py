@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLIPS', 'RECIPE', 'PAIR_COLUMNS', 'CHANNELS', 'squash', 'pair_files', 'flip', 'pixel_hash', 'finished_row',
-           'save_record', 'finished_pair', 'save_png', 'save_pair', 'check_no_input', 'remove_unfinished',
-           'image_problem', 'remove_files', 'prepare_pair', 'prepare_pairs', 'read_saved', 'Pairs', 'rescale']
+           'save_record', 'finished_pair', 'save_png', 'save_pair', 'check_no_input', 'remove_files',
+           'remove_unfinished', 'image_problem', 'prepare_pair', 'prepare_pairs', 'read_saved', 'Pairs', 'rescale']
 
 # %% ../nbs/30_pairing.ipynb #b155fb61
 import errno
@@ -124,6 +124,11 @@ def check_no_input(images: Iterable[str | os.PathLike],  # that are to be read
     raise OutputError(f"{out}: the images to be read lie in it ({inside}), and a folder that leukemia_nb writes is left out "
                       "by every search. Name another folder with --out, such as a new one.")
 
+def remove_files(files: Iterable[Path]) -> None:
+    "Remove files, where they are there."
+    for path in files:
+        if path.is_file(): path.unlink(missing_ok=True)
+
 def remove_unfinished(folder: str | os.PathLike  # that nobody else writes now
                       ) -> None:
     "Remove what a killed run left half-written in a folder and below it."
@@ -140,11 +145,6 @@ def image_problem(path: str | os.PathLike,  # the image
         return f"{path}: not enough memory for it. Use fewer processes (--n-jobs), or scale the image down."
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return f"{path}: cannot be processed ({reason}). Cut out fields of it, or remove it."
-
-def remove_files(files: Iterable[Path]) -> None:
-    "Remove files, where they are there."
-    for path in files:
-        if path.is_file(): path.unlink(missing_ok=True)
 
 # %% ../nbs/30_pairing.ipynb #795a28b2
 def prepare_pair(row: dict,  # row of the manifest: pair, class, path, sha256 and, where it is there, problem

@@ -183,3 +183,9 @@ def test_the_prepare_notebook_goes_on_past_bad_images(tmp_path):
     assert (table.problem != "").sum() == bad and len(table) == 66 + bad - 1
     shown = "".join(str(output) for cell in nbformat.read(tmp_path / "done.ipynb", 4).cells for output in cell.get("outputs", []))
     assert "cut.png" in shown and "could not be reached" in shown
+
+
+def test_data_that_is_none_leaves_nothing_behind(tmp_path):
+    write_picture(tmp_path / "in/fields/a.png", smear("Pro-B", 0, 96, 128).picture)
+    status, said, error = call(tmp_path / "in", "--out", tmp_path / "out")
+    assert status == 1 and said == "" and "Sort them into folders" in error and not (tmp_path / "out").exists()

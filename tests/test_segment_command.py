@@ -183,7 +183,7 @@ def test_a_full_disk_keeps_what_is_done_and_the_same_command_goes_on(tmp_path, d
     write_picture(tmp_path / "in/b.png", noise)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     status, said, error = call(tmp_path / "in", "--out", tmp_path / "out", preexec_fn=limit)
-    assert status == 1 and said == "" and "out: " in error and "1 of 2 images are done and kept: run again" in error.splitlines()[-1]
+    assert status == 1 and said == "" and "b.png: cannot be written: File too large" in error and "1 of 2 images are done and kept: run again" in error.splitlines()[-1]
     assert {path.name for path in (tmp_path / "out/overlays").iterdir()} == {"a.png"} and not list(tmp_path.rglob(".part-*"))
     done = (tmp_path / "out/masks/a.png").stat().st_mtime_ns
     assert call(tmp_path / "in", "--out", tmp_path / "out")[0] == 0
