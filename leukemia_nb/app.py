@@ -450,7 +450,7 @@ def server_settings(
         "websocket_max_message_size": (LIMIT + 1) * 1_000_000}}
 
 # %% ../nbs/95_app.ipynb #5b7e01d2
-def token_only() -> type:
+def token_only() -> type:  # a subclass of IdentityProvider
     "Jupyter's identity provider, without a log-in page and without cookies: each request carries the token of this start."
     from jupyter_server.auth.identity import IdentityProvider, User
     from jupyter_server.base.handlers import FileFindHandler
@@ -478,7 +478,7 @@ def token_only() -> type:
 KERNELS = 4  # pages open at a time, a Python process each
 
 
-def capped_kernels() -> type:
+def capped_kernels() -> type:  # a subclass of AsyncMappingKernelManager
     "Jupyter's kernel manager with room for `KERNELS` pages: a new one takes the place of a closed one, or is refused (503)."
     from asyncio import Lock
     from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
@@ -493,7 +493,7 @@ def capped_kernels() -> type:
             super().notify_disconnect(kernel_id)
             self.left.add(kernel_id)
 
-        async def start_kernel(self, **settings: Any) -> str:
+        async def start_kernel(self, **settings: Any) -> str:  # type: ignore[override]
             async with self.starting:
                 running = self.list_kernels()
                 if len(running) >= KERNELS:
@@ -505,7 +505,7 @@ def capped_kernels() -> type:
     return CappedKernels
 
 # %% ../nbs/95_app.ipynb #5b7e01d6
-def page_server() -> type:
+def page_server() -> Any:  # a subclass of voila.app.Voila
     "Voilà that opens the browser by way of a private file, so that the token stands in no list of processes."
     from voila.app import Voila
 
@@ -518,7 +518,7 @@ def page_server() -> type:
     return PageServer
 
 
-def own_python() -> type:
+def own_python() -> type:  # a subclass of KernelSpecManager
     "Kernel specifications without those of other Pythons that may lie about on the machine: this one starts the page."
     from jupyter_client.kernelspec import KernelSpecManager
     from traitlets import default

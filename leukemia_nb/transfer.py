@@ -69,8 +69,8 @@ def input_scaling(
     return (backbone.high - backbone.low) / 255, float(backbone.low)
 
 # %% ../nbs/62_transfer.ipynb #58c10bcc
-KERAS_SETTINGS = {"backend": "tensorflow", "image_data_format": "channels_last", "floatx": "float32", "epsilon": 1e-7,
-                  "dtype_policy": "float32"}
+KERAS_SETTINGS: dict[str, Any] = {"backend": "tensorflow", "image_data_format": "channels_last", "floatx": "float32",
+                                  "epsilon": 1e-7, "dtype_policy": "float32"}
 
 
 def check_keras() -> None:
