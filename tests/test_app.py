@@ -57,7 +57,7 @@ def test_a_picture_is_shown_with_cells_answers_and_doubt(run, files):
     assert page.answers.value.count('class="app-line') == 1 + len(KINDS)
     widths = [float(w) for w in re.findall(r"width:([\d.]+)%", page.answers.value)]
     assert np.allclose(np.sum(np.reshape(widths, (len(KINDS), 3)), axis=1), 100, atol=0.2)
-    assert page.answers.value.count("doubt") + page.answers.value.count("Abstains") >= len(KINDS)
+    assert page.answers.value.count("Confidence") + page.answers.value.count("Abstains") >= len(KINDS)
     assert page.button.layout.display == "" and page.looks.value == ""
 
 
@@ -268,7 +268,7 @@ def test_in_a_browser_a_picture_shows_cells_bars_and_doubt(browser, files):
     bars = browser.value("[...document.querySelectorAll('.app-line > span > i > i')].map(i => i.offsetWidth / i.parentNode.offsetWidth)")
     assert len(bars) == 3 * len(KINDS) and np.allclose(np.sum(np.reshape(bars, (-1, 3)), axis=1), 1, atol=0.06)
     doubts = browser.value("[...document.querySelectorAll('.app-line small')].map(e => e.innerText)")
-    assert len(doubts) == len(KINDS) and all(re.search("doubt|Abstains", doubt) for doubt in doubts)
+    assert len(doubts) == len(KINDS) and all(re.search("Confidence|Abstains", doubt) for doubt in doubts)
 
 
 def test_in_a_browser_the_outlines_can_be_taken_away(browser, files):
