@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from .data import class_of, find_pictures
-from .files import atomic_path, restored_cell, shown, write_table
+from .files import restored_cell, shown, write_table
 from .images import PictureError, read_picture
 from .models import MODELS
 
