@@ -118,7 +118,8 @@ def _flush(path: Path) -> None:
     finally: os.close(number)
 
 @contextmanager
-def atomic_path(path: str | os.PathLike  # file to be written; its folder is made where it is missing
+def atomic_path(path: str | os.PathLike,  # file to be written; its folder is made where it is missing
+                durable: bool = True  # reaches the disk before it takes its name; False where a checksum is looked at later
                 ) -> Iterator[Path]:  # temporary path in the same folder, with the same suffix; the file is not there yet
     "Yield a temporary path that becomes `path` on success; on any error nothing is left. Raises `OutputError`."
     path = Path(path)
@@ -128,8 +129,9 @@ def atomic_path(path: str | os.PathLike  # file to be written; its folder is mad
             _check_regular(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            _flush(temporary)
+            if durable: _flush(temporary)
             os.replace(temporary, path)
+            if not durable: return
             with suppress(PermissionError): _flush(path.parent)  # a folder may be closed to reading
     finally:
         with suppress(OSError):

@@ -80,7 +80,7 @@ def save_record(record: str | os.PathLike,  # JSON file to be written
                 ) -> None:
     "Write down that some files are finished, after they are. Raises `OutputError`."
     text = json.dumps({"made_from": made_from, "files": files, "row": row}, indent=1)
-    with atomic_path(record) as temporary: temporary.write_text(text, encoding="utf-8")
+    with atomic_path(record, durable=False) as temporary: temporary.write_text(text, encoding="utf-8")
 
 def finished_pair(folder: str | os.PathLike,  # the pairs folder
                   pair: str,  # name of the pair
@@ -97,7 +97,7 @@ def save_png(path: str | os.PathLike,  # file to be written
     fast = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE,
             cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
     data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), fast)[1].tobytes()
-    with atomic_path(path) as temporary: temporary.write_bytes(data)
+    with atomic_path(path, durable=False) as temporary: temporary.write_bytes(data)
     return hashlib.sha256(data).hexdigest()
 
 # %% ../nbs/30_pairing.ipynb #36cb3fae
