@@ -199,11 +199,11 @@ def test_the_app_needs_no_framework_and_no_widgets_to_be_imported():
 class Server:
     """The page as `make app` serves it, on a free port, for two pages at a time."""
 
-    def __init__(self, run, log, **environment):
+    def __init__(self, run, log, browser=False, **environment):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        code = f"from leukemia_nb import app; app.KERNELS = 2; app.serve({str(run)!r}, {port}, browser=False)"
+        code = f"from leukemia_nb import app; app.KERNELS = 2; app.serve({str(run)!r}, {port}, browser={browser})"
         with open(log, "w") as target:
             self.process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=target, stderr=target,
                                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment})
@@ -262,6 +262,22 @@ def test_another_hosts_name_is_refused_even_with_the_token(server, host):
 def test_the_token_is_long_new_each_time_and_in_no_process_list(server):
     assert len(server.token) >= 32 and server.token != "guess"
     assert all(server.token not in " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
+
+
+def test_the_browser_is_given_a_private_file_and_not_the_token(run, tmp_path):
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/given.part\ncp "${{1#file://}}" {tmp_path}/page.html\n'
+                       f'ls -ld "$(dirname "${{1#file://}}")" > {tmp_path}/folder\nmv {tmp_path}/given.part {tmp_path}/given\n')
+    browser.chmod(0o755)
+    server = Server(run, tmp_path / "log.txt", browser=True, BROWSER=str(browser))
+    try:
+        wait_for((tmp_path / "given").is_file)
+    finally:
+        stop(server.process)
+    given = (tmp_path / "given").read_text().split()
+    assert given[-1].startswith("file:///") and server.token not in " ".join(given)
+    assert server.address in (tmp_path / "page.html").read_text() and (tmp_path / "folder").read_text().startswith("drwx------")
+    assert not Path(given[-1].removeprefix("file://")).exists()
 
 
 def test_only_this_computer_can_connect(server):
