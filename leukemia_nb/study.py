@@ -382,8 +382,9 @@ def fingerprint(step: Step, run: Run, notebook: Path) -> str:
     "SHA-256 over all that decides what a step writes: code, parameters, files read, package version."
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    decisive = {name: value for name, value in step.parameters.items() if name != "n_jobs"}
     parts = {
-        "code": code, "parameters": step.parameters, "version": _package_version(),
+        "code": code, "parameters": decisive, "version": _package_version(),
         "inputs": {name: _digest(run.folder / name) for name in step.inputs},
         "outside": {name: _listing(Path(name)) for name in step.outside},
     }
