@@ -175,6 +175,20 @@ def _kernel_environment(
 _kernels: set[int] = set()  # process numbers of the kernels that this process has started
 
 
+@functools.cache
+def _kernel_manager() -> type:
+    "Jupyter's kernel manager, which also knows the clients it has made, as whoever runs a notebook with it does not end its own."
+    from jupyter_client.manager import KernelManager
+
+    class Manager(KernelManager):
+        def client(self, **settings: Any) -> Any:
+            made = super().client(**settings)
+            self.clients = [*getattr(self, "clients", []), made]
+            return made
+
+    return Manager
+
+
 @contextmanager
 def python_kernel(
     folder: str | os.PathLike,  # working directory
@@ -183,12 +197,11 @@ def python_kernel(
 ) -> Iterator[Any]:  # jupyter_client's KernelManager, whose kernel is ready
     "A Jupyter kernel of this Python, which ends with the context. Raises KernelStartError."
     from jupyter_client.kernelspec import KernelSpecManager
-    from jupyter_client.manager import KernelManager
 
     with tempfile.TemporaryDirectory(prefix="leukemia_nb-kernel-", ignore_cleanup_errors=True) as own:
-        manager = KernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),  # this Python's
-                                connection_file=os.path.join(own, "kernel.json"),
-                                client_class="jupyter_client.asynchronous.AsyncKernelClient")
+        manager = _kernel_manager()(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),  # this Python's
+                                    connection_file=os.path.join(own, "kernel.json"),
+                                    client_class="jupyter_client.asynchronous.AsyncKernelClient")
         try:
             variables = _kernel_environment(own, environment or {})
             _start(manager, own, cwd=os.fspath(folder), env=variables, pass_fds=tuple(inherited))
@@ -221,6 +234,7 @@ def _start(manager: Any, own: str, **process: Any) -> None:
 
 def _end(manager: Any) -> None:
     "End what is left of a kernel and of the processes it has started."
+    for client in getattr(manager, "clients", []): client.stop_channels()
     pid = getattr(manager.provisioner, "pid", None)
     if pid is None: return
     _kill_group(pid)

@@ -382,8 +382,9 @@ def fingerprint(step: Step, run: Run, notebook: Path) -> str:
     "SHA-256 over all that decides what a step writes: code, parameters, files read, package version."
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    decisive = {name: value for name, value in step.parameters.items() if name != "n_jobs"}
     parts = {
-        "code": code, "parameters": step.parameters, "version": _package_version(),
+        "code": code, "parameters": decisive, "version": _package_version(),
         "inputs": {name: _digest(run.folder / name) for name in step.inputs},
         "outside": {name: _listing(Path(name)) for name in step.outside},
     }
@@ -418,6 +419,40 @@ def finished(step: Step, run: Run, print_: str) -> bool:
     if record.get("fingerprint") != print_: return False
     return set(record["outputs"]) == set(step.outputs) and all(
         _digest(run.folder / name) == seen for name, seen in record["outputs"].items())
+
+# %% ../nbs/80_study.ipynb #ab034e8d
+try: import fcntl
+except ImportError: fcntl = None  # type: ignore[assignment]  # Windows
+
+
+@contextmanager
+def _step_lock(
+    run: Run,
+    name: str,  # of the step
+    patience: float = 20,  # seconds to wait for a process of an earlier study to end
+) -> Iterator[tuple[int, ...]]:  # the lock's open file, for the step's kernel: as long as that lives, the step is locked
+    "Lock a step against other studies, also on other machines of a shared file system. Raises StudyError."
+    if fcntl is None:
+        yield ()  # without such locks a kernel ends within a second after the study
+        return
+    file, end = os.open(run.path("steps", f".{name}.lock"), os.O_RDWR | os.O_CREAT, 0o666), time.monotonic() + patience
+    try:
+        while True:
+            try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise StudyError(f"{run.folder}: step {name} of an earlier study is still being run by one of its workers. "
+                                     "Wait for it, or use another --run.") from None
+                time.sleep(0.2)
+            else: break
+        yield (file,)
+    finally: os.close(file)
+
+
+def _wait_for_workers(run: Run) -> None:
+    "Wait until no process of an earlier study, which was killed, is at work in a run folder. Raises StudyError."
+    for path in sorted(run.folder.glob("steps/.*.lock")):
+        with _step_lock(run, path.name[1:].removesuffix(".lock")): pass
 
 # %% ../nbs/80_study.ipynb #f4ec95fd
 def run_step(
@@ -725,40 +760,6 @@ def _locked(run: Run) -> AbstractContextManager[Any]:
     except OSError as error:
         reason = error.strerror or error
         raise StudyError(f"{run.folder}: cannot be written ({reason}). Name another folder with --run.") from None
-
-# %% ../nbs/80_study.ipynb #ab034e8d
-try: import fcntl
-except ImportError: fcntl = None  # type: ignore[assignment]  # Windows
-
-
-@contextmanager
-def _step_lock(
-    run: Run,
-    name: str,  # of the step
-    patience: float = 20,  # seconds to wait for a process of an earlier study to end
-) -> Iterator[tuple[int, ...]]:  # the lock's open file, for the step's kernel: as long as that lives, the step is locked
-    "Lock a step against other studies, also on other machines of a shared file system. Raises StudyError."
-    if fcntl is None:
-        yield ()  # without such locks a kernel ends within a second after the study
-        return
-    file, end = os.open(run.path("steps", f".{name}.lock"), os.O_RDWR | os.O_CREAT, 0o666), time.monotonic() + patience
-    try:
-        while True:
-            try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise StudyError(f"{run.folder}: step {name} of an earlier study is still being run by one of its workers. "
-                                     "Wait for it, or use another --run.") from None
-                time.sleep(0.2)
-            else: break
-        yield (file,)
-    finally: os.close(file)
-
-
-def _wait_for_workers(run: Run) -> None:
-    "Wait until no process of an earlier study, which was killed, is at work in a run folder. Raises StudyError."
-    for path in sorted(run.folder.glob("steps/.*.lock")):
-        with _step_lock(run, path.name[1:].removesuffix(".lock")): pass
 
 # %% ../nbs/80_study.ipynb #c7e246a6
 def versions() -> dict[str, str]:

@@ -166,9 +166,11 @@ def test_a_study_over_a_cluster_is_the_same_study_and_survives_a_killed_worker(a
 
 
 def test_a_step_that_fails_in_a_worker_is_the_study_s_error(address, tmp_path):
-    (tmp_path / "no pictures").mkdir()
-    settings = replace(SMOKE, data=str(tmp_path / "no pictures"))
-    with pytest.raises(StudyError, match=r"(?s)step prepare failed.*no pictures.*goes on from here"):
+    for label in ("Normal", "Pre-B", "Pro-B"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for number in range(20): (tmp_path / "data" / label / f"{number}.png").write_bytes(b"no image")
+    settings = replace(SMOKE, data=str(tmp_path / "data"))
+    with pytest.raises(StudyError, match=r"(?s)step prepare failed.*class Normal is empty.*goes on from here"):
         run_study(settings, tmp_path / "run", until=("prepare",), say=lambda line: None, cluster=address)
 
 
