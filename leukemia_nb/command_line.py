@@ -210,7 +210,7 @@ def segment(
 # %% ../nbs/90_command_line.ipynb #5f881a88
 @app.command()
 def prepare(
-    data: Annotated[Path, typer.Argument(help="Folder with one folder of pictures a class.", exists=True, file_okay=False)],
+    data: Annotated[Path, typer.Argument(help="Folder with one folder of pictures a class.", exists=True)],
     out: Annotated[Path, typer.Option(help="Folder for manifest.csv, pairs.csv and pairs/.")] = Path("prepared"),
     classes: Annotated[int, typer.Option(help="3, or 4 with early Pre-B.", min=3, max=4)] = 3,
     size: Annotated[int, typer.Option(help="Side of the prepared pictures in pixels.", min=16)] = 224,

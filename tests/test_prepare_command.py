@@ -189,3 +189,12 @@ def test_data_that_is_none_leaves_nothing_behind(tmp_path):
     write_picture(tmp_path / "in/fields/a.png", smear("Pro-B", 0, 96, 128).picture)
     status, said, error = call(tmp_path / "in", "--out", tmp_path / "out")
     assert status == 1 and said == "" and "Sort them into folders" in error and not (tmp_path / "out").exists()
+
+
+def test_an_archive_or_an_image_given_as_folder_is_one_line(tmp_path):
+    for name, word in (("set.zip", "is an archive. Unpack it"), ("a.png", "is a file. Give the folder")):
+        (tmp_path / name).write_bytes(b"PK\3\4")
+        done = subprocess.run([sys.executable, "-m", "leukemia_nb", "prepare", tmp_path / name, "--out", tmp_path / "out"],
+                              capture_output=True, text=True)
+        assert done.returncode == 1 and word in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
