@@ -34,7 +34,7 @@ from .evaluation import (CLOPPER_PEARSON, answers, class_table, classes_of, comp
                                     read_all_predictions, read_predictions, take_subset)
 from .models import MODELS
 from .leakage import unrelated_pairs
-from .shortcuts import BLIND
+from .shortcuts import BLIND, CONTROLS, permuted_sentence
 from .uncertainty import GROUPED, calibration_table, compare_pairs, grouped_accuracy
 
 # %% ../nbs/77_cards.ipynb #37c5b00b
@@ -181,6 +181,10 @@ def data_set(folder: str | os.PathLike  # run folder
     small, large = r"/WBC-(?:Benign|Malignant-\w+)-\d+\.jpe?g$", r"/(?:Benign|\[Malignant\][^/]*)/[^/]+\.jpe?g$"
     named = paths.str.contains(f"{small}|{large}", flags=re.I)
     return TALEQANI if len(paths) and named.mean() >= 0.9 else OWN
+
+def _people(folder: str | os.PathLike, text: str) -> str:
+    "What is said of people, or that drawings have none."
+    return "There are no people: the pictures are drawings." if data_set(folder) is SYNTHETIC else text
 
 # %% ../nbs/77_cards.ipynb #1867973c
 def share_text(count: int,  # right answers, say
@@ -511,8 +515,8 @@ def known_limits(folder: str | os.PathLike,  # run folder
         lines.append("- **Random weights:** it did not start from a pretrained network, so its numbers say nothing of "
                      "the pretrained network of that name.")
     lines.append("- **One source:** trained and tested on pictures of one source; no accuracy was measured on pictures "
-                 "of another laboratory. Patients are not known, so the same person may be in training "
-                 "and test.")
+                 "of another laboratory. "
+                 + _people(folder, "Patients are not known, so the same person may be in training and test."))
     if data_set(folder) is TALEQANI: lines.append(TALEQANI_LIMITS)
     return "\n".join(lines)
 
@@ -641,7 +645,7 @@ def counts_answer(folder: Path  # run folder
     split = run_table(folder, "split.csv")
     parts = [f"{name} {len(part)} ({_class_counts(part)})" for name in ("train", "validation", "test")
              if len(part := split[split["subset"] == name])]
-    return f"{'; '.join(parts)}. Pictures, not people: people are not known."
+    return f"{'; '.join(parts)}. {_people(folder, 'Pictures, not people: people are not known.')}"
 
 def flow_answer(folder: Path  # run folder
                 ) -> str:
@@ -651,7 +655,7 @@ def flow_answer(folder: Path  # run folder
     sizes = split["subset"].value_counts()
     return (f"In part: {len(manifest)} files found, {bad} could not be used, {len(split)} divided: "
             f"{', '.join(f'{sizes.get(name, 0)} {name}' for name in ('train', 'validation', 'test'))}. The diagram in the "
-            "report shows them; the flow of people is not known.")
+            f"report shows them. {_people(folder, 'The flow of people is not known.')}")
 
 def unreadable_answer(folder: Path  # run folder
                       ) -> str:
@@ -666,10 +670,10 @@ def disjoint_answer(folder: Path  # run folder
     leakage = run_table(folder, "leakage.csv").set_index("subset")
     shared = f"{int(leakage.loc['test', 'with_partner'])} of {int(leakage.loc['test', 'pictures'])} test pictures"
     if read_json(folder, "study.json").get("split") == "grouped":
-        return (f"In part: groups of related pictures are disjoint ({shared} have a relative in training). Whether "
-                "people are is not known.")
+        return (f"In part: groups of related pictures are disjoint ({shared} have a relative in training). "
+                + _people(folder, "Whether people are is not known."))
     return (f"In part: pictures and exact copies are disjoint, nothing else. {shared} share a field of view with a "
-            "training picture; people cannot be kept apart, as they are not known.")
+            "training picture. " + _people(folder, "People cannot be kept apart, as they are not known."))
 
 def size_answer(folder: Path  # run folder
                 ) -> str:
@@ -820,11 +824,13 @@ def robustness_answer(folder: Path  # run folder
 def folds_answer(folder: Path  # run folder
                  ) -> str:
     "Repeated grouped cross-validation over all pictures."
-    table = run_table(folder, "metrics/cross_validation.csv").sort_values("accuracy", kind="stable")
+    every = run_table(folder, "metrics/cross_validation.csv")
+    permuted = [name in CONTROLS and CONTROLS[name].permuted for name in every["name"]]
+    table = every[[not chance for chance in permuted]].sort_values("accuracy", kind="stable")
     tell = lambda row: f"{markdown_text(row.title)} {row.accuracy:.1%} ({interval_text(row.low, row.high, row.interval)})"
     return (f"Repeated cross-validation with relatives kept together, {int(table['pictures'].iloc[0])} pictures: "
             f"lowest {tell(table.iloc[0])}, highest {tell(table.iloc[-1])}; classifiers on ready-made features, not "
-            "the networks trained anew.")
+            f"the networks trained anew. {permuted_sentence(every)}").strip()
 
 def maps_answer(folder: Path  # run folder
                 ) -> str:
@@ -1011,7 +1017,7 @@ def limits_statement(folder: str | os.PathLike  # run folder
     points = [("Not for patients", "Research only. No answer of any model here is a diagnosis or part of one."),
               ("Reference standard", said(known("reference"), folder)), ("People", said(known("people"), folder)),
               ("Size", said(size_answer, folder)), ("Relatives", said(disjoint_answer, folder)),
-              ("Background", f"{said(controls_answer, folder)}. {said(follow_answer, folder)}"),
+              ("Background", f"{said(controls_answer, folder).removesuffix('.')}. {said(follow_answer, folder)}"),
               ("Colour of the cells", said(colour_answer, folder)),
               ("One source", "No accuracy was measured on pictures of another laboratory. Nothing here says "
                "how a model would do there."),

@@ -279,7 +279,8 @@ def permuted_accuracy(predictions: pd.DataFrame  # of a permuted control, with t
     "Mean accuracy over label permutations, and the central 95 % of them."
     table, pairs = permutation_table(predictions), predictions.drop_duplicates("pair")
     groups = pairs["group"].nunique() if "group" in pairs else len(pairs)
-    low, high = (np.quantile(table["accuracy"], share, method=side) for share, side in ((0.025, "lower"), (0.975, "higher")))
+    low = np.quantile(table["accuracy"], 0.025, method="lower")
+    high = np.quantile(table["accuracy"], 0.975, method="higher")
     return Interval(float(table["accuracy"].mean()), float(low), float(high), len(pairs), groups, float(groups),
                     f"central 95 % of {len(table)} label permutations")
 

@@ -11,7 +11,6 @@ from leukemia_nb.evaluation import (
     PredictionsError,
     answers,
     classes_of,
-    exact_interval,
     made_up_predictions,
     probabilities_of,
 )
