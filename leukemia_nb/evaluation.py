@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from .data import class_of, find_pictures
-from .files import atomic_path, shown
+from .files import atomic_path
 from .images import PictureError, read_picture
 from .models import MODELS
 
@@ -511,7 +511,7 @@ def unseen_figure(table: pd.DataFrame,  # from `unseen_table`
         for axis, (_, row), short in zip(axes.flat, rows.iterrows(), distinct_paths(rows["picture"])):
             axis.imshow(read_picture(Path(folder) / row["path"]))
             axis.set_title(row["true label"] or "no label", fontsize=10, pad=13)
-            axis.annotate(shown(short), (0, 1), (0, 3), xycoords="axes fraction",
+            axis.annotate(short, (0, 1), (0, 3), xycoords="axes fraction",
                           textcoords="offset points", fontsize=7, color=GREY)
             for i, name in enumerate(names):
                 mark = "" if not row["true label"] else "✓" if row[name] == row["true label"] else "✗"

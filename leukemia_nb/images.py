@@ -126,7 +126,7 @@ def _to_srgb(image: Image.Image,  # mode L, RGB or CMYK
     if found:
         if found[0] == "RGB" and image.mode == "L": image = image.convert("RGB")  # grey photographs often carry sRGB
         if found[0] == image.mode and found[1]: return found[1].apply(image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 # %% ../nbs/09_images.ipynb #ba98afc7
 _OPAQUE = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}  # mode without transparency and palette; RGB for all others
@@ -139,7 +139,8 @@ def _to_rgb(image: Image.Image  # any mode
     if image.mode.startswith("I;16"):
         image = Image.fromarray(_eight_bits(np.asarray(image).astype(np.uint16), image.info.get("depth", 16)))
     if image.mode in ("La", "RGBa"): image = image.convert(image.mode.upper())
-    colours = _to_srgb(image.convert(_OPAQUE.get(image.mode, "RGB")), profile)
+    mode = _OPAQUE.get(image.mode, "RGB")
+    colours = _to_srgb(image if image.mode == mode else image.convert(mode), profile)
     if image.has_transparency_data:
         alpha = image.convert("RGBA").getchannel("A")
         most = int(np.asarray(alpha).max())
@@ -210,6 +211,7 @@ def _decode(data: bytes  # a whole file
 def _size_of_webp(data: bytes) -> tuple[int, int]:
     "Width and height from the header of a WebP."
     kind = data[12:16]
+    if len(data) < 30: raise ValueError("its header is cut off")
     if kind == b"VP8X": return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
     both = int.from_bytes(data[21:25] if kind == b"VP8L" else data[26:30], "little")
     return ((both & 0x3FFF) + 1, (both >> 14 & 0x3FFF) + 1) if kind == b"VP8L" else (both & 0x3FFF, both >> 16 & 0x3FFF)

@@ -101,7 +101,7 @@ def test_not_a_picture(tmp_path, content):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.floats(0, 1, exclude_max=True), st.sampled_from([".jpg", ".png", ".bmp", ".webp"]))
+@given(st.floats(0, 1, exclude_max=True), st.sampled_from([".jpg", ".png", ".bmp", ".tif", ".webp"]))
 def test_cut_off_is_never_half_a_picture(tmp_path_factory, share, suffix):
     folder = tmp_path_factory.mktemp("cut")
     write_picture(folder / f"x{suffix}", noise(1))

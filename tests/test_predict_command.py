@@ -119,6 +119,7 @@ def test_a_killed_run_leaves_no_workers_and_goes_on_in_order(many, model, tmp_pa
     run = subprocess.Popen([*PROGRAM, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     journal, end = tmp_path / "a.csv.unfinished", time.monotonic() + 120
     while not (journal.exists() and journal.read_text().count("\n") >= 3) and time.monotonic() < end: time.sleep(0.02)
+    run.send_signal(signal.SIGSTOP)  # or it is done before the workers are looked up
     workers = children(run.pid)
     run.send_signal(signal.SIGKILL)
     run.wait()
@@ -134,6 +135,21 @@ def test_a_killed_run_leaves_no_workers_and_goes_on_in_order(many, model, tmp_pa
     assert status == 0 and f"({len(rows)} of them before)" in out and "9 lines of a stopped run passed over" in error
     table = table_of(tmp_path / "a.csv")
     assert list(table["path"]) == list_pictures(many) and set(table["error"]) == {""} and not journal.exists()
+
+
+@pytest.mark.skipif(not shutil.which("ps"), reason="needs ps")
+def test_a_killed_worker_is_one_message(many, model, tmp_path):
+    command = ["predict", many, "--model", model, "--out", tmp_path / "a.csv", "--n-jobs", 2, "--batch-size", 1]
+    run = subprocess.Popen([*PROGRAM, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    journal, end = tmp_path / "a.csv.unfinished", time.monotonic() + 120
+    while not (journal.exists() and journal.read_text().count("\n") >= 3) and time.monotonic() < end: time.sleep(0.02)
+    run.send_signal(signal.SIGSTOP)
+    for pid in children(run.pid):
+        if b"LokyProcess" in Path(f"/proc/{pid}/cmdline").read_bytes(): os.kill(pid, signal.SIGKILL)
+    run.send_signal(signal.SIGCONT)
+    error = run.communicate(timeout=120)[1]
+    assert run.returncode == 1 and len(error.splitlines()) == 1 and "a worker process was killed; memory may have run out" in error
+    assert f"kept in {journal}" in error and len(journal.read_text().splitlines()) >= 3
 
 
 @pytest.mark.parametrize("change", ["path", "sha256", "class", "confidence", "model", "missing", "text for a number", "other model file"])
