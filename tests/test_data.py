@@ -268,14 +268,14 @@ def test_a_linked_image_counts_once_in_its_class_and_is_a_problem_in_another(hos
 
 
 def test_whatever_is_left_out_is_counted_in_one_line(hospital):
-    for place in ("scan.svs", "Pre/a.gif", "Pre/b.GIF", "Pre/c.jp2", "Pre/d.heic", "Pre/._Snap_001.jpg", "Pre/README", "old.zip", "old.tar.gz",
+    for place in ("scan.svs", "Pre/a.avif", "Pre/b.AVIF", "Pre/c.jp2", "Pre/d.heic", "Pre/._Snap_001.jpg", "Pre/README", "old.zip", "old.tar.gz",
                   ".git/x.png", "truth/Pre/a.png", "Segmented/a.png"):
         (hospital / place).parent.mkdir(parents=True, exist_ok=True)
         (hospital / place).touch()
     os.mkfifo(hospital / "Pre" / "pipe.png")
     said = search_images(hospital).summary(most=20)
     assert said.startswith(f"{hospital}: 5 images found, 13 left out (") and "\n" not in said
-    for part in (".gif files: 2", ".jp2 files: 1", ".heic files: 1", ".svs files: 1", "hidden: 2", "files without a suffix: 1",
+    for part in (".avif files: 2", ".jp2 files: 1", ".heic files: 1", ".svs files: 1", "hidden: 2", "files without a suffix: 1",
                  ".zip archives, to be unpacked: 1", ".gz archives, to be unpacked: 1", "named truth, segmented, masks: 2", "devices or pipes: 1"):
         assert part in said
     write_picture(hospital / "holiday" / "x.png", noise(9))

@@ -1,7 +1,6 @@
 """Names of files, classes, models and runs are shown letter by letter: in figures, on pages, in cards and on the terminal."""
 import html
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from markdown_it import MarkdownIt
 
 from leukemia_nb import models
 from leukemia_nb.cards import classes_of_run, made_up_measurements, model_card, reporting_blocks
+from leukemia_nb.files import shown
 from leukemia_nb.evaluation import (accuracy_figure, calm_style, compare_models, confusion_figure, curves_figure, made_up_predictions,
                                     markdown_text, roc_figure, unseen_figure, unseen_html, unseen_table)
 from leukemia_nb.images import write_picture
@@ -90,8 +90,8 @@ MARKS = ["a|b", "`x`", "[a](http://b)", "*a* **b**", "<script>alert(1)</script>"
 
 @pytest.mark.parametrize("name", MARKS)
 def test_names_in_markdown_are_read_as_they_are(name):
-    """Once as a text, once as a cell of a table, by another parser of Markdown; only white space may become a blank."""
-    plain = html.escape(re.sub(r"\s+", " ", name))
+    """Once as a text, once as a cell of a table, by another parser of Markdown; line ends are escaped, as on a terminal."""
+    plain = html.escape(shown(name))
     assert prose(f"It is {markdown_text(name)}.").strip() == f"<p>It is {plain}.</p>"
     page = MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(f"| a | b |\n| --- | --- |\n| {markdown_text(name)} | 2 |\n")
     assert f"<td>{plain}</td>" in page and page.count("<td") == 2
