@@ -324,6 +324,11 @@ def study_notebook(name: str) -> Path:
     raise StudyError(f"{name}: no study notebook of that name in {here} or its checkout.")
 
 # %% ../nbs/80_study.ipynb #e2d31726
+def _plain(path: Path) -> str:
+    "A path for papermill, which takes braces for a template."
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def check_parameters(
     notebook: Path,  # a notebook with a cell tagged `parameters`
     parameters: Iterable[str],  # names that are to be set
@@ -331,7 +336,7 @@ def check_parameters(
     "Raises StudyError when the notebook has no parameters cell or does not know one of the names."
     import papermill
 
-    known = papermill.inspect_notebook(str(notebook))
+    known = papermill.inspect_notebook(_plain(notebook))
     if not known:
         raise StudyError(f"{notebook}: no cell is tagged `parameters`. Tag the cell that holds the defaults.")
     if unknown := sorted(set(parameters) - set(known)):
@@ -523,11 +528,6 @@ def _execute(
     if missing := [name for name in step.outputs if not (run.folder / name).exists()]:
         raise StudyError(f"step {step.name} ended without writing {', '.join(missing)}. Its notebook: {partial}")
     os.replace(partial, partial.with_name(f"{step.name}.ipynb"))
-
-
-def _plain(path: Path) -> str:
-    "A path for papermill, which takes braces for a template."
-    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _reason(name: str, text: str) -> str:
