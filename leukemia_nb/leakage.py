@@ -334,7 +334,7 @@ def show_pairs(pairs: pd.DataFrame,  # `PAIR_COLUMNS`, a row for each pair to be
             width, height = size * (1 - abs(x)) - 1, size * (1 - abs(y)) - 1
             axis.add_patch(plt.Rectangle((left, top), width, height, fill=False, ec="tab:orange", lw=2))
         names = [os.path.basename(path) for path in (row.a, row.b)]
-        trio[0].set_title(names[0], fontsize=8); trio[1].set_title(names[1], fontsize=8)
+        trio[0].set_title(names[0], fontsize=8, parse_math=False); trio[1].set_title(names[1], fontsize=8, parse_math=False)
         kind = row.kind if row.flip == "none" else f"copy, {row.flip}"
         trio[2].set_title(f"{kind}\n{row.share:.0%} compared, r = {row.score:.2f}", fontsize=8)
     fig.tight_layout(pad=.5)

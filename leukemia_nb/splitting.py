@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .files import counted, shown, write_table
+from .files import counted, restored_cell, shown, write_table
 
 # %% ../nbs/40_splitting.ipynb #28f57d3f
 SUBSETS = ("train", "test", "validation")
@@ -276,7 +276,7 @@ def _read_columns(path: str | os.PathLike,  # a CSV that any program may have wr
                              "Put quotation marks around a cell that holds the separator.")
         if any("\n" in cell for cell in row):
             raise SplitError(f"{path}: a quotation mark is not closed in {separator.join(row)[:60]!r}. Close or remove it.")
-    cells = [["".join(row[place:place + 1]) for place in places.values()] for row in rows]
+    cells = [[restored_cell("".join(row[place:place + 1])) for place in places.values()] for row in rows]
     return pd.DataFrame(cells, columns=list(places), dtype=object), ", ".join(map(_plain, headers[separator])) or "nothing"
 
 # %% ../nbs/40_splitting.ipynb #5c1e7a12
