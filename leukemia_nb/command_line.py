@@ -372,7 +372,8 @@ def study(
     split: Annotated[str | None, typer.Option(
         help="deck: by picture; grouped: related pictures stay together.  [default: deck]")] = None,
     groups: Annotated[str | None, typer.Option(
-        help="CSV with columns path and group (patient, slide) for --split grouped; joined with the near-duplicates found.", callback=_not_empty)] = None,
+        help="CSV with columns path and group (patient, slide) for --split grouped; joined with the near-duplicates found.",
+        callback=_not_empty)] = None,
     split_file: Annotated[str | None, typer.Option(
         help="split.csv of an earlier study, to be used again.", callback=_not_empty)] = None,
     unseen: Annotated[str | None, typer.Option(

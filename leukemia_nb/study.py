@@ -98,7 +98,7 @@ class StudySettings:
     unseen: str = ""  # folder of new pictures for the unseen-pictures table; empty: new smears, or some test pictures
     segmentation: str = "deck"  # method of leukemia_nb.segmentation.segment
     split: str = "deck"  # "deck": by pair; "grouped": no group of related pictures crosses a subset
-    groups: str = ""  # CSV with columns path and group (patient, slide), joined with the near-duplicates found; empty: those alone
+    groups: str = ""  # CSV with columns path and group, joined with the near-duplicates found; empty: those alone
     split_file: str = ""  # split.csv of an earlier study, to be used again
     models: tuple[str, ...] = tuple(MODELS)  # the models to train, by name
     image_size: int = 224  # side of the pictures the models see, in pixels
