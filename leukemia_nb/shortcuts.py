@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 
+from .cluster import die_with_parent
 from .evaluation import (CLASS_COLOURS, CLOPPER_PEARSON, GREY, INK, PALE, answers, blank_figure, calm_style, model_title,
                                     predictions_table, take_subset)
 from .segmentation import deck_mask, find_cells
@@ -192,6 +193,7 @@ def views_figure(pictures: Iterable[np.ndarray],  # uint8 (H, W, 3) RGB each
 
 # %% ../nbs/74_shortcuts.ipynb #4f108cd2
 def _numbers(pictures: Any, row: int, cells: np.ndarray | None, controls: Sequence[str]) -> list[np.ndarray]:
+    die_with_parent()
     picture = pictures.read(row) if hasattr(pictures, "read") else np.asarray(pictures[row])
     if picture.ndim == 4: picture = picture[0]
     found = np.asarray(find_cells(picture) if cells is None else cells).astype(np.int32)
@@ -317,6 +319,7 @@ def cross_validate_controls(features: Mapping[str, np.ndarray],  # control -> (n
     return {name: pd.concat(made, ignore_index=True) for name, made in tables.items()}
 
 def _fold(name: str, features: np.ndarray, labels: np.ndarray, taught: np.ndarray, asked: np.ndarray, seed: int) -> np.ndarray:
+    die_with_parent()
     return fit_control(name, features[taught], labels[taught], seed).predict_proba(features[asked])
 
 # %% ../nbs/74_shortcuts.ipynb #7d0d9ebf

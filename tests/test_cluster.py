@@ -205,3 +205,11 @@ def test_predictions_over_a_cluster_are_the_same_though_a_worker_is_killed(addre
     assert second.path.tolist() == [str(pictures / path) for path in first.path] and len(second) == 31
     pd.testing.assert_frame_equal(first.drop(columns=["path", "error"]), second.drop(columns=["path", "error"]))
     assert len(list((pictures / "found").glob("*-cells.jpg"))) == 30
+
+
+def test_a_worker_is_watched_once_however_many_tasks_it_has():
+    code = ("import threading\nfrom joblib import Parallel, delayed\nfrom leukemia_nb.cluster import die_with_parent\n"
+            "def task(): die_with_parent(); return threading.active_count()\n"
+            "if __name__ == '__main__':\n    found = Parallel(2, batch_size=1)(delayed(task)() for _ in range(40))\n    print(max(found) - min(found))\n")
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
+    assert int(said) <= 1
