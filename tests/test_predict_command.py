@@ -139,6 +139,7 @@ def test_a_killed_run_leaves_no_workers_and_goes_on_in_order(many, model, tmp_pa
 
 @pytest.mark.skipif(not shutil.which("ps"), reason="needs ps")
 def test_a_killed_worker_is_one_message(many, model, tmp_path):
+    for number in range(60, 400): os.link(many / f"{number % 6:03d}.png", many / f"{number:03d}.png")  # not finished before the kill
     command = ["predict", many, "--model", model, "--out", tmp_path / "a.csv", "--n-jobs", 2, "--batch-size", 1]
     run = subprocess.Popen([*PROGRAM, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     journal, end = tmp_path / "a.csv.unfinished", time.monotonic() + 120
