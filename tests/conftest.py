@@ -4,6 +4,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 os.environ.update(YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", TF_CPP_MIN_LOG_LEVEL="2", MPLBACKEND="agg")
@@ -27,6 +28,15 @@ def shared_weights() -> Path:
     if not folder.is_dir():
         pytest.skip(f"pretrained weights not here: {folder}")
     return folder
+
+
+@pytest.fixture
+def photo() -> np.ndarray:
+    """A small image, uint8 (48, 64, 3) RGB, without any symmetry."""
+    y, x = np.mgrid[:48, :64]
+    found = np.dstack([200 - y, 120 + x, 220 - x]).astype(np.uint8)
+    found[:12, :16] = (200, 30, 60)  # tells every rotation from every other
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -19,14 +19,6 @@ from leukemia_nb.files import OutputError
 from leukemia_nb.images import SUFFIXES, PictureError, as_rgb, read_grey, read_picture, write_picture
 
 
-@pytest.fixture
-def photo() -> np.ndarray:
-    y, x = np.mgrid[:48, :64]
-    found = np.dstack([200 - y, 120 + x, 220 - x]).astype(np.uint8)
-    found[:12, :16] = (200, 30, 60)  # tells every rotation from every other
-    return found
-
-
 def noise(seed: int, height: int = 30, width: int = 40) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
