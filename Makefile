@@ -1,6 +1,6 @@
 # Two commands do everything: `make study` and `make test`. Both install what they need into .venv first.
 #   make study                      the study on synthetic smears, nothing downloaded but packages
-#   make study DATA=folder          the study on your pictures (DATA=kaggle fetches the public set)
+#   make study DATA=folder          the study on your images (DATA=kaggle fetches the public set)
 #   make study DATA=folder ARGS='--weights local'   any option of `leukemia_nb study`
 SHELL := /bin/bash
 DATA ?=
@@ -40,7 +40,7 @@ lock:  ## resolve all packages again, within the ranges of settings.ini; needs u
 	  --only-binary :all: --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command 'make lock' $(ARGS) \
 	  --output-file requirements.lock
 
-study: install  ## run the whole study; DATA=folder for your pictures, DATA=kaggle for the public set
+study: install  ## run the whole study; DATA=folder for your images, DATA=kaggle for the public set
 	$(PY) -m leukemia_nb study --n-jobs $(JOBS) $(if $(DATA),--data "$(DATA)") $(if $(filter file,$(origin RUN)),,--run "$(RUN)") $(ARGS)
 
 test: install lint notebooks  ## lint, types, every notebook, every test
@@ -56,8 +56,8 @@ notebooks: install  ## run every notebook as a test
 lab: install  ## open JupyterLab on the notebooks
 	.venv/bin/jupyter lab --notebook-dir nbs
 
-app: install  ## look at one picture in a browser, with the models of a finished study: RUN=runs/name
-	$(PY) -c "from leukemia_nb.app import serve; serve('$(RUN)')"
+app: install  ## look at one image in a browser, with the models of a finished study: RUN=runs/name
+	$(PY) -c "from leukemia_nb.inference.app import serve; serve('$(RUN)')"
 
 bench: install  ## measure, into benchmarks/results.json
 	for script in $(filter-out $(addprefix benchmarks/,collect_study.py merge.py taleqani.py),$(wildcard benchmarks/*.py)); do \

@@ -1,10 +1,10 @@
-"""Do the exported models refuse what is not like their training pictures? On the real pictures, for every model file of a run.
+"""Do the exported models refuse what is not like their training images? On the real images, for every model file of a run.
 
     nice -n 10 python benchmarks/abstaining.py --run runs/taleqani --exported runs/taleqani/exported [--models cells yolo11]
     nice -n 10 python benchmarks/abstaining.py --choose mobilenet_v2 yolo11   # how the distance was chosen
 
-Pictures from elsewhere only measure: thresholds are in the files, set by the validation pictures, and the kind of distance
-was chosen (`--choose`) on training pictures made unlike themselves. One exception: the few pictures of full resolution were
+Images from elsewhere only measure: thresholds are in the files, set by the validation images, and the kind of distance
+was chosen (`--choose`) on training images made unlike themselves. One exception: the few images of full resolution were
 looked at while choosing, and are one reason why the finest edges are left out of the appearance.
 Writes benchmarks/results/abstaining.json, a model at a time.
 """
@@ -19,18 +19,18 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from leukemia_nb.files import atomic_path
-from leukemia_nb.images import read_picture
-from leukemia_nb.evaluation import exact_interval
-from leukemia_nb.pairing import Pairs
-from leukemia_nb.predictor import Look, Predictor, answer_row, look_at
-from leukemia_nb.robustness import blur, scale_stains, shift_hue
-from leukemia_nb.study import Run, run_pairs
+from leukemia_nb.data.files import atomic_path
+from leukemia_nb.data.images import read_image
+from leukemia_nb.evaluation.metrics import clopper_pearson
+from leukemia_nb.processing.pairing import Pairs
+from leukemia_nb.inference.predictor import PreparedImage, Predictor, answer_row, prepare_image
+from leukemia_nb.audit.robustness import blur, scale_stains, shift_hue
+from leukemia_nb.study.driver import Run, run_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LEUKEMIA_NB_SHARED", ROOT.parent / "shared")) / "data"
 RESULTS = ROOT / "benchmarks/results/abstaining.json"
-OF_TEST = ("test", "blurred", "stained", "hue")  # sources made of the test pictures, in their order
+OF_TEST = ("test", "blurred", "stained", "hue")  # sources made of the test images, in their order
 PHOTOGRAPHS = (
     "astronaut.png camera.png chelsea.png coffee.png coins.png rocket.jpg hubble_deep_field.jpg "
     "retina.jpg moon.png brick.png grass.png gravel.png motorcycle_left.png motorcycle_right.png "
@@ -42,31 +42,31 @@ ABOUT = {
     "bccd": "blood smears of another laboratory (BCCD)",
     "pbc_lymphocyte": "single normal lymphocytes of another laboratory (PBC)",
     "wbc_masks": "single white cells of another laboratory (segmentation_WBC)",
-    "photographs": "scikit-learn's two sample pictures and scikit-image's bundled ones", "blank": "one colour",
-    "noise": "uniform or Gaussian noise", "blurred": "test pictures, blurred by 6 pixels of 224",
-    "stained": "test pictures, blue stain times 2 and pink halved, or the other way round",
-    "hue": "test pictures, hue turned by 40 degrees",
+    "photographs": "scikit-learn's two sample images and scikit-image's bundled ones", "blank": "one colour",
+    "noise": "uniform or Gaussian noise", "blurred": "test images, blurred by 6 pixels of 224",
+    "stained": "test images, blue stain times 2 and pink halved, or the other way round",
+    "hue": "test images, hue turned by 40 degrees",
     "early": "early Pre-B of the same laboratory, a class that no model was trained on",
 }
 
 
 def from_folder(folder: Path, most: int | None = None) -> list[np.ndarray]:
-    "Pictures below a folder, evenly spread if there are more."
+    "Images below a folder, evenly spread if there are more."
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".bmp", ".tif", ".tiff"))
     rows = np.unique(np.linspace(0, len(files) - 1, min(most or len(files), len(files))).round().astype(int))
-    return [read_picture(files[row]) for row in rows]
+    return [read_image(files[row]) for row in rows]
 
 
 def photographs() -> list[np.ndarray]:
-    "Pictures that scikit-learn and scikit-image carry in their own packages."
+    "Images that scikit-learn and scikit-image carry in their own packages."
     import skimage.data
     from sklearn.datasets import load_sample_images
     folder = Path(str(skimage.data.__file__)).parent
-    return [read_picture(folder / name) for name in PHOTOGRAPHS if (folder / name).is_file()] + load_sample_images().images
+    return [read_image(folder / name) for name in PHOTOGRAPHS if (folder / name).is_file()] + load_sample_images().images
 
 
 def blank(number: int, seed: int) -> list[np.ndarray]:
-    "Pictures of one colour; black, grey and white among them."
+    "Images of one colour; black, grey and white among them."
     colours = np.vstack([[[0] * 3, [128] * 3, [255] * 3], np.random.default_rng(seed).integers(0, 256, (number - 3, 3))])
     return [np.full((224, 224, 3), colour, np.uint8) for colour in colours]
 
@@ -81,57 +81,57 @@ def noise(number: int, seed: int) -> list[np.ndarray]:
 
 
 def sources(test: np.ndarray) -> dict[str, list[np.ndarray]]:
-    "Name -> pictures uint8 RGB, in the order of `ABOUT`."
-    full = [picture for name in ("Benign", "Pre", "Pro") for picture in from_folder(SHARED / "kaggle_fullres" / name)]
-    stained = [scale_stains(picture, *((2, 0.5) if i % 2 else (0.5, 2))) for i, picture in enumerate(test)]
-    turned = [shift_hue(picture, 40 if i % 2 else -40) for i, picture in enumerate(test)]
+    "Name -> images uint8 RGB, in the order of `ABOUT`."
+    full = [image for name in ("Benign", "Pre", "Pro") for image in from_folder(SHARED / "kaggle_fullres" / name)]
+    stained = [scale_stains(image, *((2, 0.5) if i % 2 else (0.5, 2))) for i, image in enumerate(test)]
+    turned = [shift_hue(image, 40 if i % 2 else -40) for i, image in enumerate(test)]
     return {
         "test": list(test), "full_resolution": full, "bccd": from_folder(SHARED / "bccd/images"),
         "pbc_lymphocyte": from_folder(SHARED / "pbc_lymphocyte"), "wbc_masks": from_folder(SHARED / "wbc_masks", 100),
         "photographs": photographs(), "blank": blank(40, 1), "noise": noise(60, 1),
-        "blurred": [blur(picture, 6) for picture in test], "stained": stained, "hue": turned,
+        "blurred": [blur(image, 6) for image in test], "stained": stained, "hue": turned,
         "early": from_folder(SHARED / "taleqani/Early", 100)}
 
 
-def shuffled(picture: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    "The 49 squares of a picture of 224 x 224 in another order: the same colours and edges, no whole cells."
-    squares = picture.reshape(7, 32, 7, 32, 3).swapaxes(1, 2).reshape(49, 32, 32, 3)[random.permutation(49)]
+def shuffled(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    "The 49 squares of an image of 224 x 224 in another order: the same colours and edges, no whole cells."
+    squares = image.reshape(7, 32, 7, 32, 3).swapaxes(1, 2).reshape(49, 32, 32, 3)[random.permutation(49)]
     return squares.reshape(7, 7, 32, 32, 3).swapaxes(1, 2).reshape(224, 224, 3)
 
 
 def shifted(train: Pairs) -> dict[str, list[np.ndarray]]:
-    "Training pictures made unlike themselves, and pictures of nothing: what the kind of distance is chosen on."
+    "Training images made unlike themselves, and images of nothing: what the kind of distance is chosen on."
     random = np.random.default_rng(7)
-    pictures = train.read(random.choice(len(train), 240, replace=False))
-    gains = [picture * np.exp(random.choice([-1, 1], 3) * random.uniform(0.2, 0.5, 3)) for picture in pictures[90:150]]
-    close = [cv2.resize(picture[80:136, 80:136], (224, 224), interpolation=cv2.INTER_CUBIC) for picture in pictures[170:210]]
-    return {"blank": blank(30, 2), "noise": noise(30, 2), "blurred": [blur(p, random.uniform(3, 8)) for p in pictures[:60]],
-            "channels swapped": [p[..., [(1, 2, 0), (2, 0, 1), (2, 1, 0)][i % 3]] for i, p in enumerate(pictures[60:90])],
+    images = train.read(random.choice(len(train), 240, replace=False))
+    gains = [image * np.exp(random.choice([-1, 1], 3) * random.uniform(0.2, 0.5, 3)) for image in images[90:150]]
+    close = [cv2.resize(image[80:136, 80:136], (224, 224), interpolation=cv2.INTER_CUBIC) for image in images[170:210]]
+    return {"blank": blank(30, 2), "noise": noise(30, 2), "blurred": [blur(p, random.uniform(3, 8)) for p in images[:60]],
+            "channels swapped": [p[..., [(1, 2, 0), (2, 0, 1), (2, 1, 0)][i % 3]] for i, p in enumerate(images[60:90])],
             "channels brighter or darker": [np.clip(gain, 0, 255).astype(np.uint8) for gain in gains],
-            "negative": [255 - picture for picture in pictures[150:170]], "cut out and enlarged": close,
-            "squares shuffled": [shuffled(picture, random) for picture in pictures[210:240]]}
+            "negative": [255 - image for image in images[150:170]], "cut out and enlarged": close,
+            "squares shuffled": [shuffled(image, random) for image in images[210:240]]}
 
 
 def area_under_curve(inside: np.ndarray, outside: np.ndarray) -> float:
-    "Chance that a picture from outside has the larger number."
+    "Chance that an image from outside has the larger number."
     from sklearn.metrics import roc_auc_score
     return round(float(roc_auc_score(np.r_[np.zeros(len(inside)), np.ones(len(outside))], np.r_[inside, outside])), 4)
 
 
 def share(flags: np.ndarray) -> dict[str, float]:
     "A share with its exact 95 % interval."
-    low, high = exact_interval(int(flags.sum()), len(flags))
+    low, high = clopper_pearson(int(flags.sum()), len(flags))
     return {"share": round(float(flags.mean()), 4), "low": round(low, 4), "high": round(high, 4), "n": len(flags)}
 
 
-def measure(file: Path, pictures: dict[str, list[np.ndarray]], labels: np.ndarray,
-            looked: dict[str, dict[str, list[Look]]]) -> dict:
-    "What one model file refuses, source by source; `labels` are those of the test pictures, `looked` is filled by kind of input."
+def measure(file: Path, images: dict[str, list[np.ndarray]], labels: np.ndarray,
+            looked: dict[str, dict[str, list[PreparedImage]]]) -> dict:
+    "What one model file refuses, source by source; `labels` are those of the test images, `looked` is filled by kind of input."
     predictor = Predictor.load(file, threads=1)
     info, limits = predictor.info, predictor.info["thresholds"]
     if info["input"] not in looked:
-        looked[info["input"]] = {name: [look_at(picture, info) for picture in shown] for name, shown in pictures.items()}
-    found: dict = {"version": info["version"], "thresholds": limits, "validation_pictures": info["training"]["validation"],
+        looked[info["input"]] = {name: [prepare_image(image, info) for image in shown] for name, shown in images.items()}
+    found: dict = {"version": info["version"], "thresholds": limits, "validation_images": info["training"]["validation"],
                    "validation_accepted": info["accepted"]["validation"], "sources": {}}
     for name, looks in looked[info["input"]].items():
         answers = zip(*predictor.ask([look.ready for look in looks]))
@@ -155,7 +155,7 @@ def measure(file: Path, pictures: dict[str, list[np.ndarray]], labels: np.ndarra
 
 def kinds_of_distance(train: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     "The distances that were compared, each a function of features (n, d)."
-    from leukemia_nb.model_file import distance_to, fit_distance
+    from leukemia_nb.inference.export import distance_to, fit_distance
     from sklearn.neighbors import NearestNeighbors
     fitted = fit_distance(train, labels)
     one = fit_distance(train, np.zeros(len(labels)))
@@ -171,9 +171,9 @@ def kinds_of_distance(train: np.ndarray, labels: np.ndarray) -> dict[str, Callab
 
 
 def choose(run: Run, name: str) -> dict:
-    "Share of pictures made unlike themselves that each kind of distance refuses, where it accepts 97.5 % of validation."
-    from leukemia_nb.model_file import add_appearance, network_graph, run_graph
-    from leukemia_nb.models import Pictures, load_model
+    "Share of images made unlike themselves that each kind of distance refuses, where it accepts 97.5 % of validation."
+    from leukemia_nb.inference.export import add_appearance, network_graph, run_graph
+    from leukemia_nb.models.interface import Images, load_model
     model = load_model(run.folder / "models" / name)
     train, validation = (run_pairs(run, subset) for subset in ("train", "validation"))
     train = Pairs(train.table.drop_duplicates("pair").assign(flip="none"), train.folder)
@@ -183,9 +183,9 @@ def choose(run: Run, name: str) -> dict:
         add_appearance(graph.graph)
         kinds.append("appearance")
     data = graph.SerializeToString()
-    see = lambda pictures: dict(zip(kinds, run_graph(data, model, pictures, kinds)))
+    see = lambda images: dict(zip(kinds, run_graph(data, model, images, kinds)))
     fitted, held_out = see(train), see(validation)
-    changed = {title: see(Pictures(pictures)) for title, pictures in shifted(train).items()}
+    changed = {title: see(Images(images)) for title, images in shifted(train).items()}
     table: dict = {}
     distances: dict = {}
     for kind in kinds:

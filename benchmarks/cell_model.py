@@ -1,4 +1,4 @@
-"""What the cell-centred model and a frozen MobileNetV2 read on the real pictures: cells or background.
+"""What the cell-centred model and a frozen MobileNetV2 read on the real images: cells or background.
 
     nice -n 10 .venv/bin/python benchmarks/cell_model.py [--shared ../shared] [--every 1]
 
@@ -30,18 +30,18 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from leukemia_nb.cell_model import COLOURS, CellModel, cell_crops, population
-from leukemia_nb.counterfactuals import follow_rates, make_counterfactuals, paste_cells
-from leukemia_nb.data import CLASSES
-from leukemia_nb.images import read_picture
-from leukemia_nb.models import History
-from leukemia_nb.segmentation import find_cells
+from leukemia_nb.models.cell_model import COLOURS, CellModel, cell_crops, aggregate_cells
+from leukemia_nb.audit.cue_conflict import cue_conflict_rates, make_composites, paste_cells
+from leukemia_nb.data.manifest import CLASSES
+from leukemia_nb.data.images import read_image
+from leukemia_nb.models.interface import History
+from leukemia_nb.processing.segmentation import find_cells
 from taleqani import GROUPED_BY, INTERVAL, check_apart, known_images
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
@@ -52,20 +52,20 @@ def share(hits: np.ndarray) -> dict:
             "n": len(hits)}
 
 
-def features(pictures: np.ndarray, shared: Path) -> np.ndarray:
-    "Frozen MobileNetV2, averaged over the picture."
+def features(images: np.ndarray, shared: Path) -> np.ndarray:
+    "Frozen MobileNetV2, averaged over the image."
     os.environ["LEUKEMIA_NB_WEIGHTS"] = str(shared / "weights")
     import tensorflow as tf
 
-    from leukemia_nb.transfer import BACKBONES, build_backbone, find_weight_file
-    network, _ = build_backbone(BACKBONES["mobilenet_v2"], 224, "fixed", find_weight_file(BACKBONES["mobilenet_v2"]))
+    from leukemia_nb.models.transfer import BACKBONES, build_backbone, find_weight_file
+    network, _ = build_backbone(BACKBONES["mobilenet_v2"], 224, "native", find_weight_file(BACKBONES["mobilenet_v2"]))
     ask = tf.function(lambda x: tf.reduce_mean(network(tf.cast(x, tf.float32), training=False), (1, 2)),
                       input_signature=[tf.TensorSpec((None, 224, 224, 3), tf.uint8)])
-    return np.concatenate([ask(pictures[i : i + 32]).numpy() for i in range(0, len(pictures), 32)])
+    return np.concatenate([ask(images[i : i + 32]).numpy() for i in range(0, len(images), 32)])
 
 
 def part(found: tuple, rows: np.ndarray) -> tuple:
-    "Measurements of some pictures, renumbered."
+    "Measurements of some images, renumbered."
     cells, owner, n = found
     place = np.full(n, -1)
     place[rows] = np.arange(len(rows))
@@ -74,26 +74,26 @@ def part(found: tuple, rows: np.ndarray) -> tuple:
 
 
 def join(parts: list[tuple], rows: list[np.ndarray], n: int) -> tuple:
-    "Measurements of several folds as one, with the pictures' numbers in the whole."
+    "Measurements of several folds as one, with the images' numbers in the whole."
     return np.concatenate([p[0] for p in parts]), np.concatenate([r[p[1]] for p, r in zip(parts, rows)]), n
 
 
-def versions(model: CellModel, pictures: np.ndarray, y: np.ndarray) -> tuple[list, list]:
+def versions(model: CellModel, images: np.ndarray, y: np.ndarray) -> tuple[list, list]:
     "Of one fold: the cells in each of `COLOURS`, and the versions that training uses."
     cv2.setNumThreads(1)
-    seen = list(model._crops(pictures))
+    seen = list(model._crops(images))
     return [model._describe(seen, c) for c in COLOURS], model._versions(seen, y)
 
 
-def answers(model: CellModel, pictures: np.ndarray) -> np.ndarray:
+def predicted_labels(model: CellModel, images: np.ndarray) -> np.ndarray:
     "Class names, two processes."
-    parts = Parallel(n_jobs=2)(delayed(model.predict)(pictures[i : i + 70]) for i in range(0, len(pictures), 70))
+    parts = Parallel(n_jobs=2)(delayed(model.predict)(images[i : i + 70]) for i in range(0, len(images), 70))
     return np.concatenate(parts)
 
 
-def made_up(pictures: np.ndarray, cells: np.ndarray, labels: np.ndarray, kinds: list[str], seed: int) -> tuple:
-    "`make_counterfactuals`, one process for each kind."
-    made = Parallel(n_jobs=2)(delayed(make_counterfactuals)(pictures, cells, labels, [kind], seed) for kind in kinds)
+def made_up(images: np.ndarray, cells: np.ndarray, labels: np.ndarray, kinds: list[str], seed: int) -> tuple:
+    "`make_composites`, one process for each kind."
+    made = Parallel(n_jobs=2)(delayed(make_composites)(images, cells, labels, [kind], seed) for kind in kinds)
     return np.concatenate([m[0] for m in made]), pd.concat([m[1] for m in made], ignore_index=True)
 
 
@@ -109,24 +109,24 @@ def fit_cells(found: list, y: np.ndarray, train: np.ndarray, validation: np.ndar
 
 
 def fit_whole(values: np.ndarray, y: np.ndarray, train: np.ndarray, validation: np.ndarray):
-    "Logistic regression on features of whole pictures, strength chosen on validation."
+    "Logistic regression on features of whole images, strength chosen on validation."
     fits = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=500)).fit(values[train], y[train])
             for c in (1e-3, 1e-2, 1e-1, 1)]
     return max(fits, key=lambda m: m.score(values[validation], y[validation]))
 
 
-def edge_numbers(pictures: np.ndarray) -> np.ndarray:
+def edge_numbers(images: np.ndarray) -> np.ndarray:
     "Only the outermost pixels of the tight masks, where an old background would show: means and deviations of L, A, B."
     kernel, rows, owner = np.ones((3, 3), np.uint8), [], []
-    for i, picture in enumerate(pictures):
-        for crop, mask in zip(*cell_crops(picture)):
+    for i, image in enumerate(images):
+        for crop, mask in zip(*cell_crops(image)):
             inner = cv2.erode(mask.astype(np.uint8), kernel)
             ring = mask & (inner == 0)
             if ring.sum() < 5: continue
             lab = cv2.cvtColor(crop, cv2.COLOR_RGB2LAB)[ring].astype(float)
             rows.append(np.r_[lab.mean(axis=0), lab.std(axis=0)])
             owner.append(i)
-    return population(np.array(rows), np.array(owner), len(pictures))
+    return aggregate_cells(np.array(rows), np.array(owner), len(images))
 
 
 def chosen_on(table: pd.DataFrame) -> np.ndarray:
@@ -148,34 +148,34 @@ def five_folds(table: pd.DataFrame) -> list[np.ndarray]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
-    options.add_argument("--every", type=int, default=1, help="take every n-th picture, to try the script")
+    options.add_argument("--every", type=int, default=1, help="take every n-th image, to try the script")
     asked = options.parse_args()
     table, near = known_images(asked.shared / "data")
     table = table.iloc[:: asked.every].reset_index(drop=True)
-    pictures = np.stack([read_picture(path) for path in table.path])
+    images = np.stack([read_image(path) for path in table.path])
     labels = table["class"].to_numpy(dtype=str)
     y = np.searchsorted(CLASSES, labels)
     folds = five_folds(table)
     check_apart(table, near, folds)
     test, everyone = folds[0], np.arange(len(y))
-    report: dict = {"pictures": len(y), "groups": int(table.group.nunique()), "grouped_by": GROUPED_BY,
+    report: dict = {"images": len(y), "groups": int(table.group.nunique()), "grouped_by": GROUPED_BY,
                     "near_duplicate_pairs": len(near), "pairs_across_folds": 0, "test": len(test),
                     "validation": len(folds[1]), "recipe_chosen_on": len(chosen_on(table)),
                     "training": len(y) - len(test) - len(folds[1]), "interval": INTERVAL}
 
-    say("measuring cells")
+    log("measuring cells")
     measurer = CellModel(classes=CLASSES)
     measurer.classes_ = np.array(CLASSES)
     start = time.process_time()
-    measurer.measure(pictures[:100])
-    report["cpu_seconds_a_picture"] = round((time.process_time() - start) / min(100, len(y)), 3)
-    measured = Parallel(n_jobs=2)(delayed(versions)(measurer, pictures[f], y[f]) for f in folds)
+    measurer.measure(images[:100])
+    report["cpu_seconds_a_image"] = round((time.process_time() - start) / min(100, len(y)), 3)
+    measured = Parallel(n_jobs=2)(delayed(versions)(measurer, images[f], y[f]) for f in folds)
     found, taught = ([join(parts, folds, len(y)) for parts in zip(*which)] for which in zip(*measured))
-    report["pictures_without_cells"] = int(len(y) - len(np.unique(found[0][1])))
-    say("features of whole pictures")
-    whole = features(pictures, asked.shared)
+    report["images_without_cells"] = int(len(y) - len(np.unique(found[0][1])))
+    log("features of whole images")
+    whole = features(images, asked.shared)
 
-    say("five folds")
+    log("five folds")
     right = {name: np.zeros(len(y), bool) for name in ("mobilenet_v2", *COLOURS)}
     for k, fold in enumerate(folds):
         validation = folds[(k + 1) % 5]
@@ -183,20 +183,20 @@ def main() -> None:
         cells, net = fit_cells(taught, y, train, validation), fit_whole(whole, y, train, validation)
         right["mobilenet_v2"][fold] = net.predict(whole[fold]) == y[fold]
         for colours, f in zip(COLOURS, found):
-            right[colours][fold] = cells.opinions(*part(f, fold)).argmax(axis=1) == y[fold]
+            right[colours][fold] = cells.decision_function(*part(f, fold)).argmax(axis=1) == y[fold]
         if k == 0: first = cells, net, train
-    names = {"mobilenet_v2": "MobileNetV2, whole picture", "own": "cells", "jitter": "cells, colours disturbed",
+    names = {"mobilenet_v2": "MobileNetV2, whole image", "own": "cells", "jitter": "cells, colours disturbed",
              "matched": "cells, colours matched", "grey": "cells, grey"}
     report["untouched_test"] = {names[k]: share(v[test]) for k, v in right.items()}
     report["untouched_cross_validated"] = {names[k]: share(v) for k, v in right.items()}
     report["only_one_is_right_test"] = {"MobileNetV2": int((right["mobilenet_v2"] & ~right["own"])[test].sum()),
                                        "cells": int((right["own"] & ~right["mobilenet_v2"])[test].sum())}
 
-    say(json.dumps({key: report[key] for key in ("untouched_test", "untouched_cross_validated")}))
+    log(json.dumps({key: report[key] for key in ("untouched_test", "untouched_cross_validated")}))
 
-    say("counterfactual test pictures")
+    log("counterfactual test images")
     cells, net, train = first
-    mine = pictures[test]
+    mine = images[test]
     masks = np.stack([find_cells(p) for p in mine])
     both, both_rows = made_up(mine, masks, labels[test], ["swap", "no cells"], 2)
     swaps, empty = np.split(both, 2)
@@ -210,20 +210,20 @@ def main() -> None:
     names = np.array(CLASSES)
     lines = []
     for made, about in sets:
-        for model, said in (("cells", answers(cells, made)), ("MobileNetV2", names[net.predict(features(made, asked.shared))])):
-            lines.append(follow_rates(about, said).assign(model=model))
-            say(f"{about.kind.iloc[0]}, {model}: {lines[-1].share.round(4).tolist()}")
+        for model, said in (("cells", predicted_labels(cells, made)), ("MobileNetV2", names[net.predict(features(made, asked.shared))])):
+            lines.append(cue_conflict_rates(about, said).assign(model=model))
+            log(f"{about.kind.iloc[0]}, {model}: {lines[-1].share.round(4).tolist()}")
     report["follows_test"] = pd.concat(lines).round(4).to_dict("records")
-    pairs = rows.assign(right=answers(cells, swaps) == rows.cells).groupby(["cells", "other"]).right.agg(["mean", "size"])
+    pairs = rows.assign(right=predicted_labels(cells, swaps) == rows.cells).groupby(["cells", "other"]).right.agg(["mean", "size"])
     report["swap_by_pair"] = [dict(cells=a, background=b, share=round(float(m), 3), n=int(n)) for (a, b), (m, n)
                               in zip(pairs.index, pairs.to_numpy())]
 
-    say("edge only")
-    edge = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(edge_numbers(pictures[train]), y[train])
+    log("edge only")
+    edge = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(edge_numbers(images[train]), y[train])
     control = [("untouched", pd.DataFrame({"kind": "untouched", "cells": labels[test], "other": ""}), mine),
                ("swap", rows, swaps), ("hard", rows.assign(kind="swap, old rim kept"), hard)]
     report["edge_only_test"] = pd.concat(
-        [follow_rates(about, names[edge.predict(edge_numbers(made))]) for _, about, made in control]).round(4).to_dict("records")
+        [cue_conflict_rates(about, names[edge.predict(edge_numbers(made))]) for _, about, made in control]).round(4).to_dict("records")
 
     target = ROOT / "benchmarks/results/cell_model.json"
     target.parent.mkdir(parents=True, exist_ok=True)

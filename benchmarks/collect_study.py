@@ -11,15 +11,15 @@ from typing import Any
 
 import pandas as pd
 
-from leukemia_nb.files import read_table, write_table
-from leukemia_nb.evaluation import answers, read_all_predictions, take_subset
+from leukemia_nb.data.files import read_table, write_table
+from leukemia_nb.evaluation.metrics import predicted_labels, read_all_predictions, take_subset
 
 RESULTS = Path(__file__).parent / "results"
 TABLES = ("metrics/models.csv", "metrics/classes.csv", "metrics/grouped_accuracy.csv", "metrics/pairs_of_models.csv",
           "metrics/calibration.csv", "metrics/controls.csv", "metrics/cross_validation.csv", "metrics/saliency.csv",
           "metrics/efficientnet.csv", "metrics/efficientnet_last.csv", "metrics/reporting_items.csv", "metrics/follow.csv",
           "metrics/follow_by_pair.csv", "metrics/worth.csv", "metrics/robustness.csv", "leakage.csv")
-NAMES = ("pair", "path", "picture", "original", "segmented")  # columns that hold names of images
+NAMES = ("pair", "path", "image", "original", "segmented")  # columns that hold names of images
 
 
 def image_names(run: Path) -> list[str]:
@@ -66,8 +66,8 @@ def collect(run: Path, out: Path) -> None:
     kept = ("name", "version", "bytes", "difference", "temperature", "calibration", "thresholds", "accepted", "test")
     keep_json("exported.json", [{key: info.get(key) for key in kept} for info in exported])
     tests = {name: take_subset(table) for name, table in read_all_predictions(run / "predictions").items()}
-    said = [test.assign(model=name, answer=answers(test)) for name, test in tests.items()]
-    keep_table("confusion.csv", pd.concat(said).groupby(["model", "class", "answer"]).size().reset_index(name="pictures"))
+    said = [test.assign(model=name, answer=predicted_labels(test)) for name, test in tests.items()]
+    keep_table("confusion.csv", pd.concat(said).groupby(["model", "class", "answer"]).size().reset_index(name="images"))
     split = read_table(run / "split.csv")
     keep_table("subsets.csv", split.groupby(["class", "subset"]).size().unstack().reset_index())
     steps = [json.loads(path.read_text()) for path in sorted(run.glob("steps/*.json"))]

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from cell_model import chosen_on
-from leukemia_nb.files import read_table
-from leukemia_nb.robustness import stratified_sample
+from leukemia_nb.data.files import read_table
+from leukemia_nb.audit.robustness import stratified_sample
 from taleqani import GROUPED_BY, known_images
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ["", *sorted("." + path.stem for path in (ROOT / "leukemia_nb").glob("*.py") if not path.stem.startswith("_"))]
+MODULES = ["", *sorted("." + ".".join(path.relative_to(ROOT / "leukemia_nb").with_suffix("").parts) for path in (ROOT / "leukemia_nb").rglob("*.py")
+                   if not path.stem.startswith("_"))]
 
 
 def seconds(statement: str, repeats: int = 5) -> float:

@@ -1,11 +1,11 @@
-"""Leakage search on the real pictures: time, recall against taleqani_fields.csv, false pairs, what a random split leaks.
+"""Leakage search on the real images: time, recall against taleqani_fields.csv, false pairs, what a random split leaks.
 
     nice -n 10 python benchmarks/leakage.py [--out benchmarks/results/leakage.json] [--pairs FILE.csv] [--figures FOLDER]
 
 Halves A and B of the listed groups (every second of a seeded shuffle) are reported apart, but B was not strictly held
 out: recall of all groups was seen while the method was built, and the votes for blurred pairs went from 12 to 8 after
 the rejected pairs of both halves, and those across classes (surely false), had been looked at. `--figures` saves
-montages of the new pairs: real pictures, never into the repository. The 90 random pairs looked at are of the 335
+montages of the new pairs: real images, never into the repository. The 90 random pairs looked at are of the 335
 found before that change; the 5 that it added were looked at as well.
 """
 import argparse
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from leukemia_nb import leakage
+from leukemia_nb.data import near_duplicates as leakage
 
 SHARED = Path(os.environ.get("LEUKEMIA_NB_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -37,7 +37,7 @@ def interval(hits: int, number: int) -> list[float]:
 
 
 def recall(truth: np.ndarray, found: np.ndarray, chosen: np.ndarray) -> dict:
-    """Listed pairs (two pictures of one listed group) that lie in one group found; interval by resampling groups."""
+    """Listed pairs (two images of one listed group) that lie in one group found; interval by resampling groups."""
     hits = []
     for group in np.unique(truth[chosen]):
         places = np.flatnonzero(truth == group)
@@ -54,7 +54,7 @@ def recall(truth: np.ndarray, found: np.ndarray, chosen: np.ndarray) -> dict:
 
 
 def split_leakage(classes: np.ndarray, groups: np.ndarray, repeats: int = 200) -> dict:
-    """Share of test pictures with a partner in train, in random 85/5/10 splits by picture."""
+    """Share of test images with a partner in train, in random 85/5/10 splits by image."""
     shares = []
     for seed in range(repeats):
         order = np.random.default_rng(seed).permutation(len(classes))
@@ -99,7 +99,7 @@ def main() -> None:
     proposed["across"] = classes[proposed["na"]] != classes[proposed["nb"]]
     overlaps = proposed[proposed["kept"]]
     pairs = pd.concat([duplicates, overlaps[list(leakage.PAIR_COLUMNS)]]).drop_duplicates(["a", "b"])
-    groups = leakage.group_pictures(paths, pairs)
+    groups = leakage.group_images(paths, pairs)
 
     numbers = np.unique(truth[pd.Series(truth).duplicated(keep=False)])
     half_a = np.random.default_rng(0).permutation(numbers)[::2]
@@ -109,7 +109,7 @@ def main() -> None:
         for votes in (5, 8, 12, 16, 24, 1000):
             blurred = (proposed["votes"] >= votes) & (proposed["score"] >= .3)
             kept = proposed[(proposed["share"] >= .02) & ((proposed["score"] >= score) | blurred)]
-            for_a = leakage.group_pictures(paths, pd.concat([duplicates, kept]))
+            for_a = leakage.group_images(paths, pd.concat([duplicates, kept]))
             table.append({"score": score, "votes_for_blurred": votes, "pairs": len(kept),
                           "across_classes": int(kept["across"].sum()), "recall_half_a": recall(truth, for_a, in_a)["recall"]})
     sizes, in_class = pd.Series(groups).value_counts(), pd.Series(classes).value_counts()
@@ -117,7 +117,7 @@ def main() -> None:
     possible_across = 1 - (in_class * (in_class - 1)).sum() / (len(paths) * (len(paths) - 1))
     elsewhere = truth[duplicates["a"].map(place)] != truth[duplicates["b"].map(place)]
     result = {
-        "command": "python benchmarks/leakage.py", "pictures": len(paths), "n_jobs": args.n_jobs,
+        "command": "python benchmarks/leakage.py", "images": len(paths), "n_jobs": args.n_jobs,
         "seconds": {name: round(value, 1) for name, value in times.items()}, "load_at_start": round(load, 1),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "duplicates": duplicates["kind"].value_counts().to_dict(), "duplicates_not_listed": int(elsewhere.sum()),
@@ -125,14 +125,14 @@ def main() -> None:
         "overlaps_new": len(new), "recall_half_a": recall(truth, groups, in_a),
         "recall_half_b": recall(truth, groups, in_b), "recall_all": recall(truth, groups, in_a | in_b),
         "interval": INTERVAL,
-        "recall_is": "listed pairs = two pictures of one listed group (not every such pair overlaps directly); "
+        "recall_is": "listed pairs = two images of one listed group (not every such pair overlaps directly); "
                      "found = in one group found",
         "pairs_across_classes": {"kept": across, "of": len(overlaps),
                                  "share_of_all_possible_pairs": round(float(possible_across), 4),
                                  "new_kept": int(new["across"].sum()),
                                  "new_share_interval": interval(int(new["across"].sum()), len(new))},
-        "pictures_with_partner": int((sizes[sizes > 1]).sum()),
-        "pictures_with_partner_listed": int(pd.Series(truth).duplicated(keep=False).sum()),
+        "images_with_partner": int((sizes[sizes > 1]).sum()),
+        "images_with_partner_listed": int(pd.Series(truth).duplicated(keep=False).sum()),
         "groups": {"found": int((sizes > 1).sum()), "listed": len(numbers), "largest": sizes.head(10).tolist()},
         "random_split": {"groups_found": split_leakage(classes, groups), "groups_listed": split_leakage(classes, truth)},
         "new_pairs_looked_at": {

@@ -1,8 +1,8 @@
-"""Memory of `leukemia_nb predict` over a hundred and over ten thousand pictures. Writes benchmarks/results/predict_memory.json.
+"""Memory of `leukemia_nb predict` over a hundred and over ten thousand images. Writes benchmarks/results/predict_memory.json.
 
-    python benchmarks/predict_memory.py [--model FILE] [--pictures 10000]
+    python benchmarks/predict_memory.py [--model FILE] [--images 10000]
 
-The pictures are hard links to a few synthetic smears of different sizes; each run is a process of its own, with CSV and
+The images are hard links to a few synthetic smears of different sizes; each run is a process of its own, with CSV and
 JSON written, one or two worker processes. Measured: the largest resident set of the command, and of its largest worker.
 """
 import argparse
@@ -16,20 +16,20 @@ from pathlib import Path
 
 import psutil
 
-from leukemia_nb.files import atomic_path
-from leukemia_nb.images import write_picture
-from leukemia_nb.predictor import Predictor, made_up_model_file
-from leukemia_nb.synthetic import smear
+from leukemia_nb.data.files import atomic_path
+from leukemia_nb.data.images import write_image
+from leukemia_nb.inference.predictor import Predictor, dummy_model_file
+from leukemia_nb.data.synthetic import smear
 
 RESULTS = Path(__file__).parent / "results" / "predict_memory.json"
 SIZES = ((192, 256), (224, 224), (240, 320))
 
 
-def write_pictures(folder: Path, number: int) -> None:
-    "As many pictures as asked for: six smears, and hard links to them."
+def write_images(folder: Path, number: int) -> None:
+    "As many images as asked for: six smears, and hard links to them."
     folder.mkdir(parents=True)
     for place, (label, size) in enumerate((label, size) for label in ("Normal", "Pre-B") for size in SIZES):
-        write_picture(folder / f"{place:05d}.jpg", smear(label, place, *size).picture)
+        write_image(folder / f"{place:05d}.jpg", smear(label, place, *size).image)
     for place in range(6, number): os.link(folder / f"{place % 6:05d}.jpg", folder / f"{place:05d}.jpg")
 
 
@@ -48,7 +48,7 @@ def run(folder: Path, model: Path, work: Path, n_jobs: int) -> dict:
             except psutil.Error: continue
     answers = json.loads((work / "answers.json").read_text())
     assert process.returncode == 0 and not any(row["error"] for row in answers)
-    return {"pictures": len(answers), "workers": n_jobs, "seconds": round(time.perf_counter() - start, 1),
+    return {"images": len(answers), "workers": n_jobs, "seconds": round(time.perf_counter() - start, 1),
             "peak_memory_mb": round(largest / 2 ** 20, 1), "peak_memory_of_a_worker_mb": round(worker / 2 ** 20, 1)}
 
 
@@ -56,11 +56,11 @@ def main(model: str, number: int) -> None:
     "Measure and write the results."
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        file = Path(model) if model else made_up_model_file(work / "made_up.onnx")
+        file = Path(model) if model else dummy_model_file(work / "made_up.onnx")
         runs = []
         for n_jobs in (1, 2):
             for count in (100, number):
-                if not (work / str(count)).is_dir(): write_pictures(work / str(count), count)
+                if not (work / str(count)).is_dir(): write_images(work / str(count), count)
                 runs.append(run(work / str(count), file, work, n_jobs))
                 print(runs[-1], flush=True)
         growth = {f"growth_mb_with_{n_jobs}_workers": round(max(many["peak_memory_mb"] - few["peak_memory_mb"],
@@ -74,6 +74,6 @@ def main(model: str, number: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="", help="exported model file; a made-up one if left out")
-    parser.add_argument("--pictures", type=int, default=10_000)
+    parser.add_argument("--images", type=int, default=10_000)
     options = parser.parse_args()
-    main(options.model, options.pictures)
+    main(options.model, options.images)

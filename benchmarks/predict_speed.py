@@ -1,4 +1,4 @@
-"""From picture files to answers: our exported files beside Keras' `predict` and ultralytics' `predict`, the same weights.
+"""From image files to answers: our exported files beside Keras' `predict` and ultralytics' `predict`, the same weights.
 
     python benchmarks/predict_speed.py [--run runs/taleqani] [--exported FOLDER] [--repeats 15]
 
@@ -29,7 +29,7 @@ SIZES = {"224x224": (224, 224), "1024x768": (768, 1024)}
 
 def ours(model: Path):
     "Our exported file."
-    from leukemia_nb.predictor import Predictor
+    from leukemia_nb.inference.predictor import Predictor
     predictors = {count: Predictor.load(model, count=count) for count in (False, True)}
 
     def answer(files: list[str], segment: bool) -> np.ndarray:
@@ -38,36 +38,36 @@ def ours(model: Path):
     return answer
 
 
-def count_in(pictures: list[np.ndarray]) -> None:
+def count_in(images: list[np.ndarray]) -> None:
     "Segmentation and number of cells, as in our predictor."
-    from leukemia_nb.segmentation import count_cells, segment
-    for picture in pictures: count_cells(segment(picture))
+    from leukemia_nb.processing.segmentation import count_cells, segment
+    for image in images: count_cells(segment(image))
 
 
 def keras(folder: Path):
     "The study's model as one Keras model, asked with `predict`."
-    from leukemia_nb.models import load_model
+    from leukemia_nb.models.interface import load_model
     model = load_model(folder)
     import keras as framework
-    pictures = framework.Input((model.image_size, model.image_size, 3), dtype="uint8")
-    values = model.maps_(framework.ops.cast(pictures, "float32"))
+    images = framework.Input((model.image_size, model.image_size, 3), dtype="uint8")
+    values = model.maps_(framework.ops.cast(images, "float32"))
     scores = model.head_(framework.layers.GlobalAveragePooling2D()(values))
-    whole = framework.Model(pictures, framework.layers.Softmax()(scores))
-    from leukemia_nb.images import read_picture
-    from leukemia_nb.models import square_picture
+    whole = framework.Model(images, framework.layers.Softmax()(scores))
+    from leukemia_nb.data.images import read_image
+    from leukemia_nb.models.interface import resize_square
 
     def answer(files: list[str], segment: bool) -> np.ndarray:
-        pictures = [read_picture(file) for file in files]
-        if segment: count_in(pictures)
-        batch = np.stack([square_picture(picture, model.image_size) for picture in pictures])
+        images = [read_image(file) for file in files]
+        if segment: count_in(images)
+        batch = np.stack([resize_square(image, model.image_size) for image in images])
         return whole.predict(batch, batch_size=32, verbose=0)
     return answer
 
 
 def ultralytics(folder: Path):
     "The study's weights in an ultralytics `YOLO` object, asked with `predict`."
-    from leukemia_nb.models import load_model
-    from leukemia_nb.yolo import yolo_framework
+    from leukemia_nb.models.interface import load_model
+    from leukemia_nb.models.yolo import yolo_framework
     model = load_model(folder)
     yolo = yolo_framework().YOLO(f"{folder.name}n-cls.yaml", task="classify")
     yolo.model = model.network_
@@ -131,7 +131,7 @@ def compare(first: Side, second: Side, files: list[str], batch: int, segment: bo
         for clock in times:
             for which in range(2): times[clock][which].append(found[which][clock] / batch * 1e3)
     result: dict = {"batch": batch, "segmentation": segment, "repeats": repeats, "largest_difference": round(worst, 6),
-                    "same_answers": worst < 1e-3}  # ultralytics' predict cuts the sides off a picture that is not square
+                    "same_answers": worst < 1e-3}  # ultralytics' predict cuts the sides off an image that is not square
     for clock, (ours_ms, theirs_ms) in times.items():
         a, b = np.array(ours_ms), np.array(theirs_ms)
         draws = random.integers(0, repeats, (2000, repeats))
@@ -154,7 +154,7 @@ def median_ms(step, repeats: int = 15) -> float:
 
 
 def operations(model: Path) -> float:
-    "Multiplications and additions of one picture, in the convolutions and matrix products; the sizes are those of a run."
+    "Multiplications and additions of one image, in the convolutions and matrix products; the sizes are those of a run."
     import onnx
     import onnxruntime
     graph = onnx.load(model)
@@ -166,29 +166,29 @@ def operations(model: Path) -> float:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options)
     size = session.get_inputs()[0].shape[1]
-    outputs = session.run(names, {"pictures": np.zeros((1, size, size, 3), np.uint8)})
+    outputs = session.run(names, {"images": np.zeros((1, size, size, 3), np.uint8)})
     places = [np.prod(out.shape[2:]) if node.op_type == "Conv" else 1 for node, out in zip(nodes, outputs)]
     return float(sum(2 * np.prod(weights[node.input[1]]) * place for node, place in zip(nodes, places)))
 
 
 def steps_of(file: str) -> dict:
-    "Reading, segmenting, counting and resizing of one picture, each alone."
-    from leukemia_nb.images import read_picture
-    from leukemia_nb.models import square_picture
-    from leukemia_nb.segmentation import count_cells, segment
-    picture = read_picture(file)
-    mask = segment(picture)
-    return {"read_ms": median_ms(lambda: read_picture(file)), "segment_ms": median_ms(lambda: segment(picture)),
-            "count_ms": median_ms(lambda: count_cells(mask)), "resize_ms": median_ms(lambda: square_picture(picture, 224))}
+    "Reading, segmenting, counting and resizing of one image, each alone."
+    from leukemia_nb.data.images import read_image
+    from leukemia_nb.models.interface import resize_square
+    from leukemia_nb.processing.segmentation import count_cells, segment
+    image = read_image(file)
+    mask = segment(image)
+    return {"read_ms": median_ms(lambda: read_image(file)), "segment_ms": median_ms(lambda: segment(image)),
+            "count_ms": median_ms(lambda: count_cells(mask)), "resize_ms": median_ms(lambda: resize_square(image, 224))}
 
 
 def network_of(model: Path, file: str) -> dict:
-    "The network beside this machine's matrix product, in processor time; with single pictures waiting threads count, too."
-    from leukemia_nb.images import read_picture
-    from leukemia_nb.models import square_picture
-    from leukemia_nb.predictor import Predictor
+    "The network beside this machine's matrix product, in processor time; with single images waiting threads count, too."
+    from leukemia_nb.data.images import read_image
+    from leukemia_nb.models.interface import resize_square
+    from leukemia_nb.inference.predictor import Predictor
     predictor = Predictor.load(model)
-    one = square_picture(read_picture(file), predictor.image_size)
+    one = resize_square(read_image(file), predictor.image_size)
     square = np.random.default_rng(0).random((1536, 1536), dtype=np.float32)
     seconds: dict[str, list[float]] = {"product": [], "1": [], "8": [], "32": []}
     for _ in range(12):  # in turns, so that neighbours disturb all alike
@@ -201,9 +201,9 @@ def network_of(model: Path, file: str) -> dict:
     best = {name: min(times[1:]) * 1e3 for name, times in seconds.items()}
     peak, needed = 2 * 1536 ** 3 / best.pop("product") / 1e6, operations(model) / 1e9  # GFLOP/s, GFLOP
     limit = needed / peak * 1e3
-    return {"processor_ms_per_picture_by_batch": {name: round(value, 2) for name, value in best.items()},
-            "gflop_per_picture": round(needed, 3), "matrix_product_gflop_per_processor_second": round(peak, 1),
-            "limit_processor_ms_per_picture": round(limit, 2),
+    return {"processor_ms_per_image_by_batch": {name: round(value, 2) for name, value in best.items()},
+            "gflop_per_image": round(needed, 3), "matrix_product_gflop_per_processor_second": round(peak, 1),
+            "limit_processor_ms_per_image": round(limit, 2),
             "share_of_the_limit": {name: round(limit / value, 2) for name, value in best.items()}}
 
 
@@ -223,20 +223,20 @@ def first_answer(python: str, model: Path, file: str, repeats: int) -> dict:
 
 def main(run: Path, exported: Path, repeats: int, python: str, models: list[str]) -> None:
     "Measure and write the results; those of models that are not asked for stay."
-    from leukemia_nb.files import atomic_path
-    from leukemia_nb.images import write_picture
-    from leukemia_nb.predictor import open_model_file
-    from leukemia_nb.synthetic import smear
+    from leukemia_nb.data.files import atomic_path
+    from leukemia_nb.data.images import write_image
+    from leukemia_nb.inference.predictor import open_model_file
+    from leukemia_nb.data.synthetic import smear
     result: dict = json.loads(RESULTS.read_text()) if RESULTS.exists() and set(models) != set(OTHERS) else {}
     result |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-               "load_before": round(os.getloadavg()[0], 1), "pictures": "synthetic smears, JPEG"}
+               "load_before": round(os.getloadavg()[0], 1), "images": "synthetic smears, JPEG"}
     for part in ("network", "first_answer", "compared"): result.setdefault(part, {})
     with tempfile.TemporaryDirectory() as name:
         files: dict[str, list[str]] = {}
         for size, shape in SIZES.items():
             files[size] = [str(Path(name) / size / f"{i:02d}.jpg") for i in range(32)]
             for i, file in enumerate(files[size]):
-                write_picture(file, smear(("Normal", "Pre-B", "Pro-B")[i % 3], i, *shape).picture)
+                write_image(file, smear(("Normal", "Pre-B", "Pro-B")[i % 3], i, *shape).image)
         result["steps"] = {size: steps_of(files[size][1]) for size in SIZES}
         for model in models:
             theirs = OTHERS[model]
@@ -252,7 +252,7 @@ def main(run: Path, exported: Path, repeats: int, python: str, models: list[str]
             for size in SIZES:
                 for batch, segment in ((1, False), (1, True), (32, False), (32, True)):
                     times = repeats if batch == 1 else max(5, repeats // 3)
-                    rows.append({"pictures": size, **compare(*sides, files[size], batch, segment, times, temperature)})
+                    rows.append({"images": size, **compare(*sides, files[size], batch, segment, times, temperature)})
                     print(model, rows[-1], flush=True)
             for side in sides: side.close()
     result["load_after"] = round(os.getloadavg()[0], 1)

@@ -1,6 +1,6 @@
 """Speed and quality of segmentation, measured side by side in one run: writes benchmarks/results/segmentation.json.
 
-Ratios and quality on real pictures where ../shared/data is (LEUKEMIA_NB_SHARED names another place), otherwise on smears.
+Ratios and quality on real images where ../shared/data is (LEUKEMIA_NB_SHARED names another place), otherwise on smears.
 """
 import json
 import os
@@ -18,11 +18,11 @@ import cv2
 import numpy as np
 from scipy.ndimage import find_objects
 
-from leukemia_nb.images import read_picture
-from leukemia_nb.segmentation import (METHODS, a_channel, cluster_mask, count_quality, cut_out, deck_mask, find_cells,
+from leukemia_nb.data.images import read_image
+from leukemia_nb.processing.segmentation import (METHODS, a_channel, cluster_mask, count_quality, apply_mask, study_mask, find_cells,
                                       kmeans_mask, label_cells, mask_quality, segment)
-from leukemia_nb.pairing import save_png, squash
-from leukemia_nb.synthetic import smear
+from leukemia_nb.processing.pairing import save_png, resize_square
+from leukemia_nb.data.synthetic import smear
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("LEUKEMIA_NB_SHARED", ROOT.parent / "shared")) / "data"
@@ -52,41 +52,41 @@ def fastest(task: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
-def save_pair(picture: np.ndarray, mask: np.ndarray, folder: Path, level: int | None = None) -> None:
-    "Both pictures of a pair at 224x224 as the study saves them, or as PNG with one of OpenCV's compression levels."
-    for name, half in (("ori", picture), ("mask", cut_out(picture, mask))):
-        small, path = squash(half), folder / f"{name}.png"
+def save_pair(image: np.ndarray, mask: np.ndarray, folder: Path, level: int | None = None) -> None:
+    "Both images of a pair at 224x224 as the study saves them, or as PNG with one of OpenCV's compression levels."
+    for name, half in (("ori", image), ("mask", apply_mask(image, mask))):
+        small, path = resize_square(half), folder / f"{name}.png"
         if level is None: save_png(path, small)
         else: cv2.imwrite(str(path), cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, level])
 
 
-def times(picture: np.ndarray, folder: Path) -> dict:
-    "Seconds for each step on one picture, and whether the two recipes give equal masks."
-    channel, mask = a_channel(picture), deck_mask(picture)
-    slow = lambda: deck_mask(picture, cluster=kmeans_mask)
+def times(image: np.ndarray, folder: Path) -> dict:
+    "Seconds for each step on one image, and whether the two recipes give equal masks."
+    channel, mask = a_channel(image), study_mask(image)
+    slow = lambda: study_mask(image, cluster=kmeans_mask)
     row = {"cluster_exact": fastest(lambda: cluster_mask(channel), 30),
            "cluster_kmeans": fastest(lambda: kmeans_mask(channel), 2),
-           "deck": fastest(lambda: deck_mask(picture), 15), "deck_kmeans": fastest(slow, 2),
-           "pair": fastest(lambda: save_pair(picture, deck_mask(picture), folder), 15),
-           "pair_kmeans": fastest(lambda: save_pair(picture, slow(), folder), 2),
-           "seeded": fastest(lambda: find_cells(picture), 2),
-           "save_png_study": fastest(lambda: save_pair(picture, mask, folder), 5),
-           "save_png_3": fastest(lambda: save_pair(picture, mask, folder, 3), 5),
-           "save_png_9": fastest(lambda: save_pair(picture, mask, folder, 9), 5)}
+           "kmeans": fastest(lambda: study_mask(image), 15), "deck_kmeans": fastest(slow, 2),
+           "pair": fastest(lambda: save_pair(image, study_mask(image), folder), 15),
+           "pair_kmeans": fastest(lambda: save_pair(image, slow(), folder), 2),
+           "nucleus": fastest(lambda: find_cells(image), 2),
+           "save_png_study": fastest(lambda: save_pair(image, mask, folder), 5),
+           "save_png_3": fastest(lambda: save_pair(image, mask, folder, 3), 5),
+           "save_png_9": fastest(lambda: save_pair(image, mask, folder, 9), 5)}
     return row | {"equal": float((mask == slow()).all()), "iou": mask_quality(mask, slow())["iou"]}
 
 
-def speed(pictures: list[np.ndarray]) -> dict:
+def speed(images: list[np.ndarray]) -> dict:
     "Exact clustering against cv2.kmeans, for the step, the segmentation and the pair on disk; every mask compared."
     with tempfile.TemporaryDirectory() as folder:
-        rows = [times(picture, Path(folder)) for picture in pictures]
+        rows = [times(image, Path(folder)) for image in images]
     table = {key: np.array([row[key] for row in rows]) for key in rows[0]}
     report = {f"{key}_ms": round(float(np.median(values)) * 1000, 3) for key, values in table.items()
               if key not in ("equal", "iou")}
-    for key in ("cluster", "deck", "pair"):
+    for key in ("cluster", "kmeans", "pair"):
         ratio = table[f"{key}_kmeans"] / table["cluster_exact" if key == "cluster" else key]
         report[f"{key}_times_faster"] = {"median": round(float(np.median(ratio)), 1), "lowest": round(float(ratio.min()), 1)}
-    return {"pictures": len(rows), "size": "1024x768", "masks_equal": table["equal"].mean(),
+    return {"images": len(rows), "size": "1024x768", "masks_equal": table["equal"].mean(),
             "lowest_iou": table["iou"].min(), **report}
 
 
@@ -94,9 +94,9 @@ def agreement(paths: list[Path]) -> dict:
     "Masks of the exact 2-means and of cv2.kmeans' best of ten, before and after cleaning."
     rows = []
     for path in paths:
-        picture = read_picture(path)
-        channel = a_channel(picture)
-        pairs = (cluster_mask(channel), kmeans_mask(channel)), (deck_mask(picture), deck_mask(picture, cluster=kmeans_mask))
+        image = read_image(path)
+        channel = a_channel(image)
+        pairs = (cluster_mask(channel), kmeans_mask(channel)), (study_mask(image), study_mask(image, cluster=kmeans_mask))
         rows.append([value for one, two in pairs for value in ((one == two).all(), mask_quality(one, two)["iou"])])
     same, iou, same_clean, iou_clean = np.array(rows, float).T
     return {"n": len(rows), "identical_clusters": same.mean(), "lowest_iou": iou.min(), "mean_iou": iou.mean(),
@@ -108,7 +108,7 @@ def expert_masks() -> dict:
     report = {}
     for half, rest in (("odd, development", 1), ("even, held back", 0)):
         for method in METHODS:
-            rows = [mask_quality(segment(read_picture(path), method), cv2.imread(str(path.with_suffix(".png")), 0) > 0)
+            rows = [mask_quality(segment(read_image(path), method), cv2.imread(str(path.with_suffix(".png")), 0) > 0)
                     for path in sorted((DATA / "wbc_masks").glob("*.bmp")) if int(path.stem) % 2 == rest]
             report.setdefault(half, {})[method] = {key: interval([row[key] for row in rows]) for key in ("iou", "dice")}
     return report
@@ -120,25 +120,25 @@ def boxes() -> dict:
     Of the labels that fit no box, those with their centre in a white cell's box are pieces of it (over-splitting), the rest
     lie elsewhere. A box with the centres of several labels is a white cell that was split.
     """
-    report = {method: dict.fromkeys(("pictures", "white_cells", "found", "found_by_centre", "split", "labels", "false",
+    report = {method: dict.fromkeys(("images", "white_cells", "found", "found_by_centre", "split", "labels", "false",
                                      "false_pieces", "false_elsewhere"), 0) for method in METHODS}
     for path in sorted((DATA / "bccd" / "boxes").glob("*.xml")):
         true = [[int(item.find(f"bndbox/{key}").text) for key in ("ymin", "xmin", "ymax", "xmax")]
                 for item in ET.parse(path).iter("object") if item.find("name").text == "WBC"]
-        picture = read_picture(DATA / "bccd" / "images" / f"{path.stem}.jpg")
+        image = read_image(DATA / "bccd" / "images" / f"{path.stem}.jpg")
         for method, row in report.items():
-            labels = find_cells(picture) if method == "seeded" else label_cells(segment(picture))
+            labels = find_cells(image) if method == "nucleus" else label_cells(segment(image))
             count_boxes(row, true, [(w[0].start, w[1].start, w[0].stop, w[1].stop) for w in find_objects(labels)])
     return report
 
 
 def count_boxes(row: dict, true: list, found: list) -> None:
-    "Add the counts of one picture: boxes (top, left, bottom, right) of its white cells and of the labels found."
+    "Add the counts of one image: boxes (top, left, bottom, right) of its white cells and of the labels found."
     shape = len(true), len(found)
     fits = np.array([[box_iou(a, b) >= .5 for b in found] for a in true], bool).reshape(shape)
     holds = np.array([[centre_inside(a, b) for b in found] for a in true], bool).reshape(shape)
     false = ~fits.any(0)
-    for key, value in {"pictures": 1, "white_cells": shape[0], "found": fits.any(1).sum(), "found_by_centre": holds.any(1).sum(),
+    for key, value in {"images": 1, "white_cells": shape[0], "found": fits.any(1).sum(), "found_by_centre": holds.any(1).sum(),
                        "split": (holds.sum(1) > 1).sum(), "labels": shape[1], "false": false.sum(),
                        "false_pieces": (false & holds.any(0)).sum(), "false_elsewhere": (false & ~holds.any(0)).sum()}.items():
         row[key] += int(value)
@@ -163,7 +163,7 @@ def smears(height: int, width: int, seeds: int) -> dict:
         for label in ("Normal", "Pre-B", "Pro-B"):
             for seed in range(100, 100 + seeds):
                 drawn = smear(label, seed, height, width)
-                labels = find_cells(drawn.picture) if method == "seeded" else label_cells(segment(drawn.picture))
+                labels = find_cells(drawn.image) if method == "nucleus" else label_cells(segment(drawn.image))
                 masks.append(mask_quality(labels > 0, drawn.cells > 0)); counts.append(count_quality(labels, drawn.cells))
         report[method] = {"iou": interval([row["iou"] for row in masks]), "dice": interval([row["dice"] for row in masks]),
                           **{key: sum(row[key] for row in counts) for key in ("true", "found", "matched", "missed", "false")}}
@@ -171,30 +171,30 @@ def smears(height: int, width: int, seeds: int) -> dict:
 
 
 def scale_bars(per_class: int = 30) -> dict:
-    "Share of pictures with something found in the bottom-right corner, where the scale bar is burned in (28x44 of 224)."
+    "Share of images with something found in the bottom-right corner, where the scale bar is burned in (28x44 of 224)."
     report = {}
     for folder in ("Benign", "Early", "Pre", "Pro"):
         paths = sorted((DATA / "taleqani" / folder).glob("*.jpg"))
         paths = paths[::max(1, len(paths) // per_class)]
         report[folder] = {"n": len(paths)} | {
-            method: round(float(np.mean([segment(read_picture(path), method)[208:218, 196:222].any() for path in paths])), 3)
+            method: round(float(np.mean([segment(read_image(path), method)[208:218, 196:222].any() for path in paths])), 3)
             for method in METHODS}
     return report
 
 
 if __name__ == "__main__":
     real = (DATA / "taleqani").is_dir()
-    pictures = ([picture for path in sorted((DATA / "kaggle_fullres").glob("*/*.jpg"))
-                 if (picture := read_picture(path)).shape == (768, 1024, 3)][::2] if real
-                else [smear(label, seed).picture for label in ("Normal", "Pre-B", "Pro-B") for seed in range(3)])
-    tasks = {"speed": lambda: speed(pictures)}
+    images = ([image for path in sorted((DATA / "kaggle_fullres").glob("*/*.jpg"))
+                 if (image := read_image(path)).shape == (768, 1024, 3)][::2] if real
+                else [smear(label, seed).image for label in ("Normal", "Pre-B", "Pro-B") for seed in range(3)])
+    tasks = {"speed": lambda: speed(images)}
     if real:
         every = sorted((DATA / "taleqani").glob("*/*.jpg"))
         tasks |= {"agreement_with_kmeans_taleqani_224": lambda: agreement(every[::25]),
                   "agreement_with_kmeans_wbc_masks": lambda: agreement(sorted((DATA / "wbc_masks").glob("*.bmp"))[::3]),
                   "wbc_masks": expert_masks, "scale_bar_corner": scale_bars, "bccd": boxes}
     tasks |= {"synthetic_224": lambda: smears(224, 224, 10), "synthetic_1024x768": lambda: smears(768, 1024, 2)}
-    result = {"machine": machine(), "pictures": "real" if real else "synthetic"}
+    result = {"machine": machine(), "images": "real" if real else "synthetic"}
     target = ROOT / "benchmarks/results/segmentation.json"
     target.parent.mkdir(exist_ok=True)
     for name, task in tasks.items():

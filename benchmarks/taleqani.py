@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from leukemia_nb import leakage
-from leukemia_nb.data import CLASSES, class_of
-from leukemia_nb.files import atomic_path, file_sha256
-from leukemia_nb.splitting import merge_groups
+from leukemia_nb.data import near_duplicates as leakage
+from leukemia_nb.data.manifest import CLASSES, class_of
+from leukemia_nb.data.files import atomic_path, file_sha256
+from leukemia_nb.processing.splitting import merge_groups
 
-GROUPED_BY = "near-duplicates found by leukemia_nb.leakage.find_pairs, joined with the listed groups of taleqani_fields.csv"
+GROUPED_BY = "near-duplicates found by leukemia_nb.data.near_duplicates.find_near_duplicates, joined with the listed groups of taleqani_fields.csv"
 INTERVAL = "Clopper-Pearson 95 %"
 
 
@@ -29,7 +29,7 @@ def found_pairs(files: list[Path], folder: Path) -> pd.DataFrame:
     digests = [file_sha256(leakage.__file__), *map(file_sha256, files)]
     kept = Path(tempfile.gettempdir()) / f"leukemia_nb_pairs_{hashlib.sha256(''.join(digests).encode()).hexdigest()[:16]}.csv"
     if not kept.is_file():
-        pairs = leakage.find_pairs(files, progress=False)
+        pairs = leakage.find_near_duplicates(files, progress=False)
         with atomic_path(kept) as temporary: pairs.to_csv(temporary, index=False)
     pairs = pd.read_csv(kept)
     return pairs.assign(**{side: [Path(path).relative_to(folder).as_posix() for path in pairs[side]] for side in "ab"})
@@ -44,7 +44,7 @@ def known_images(data: Path,  # folder with taleqani and taleqani_fields.csv
     studied = table["class"].isin(CLASSES)
     pairs = pd.concat([found_pairs(list(table["path"][rows]), folder) for rows in (studied | True, studied)])
     pairs = pairs.drop_duplicates(["a", "b"])
-    table["found"] = leakage.group_pictures(table["file"], pairs)
+    table["found"] = leakage.group_images(table["file"], pairs)
     table["group"] = merge_groups(table, ["listed", "found"])
     table = table[studied].drop(columns="found").reset_index(drop=True)
     return table, pairs[pairs["a"].isin(table["file"]) & pairs["b"].isin(table["file"])].reset_index(drop=True)

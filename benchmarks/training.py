@@ -2,8 +2,8 @@
 
     python benchmarks/training.py [--per-class 90] [--epochs 20] [--image-size 224] [--statistics]
 
-Needs the real pictures and the MobileNetV2 weights of ../shared. Also measures how BatchNorm's statistics decide what a network
-trained from random weights answers (see nbs/62_transfer.ipynb). Writes benchmarks/results/training.json.
+Needs the real images and the MobileNetV2 weights of ../shared. Also measures how BatchNorm's statistics decide what a network
+trained from random weights answers (see nbs/03_models/20_transfer.ipynb). Writes benchmarks/results/training.json.
 """
 import argparse
 import json
@@ -21,20 +21,20 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from leukemia_nb.images import read_picture
-from leukemia_nb.models import Pictures, make_model, versions
+from leukemia_nb.data.images import read_image
+from leukemia_nb.models.interface import Images, make_model, versions
 
 
-def real_pictures(per_class: int, size: int):
-    """Training and validation pictures (2:1), evenly spread over the three study classes."""
-    pictures, labels = [], []
+def real_images(per_class: int, size: int):
+    """Training and validation images (2:1), evenly spread over the three study classes."""
+    images, labels = [], []
     for folder, name in {"Benign": "Normal", "Pre": "Pre-B", "Pro": "Pro-B"}.items():
         files = sorted((SHARED / "data" / "taleqani" / folder).iterdir())
         for place in np.linspace(0, len(files) - 1, per_class).round().astype(int):
-            pictures.append(read_picture(files[place]))
+            images.append(read_image(files[place]))
             labels.append(name)
     validation = np.arange(len(labels)) % 3 == 2
-    return [Pictures([p for p, part in zip(pictures, chosen) if part], np.array(labels)[chosen], size)
+    return [Images([p for p, part in zip(images, chosen) if part], np.array(labels)[chosen], size)
             for chosen in (~validation, validation)]
 
 
@@ -68,28 +68,28 @@ def cached_against_long_way(name: str, sources, **settings) -> dict:
 
 def statistics_of_batchnorm(epochs: int = 8) -> list[dict]:
     """One training of a whole random network, asked with measured statistics and with Keras' own running ones."""
-    sources, rows = real_pictures(100, 96), []
-    for pictures in (256, 0):
+    sources, rows = real_images(100, 96), []
+    for images in (256, 0):
         model = make_model("mobilenet_v2", weights="random", image_size=96, batch_size=16, epochs=epochs, patience=epochs)
-        model.statistics_pictures = pictures
+        model.statistics_images = images
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             history = model.fit(*sources, progress=print)
-        rows.append(dict(statistics="measured after each epoch" if pictures else "Keras' running average",
+        rows.append(dict(statistics="measured after each epoch" if images else "Keras' running average",
                          **history.drop(columns=["epoch", "seconds"]).round(4).to_dict("list")))
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--per-class", type=int, default=90, help="pictures of each class, two thirds for training")
+    parser.add_argument("--per-class", type=int, default=90, help="images of each class, two thirds for training")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "training.json")
     parser.add_argument("--statistics", action="store_true", help="measure the BatchNorm statistics too (minutes)")
     options = parser.parse_args()
-    if not (SHARED / "data" / "taleqani").is_dir(): sys.exit(f"no real pictures in {SHARED / 'data'}")
-    sources = real_pictures(options.per_class, options.image_size)
+    if not (SHARED / "data" / "taleqani").is_dir(): sys.exit(f"no real images in {SHARED / 'data'}")
+    sources = real_images(options.per_class, options.image_size)
     settings = dict(image_size=options.image_size, epochs=options.epochs, patience=options.epochs)
     rows = [cached_against_long_way("mobilenet_v2", sources, **settings)]
     result = dict(

@@ -1,6 +1,6 @@
-"""YOLO classifiers on the real pictures: accuracy after a few epochs from each source of weights, and time a picture.
+"""YOLO classifiers on the real images: accuracy after a few epochs from each source of weights, and time an image.
 
-    LEUKEMIA_NB_WEIGHTS=../shared/weights python benchmarks/yolo.py [--per-class 100] [--epochs 3] [--recipe fixed]
+    LEUKEMIA_NB_WEIGHTS=../shared/weights python benchmarks/yolo.py [--per-class 100] [--epochs 3] [--preprocessing fixed]
 
 Training, validation and test are of whole groups of near-duplicates (`taleqani.py`: found by this project or listed).
 Writes benchmarks/results/yolo.json.
@@ -15,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from leukemia_nb.evaluation import exact_interval
-from leukemia_nb.images import read_picture
-from leukemia_nb.models import Pictures, make_model, versions
+from leukemia_nb.evaluation.metrics import clopper_pearson
+from leukemia_nb.data.images import read_image
+from leukemia_nb.models.interface import Images, make_model, versions
 from taleqani import GROUPED_BY, INTERVAL, check_apart, known_images
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def parts_of(data: Path, per_class: int) -> dict[str, Pictures]:
+def parts_of(data: Path, per_class: int) -> dict[str, Images]:
     table, near = known_images(data)
     groups = np.random.default_rng(0).permutation(table.group.unique())
     place = table.group.map(dict(zip(groups, np.linspace(0, 1, len(groups)))))
@@ -32,14 +32,14 @@ def parts_of(data: Path, per_class: int) -> dict[str, Pictures]:
         rows = table[(place >= low) & (place < high)].groupby("class").sample(frac=1, random_state=0)
         rows = rows.groupby("class").head(number)
         places.append(rows.index.to_numpy())
-        parts[name] = Pictures([read_picture(path) for path in rows.path], rows["class"])
+        parts[name] = Images([read_image(path) for path in rows.path], rows["class"])
     check_apart(table, near, places)
     return parts
 
 
 def tested(right: np.ndarray) -> dict:
     "Accuracy on the test with its exact interval."
-    low, high = exact_interval(int(right.sum()), len(right))
+    low, high = clopper_pearson(int(right.sum()), len(right))
     return {"test_accuracy": round(float(right.mean()), 4), "low": round(low, 4), "high": round(high, 4)}
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     ask.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     ask.add_argument("--per-class", type=int, default=100)
     ask.add_argument("--epochs", type=int, default=3)
-    ask.add_argument("--recipe", default="fixed", choices=["fixed", "deck"])
+    ask.add_argument("--preprocessing", default="native", choices=["native", "rescale"])
     ask.add_argument("--models", nargs="*", default=["yolov8", "yolo11", "yolo12"])
     ask.add_argument("--weights", nargs="*", default=["local", "random"])
     given = ask.parse_args()
@@ -57,18 +57,18 @@ def main() -> None:
         for weights in given.weights:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)
-                model = make_model(name, weights=weights, recipe=given.recipe, epochs=given.epochs)
+                model = make_model(name, weights=weights, preprocessing=given.preprocessing, epochs=given.epochs)
                 cpu, wall = time.process_time(), time.perf_counter()
                 history = model.fit(parts["train"], parts["validation"], progress=print)
             if (name, model.weights_source_) in done: continue
             done.add((name, model.weights_source_))
             trained = len(history) * len(parts["train"])
             rows.append(dict(
-                model=name, recipe=given.recipe, weights=model.weights_source_, epochs=len(history), kept=model.best_epoch_,
+                model=name, preprocessing=given.preprocessing, weights=model.weights_source_, epochs=len(history), kept=model.best_epoch_,
                 train=len(parts["train"]), test=len(parts["test"]), collapsed=model.collapsed_,
                 **tested(model.predict(parts["test"]) == parts["test"].labels),
                 val_accuracy=history.val_accuracy.round(4).tolist(), seconds=round(time.perf_counter() - wall, 1),
-                cpu_ms_a_picture=round(1000 * (time.process_time() - cpu) / trained, 1)))
+                cpu_ms_a_image=round(1000 * (time.process_time() - cpu) / trained, 1)))
             print(rows[-1], flush=True)
     results = dict(machine=platform.platform(), cores=os.cpu_count(), load=os.getloadavg(),
                    grouped_by=GROUPED_BY, interval=INTERVAL,

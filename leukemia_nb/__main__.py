@@ -23,7 +23,7 @@ def main() -> None:
     """Run the command line."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler: signal.signal(signal.SIGINT, _stop_at_once)
     with suppress(OSError): _leave_this_folder_out()  # the current folder may be gone
-    from leukemia_nb.command_line import main
+    from leukemia_nb.study.command_line import main
 
     main()
 

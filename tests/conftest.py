@@ -14,10 +14,10 @@ SHARED = Path(os.environ.get("LEUKEMIA_NB_SHARED", ROOT.parent / "shared"))
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of the real pictures; the test skips where it is missing."""
+    """Folder of the real images; the test skips where it is missing."""
     folder = SHARED / "data"
     if not (folder / "taleqani").is_dir():
-        pytest.skip(f"real pictures not here: {folder}")
+        pytest.skip(f"real images not here: {folder}")
     return folder
 
 
@@ -57,6 +57,6 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def torch_before_tensorflow() -> None:
     """All test modules share a process: torch must be loaded first, the other order aborts it."""
-    from leukemia_nb.yolo import yolo_framework
+    from leukemia_nb.models.yolo import yolo_framework
 
     yolo_framework()

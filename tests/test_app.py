@@ -1,4 +1,4 @@
-"""The page for one picture: its handlers without a browser, and the whole of it in a headless Chromium."""
+"""The page for one image: its handlers without a browser, and the whole of it in a headless Chromium."""
 import itertools
 import json
 import os
@@ -21,12 +21,12 @@ import psutil
 import pytest
 from conftest import ROOT
 
-from leukemia_nb import app
-from leukemia_nb.images import PictureError, write_picture
-from leukemia_nb.predictor import made_up_model_file, seal
-from leukemia_nb.synthetic import smear
+from leukemia_nb.inference import app
+from leukemia_nb.data.images import ImageError, write_image
+from leukemia_nb.inference.predictor import dummy_model_file, seal
+from leukemia_nb.data.synthetic import smear
 
-KINDS = ("picture", "pair", "cells")
+KINDS = ("image", "pair", "cells")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     (folder / "exported").mkdir()
     for kind in KINDS:
-        made_up_model_file(folder / "exported" / f"{kind}.onnx", kind)
+        dummy_model_file(folder / "exported" / f"{kind}.onnx", kind)
     (folder / "exported" / "torn.onnx").write_bytes(b"half a file")
     return folder
 
@@ -44,8 +44,8 @@ def run(tmp_path_factory):
 def files(tmp_path_factory):
     """What people drop in: a smear, a file that is none, a name that is markup."""
     folder = tmp_path_factory.mktemp("files")
-    write_picture(folder / "smear.png", smear("Pro-B", seed=5).picture)
-    write_picture(folder / "<b>ü & \".jpg", smear("Normal", seed=1, height=384, width=512).picture)
+    write_image(folder / "smear.png", smear("Pro-B", seed=5).image)
+    write_image(folder / "<b>ü & \".jpg", smear("Normal", seed=1, height=384, width=512).image)
     (folder / "letter.png").write_bytes(b"Dear colleague, please find attached")
     return folder
 
@@ -54,7 +54,7 @@ def look(page, file):
     page.look(file.name, file.read_bytes())
 
 
-def test_a_picture_is_shown_with_cells_answers_and_doubt(run, files):
+def test_a_image_is_shown_with_cells_answers_and_doubt(run, files):
     page = app.panel(run)
     look(page, files / "smear.png")
     cells = page.shown[1].max()
@@ -69,7 +69,7 @@ def test_a_picture_is_shown_with_cells_answers_and_doubt(run, files):
     assert page.button.layout.display == "" and page.looks.value == ""
 
 
-def test_saliency_is_on_the_button_and_goes_with_its_picture(run, files):
+def test_saliency_is_on_the_button_and_goes_with_its_image(run, files):
     page = app.panel(run)
     look(page, files / "smear.png")
     page.button.click()
@@ -79,11 +79,11 @@ def test_saliency_is_on_the_button_and_goes_with_its_picture(run, files):
     assert page.looks.value == "" and page.button.layout.display == ""
 
 
-def test_a_bad_file_takes_the_last_picture_away(run, files):
+def test_a_bad_file_takes_the_last_image_away(run, files):
     page = app.panel(run)
     look(page, files / "smear.png")
     look(page, files / "letter.png")
-    assert "letter.png: not a picture" in page.message.value
+    assert "letter.png: not an image" in page.message.value
     assert page.seen.value == page.answers.value == page.looks.value == ""
     assert page.button.layout.display == "none" and page.shown is None
     look(page, files / "smear.png")
@@ -92,7 +92,7 @@ def test_a_bad_file_takes_the_last_picture_away(run, files):
 
 def test_a_failure_of_the_software_is_said_on_the_page(run, files, monkeypatch):
     page = app.panel(run)
-    monkeypatch.setattr(app, "find_cells", lambda picture: 1 / 0)
+    monkeypatch.setattr(app, "find_cells", lambda image: 1 / 0)
     look(page, files / "smear.png")
     assert "the software failed (ZeroDivisionError" in page.message.value and page.answers.value == ""
 
@@ -105,7 +105,7 @@ def test_a_model_that_cannot_be_opened_is_named_and_the_others_answer(run):
 @pytest.mark.parametrize("described", ["[]", "null", "{", '{"format": 2}', '{"format": 2, "title": ["\\u001b[31m"], "classes": 3}'])
 def test_a_sealed_file_with_a_malformed_description_is_one_line_and_the_others_answer(run, tmp_path, described):
     import onnx
-    model = onnx.load(run / "exported" / "picture.onnx")
+    model = onnx.load(run / "exported" / "image.onnx")
     entries = {entry.key: entry.value for entry in model.metadata_props if entry.key != "sha256"} | {"leukemia_nb": described}
     model.ClearField("metadata_props")
     onnx.helper.set_model_props(model, entries)
@@ -137,7 +137,7 @@ def test_names_are_text_and_not_markup(run, files):
     page = app.panel(run)
     look(page, files / "<b>ü & \".jpg")
     assert "&lt;b&gt;ü &amp; &quot;.jpg" in page.seen.value and "<b>ü" not in page.still()
-    page.look("<img src=x>", b"no picture")
+    page.look("<img src=x>", b"no image")
     assert "<img src=x>" not in page.message.value and "&lt;img src=x&gt;" in page.message.value
 
 
@@ -145,7 +145,7 @@ def test_control_characters_in_names_are_escaped(run, files):
     page = app.panel(run)
     page.look("a\x1b[31m\nb\u202e.png", (files / "smear.png").read_bytes())
     assert "a\\x1b[31m\\nb\\u202e.png" in page.seen.value and not re.search("[\x1b\u202e]", page.still())
-    page.look("a\x1b[31m.png", b"no picture")
+    page.look("a\x1b[31m.png", b"no image")
     assert "a\\x1b[31m.png: not" in page.message.value and "\x1b" not in page.still()
 
 
@@ -169,7 +169,7 @@ def png_header(width, height):
 
 def test_no_upload_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with pytest.raises(PictureError, match=r"^\.\./a/b\.png: not a picture"):
+    with pytest.raises(ImageError, match=r"^\.\./a/b\.png: not an image"):
         app.read_upload("../a/b.png", b"nothing")
     assert not list(tmp_path.iterdir())
 
@@ -181,15 +181,15 @@ def test_a_blank_field_has_no_cells_and_no_answer(run):
     assert "No answer" in page.answers.value and "no cells found" in page.answers.value
 
 
-def test_a_picture_from_elsewhere_gets_no_answer_and_its_outlines_are_doubted(run):
+def test_a_image_from_elsewhere_gets_no_answer_and_its_outlines_are_doubted(run):
     page = app.panel(run)
-    page.show("negative.png", 255 - smear("Pre-B", seed=3, height=384, width=512).picture)
+    page.show("negative.png", 255 - smear("Pre-B", seed=3, height=384, width=512).image)
     assert "No answer" in page.answers.value and "What is outlined may not be cells" in page.answers.value
     assert "app-chosen" not in page.answers.value
 
 
 def test_the_app_needs_no_framework_and_no_widgets_to_be_imported():
-    code = ("import sys, leukemia_nb.app\n"
+    code = ("import sys, leukemia_nb.inference.app\n"
             "print([n for n in ('tensorflow', 'torch', 'onnx', 'ipywidgets', 'voila', 'anywidget') if n in sys.modules])")
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "[]"
 
@@ -388,7 +388,7 @@ class Browser:
         root = self.send("DOM.getDocument")["root"]["nodeId"]
         node = self.send("DOM.querySelector", nodeId=root, selector=".app-drop input")["nodeId"]
         self.send("DOM.setFileInputFiles", files=[str(file)], nodeId=node)
-        wait_for(lambda: self.text(".app-drop").startswith("Drop a picture"))
+        wait_for(lambda: self.text(".app-drop").startswith("Drop an image"))
 
     def width(self, width, height=900):
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
@@ -412,13 +412,13 @@ def browser(server, tmp_path_factory):
         found.close()
 
 
-def test_in_a_browser_a_picture_shows_cells_bars_and_doubt(browser, files):
+def test_in_a_browser_a_image_shows_cells_bars_and_doubt(browser, files):
     assert "research only" in browser.text(".app header")
     browser.choose(files / "smear.png")
     wait_for(lambda: browser.count(".app-line") == 1 + len(KINDS))
-    outlines = browser.count(".app-picture svg path")
-    assert outlines > 3 and f"{outlines} white blood cells segmented" in browser.text(".app-picture figcaption")
-    box = "document.querySelector('.app-picture {}').getBoundingClientRect()"
+    outlines = browser.count(".app-image svg path")
+    assert outlines > 3 and f"{outlines} white blood cells segmented" in browser.text(".app-image figcaption")
+    box = "document.querySelector('.app-image {}').getBoundingClientRect()"
     assert browser.value(f"Math.abs({box.format('svg')}.width - {box.format('img')}.width)") < 1
     bars = browser.value("[...document.querySelectorAll('.app-line > span > i > i')].map(i => i.offsetWidth / i.parentNode.offsetWidth)")
     assert len(bars) == 3 * len(KINDS) and np.allclose(np.sum(np.reshape(bars, (-1, 3)), axis=1), 1, atol=0.06)
@@ -428,10 +428,10 @@ def test_in_a_browser_a_picture_shows_cells_bars_and_doubt(browser, files):
 
 def test_in_a_browser_the_outlines_can_be_taken_away(browser, files):
     browser.choose(files / "smear.png")
-    wait_for(lambda: browser.count(".app-picture input"))
-    visible = "getComputedStyle(document.querySelector('.app-picture svg')).visibility"
+    wait_for(lambda: browser.count(".app-image input"))
+    visible = "getComputedStyle(document.querySelector('.app-image svg')).visibility"
     assert browser.value(visible) == "visible"
-    browser.value("document.querySelector('.app-picture input').click()")
+    browser.value("document.querySelector('.app-image input').click()")
     assert browser.value(visible) == "hidden"
 
 
@@ -445,14 +445,14 @@ def test_in_a_browser_the_button_shows_where_each_model_looks(browser, files):
 
 def test_in_a_browser_a_broken_file_is_said_to_be_one(browser, files):
     browser.choose(files / "smear.png")
-    wait_for(lambda: browser.count(".app-picture"))
+    wait_for(lambda: browser.count(".app-image"))
     browser.choose(files / "letter.png")
-    wait_for(lambda: "letter.png: not a picture" in browser.text(".app-wrong"))
-    wait_for(lambda: browser.count(".app-picture") == browser.count(".app-line") == 0)
-    assert "Drop a picture" in browser.text(".app-drop")
+    wait_for(lambda: "letter.png: not an image" in browser.text(".app-wrong"))
+    wait_for(lambda: browser.count(".app-image") == browser.count(".app-line") == 0)
+    assert "Drop an image" in browser.text(".app-drop")
 
 
-def test_in_a_browser_a_picture_can_be_dropped_anywhere_and_a_huge_one_is_refused_there(browser):
+def test_in_a_browser_a_image_can_be_dropped_anywhere_and_a_huge_one_is_refused_there(browser):
     drop = """(bytes => {{ const files = new DataTransfer(); files.items.add(new File([bytes], "{name}"));
         document.querySelector(".app h1").dispatchEvent(new DragEvent("drop", {{dataTransfer: files, bubbles: true}})); }})({bytes})"""
     browser.value(drop.format(name="slide.tif", bytes=f"new Uint8Array({app.LIMIT}e6 + 1)"))
@@ -460,16 +460,16 @@ def test_in_a_browser_a_picture_can_be_dropped_anywhere_and_a_huge_one_is_refuse
     canvas = """new Promise(done => {{ const c = document.createElement("canvas"); c.width = c.height = 64; c.getContext("2d").fillRect(0, 0, 9, 9);
         c.toBlob(done) }}).then(blob => {})"""
     browser.value(canvas.format(drop.format(name="dropped.png", bytes="blob")))
-    wait_for(lambda: "dropped.png, 64 × 64 pixels" in browser.text(".app-picture"))
+    wait_for(lambda: "dropped.png, 64 × 64 pixels" in browser.text(".app-image"))
 
 
 def test_in_a_browser_a_large_file_arrives(browser, tmp_path):
     """Past tornado's usual 10 MB a message."""
     noise = np.random.default_rng(0).integers(0, 255, (2000, 2500, 3)).astype(np.uint8)
-    write_picture(tmp_path / "large.png", noise)
+    write_image(tmp_path / "large.png", noise)
     assert (tmp_path / "large.png").stat().st_size > 11e6
     browser.choose(tmp_path / "large.png")
-    wait_for(lambda: "large.png, 2500 × 2000" in browser.text(".app-picture"))
+    wait_for(lambda: "large.png, 2500 × 2000" in browser.text(".app-image"))
 
 
 @pytest.mark.parametrize("width", [360, 800, 1280])

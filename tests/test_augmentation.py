@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leukemia_nb.augmentation import balance, draw_copies
-from leukemia_nb.pairing import FLIPS, flip
+from leukemia_nb.processing.augmentation import oversample_with_flips, draw_copies
+from leukemia_nb.processing.pairing import FLIPS, flip
 
 counts = st.dictionaries(st.sampled_from(["Normal", "Early Pre-B", "Pre-B", "Pro-B"]), st.integers(1, 40), min_size=1)
 
@@ -21,7 +21,7 @@ def table_of(counts: dict[str, int]) -> pd.DataFrame:
 @settings(deadline=None, max_examples=60)
 def test_balanced_without_early_repeats(counts, seed):
     table = table_of(counts)
-    training = balance(table, seed)
+    training = oversample_with_flips(table, seed)
     largest = max(counts.values())
     assert training["class"].value_counts().to_dict() == dict.fromkeys(counts, largest)
     assert set(training["pair"]) == set(table["pair"])
@@ -42,34 +42,34 @@ def test_balanced_without_early_repeats(counts, seed):
 def test_seed_alone_decides(counts, seed):
     table = table_of(counts)
     def copies(training): return {tuple(row) for row in training[["pair", "flip", "repeat"]].to_numpy()}
-    assert copies(balance(table, seed)) == copies(balance(table.sample(frac=1, random_state=seed), seed))
+    assert copies(oversample_with_flips(table, seed)) == copies(oversample_with_flips(table.sample(frac=1, random_state=seed), seed))
     grown = pd.concat([table, table_of({"Other": 1})])
-    assert copies(balance(table, seed)) == {row for row in copies(balance(grown, seed)) if not row[0].startswith("Other")}
+    assert copies(oversample_with_flips(table, seed)) == {row for row in copies(oversample_with_flips(grown, seed)) if not row[0].startswith("Other")}
 
 
 def test_other_seed_other_copies():
     table = table_of({"Normal": 20, "Pre-B": 35})
-    assert not balance(table, 1).equals(balance(table, 2))
+    assert not oversample_with_flips(table, 1).equals(oversample_with_flips(table, 2))
 
 
 def test_only_training_pairs_are_copied():
     table = table_of({"Normal": 8, "Pre-B": 20})
     table.loc[[0, 1, 9, 10, 11], "subset"] = ["test", "validation", "test", "validation", "validation"]
-    training = balance(table)
+    training = oversample_with_flips(table)
     assert set(training["subset"]) == {"train"}
     assert training["class"].value_counts().to_dict() == {"Normal": 17, "Pre-B": 17}
 
 
 def test_refused_tables():
-    with pytest.raises(ValueError, match="no training pairs"): balance(table_of({"Normal": 2}).assign(subset="test"))
-    with pytest.raises(ValueError, match="copies already"): balance(balance(table_of({"Normal": 2, "Pre-B": 3})))
+    with pytest.raises(ValueError, match="no training pairs"): oversample_with_flips(table_of({"Normal": 2}).assign(subset="test"))
+    with pytest.raises(ValueError, match="copies already"): oversample_with_flips(oversample_with_flips(table_of({"Normal": 2, "Pre-B": 3})))
     with pytest.raises(ValueError, match="no pairs to copy"): draw_copies([], 1, np.random.default_rng(0))
 
 
 @given(st.sampled_from(FLIPS), st.integers(1, 7), st.integers(1, 7), st.integers(0, 99))
 def test_flip_twice_is_no_flip(kind, height, width, seed):
-    picture = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    assert (flip(flip(picture, kind), kind) == picture).all()
-    assert (flip(flip(picture, "horizontal"), "vertical") == flip(picture, "both")).all()
-    mask = picture[..., 0] > 128
-    assert (flip(picture * mask[..., None], kind) == flip(picture, kind) * flip(mask, kind)[..., None]).all()
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    assert (flip(flip(image, kind), kind) == image).all()
+    assert (flip(flip(image, "horizontal"), "vertical") == flip(image, "both")).all()
+    mask = image[..., 0] > 128
+    assert (flip(image * mask[..., None], kind) == flip(image, kind) * flip(mask, kind)[..., None]).all()

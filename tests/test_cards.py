@@ -10,14 +10,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leukemia_nb.cards import (
+from leukemia_nb.study.cards import (
     ITEMS,
     MADE_BY,
     OWN,
     SYNTHETIC,
     TALEQANI,
     Item,
-    NotMade,
+    MissingResultError,
     accuracy_text,
     class_text,
     data_set,
@@ -30,7 +30,7 @@ from leukemia_nb.cards import (
     known_limits,
     licence_text,
     limits_statement,
-    made_up_measurements,
+    dummy_measurements,
     markdown_table,
     model_card,
     model_details,
@@ -42,22 +42,22 @@ from leukemia_nb.cards import (
     share_text,
     trained_models,
     training_run,
-    unrelated_accuracy,
+    accuracy_without_near_duplicates,
     verdict,
     what_it_follows,
     write_cards,
 )
-from leukemia_nb.files import read_table, write_table
-from leukemia_nb.evaluation import read_predictions, write_predictions
-from leukemia_nb.report import SECTIONS, build_report, made_up_run, write_section
-from leukemia_nb.study import StudySettings, study_steps
+from leukemia_nb.data.files import read_table, write_table
+from leukemia_nb.evaluation.metrics import read_predictions, write_predictions
+from leukemia_nb.study.report import SECTIONS, build_report, dummy_run, write_section
+from leukemia_nb.study.driver import StudySettings, study_steps
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cards") / "made-up"
-    made_up_run(folder)
-    made_up_measurements(folder)
+    dummy_run(folder)
+    dummy_measurements(folder)
     return folder
 
 
@@ -80,7 +80,7 @@ def test_an_empty_run_gives_no_result_and_names_the_steps(tmp_path):
     assert "%" not in card and "model-index" not in card
     for step in ("train", "split", "compare", "worth"):
         assert f"*{step}*" in card
-    with pytest.raises(NotMade, match=r"`metrics/cross_validation.csv` is written by the step \*cross-validate\*"):
+    with pytest.raises(MissingResultError, match=r"`metrics/cross_validation.csv` is written by the step \*cross-validate\*"):
         run_table(tmp_path, "metrics/cross_validation.csv")
 
 
@@ -95,12 +95,12 @@ def test_every_step_that_is_named_is_a_step_of_the_study(tmp_path):
 
 
 def test_a_file_of_another_model_is_not_taken(run):
-    with pytest.raises(NotMade, match=r"has no row for Cell-centred \(ours\)"):
+    with pytest.raises(MissingResultError, match=r"has no row for Cell-centred \(ours\)"):
         run_table(run, "metrics/models.csv", "cells")
 
 
 def test_numbers_are_those_of_the_files(run):
-    change(run, "models.csv", "yolov8", right=90, pictures=97)
+    change(run, "models.csv", "yolov8", right=90, images=97)
     change(run, "grouped_accuracy.csv", "yolov8", grouped_low=0.123, grouped_high=0.987)
     card = model_card(run, "yolov8")
     assert share_text(90, 97) in card and "95 % CI 12.3% to 98.7%, Clopper-Pearson on effective groups" in card
@@ -175,7 +175,7 @@ def test_relatives_in_training_are_left_out(run):
     split = test[["pair", "class"]].assign(sha256="0", subset="test", related=range(len(test)))
     seen = split.head(40).assign(subset="train", pair="other " + split["pair"].head(40))
     write_table(run / "split.csv", pd.concat([split, seen]))
-    right, n = unrelated_accuracy(run, "mobilenet_v2")
+    right, n = accuracy_without_near_duplicates(run, "mobilenet_v2")
     assert n == len(test) - 40
     probabilities = test[["p_Normal", "p_Pre-B", "p_Pro-B"]].to_numpy().argmax(axis=1)[40:]
     assert right == (pd.Series(["Normal", "Pre-B", "Pro-B"])[probabilities].to_numpy() == test["class"][40:].to_numpy()).sum()
@@ -192,12 +192,12 @@ def test_bars_do_not_break_a_table(texts):
     (["C:\\data\\Benign\\WBC-Benign-001.jpg", "C:\\data\\Pro\\WBC-Malignant-Pro-038.JPG"], TALEQANI),
     (["/d/[Malignant] Pre-B/Snap_001.jpg", "/d/Benign/Sap_013 (1).jpg"], TALEQANI),
     (["/d/Normal/a.png", "/d/Pre-B/b.png"], OWN)])
-def test_pictures_are_known_by_their_names(tmp_path, paths, expected):
+def test_images_are_known_by_their_names(tmp_path, paths, expected):
     write_table(tmp_path / "manifest.csv", pd.DataFrame({"path": paths}))
     assert data_set(tmp_path) is expected
 
 
-def test_the_public_pictures_are_recognised(shared_data, tmp_path):
+def test_the_public_images_are_recognised(shared_data, tmp_path):
     paths = [str(path) for path in (shared_data / "taleqani").rglob("*.jpg")]
     write_table(tmp_path / "manifest.csv", pd.DataFrame({"path": paths}))
     assert len(paths) > 2000 and data_set(tmp_path) is TALEQANI
@@ -205,9 +205,9 @@ def test_the_public_pictures_are_recognised(shared_data, tmp_path):
 
 def test_division_is_told_as_it_was(run):
     study = json.loads((run / "study.json").read_text())
-    assert "picture by picture" in division_text(run) and "pictures and exact copies" in disjoint_answer(run)
+    assert "image by image" in division_text(run) and "images and exact copies" in disjoint_answer(run)
     (run / "study.json").write_text(json.dumps(study | {"split": "grouped"}))
-    assert "no group is in two subsets" in division_text(run) and "groups of related pictures" in disjoint_answer(run)
+    assert "no group is in two subsets" in division_text(run) and "groups of related images" in disjoint_answer(run)
     (run / "study.json").write_text(json.dumps(study | {"split_file": "a.csv"}))
     assert "earlier study" in division_text(run)
 
@@ -261,14 +261,14 @@ def test_lowest_and_highest_are(run):
     assert text.startswith("Lowest: EfficientNet-B0 39 of 111") and "Highest: YOLO12 111 of 111" in text
 
 
-def test_wrong_answers_are_counted_by_picture(run):
+def test_wrong_answers_are_counted_by_image(run):
     for model in trained_models(run):
         table = read_predictions(run / "predictions" / f"{model}.csv")
         sure = table.assign(**{f"p_{name}": (table["class"] == name).astype(float) for name in ("Normal", "Pre-B", "Pro-B")})
         if model == "yolo11":
             sure.loc[sure["pair"] == "Pro-B/test_001", ["p_Normal", "p_Pro-B"]] = [1.0, 0.0]
         write_predictions(sure, run / "predictions" / f"{model}.csv")
-    assert "1 of 111 test pictures are wrong" in failures_answer(run) and "one of them for 1;" in failures_answer(run)
+    assert "1 of 111 test images are wrong" in failures_answer(run) and "one of them for 1;" in failures_answer(run)
     assert "test_001" not in failures_answer(run)
 
 
@@ -316,13 +316,13 @@ def test_calibrated_is_said_only_where_a_temperature_was_fitted(run):
         assert ("have the temperature applied" in text) == fitted and ("are not calibrated" in text) != fitted
     assert {"have the" in text for text in told.values()} == {True, False}   # both are tried
     write_table(run / "metrics" / "calibration.csv", table.reset_index().drop(columns=["temperature", "note"]))
-    assert "not calibrated: there are no validation pictures" in how_to_load(run, "nasnet_mobile")
+    assert "not calibrated: there are no validation images" in how_to_load(run, "nasnet_mobile")
 
 
 def test_items_say_what_the_project_does(run):
     items = reporting_items(run).set_index("Topic")["Answer"]
-    assert "blurred" not in items["Poor or missing input"] and "No diagram" not in items["Flow of pictures"]
-    assert "Flow of the pictures" in build_report(run).read_text(encoding="utf-8")   # the diagram that the item names
+    assert "blurred" not in items["Poor or missing input"] and "No diagram" not in items["Flow of images"]
+    assert "Flow of the images" in build_report(run).read_text(encoding="utf-8")   # the diagram that the item names
     assert "metadata is not read" not in items["De-identification"]
     assert "YOLOv8" in items["How predictors were handled"] and "backbone" in items["How predictors were handled"]
     for file in (run / "predictions").glob("*.csv"):
@@ -332,11 +332,11 @@ def test_items_say_what_the_project_does(run):
     assert "backbone" not in items["How predictors were handled"]   # no network of Keras in this run
 
 
-def test_new_pictures_with_classes_are_not_passed_over(run):
+def test_new_images_with_classes_are_not_passed_over(run):
     study = json.loads((run / "study.json").read_text())
     assert external_answer(run).startswith("Not done")
     (run / "study.json").write_text(json.dumps(study | {"unseen": "/somewhere"}))
-    assert external_answer(run).startswith("In part: 6 of 6 new pictures")
+    assert external_answer(run).startswith("In part: 6 of 6 new images")
 
 
 def test_nothing_is_called_a_diagnosis(run):

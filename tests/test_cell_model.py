@@ -6,35 +6,35 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from leukemia_nb.cell_model import (
+from leukemia_nb.models.cell_model import (
     COLOURS,
-    MEASURES,
+    FEATURE_NAMES,
     CellModel,
     cell_colours,
     cell_crops,
     describe,
     exchange_colours,
-    population,
+    aggregate_cells,
     recolour,
-    tighten,
+    refine_mask,
 )
-from leukemia_nb.counterfactuals import make_counterfactuals
-from leukemia_nb.data import CLASSES
-from leukemia_nb.models import MODELS, Pictures, load_model, make_model
-from leukemia_nb.synthetic import smear
+from leukemia_nb.audit.cue_conflict import make_composites
+from leukemia_nb.data.manifest import CLASSES
+from leukemia_nb.models.interface import MODELS, Images, load_model, make_model
+from leukemia_nb.data.synthetic import smear
 
 
 def small(label, seed, **settings):
     """A synthetic field as the models see it."""
-    return cv2.resize(smear(label, seed=seed, **settings).picture, (224, 224), interpolation=cv2.INTER_AREA)
+    return cv2.resize(smear(label, seed=seed, **settings).image, (224, 224), interpolation=cv2.INTER_AREA)
 
 
 @pytest.fixture(scope="module")
 def sources():
     labels = np.repeat(CLASSES, 8)
-    pictures = np.stack([small(label, seed) for label, seed in zip(labels, [*range(8)] * 3)])
+    images = np.stack([small(label, seed) for label, seed in zip(labels, [*range(8)] * 3)])
     hidden = np.arange(24) % 8 >= 6
-    return Pictures(pictures[~hidden], labels[~hidden]), Pictures(pictures[hidden], labels[hidden])
+    return Images(images[~hidden], labels[~hidden]), Images(images[hidden], labels[hidden])
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_measures_depend_on_nothing_outside_the_mask():
     for crop, mask in zip(crops, masks):
         noise = random.integers(0, 256, crop.shape).astype(np.uint8)
         np.testing.assert_array_equal(describe(crop, mask), describe(np.where(mask[..., None], crop, noise), mask))
-        assert len(describe(crop, mask)) == len(MEASURES) == 39
+        assert len(describe(crop, mask)) == len(FEATURE_NAMES) == 39
 
 
 def test_measures_do_not_change_when_a_cell_is_mirrored():
@@ -98,7 +98,7 @@ def test_training_shows_each_class_in_the_colours_of_every_class():
 
 
 def test_recoloured_cells_are_still_named(model, sources):
-    recoloured, table = make_counterfactuals(sources[1].read(slice(None)), None, sources[1].labels, ["recolour cells"], seed=4)
+    recoloured, table = make_composites(sources[1].read(slice(None)), None, sources[1].labels, ["recolour cells"], seed=4)
     assert (model.predict(recoloured) == table.cells).mean() >= 0.6
 
 
@@ -106,13 +106,13 @@ def test_tighten_drops_a_pale_rim_and_never_everything():
     disk = np.hypot(*np.mgrid[-24:24, -24:24]) < 12
     crop = np.where(disk[..., None], (120, 60, 180), (235, 235, 225)).astype(np.uint8)
     wide = cv2.dilate(disk.astype(np.uint8), np.ones((9, 9))) > 0
-    assert abs(int(tighten(crop, wide).sum()) - int(disk.sum())) < 0.03 * disk.sum()
-    np.testing.assert_array_equal(tighten(np.full_like(crop, 200), wide), wide)
+    assert abs(int(refine_mask(crop, wide).sum()) - int(disk.sum())) < 0.03 * disk.sum()
+    np.testing.assert_array_equal(refine_mask(np.full_like(crop, 200), wide), wide)
 
 
 def test_population_is_mean_and_deviation():
     values, owner = np.random.default_rng(0).normal(size=(9, 4)), np.array([0, 0, 0, 1, 1, 1, 1, 3, 3])
-    found = population(values, owner, 4)
+    found = aggregate_cells(values, owner, 4)
     np.testing.assert_allclose(found[1], np.r_[values[3:7].mean(0), values[3:7].std(0)])
     assert (found[2] == 0).all()
 
@@ -136,7 +136,7 @@ def test_saved_without_pickle_and_read_back(model, sources, tmp_path):
     np.load(tmp_path / "cells/cells.npz", allow_pickle=False)["shares"]
 
 
-def test_a_picture_without_cells_gets_the_class_shares(model):
+def test_a_image_without_cells_gets_the_class_shares(model):
     np.testing.assert_allclose(model.predict_proba(np.full((2, 64, 64, 3), 240, np.uint8)), model.shares_[None].repeat(2, 0), atol=1e-5)
 
 
@@ -148,7 +148,7 @@ def test_other_colours_and_batches(model, sources):
 
 
 def test_two_classes(sources):
-    train, held_out = (Pictures(s.read(keep := np.flatnonzero(s.labels != "Pro-B")), s.labels[keep]) for s in sources)
+    train, held_out = (Images(s.read(keep := np.flatnonzero(s.labels != "Pro-B")), s.labels[keep]) for s in sources)
     two = CellModel(epochs=4)
     two.fit(train, held_out)
     assert two.predict_proba(held_out).shape == (4, 2)

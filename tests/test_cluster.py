@@ -15,12 +15,12 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from leukemia_nb import study
-from leukemia_nb.cluster import ClusterError, Workers, parallel
-from leukemia_nb.command_line import app
-from leukemia_nb.predictor import made_up_model_file
-from leukemia_nb.study import SMOKE, StudyError, run_study
-from leukemia_nb.synthetic import write_smears
+from leukemia_nb.study import driver as study
+from leukemia_nb.study.cluster import ClusterError, Workers, parallel
+from leukemia_nb.study.command_line import app
+from leukemia_nb.inference.predictor import dummy_model_file
+from leukemia_nb.study.driver import SMOKE, StudyError, run_study
+from leukemia_nb.data.synthetic import write_smears
 
 distributed = pytest.importorskip("distributed")
 psutil = pytest.importorskip("psutil")  # comes with distributed
@@ -53,12 +53,12 @@ def address(cluster):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     """A folder of thirty synthetic smears, one file that is none, and a model file beside it."""
     folder = tmp_path_factory.mktemp("predict")
     write_smears(folder / "smears", 10, height=192, width=256)
     (folder / "smears/broken.png").write_bytes(b"\x89PNG")
-    made_up_model_file(folder / "model.onnx")
+    dummy_model_file(folder / "model.onnx")
     return folder
 
 
@@ -126,7 +126,7 @@ def test_no_dask_is_one_clear_line(monkeypatch):
 
 
 def test_dask_is_not_loaded_where_nobody_asks_for_it():
-    code = ("import sys\nfrom leukemia_nb import study, command_line\nfrom leukemia_nb.cluster import parallel\n"
+    code = ("import sys\nfrom leukemia_nb import study, command_line\nfrom leukemia_nb.study.cluster import parallel\n"
             "with parallel(2) as workers: assert workers == (2, 2)\nassert not {'dask', 'distributed'} & sys.modules.keys()")
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -150,18 +150,18 @@ def kill_the_worker_of(step, run, over, killed):
 
 
 def test_a_study_over_a_cluster_is_the_same_study_and_survives_a_killed_worker(address, tmp_path):
-    here = run_study(SMOKE, tmp_path / "here", until=("counterfactuals",), say=lambda line: None)
+    here = run_study(SMOKE, tmp_path / "here", until=("counterfactuals",), log=lambda line: None)
     killed, said, over = [], [], threading.Event()
     killer = threading.Thread(target=kill_the_worker_of, args=("counterfactuals", tmp_path / "there", over, killed))
     killer.start()
-    there = run_study(SMOKE, tmp_path / "there", until=("counterfactuals",), say=said.append, cluster=address)
+    there = run_study(SMOKE, tmp_path / "there", until=("counterfactuals",), log=said.append, cluster=address)
     over.set()
     killer.join()
     assert len(killed) == 2 and not psutil.wait_procs(killed, timeout=60)[1]  # the kernel has not outlived its worker
     assert not list(there.folder.glob("notebooks/*.partial.ipynb"))
     assert files_of(there) == files_of(here)
     assert {"pairs/Pre-B/ori_Pre-B_001.png", "split.csv", "audit/counterfactuals.npy"} < files_of(there).keys()
-    run_study(SMOKE, there.folder, until=("counterfactuals",), say=said.append)  # the cluster's records hold here
+    run_study(SMOKE, there.folder, until=("counterfactuals",), log=said.append)  # the cluster's records hold here
     assert [line.split(": ")[1] for line in said if "…" not in line][3:] == ["unchanged"] * 3
 
 
@@ -171,7 +171,7 @@ def test_a_step_that_fails_in_a_worker_is_the_study_s_error(address, tmp_path):
         for number in range(20): (tmp_path / "data" / label / f"{number}.png").write_bytes(b"no image")
     settings = replace(SMOKE, data=str(tmp_path / "data"))
     with pytest.raises(StudyError, match=r"(?s)step prepare failed.*class Normal is empty.*goes on from here"):
-        run_study(settings, tmp_path / "run", until=("prepare",), say=lambda line: None, cluster=address)
+        run_study(settings, tmp_path / "run", until=("prepare",), log=lambda line: None, cluster=address)
 
 
 def test_a_worker_that_does_not_see_the_run_folder_says_so(tmp_path):
@@ -184,14 +184,14 @@ def predict(*more):
     return CliRunner().invoke(app, ["predict", "smears", "--model", "model.onnx", "--batch-size", "1", *more])
 
 
-def test_predictions_over_a_cluster_are_the_same_though_a_worker_is_killed(address, pictures, monkeypatch):
-    monkeypatch.chdir(pictures)
+def test_predictions_over_a_cluster_are_the_same_though_a_worker_is_killed(address, images, monkeypatch):
+    monkeypatch.chdir(images)
     alone = predict("--out", "alone.csv")
     with distributed.Client(address, set_as_default=False) as client:
         victim = next(iter(client.run(os.getpid).values()))
 
     def kill_at_work():
-        while not any(file.stat().st_size for file in pictures.glob("shared.csv.unfinished")):
+        while not any(file.stat().st_size for file in images.glob("shared.csv.unfinished")):
             time.sleep(0.001)
         os.kill(victim, signal.SIGKILL)
 
@@ -201,14 +201,14 @@ def test_predictions_over_a_cluster_are_the_same_though_a_worker_is_killed(addre
     killer.join(1)
     assert not killer.is_alive()
     assert alone.exit_code == shared.exit_code == 1  # of the broken file
-    first, second = (pd.read_csv(pictures / name) for name in ("alone.csv", "shared.csv"))
-    assert second.path.tolist() == [str(pictures / path) for path in first.path] and len(second) == 31
+    first, second = (pd.read_csv(images / name) for name in ("alone.csv", "shared.csv"))
+    assert second.path.tolist() == [str(images / path) for path in first.path] and len(second) == 31
     pd.testing.assert_frame_equal(first.drop(columns=["path", "error"]), second.drop(columns=["path", "error"]))
-    assert len(list((pictures / "found").glob("*-cells.jpg"))) == 30
+    assert len(list((images / "found").glob("*-cells.jpg"))) == 30
 
 
 def test_a_worker_is_watched_once_however_many_tasks_it_has():
-    code = ("import threading\nfrom joblib import Parallel, delayed\nfrom leukemia_nb.cluster import die_with_parent\n"
+    code = ("import threading\nfrom joblib import Parallel, delayed\nfrom leukemia_nb.study.cluster import die_with_parent\n"
             "def task(): die_with_parent(); return threading.active_count()\n"
             "if __name__ == '__main__':\n    found = Parallel(2, batch_size=1)(delayed(task)() for _ in range(40))\n    print(max(found) - min(found))\n")
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout

@@ -8,16 +8,16 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from leukemia_nb.cards import failures_answer, made_up_measurements, reporting_blocks, trained_models
-from leukemia_nb.files import read_table, write_table
-from leukemia_nb.report import made_up_run
+from leukemia_nb.study.cards import failures_answer, dummy_measurements, reporting_blocks, trained_models
+from leukemia_nb.data.files import read_table, write_table
+from leukemia_nb.study.report import dummy_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("collect") / "made-up"
-    made_up_run(folder)
-    made_up_measurements(folder)
+    dummy_run(folder)
+    dummy_measurements(folder)
     reporting_blocks(folder, trained_models(folder))
     return folder
 
@@ -49,7 +49,7 @@ def test_no_name_of_an_image_is_collected(run, tmp_path):
 
 
 def test_names_that_an_answer_or_a_table_holds_are_taken_out(run, tmp_path):
-    """As in runs of earlier versions, whose answers named the pictures that most models had wrong."""
+    """As in runs of earlier versions, whose answers named the images that most models had wrong."""
     old = shutil.copytree(run, tmp_path / "run")
     items = read_table(old / "metrics" / "reporting_items.csv")
     pair, path = read_table(old / "manifest.csv").loc[7, ["pair", "path"]]
@@ -73,4 +73,4 @@ def test_the_committed_tables_name_no_image():
 
 def test_the_answer_itself_counts_and_names_nothing(run):
     answer = failures_answer(run)
-    assert "of 111 test pictures are wrong" in answer and not [name for name in names(run) if name in answer]
+    assert "of 111 test images are wrong" in answer and not [name for name in names(run) if name in answer]

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from leukemia_nb.images import read_picture
-from leukemia_nb.predictor import made_up_model_file
+from leukemia_nb.data.images import read_image
+from leukemia_nb.inference.predictor import dummy_model_file
 
 
 def call(*arguments):
@@ -50,8 +50,8 @@ def test_segment_writes_masks_overlays_and_a_table(smears, tmp_path):
     table = pd.read_csv(tmp_path / "out" / "qc.csv", keep_default_na=False)
     assert set(table.path) == {"gut.png", "broken.jpg"}
     assert table.set_index("path").problem["broken.jpg"] != ""
-    mask = read_picture(tmp_path / "out" / "masks" / "gut.png")
-    assert set(np.unique(mask)) == {0, 255} and mask.shape == read_picture(source).shape
+    mask = read_image(tmp_path / "out" / "masks" / "gut.png")
+    assert set(np.unique(mask)) == {0, 255} and mask.shape == read_image(source).shape
     assert (tmp_path / "out" / "overlays" / "gut.png").is_file()
 
 
@@ -62,7 +62,7 @@ def test_prepare_writes_pairs(smears, tmp_path):
 
 
 def test_predict_answers_files_folders_and_patterns(smears, tmp_path):
-    model = made_up_model_file(tmp_path / "m.onnx")
+    model = dummy_model_file(tmp_path / "m.onnx")
     bad = tmp_path / "broken.jpg"
     bad.write_bytes(b"\xff\xd8\xff")
     status, out, error = call("predict", smears / "Normal", f"{smears}/Pre-B/*_00[12].png", bad, "--model", model)
@@ -70,15 +70,15 @@ def test_predict_answers_files_folders_and_patterns(smears, tmp_path):
     assert "1 not read" in error and "Research use only" in error
 
 
-def test_predict_says_that_a_folder_has_no_pictures(tmp_path):
-    model = made_up_model_file(tmp_path / "m.onnx")
+def test_predict_says_that_a_folder_has_no_images(tmp_path):
+    model = dummy_model_file(tmp_path / "m.onnx")
     (tmp_path / "EMPTY").mkdir()
     status, out, _ = call("predict", tmp_path / "EMPTY", "--model", model)
-    assert status == 1 and "EMPTY: no pictures in it" in out
+    assert status == 1 and "EMPTY: no images in it" in out
 
 
 def test_predict_writes_tables_and_overlays(smears, tmp_path):
-    model = made_up_model_file(tmp_path / "m.onnx", kind="pair")
+    model = dummy_model_file(tmp_path / "m.onnx", kind="pair")
     status, out, error = call("predict", smears / "Pre-B", "--model", model, "--out", tmp_path / "a.csv", "--json", tmp_path / "a.json",
                               "--overlays", tmp_path / "seen", "--saliency")
     assert status == 0, error
@@ -87,18 +87,18 @@ def test_predict_writes_tables_and_overlays(smears, tmp_path):
     assert len(list((tmp_path / "seen").glob("*-cells.jpg"))) == 4 == len(list((tmp_path / "seen").glob("*-saliency.jpg")))
 
 
-def test_compare_writes_a_table_and_a_picture_grid(smears, tmp_path):
-    for kind in ("picture", "pair"): made_up_model_file(tmp_path / f"run/exported/{kind}.onnx", kind)
+def test_compare_writes_a_table_and_a_image_grid(smears, tmp_path):
+    for kind in ("image", "pair"): dummy_model_file(tmp_path / f"run/exported/{kind}.onnx", kind)
     status, out, error = call("compare", smears / "Pro-B", "--study", tmp_path / "run", "--out", tmp_path / "out")
     assert status == 0 and len(out.splitlines()) == 5, error
     table = pd.read_csv(tmp_path / "out" / "comparison.csv", keep_default_na=False)
-    assert set(table["true label"]) == {"Pro-B"} and {"made_up_picture", "made_up_pair confidence", "made_up_pair doubt"} <= set(table)
-    assert read_picture(tmp_path / "out" / "comparison.png").shape[1] > 700
+    assert set(table["true label"]) == {"Pro-B"} and {"made_up_image", "made_up_pair confidence", "made_up_pair doubt"} <= set(table)
+    assert read_image(tmp_path / "out" / "comparison.png").shape[1] > 700
 
 
 @pytest.fixture
 def bytes_folder(smears, tmp_path):
-    """A picture whose name is no UTF-8, in a folder of its class."""
+    """An image whose name is no UTF-8, in a folder of its class."""
     folder = tmp_path / "in" / "Pre-B"
     folder.mkdir(parents=True)
     (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(next((smears / "Pre-B").glob("*.png")).read_bytes())
@@ -106,7 +106,7 @@ def bytes_folder(smears, tmp_path):
 
 
 def test_names_that_are_no_utf8_are_answered_and_escaped(bytes_folder, tmp_path):
-    model = made_up_model_file(tmp_path / "run/exported/m.onnx")
+    model = dummy_model_file(tmp_path / "run/exported/m.onnx")
     name = f"{bytes_folder}/Pre-B/caf\\xe9.png"
     status, out, error = call("predict", bytes_folder, "--model", model)
     assert status == 0 and name in out, error
@@ -127,7 +127,7 @@ def test_names_that_are_no_utf8_are_answered_and_escaped(bytes_folder, tmp_path)
 def test_names_that_are_no_utf8_are_segmented_and_prepared(bytes_folder, smears, tmp_path):
     out = tmp_path / os.fsdecode(b"out\xe9")
     status, said, error = call("segment", bytes_folder, "--out", out)
-    assert status == 0 and "1 picture segmented into" in said and "out\\xe9; " in said, error
+    assert status == 0 and "1 image segmented into" in said and "out\\xe9; " in said, error
     assert pd.read_csv(out / "qc.csv")["path"].tolist() == ["Pre-B/caf\\xe9.png"]
     assert len(list((out / "masks").rglob("*.png"))) == 1
     for label in ("Normal", "Pro-B"):
@@ -136,19 +136,19 @@ def test_names_that_are_no_utf8_are_segmented_and_prepared(bytes_folder, smears,
     (bytes_folder / "Pro-B" / os.fsdecode(b"n\xef.jpg")).write_bytes(b"")
     for _ in range(2):  # the second time all pairs are finished
         status, said, error = call("prepare", bytes_folder, "--out", tmp_path / "pairs", "--size", 64)
-        assert status == 0 and "1 picture with problems" in said, error
+        assert status == 0 and "1 image with problems" in said, error
     table = pd.read_csv(tmp_path / "pairs/pairs.csv", keep_default_na=False).set_index("pair")
     assert table.loc["Pre-B/caf\\xe9", "problem"] == "" and "n\\xef.jpg: the file is empty" in table.loc["Pro-B/n\\xef", "problem"]
     assert (tmp_path / "pairs/pairs" / table.loc["Pre-B/caf\\xe9", "original"]).is_file()
 
 
 def test_what_a_command_wrote_is_not_read_again(smears, tmp_path, monkeypatch):
-    made_up_model_file(tmp_path / "run/exported/m.onnx")
+    dummy_model_file(tmp_path / "run/exported/m.onnx")
     for label in ("Normal", "Pre-B", "Pro-B"):
         (tmp_path / label).mkdir()
         (tmp_path / label / "a.png").write_bytes(next((smears / label).glob("*.png")).read_bytes())
     monkeypatch.chdir(tmp_path)
-    for command, number in [(("segment", ".", "--out", "seg"), "3 pictures segmented"), (("prepare", ".", "--out", "prep"), "3 pairs in"),
+    for command, number in [(("segment", ".", "--out", "seg"), "3 images segmented"), (("prepare", ".", "--out", "prep"), "3 pairs in"),
                             (("compare", ".", "--study", "run", "--out", "new"), "Pro-B/a.png   Pro-B")]:
         found = [call(*command)[1] for _ in range(2)]
         assert number in found[0] and found[0] == found[1]
@@ -156,27 +156,27 @@ def test_what_a_command_wrote_is_not_read_again(smears, tmp_path, monkeypatch):
 
 
 def test_predict_looks_at_its_outputs_first(smears, tmp_path):
-    model = made_up_model_file(tmp_path / "m.onnx")
-    picture = next((smears / "Normal").glob("*.png"))
-    before = picture.read_bytes(), model.read_bytes()
-    for option, file, message in [("--out", picture, "is one of the pictures"), ("--json", model, "is the model file"),
+    model = dummy_model_file(tmp_path / "m.onnx")
+    image = next((smears / "Normal").glob("*.png"))
+    before = image.read_bytes(), model.read_bytes()
+    for option, file, message in [("--out", image, "is one of the images"), ("--json", model, "is the model file"),
                                   ("--out", smears, "choose another name"), ("--overlays", model, "A file stands")]:
-        status, out, error = call("predict", picture, "--model", model, option, file)
+        status, out, error = call("predict", image, "--model", model, option, file)
         assert status == 1 and message in error and out == "" and "Traceback" not in error
-    assert before == (picture.read_bytes(), model.read_bytes()) and os.listdir(tmp_path) == ["m.onnx"]
+    assert before == (image.read_bytes(), model.read_bytes()) and os.listdir(tmp_path) == ["m.onnx"]
 
 
 def test_compare_goes_on_without_a_torn_model(smears, tmp_path):
-    made_up_model_file(tmp_path / "run/exported/a.onnx")
+    dummy_model_file(tmp_path / "run/exported/a.onnx")
     (tmp_path / "run/exported/b.onnx").write_bytes(b"half a file")
     status, out, error = call("compare", smears / "Pro-B", "--study", tmp_path / "run", "--out", tmp_path / "out")
     assert status == 1 and len(out.splitlines()) == 5 and "b.onnx: not a model file" in error
     status, out, error = call("compare", "nowhere.png", "--study", tmp_path / "run", "--out", tmp_path / "out")
-    assert status == 1 and "nowhere.png: there is no such file" in error and "No picture can be read" in error
+    assert status == 1 and "nowhere.png: there is no such file" in error and "No image can be read" in error
 
 
 def test_help_waits_for_nothing():
-    code = ("import sys\nfrom leukemia_nb.command_line import app\ntry: app(['--help'])\nexcept SystemExit: pass\n"
+    code = ("import sys\nfrom leukemia_nb.study.command_line import app\ntry: app(['--help'])\nexcept SystemExit: pass\n"
             "print([name for name in ('numpy', 'cv2', 'pandas', 'onnxruntime', 'joblib') if name in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
@@ -189,7 +189,7 @@ def test_help_waits_for_nothing():
     (["predict", "a.png", "--model", __file__, "--saliency"], "--overlays FOLDER"),
     (["compare", "a.png", "--study", "EMPTY"], "no exported models"),
     (["compare", "a.png", "--study", "EMPTY/none"], "there is no such folder"),
-    (["segment", "EMPTY"], "no pictures in it"),
+    (["segment", "EMPTY"], "no images in it"),
     (["segment", "EMPTY", "--method", "foo"], "The methods are deck, seeded"),
     (["prepare", "EMPTY", "--method", "foo"], "The methods are deck, seeded"),
     (["study", "--segmentation", "foo"], "The methods are deck, seeded"),

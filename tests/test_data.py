@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from leukemia_nb import data
-from leukemia_nb.data import CLASSES, build_manifest, check_apart, check_manifest, class_of, fetch_kaggle, find_pictures, search_images
-from leukemia_nb.files import OUTPUT_MARKER, OutputError, file_sha256, mark_output_folder, read_table, shown_table, write_table
-from leukemia_nb.images import PictureError, read_picture, write_picture
+from leukemia_nb.data import manifest as data
+from leukemia_nb.data.manifest import CLASSES, build_manifest, check_apart, check_manifest, class_of, fetch_kaggle, find_images, search_images
+from leukemia_nb.data.files import OUTPUT_MARKER, OutputError, file_sha256, mark_output_folder, read_table, shown_table, write_table
+from leukemia_nb.data.images import ImageError, read_image, write_image
 
 
 def noise(seed: int, height: int = 30, width: int = 40) -> np.ndarray:
@@ -36,7 +36,7 @@ def test_layouts_as_they_are_published(tmp_path):
               "Segmented/Pro/WBC-Malignant-Pro-001.jpg": None, "truth/Pro-B/Snap_001.png": None, "Pre/.part-1.jpg": None,
               "Pre/day 2/[copy] (1).JPG": "Pre-B"}
     for seed, place in enumerate(places):
-        write_picture(tmp_path / Path(place).with_suffix(".jpg"), noise(seed))
+        write_image(tmp_path / Path(place).with_suffix(".jpg"), noise(seed))
         if Path(place).suffix != ".jpg": os.rename(tmp_path / Path(place).with_suffix(".jpg"), tmp_path / place)
     manifest = build_manifest(tmp_path, classes=data.FOUR_CLASSES)
     found = {Path(row.path).relative_to(tmp_path).as_posix(): row["class"] for _, row in manifest.iterrows()}
@@ -48,7 +48,7 @@ def test_layouts_as_they_are_published(tmp_path):
 @pytest.fixture
 def hospital(tmp_path) -> Path:
     for seed, place in enumerate(["Benign/Snap_001.png", "Pre/Snap_001.png", "Pre/Snap_001.jpg", "Pro/Snap_001.png", "Pro/snap_001.png"]):
-        write_picture(tmp_path / place, noise(seed))
+        write_image(tmp_path / place, noise(seed))
     return tmp_path
 
 
@@ -61,18 +61,18 @@ def test_rows(hospital):
     for row in manifest.itertuples(): assert file_sha256(row.path) == row.sha256
 
 
-def test_bad_pictures_keep_a_row_and_the_rest_carries_on(hospital):
+def test_bad_images_keep_a_row_and_the_rest_carries_on(hospital):
     (hospital / "Benign" / "empty.png").touch()
     (hospital / "Pre" / "cut.jpg").write_bytes((hospital / "Pre" / "Snap_001.jpg").read_bytes()[:400])
     (hospital / "Pro" / "letter.png").write_text("Dear colleague")
     manifest = build_manifest(hospital).set_index("pair")
-    for pair, word in {"Normal/empty": "empty", "Pre-B/cut": "cut off", "Pro-B/letter": "not a picture"}.items():
+    for pair, word in {"Normal/empty": "empty", "Pre-B/cut": "cut off", "Pro-B/letter": "not an image"}.items():
         assert word in manifest.loc[pair, "problem"] and pair.split("/")[1] in manifest.loc[pair, "problem"]
         assert len(manifest.loc[pair, "sha256"]) == 64 and manifest.loc[pair, "width"] == 0
     assert (manifest["problem"] == "").sum() == 5
 
 
-def test_same_picture_under_two_classes(hospital):
+def test_same_image_under_two_classes(hospital):
     (hospital / "Pro" / "other.png").write_bytes((hospital / "Benign" / "Snap_001.png").read_bytes())
     (hospital / "Benign" / "again.png").write_bytes((hospital / "Benign" / "Snap_001.png").read_bytes())
     manifest = build_manifest(hospital).set_index("pair")
@@ -93,34 +93,34 @@ def test_threads_change_nothing(hospital):
 
 def test_a_name_that_is_no_utf8_is_opened_and_escaped(tmp_path):
     path = tmp_path / "Pre" / os.fsdecode(b"caf\xe9.png")
-    write_picture(path, noise(0))
+    write_image(path, noise(0))
     row = build_manifest(tmp_path, classes=("Pre-B",)).iloc[0]
-    assert row["pair"] == "Pre-B/caf\\xe9" and read_picture(row["path"]).shape == noise(0).shape and row["problem"] == ""
+    assert row["pair"] == "Pre-B/caf\\xe9" and read_image(row["path"]).shape == noise(0).shape and row["problem"] == ""
     write_table(tmp_path / "t.csv", build_manifest(tmp_path))
     assert read_table(tmp_path / "t.csv")["path"].tolist() == [f"{tmp_path}/Pre/caf\\xe9.png"]
     path.write_bytes(b"")
-    with pytest.raises(PictureError) as error: read_picture(path)
+    with pytest.raises(ImageError) as error: read_image(path)
     assert "caf\\xe9.png: the file is empty" in str(error.value) and str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
 
 
 def test_nothing_to_describe(tmp_path):
-    with pytest.raises(PictureError, match="no such folder"): build_manifest(tmp_path / "nowhere")
-    with pytest.raises(PictureError, match=r"no pictures in it"): build_manifest(tmp_path)
-    write_picture(tmp_path / "holiday" / "x.jpg", noise(0))
-    with pytest.raises(PictureError, match=r"1 picture, but in no folder.*holiday.*Benign, Pre, Pro"): build_manifest(tmp_path)
+    with pytest.raises(ImageError, match="no such folder"): build_manifest(tmp_path / "nowhere")
+    with pytest.raises(ImageError, match=r"no images in it"): build_manifest(tmp_path)
+    write_image(tmp_path / "holiday" / "x.jpg", noise(0))
+    with pytest.raises(ImageError, match=r"1 image, but in no folder.*holiday.*Benign, Pre, Pro"): build_manifest(tmp_path)
 
 
 def test_unknown_folders_are_named(hospital):
-    write_picture(hospital / "holiday" / "x.jpg", noise(9))
+    write_image(hospital / "holiday" / "x.jpg", noise(9))
     with pytest.warns(UserWarning, match="holiday left out"): assert len(build_manifest(hospital)) == 5
 
 
 def test_class_empty_or_small(hospital):
     manifest = build_manifest(hospital)
     assert len(check_manifest(manifest, minimum=1)) == 5
-    with pytest.raises(PictureError, match="class Normal has 1 usable picture, fewer than the 2"): check_manifest(manifest, minimum=2)
+    with pytest.raises(ImageError, match="class Normal has 1 usable image, fewer than the 2"): check_manifest(manifest, minimum=2)
     (hospital / "Benign" / "Snap_001.png").write_bytes(b"")
-    with pytest.raises(PictureError, match=r"class Normal is empty \(1 more cannot be used"):
+    with pytest.raises(ImageError, match=r"class Normal is empty \(1 more cannot be used"):
         check_manifest(build_manifest(hospital), minimum=1)
     assert len(check_manifest(build_manifest(hospital), minimum=1, classes=("Pre-B", "Pro-B"))) == 4
 
@@ -148,13 +148,13 @@ def test_kaggle_gives_a_folder(monkeypatch, hospital):
 
 
 def test_import_is_light():
-    code = "import leukemia_nb.data, sys; print({'tensorflow', 'torch', 'kagglehub', 'keras'} & set(sys.modules))"
-    root = Path(data.__file__).parents[1]
+    code = "import leukemia_nb.data.manifest, sys; print({'tensorflow', 'torch', 'kagglehub', 'keras'} & set(sys.modules))"
+    root = Path(data.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root)})
     assert done.stdout.strip() == "set()", done.stderr
 
 
-def test_real_full_size_pictures(shared_data):
+def test_real_full_size_images(shared_data):
     manifest = build_manifest(shared_data / "kaggle_fullres", classes=data.FOUR_CLASSES)
     assert len(manifest) == 16 and (manifest["problem"] == "").all() and manifest["pair"].is_unique
     assert {"Pre-B/Snap_001", "Pro-B/Snap_001"} <= set(manifest["pair"]) and set(manifest["width"]) == {1024, 2560}
@@ -179,21 +179,21 @@ def test_tables_come_back_as_they_were(tmp_path, hospital):
 # --- searches: nothing taken that is not data, nothing passed over in silence
 
 def names(folder: Path, **settings: object) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in find_pictures(folder, **settings)}
+    return {path.relative_to(folder).as_posix() for path in find_images(folder, **settings)}
 
 
 def call(*arguments: object, cwd: Path | None = None, unprivileged: bool = False) -> tuple[int, str]:
     """Run the program, if wanted as a user whom permissions bind, also where the tests are root's; its status and all it prints."""
-    without = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if unprivileged and os.geteuid() == 0 else []
-    if without and not shutil.which("setpriv"): pytest.skip("root may read anything, and there is no setpriv")
-    done = subprocess.run([*without, sys.executable, "-m", "leukemia_nb", *map(str, arguments)], capture_output=True, text=True, timeout=300,
+    exclude = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if unprivileged and os.geteuid() == 0 else []
+    if exclude and not shutil.which("setpriv"): pytest.skip("root may read anything, and there is no setpriv")
+    done = subprocess.run([*exclude, sys.executable, "-m", "leukemia_nb", *map(str, arguments)], capture_output=True, text=True, timeout=300,
                           cwd=cwd, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"})
     return done.returncode, done.stdout + done.stderr
 
 
 def test_what_leukemia_nb_wrote_is_no_data_at_any_depth(hospital):
     before = names(hospital)
-    for seed, place in enumerate(["seg/masks/a.png", "Pro/deep/run/pairs/Pro/b.png", "Pro/run2/Pre/c.png"]): write_picture(hospital / place, noise(seed))
+    for seed, place in enumerate(["seg/masks/a.png", "Pro/deep/run/pairs/Pro/b.png", "Pro/run2/Pre/c.png"]): write_image(hospital / place, noise(seed))
     for place in ("seg", "Pro/deep/run", "Pro/run2"): mark_output_folder(hospital / place)
     assert names(hospital) == before and len(build_manifest(hospital)) == 5
     assert "written by leukemia_nb: 3" in search_images(hospital).summary()
@@ -205,37 +205,37 @@ def test_what_leukemia_nb_wrote_is_no_data_at_any_depth(hospital):
 
 @pytest.mark.parametrize("inner", ["", "masks", "masks/Pre"])
 def test_a_folder_that_leukemia_nb_wrote_is_refused_with_the_remedy(tmp_path, inner):
-    write_picture(tmp_path / "seg/masks/Pre/a.png", noise(0))
+    write_image(tmp_path / "seg/masks/Pre/a.png", noise(0))
     mark_output_folder(tmp_path / "seg")
-    for search in (find_pictures, search_images, build_manifest):
-        with pytest.raises(PictureError, match=r"was written by leukemia_nb.*delete .*/seg/\.leukemia_nb-output\.$"): search(tmp_path / "seg" / inner)
+    for search in (find_images, search_images, build_manifest):
+        with pytest.raises(ImageError, match=r"was written by leukemia_nb.*delete .*/seg/\.leukemia_nb-output\.$"): search(tmp_path / "seg" / inner)
     (tmp_path / "seg" / OUTPUT_MARKER).unlink()
-    assert len(find_pictures(tmp_path / "seg")) == 0 and len(find_pictures(tmp_path / "seg/masks")) == 1
+    assert len(find_images(tmp_path / "seg")) == 0 and len(find_images(tmp_path / "seg/masks")) == 1
 
 
 def test_the_folder_of_the_results_is_left_out_by_whatever_way(hospital, monkeypatch):
-    write_picture(hospital / "out/overlays/Pre/a.png", noise(7))
+    write_image(hospital / "out/overlays/Pre/a.png", noise(7))
     (hospital / "Pro" / "shortcut").symlink_to(hospital / "out/overlays")
-    before = names(hospital, without=hospital / "out")
+    before = names(hospital, exclude=hospital / "out")
     assert len(before) == 5 and len(names(hospital)) == 6
     monkeypatch.chdir(hospital)
-    assert {str(path) for path in find_pictures(".", "out")} == before
-    assert {str(path) for path in find_pictures(".", "./Pro/../out/")} == before
+    assert {str(path) for path in find_images(".", "out")} == before
+    assert {str(path) for path in find_images(".", "./Pro/../out/")} == before
     for out in (".", "..", hospital):
         with pytest.raises(OutputError, match="holds the images that are read"): check_apart(".", out)
     check_apart(".", "out")
 
 
 def test_synthetic_smears_in_a_run_folder_are_data(tmp_path):
-    status, said = call("synth", tmp_path / "run/pictures", "--per-class", 1, "--height", 64, "--width", 64)
+    status, said = call("synth", tmp_path / "run/images", "--per-class", 1, "--height", 64, "--width", 64)
     mark_output_folder(tmp_path / "run")
-    assert status == 0 and len(build_manifest(tmp_path / "run/pictures")) == 3 == len(find_pictures(tmp_path / "run/pictures/Pre-B")) * 3
-    assert not find_pictures(tmp_path)  # from above they are part of the run
+    assert status == 0 and len(build_manifest(tmp_path / "run/images")) == 3 == len(find_images(tmp_path / "run/images/Pre-B")) * 3
+    assert not find_images(tmp_path)  # from above they are part of the run
 
 
 def test_links_are_followed_once_and_loops_end(hospital, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    write_picture(elsewhere / "x.png", noise(8))
+    write_image(elsewhere / "x.png", noise(8))
     before = names(hospital)
     (hospital / "Pre" / "more").symlink_to(elsewhere)
     (hospital / "Pro" / "more").symlink_to(elsewhere)        # the same again
@@ -254,7 +254,7 @@ def test_links_are_followed_once_and_loops_end(hospital, tmp_path_factory):
 def test_a_linked_image_counts_once_in_its_class_and_is_a_problem_in_another(hospital):
     (hospital / "Pro" / "a link.png").symlink_to("Snap_001.png")
     said: list[str] = []
-    assert len(build_manifest(hospital, say=said.append)) == 5 and "linked twice: 1" in said[0]
+    assert len(build_manifest(hospital, log=said.append)) == 5 and "linked twice: 1" in said[0]
     (hospital / "Pre" / "link.png").symlink_to("../Pro/Snap_001.png")
     assert sorted(build_manifest(hospital).query("problem != ''")["pair"]) == ["Pre-B/link", "Pro-B/Snap_001"]
 
@@ -270,21 +270,21 @@ def test_whatever_is_left_out_is_counted_in_one_line(hospital):
     for part in (".avif files: 2", ".jp2 files: 1", ".heic files: 1", ".svs files: 1", "hidden: 2", "files without a suffix: 1",
                  ".zip archives, to be unpacked: 1", ".gz archives, to be unpacked: 1", "named truth, segmented, masks: 2", "devices or pipes: 1"):
         assert part in said
-    write_picture(hospital / "holiday" / "x.png", noise(9))
-    write_picture(hospital / "Early" / "x.png", noise(10))
+    write_image(hospital / "holiday" / "x.png", noise(9))
+    write_image(hospital / "Early" / "x.png", noise(10))
     lines: list[str] = []
-    assert len(build_manifest(hospital, say=lines.append)) == 5
+    assert len(build_manifest(hospital, log=lines.append)) == 5
     assert len(lines) == 1 and "5 images found, 15 left out" in lines[0] and "in folders of no class: 1" in search_line(hospital)
 
 
 def search_line(folder: Path) -> str:
     lines: list[str] = []
-    build_manifest(folder, classes=data.FOUR_CLASSES, say=lines.append)
+    build_manifest(folder, classes=data.FOUR_CLASSES, log=lines.append)
     return lines[0]
 
 
 def test_what_cannot_be_reached_has_a_row_and_stops_nothing(hospital):
-    for place in ("Pre/closed/a.png", "Pro/listed/b.png", "Pro/listed/deep/c.png"): write_picture(hospital / place, noise(len(place)))
+    for place in ("Pre/closed/a.png", "Pro/listed/b.png", "Pro/listed/deep/c.png"): write_image(hospital / place, noise(len(place)))
     (hospital / "Benign" / "gone.png").symlink_to("nowhere.png")
     (hospital / "Benign" / "round").symlink_to("round")
     (hospital / "Pre" / "closed").chmod(0o000)
@@ -320,8 +320,8 @@ def test_a_folder_that_cannot_be_read_at_all_says_why(tmp_path):
 @pytest.mark.parametrize("name", ["set.zip", "set.tar", "set.tar.gz", "set.TGZ", "set.7z", "set.rar"])
 def test_an_archive_is_to_be_unpacked(tmp_path, name):
     (tmp_path / name).write_bytes(b"PK")
-    with pytest.raises(PictureError, match="is an archive. Unpack it and give the unpacked folder"): build_manifest(tmp_path / name)
-    with pytest.raises(PictureError, match="is a file. Give the folder"): build_manifest(__file__)
+    with pytest.raises(ImageError, match="is an archive. Unpack it and give the unpacked folder"): build_manifest(tmp_path / name)
+    with pytest.raises(ImageError, match="is a file. Give the folder"): build_manifest(__file__)
 
 
 ODD = [os.fsdecode(b"caf\xe9"), "a\rb", "a\nb", "=1+1", "-1", "@x", "\tx", "'=x", "\x1b[31m", "\u202egpj", "a,b;c", "{}", "$x$", "%s", "x" * 240, "007", "NA"]
@@ -329,7 +329,7 @@ ODD = [os.fsdecode(b"caf\xe9"), "a\rb", "a\nb", "=1+1", "-1", "@x", "\tx", "'=x"
 
 def test_odd_names_make_a_row_each_and_can_be_looked_at(tmp_path):
     for seed, name in enumerate(ODD):
-        write_picture(tmp_path / "in/Pre/x.png", noise(seed))
+        write_image(tmp_path / "in/Pre/x.png", noise(seed))
         (tmp_path / "in/Pre/x.png").rename(tmp_path / "in/Pre" / f"{name}.png")
         (tmp_path / "in/Pro").mkdir(exist_ok=True)
         (tmp_path / "in/Pro" / f"{name}.png").touch()  # bad ones, with the name in the message
@@ -347,5 +347,5 @@ def test_odd_names_make_a_row_each_and_can_be_looked_at(tmp_path):
 def test_rows_with_problems_are_not_counted_as_usable(hospital):
     (hospital / "Pro" / "other.png").write_bytes((hospital / "Benign" / "Snap_001.png").read_bytes())
     manifest = build_manifest(hospital)
-    with pytest.raises(PictureError, match=r"class Normal is empty \(1 more cannot be used"): check_manifest(manifest, minimum=1)
+    with pytest.raises(ImageError, match=r"class Normal is empty \(1 more cannot be used"): check_manifest(manifest, minimum=1)
     assert (check_manifest(manifest, minimum=1, classes=("Pre-B", "Pro-B"))["problem"] == "").all()

@@ -1,10 +1,10 @@
-"""The two-channel model: one backbone, two pictures, its head, and photographs without segmented twins."""
+"""The two-channel model: one backbone, two images, its head, and photographs without segmented twins."""
 import numpy as np
 import pytest
 
-from leukemia_nb.dual_channel import DualChannel
-from leukemia_nb.models import ModelError, Pictures, load_model, make_model
-from leukemia_nb.synthetic import smear
+from leukemia_nb.models.dual_channel import DualChannel
+from leukemia_nb.models.interface import ModelError, Images, load_model, make_model
+from leukemia_nb.data.synthetic import smear
 from test_transfer import same_weights, tiny_backbone, tiny_weights, trained  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore:dual_channel collapsed:RuntimeWarning")
@@ -15,7 +15,7 @@ def pairs():
     def some(per_class, seed):
         labels = [name for name in ("Normal", "Pre-B", "Pro-B") for _ in range(per_class)]
         smears = [smear(name, seed + i, height=48, width=64) for i, name in enumerate(labels)]
-        return Pictures(np.stack([[s.picture, s.picture * s.nuclei[..., None]] for s in smears]), labels, 32)
+        return Images(np.stack([[s.image, s.image * s.nuclei[..., None]] for s in smears]), labels, 32)
     return some(4, 0), some(2, 100)
 
 
@@ -47,15 +47,15 @@ def test_the_head_is_the_decks(tiny_weights, pairs):  # noqa: F811
     assert [layers[i].activation.__name__ for i in (0, 2, 4)] == ["relu", "relu", "linear"]
 
 
-@pytest.mark.parametrize("method", ["deck", "seeded"])
+@pytest.mark.parametrize("method", ["kmeans", "nucleus"])
 def test_photographs_are_segmented_at_full_size_by_the_method_that_made_the_pairs(tiny_weights, pairs, method):  # noqa: F811
-    from leukemia_nb.segmentation import cut_out, segment
+    from leukemia_nb.processing.segmentation import apply_mask, segment
     model = trained(pairs, model=DualChannel, epochs=1, method=method)
-    photographs = [smear(name, 900, height=192, width=256).picture for name in ("Normal", "Pro-B")]
-    twins = [np.stack([p, cut_out(p, segment(p, method))]) for p in photographs]
+    photographs = [smear(name, 900, height=192, width=256).image for name in ("Normal", "Pro-B")]
+    twins = [np.stack([p, apply_mask(p, segment(p, method))]) for p in photographs]
     assert np.array_equal(model.predict_proba(photographs), model.predict_proba(np.stack(twins)))
 
 
 def test_settings_are_its_own_and_the_shared_ones(tmp_path):
-    assert make_model("dual_channel", method="seeded", epochs=2).get_params()["method"] == "seeded"
-    with pytest.raises(ModelError, match="unknown setting 'methode'"): make_model("dual_channel", methode="seeded")
+    assert make_model("dual_channel", method="nucleus", epochs=2).get_params()["method"] == "nucleus"
+    with pytest.raises(ModelError, match="unknown setting 'methode'"): make_model("dual_channel", methode="nucleus")

@@ -61,9 +61,9 @@ def test_closed_streams_and_full_disks_behind_them_are_no_crash(smears, tmp_path
 
 
 def test_a_reader_who_leaves_ends_the_work_without_a_traceback(smears, tmp_path):
-    from leukemia_nb.predictor import made_up_model_file
+    from leukemia_nb.inference.predictor import dummy_model_file
 
-    model = made_up_model_file(tmp_path / "m.onnx")
+    model = dummy_model_file(tmp_path / "m.onnx")
     with start("predict", smears, "--model", model, "--batch-size", 1) as process:
         process.stdout.readline()
         process.stdout.close()

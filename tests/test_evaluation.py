@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from sklearn import metrics
 
-from leukemia_nb.images import write_picture
-from leukemia_nb.evaluation import (
-    DECK_ACCURACY,
+from leukemia_nb.data.images import write_image
+from leukemia_nb.evaluation.metrics import (
+    ORIGINAL_ACCURACY,
     PredictionsError,
     accuracy_figure,
-    answers,
+    predicted_labels,
     check_predictions,
     class_table,
     classes_of,
@@ -19,8 +19,8 @@ from leukemia_nb.evaluation import (
     confusion_figure,
     confusion_table,
     curves_figure,
-    exact_interval,
-    made_up_predictions,
+    clopper_pearson,
+    dummy_predictions,
     predict_unseen,
     predictions_table,
     probabilities_of,
@@ -49,12 +49,12 @@ from leukemia_nb.evaluation import (
         ("efficientnet_b0", 39),
     ],
 )
-def test_the_decks_figures_are_whole_pictures(name, right):
-    assert round(right / 111, 4) == pytest.approx(DECK_ACCURACY[name])
+def test_the_decks_figures_are_whole_images(name, right):
+    assert round(right / 111, 4) == pytest.approx(ORIGINAL_ACCURACY[name])
 
 
 def test_predictions_survive_the_disk(tmp_path):
-    table = made_up_predictions(0.9, classes=("None", "NA", "Pro-B"))
+    table = dummy_predictions(0.9, classes=("None", "NA", "Pro-B"))
     write_predictions(table, tmp_path / "a.csv")
     back = read_predictions(tmp_path / "a.csv")
     assert list(back["class"]) == list(table["class"]) and classes_of(back) == ["None", "NA", "Pro-B"]
@@ -63,10 +63,10 @@ def test_predictions_survive_the_disk(tmp_path):
 
 
 def test_a_bad_table_is_not_written(tmp_path):
-    write_predictions(made_up_predictions(), tmp_path / "a.csv")
+    write_predictions(dummy_predictions(), tmp_path / "a.csv")
     before = (tmp_path / "a.csv").read_bytes()
     with pytest.raises(PredictionsError, match=r"a\.csv: column class missing"):
-        write_predictions(made_up_predictions().drop(columns="class"), tmp_path / "a.csv")
+        write_predictions(dummy_predictions().drop(columns="class"), tmp_path / "a.csv")
     assert (tmp_path / "a.csv").read_bytes() == before
 
 
@@ -87,11 +87,11 @@ def test_a_bad_table_is_not_written(tmp_path):
 )
 def test_what_is_wrong_is_said(spoil, message):
     with pytest.raises(PredictionsError, match=message):
-        check_predictions(spoil(made_up_predictions()))
+        check_predictions(spoil(dummy_predictions()))
 
 
-def test_half_precision_rounding_and_unlabelled_new_pictures_are_fine():
-    table = made_up_predictions()
+def test_half_precision_rounding_and_unlabelled_new_images_are_fine():
+    table = dummy_predictions()
     check_predictions(
         table.assign(**{name: table[name].astype(np.float16).astype(float) for name in table if name.startswith("p_")})
     )
@@ -113,20 +113,20 @@ def test_broken_files(tmp_path):
 
 def test_models_come_in_the_studys_order(tmp_path):
     for name in ("yolo12", "another", "efficientnet_b0"):
-        write_predictions(made_up_predictions(), tmp_path / f"{name}.csv")
+        write_predictions(dummy_predictions(), tmp_path / f"{name}.csv")
     assert list(read_all_predictions(tmp_path)) == ["efficientnet_b0", "yolo12", "another"]
 
 
 def test_shape_of_probabilities_is_checked():
-    table = made_up_predictions()
+    table = dummy_predictions()
     with pytest.raises(PredictionsError, match=r"shape \(111, 2\)"):
         predictions_table(table, np.full((111, 2), 0.5), ["Normal", "Pre-B", "Pro-B"])
 
 
 def test_order_of_columns_is_the_order_of_classes():
-    table = made_up_predictions(0.9, seed=4)
+    table = dummy_predictions(0.9, seed=4)
     turned = table[["pair", "path", "subset", "class", "p_Pro-B", "p_Normal", "p_Pre-B"]]
-    assert list(answers(turned)) == list(answers(table)) and roc_auc(turned) == pytest.approx(roc_auc(table))
+    assert list(predicted_labels(turned)) == list(predicted_labels(table)) and roc_auc(turned) == pytest.approx(roc_auc(table))
     assert list(confusion_table(turned).index) == ["Pro-B", "Normal", "Pre-B"]
 
 
@@ -142,69 +142,69 @@ def test_order_of_columns_is_the_order_of_classes():
     ],
 )
 def test_exact_interval(k, n, low, high):
-    assert exact_interval(k, n) == pytest.approx((low, high), abs=5e-5)
+    assert clopper_pearson(k, n) == pytest.approx((low, high), abs=5e-5)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_exact_interval_holds_the_estimate_and_mirrors(pair):
     k, n = pair
-    low, high = exact_interval(k, n)
+    low, high = clopper_pearson(k, n)
     assert 0 <= low <= k / n <= high <= 1 and low < high
-    assert exact_interval(n - k, n) == pytest.approx((1 - high, 1 - low), abs=1e-9)
+    assert clopper_pearson(n - k, n) == pytest.approx((1 - high, 1 - low), abs=1e-9)
 
 
 @pytest.mark.parametrize("k, n", [(1, 0), (-1, 5), (6, 5)])
 def test_impossible_counts(k, n):
     with pytest.raises(ValueError, match="not possible"):
-        exact_interval(k, n)
+        clopper_pearson(k, n)
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.floats(0, 1), st.integers(0, 1000))
 def test_metrics_are_scikit_learns(accuracy, seed):
-    table = made_up_predictions(accuracy, (7, 9, 6), seed=seed)
-    row, truth, answer = compare_models({"m": table}).iloc[0], table["class"], answers(table)
+    table = dummy_predictions(accuracy, (7, 9, 6), seed=seed)
+    row, truth, answer = compare_models({"m": table}).iloc[0], table["class"], predicted_labels(table)
     assert row["right"] == round(accuracy * 22) and row["accuracy"] == pytest.approx(
         metrics.accuracy_score(truth, answer)
     )
     assert row["macro_f1"] == pytest.approx(metrics.f1_score(truth, answer, average="macro", zero_division=0))
     assert row["macro_recall"] == pytest.approx(metrics.balanced_accuracy_score(truth, answer))
     assert row["auc"] == pytest.approx(metrics.roc_auc_score(truth, probabilities_of(table), multi_class="ovr"))
-    assert np.isnan(row["deck"])
+    assert np.isnan(row["original"])
     specificity = [metrics.recall_score(truth != c, answer != c) for c in classes_of(table)]
     assert list(class_table(table)["specificity"]) == pytest.approx(specificity)
 
 
 def test_a_single_class_in_test():
-    table = made_up_predictions(1.0, (0, 12, 0))
+    table = dummy_predictions(1.0, (0, 12, 0))
     row = compare_models({"yolo11": table}).iloc[0]
     assert np.isnan(row["auc"]) and row["accuracy"] == 1 and row["collapsed"] == ""
     assert class_table(table)["sensitivity"].isna().tolist() == [True, False, True]
-    with pytest.raises(PredictionsError, match="no picture of Normal, Pro-B"):
+    with pytest.raises(PredictionsError, match="no image of Normal, Pro-B"):
         roc_auc(table)
-    with pytest.raises(PredictionsError, match="no picture of Normal, Pro-B"):
+    with pytest.raises(PredictionsError, match="no image of Normal, Pro-B"):
         roc_figure({"yolo11": table})
     assert readable_comparison(compare_models({"yolo11": table})).loc[0, "ROC-AUC"] == "–"
 
 
 def test_subset_that_is_absent():
     with pytest.raises(PredictionsError, match="no subset 'validation', only test"):
-        take_subset(made_up_predictions(), "validation")
+        take_subset(dummy_predictions(), "validation")
     with pytest.raises(PredictionsError, match="no predictions to compare"):
         compare_models({})
 
 
 def test_collapse_is_named():
-    table = made_up_predictions().assign(**{"p_Normal": 0.2, "p_Pre-B": 0.3, "p_Pro-B": 0.5})
+    table = dummy_predictions().assign(**{"p_Normal": 0.2, "p_Pre-B": 0.3, "p_Pro-B": 0.5})
     compared = compare_models({"efficientnet_b0": table}, weights={"efficientnet_b0": "ImageNet"})
-    assert compared.loc[0, ["right", "pictures", "collapsed", "weights"]].tolist() == [39, 111, "Pro-B", "ImageNet"]
+    assert compared.loc[0, ["right", "images", "collapsed", "weights"]].tolist() == [39, 111, "Pro-B", "ImageNet"]
     assert readable_comparison(compared).loc[0, "Note"] == "answers Pro-B every time"
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 8])
 def test_figures_for_any_number_of_models(count, tmp_path):
-    models = {f"m{i}": made_up_predictions(0.8, seed=i) for i in range(count)}
+    models = {f"m{i}": dummy_predictions(0.8, seed=i) for i in range(count)}
     history = pd.DataFrame(
         {
             "epoch": [1, 2],
@@ -235,21 +235,21 @@ def test_curves_without_validation():
 class Darkness:
     classes_ = np.array(["Normal", "Pro-B"])
 
-    def predict_proba(self, pictures):
-        assert all(picture.dtype == np.uint8 and picture.ndim == 3 for picture in pictures)
-        level = np.array([picture.mean() / 255 for picture in pictures])
+    def predict_proba(self, images):
+        assert all(image.dtype == np.uint8 and image.ndim == 3 for image in images)
+        level = np.array([image.mean() / 255 for image in images])
         return np.stack([1 - level, level], axis=1)
 
 
-def folder_of_pictures(folder):
+def folder_of_images(folder):
     for i, (label, level) in enumerate([("Benign", 10), ("Pro", 200), ("Pro", 40), ("somewhere", 250), ("Pre", 90)]):
-        write_picture(folder / label / f"Snap_{i}é.png", np.full((24, 32, 3), level, np.uint8))
+        write_image(folder / label / f"Snap_{i}é.png", np.full((24, 32, 3), level, np.uint8))
     return folder
 
 
 @pytest.mark.parametrize("batch", [1, 2, 32])
-def test_unseen_pictures(tmp_path, batch):
-    (folder_of_pictures(tmp_path) / "Pro" / "zero.png").write_bytes(b"")
+def test_unseen_images(tmp_path, batch):
+    (folder_of_images(tmp_path) / "Pro" / "zero.png").write_bytes(b"")
     with pytest.warns(UserWarning, match=r"left out: .*zero\.png"):
         table = predict_unseen(Darkness(), tmp_path, batch=batch)
     assert dict(zip(table["pair"], table["class"])) == {
@@ -263,26 +263,26 @@ def test_unseen_pictures(tmp_path, batch):
 
 
 def test_the_last_file_may_be_the_broken_one(tmp_path):
-    (folder_of_pictures(tmp_path) / "zzz").mkdir()
-    (tmp_path / "zzz" / "last.png").write_bytes(b"no picture")
+    (folder_of_images(tmp_path) / "zzz").mkdir()
+    (tmp_path / "zzz" / "last.png").write_bytes(b"no image")
     with pytest.warns(UserWarning, match=r"last\.png"):
         assert len(predict_unseen(Darkness(), tmp_path, batch=2)) == 5
 
 
-def test_no_picture_that_can_be_read(tmp_path):
+def test_no_image_that_can_be_read(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.warns(UserWarning), pytest.raises(PredictionsError, match="no picture that can be read"):
+    with pytest.warns(UserWarning), pytest.raises(PredictionsError, match="no image that can be read"):
         predict_unseen(Darkness(), tmp_path)
 
 
 def test_unseen_table_html_and_grid(tmp_path):
-    one = predict_unseen(Darkness(), folder_of_pictures(tmp_path))
+    one = predict_unseen(Darkness(), folder_of_images(tmp_path))
     table = unseen_table({"mobilenet_v2": one, "x<y>": one.sample(frac=1, random_state=0)})
     assert (table["MobileNetV2"] == table["x<y>"]).all() and len(table) == 5
     page = unseen_html(table)
     assert page.count("✗") == 2 and "x&lt;y&gt;" in page and "<y>" not in page
     assert len(unseen_figure(table, tmp_path, most=3).axes) == 3
-    with pytest.raises(PredictionsError, match="yolo11: its pictures are not those"):
+    with pytest.raises(PredictionsError, match="yolo11: its images are not those"):
         unseen_table({"a": one, "yolo11": one.head(2)})
-    with pytest.raises(PredictionsError, match="no new pictures"):
+    with pytest.raises(PredictionsError, match="no new images"):
         unseen_figure(table.head(0), tmp_path)

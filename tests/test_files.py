@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from leukemia_nb import files
-from leukemia_nb.data import find_pictures
-from leukemia_nb.files import OutputError, atomic_path, check_output, read_table, set_sha256, shown, write_table
-from leukemia_nb.images import write_picture
+from leukemia_nb.data import files
+from leukemia_nb.data.manifest import find_images
+from leukemia_nb.data.files import OutputError, atomic_path, check_output, read_table, set_sha256, shown, write_table
+from leukemia_nb.data.images import write_image
 
 
 def noise(seed: int, height: int = 30, width: int = 40) -> np.ndarray:
@@ -48,33 +48,33 @@ def test_full_disk_for_real(tmp_path):
     assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
 
 
-def test_disk_fills_up_during_a_picture(tmp_path, photo, monkeypatch):
-    write_picture(tmp_path / "x.png", photo)
+def test_disk_fills_up_during_a_image(tmp_path, photo, monkeypatch):
+    write_image(tmp_path / "x.png", photo)
     before = (tmp_path / "x.png").read_bytes()
 
     def fill(source, target): raise OSError(errno.ENOSPC, "No space left on device", str(source))
     monkeypatch.setattr(files.os, "replace", fill)
-    with pytest.raises(OutputError, match=r"x\.png: cannot be written: No space left"): write_picture(tmp_path / "x.png", photo // 2)
+    with pytest.raises(OutputError, match=r"x\.png: cannot be written: No space left"): write_image(tmp_path / "x.png", photo // 2)
     assert (tmp_path / "x.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_file_where_a_folder_should_be(tmp_path, photo):
     (tmp_path / "runs").touch()
     with pytest.raises(OutputError, match=r"runs/a/x\.png: cannot be written: .*choose another folder"):
-        write_picture(tmp_path / "runs" / "a" / "x.png", photo)
+        write_image(tmp_path / "runs" / "a" / "x.png", photo)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_unwritable_folder(tmp_path, photo):
     tmp_path.chmod(0o555)
-    with pytest.raises(OutputError, match="Choose a folder you may write to"): write_picture(tmp_path / "x.png", photo)
+    with pytest.raises(OutputError, match="Choose a folder you may write to"): write_image(tmp_path / "x.png", photo)
 
 
 def test_unwritable_folder_as_the_system_says_it(tmp_path, photo, monkeypatch):
     def refuse(self, *arguments, **settings): raise PermissionError(errno.EACCES, "Permission denied", str(self))
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(OutputError, match=r"x\.png: cannot be written: Permission denied\. Choose a folder you may write to"):
-        write_picture(tmp_path / "new" / "x.png", photo)
+        write_image(tmp_path / "new" / "x.png", photo)
 
 
 def test_errors_about_other_files_pass_unchanged(tmp_path):
@@ -83,12 +83,12 @@ def test_errors_about_other_files_pass_unchanged(tmp_path):
 
 
 def test_killed_while_writing(tmp_path):
-    code = ("import os, signal, sys; from leukemia_nb.files import atomic_path\n"
+    code = ("import os, signal, sys; from leukemia_nb.data.files import atomic_path\n"
             "with atomic_path(sys.argv[1]) as t: t.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)")
-    root = Path(files.__file__).parents[1]
+    root = Path(files.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "Pre" / "x.png"], env=os.environ | {"PYTHONPATH": str(root)})
     assert done.returncode == -9 and not (tmp_path / "Pre" / "x.png").exists()
-    assert list((tmp_path / "Pre").iterdir()) and not find_pictures(tmp_path)  # the leftover is no picture
+    assert list((tmp_path / "Pre").iterdir()) and not find_images(tmp_path)  # the leftover is no image
 
 
 @given(st.binary(max_size=20).filter(lambda name: b"\0" not in name))
@@ -140,7 +140,7 @@ def test_a_marked_folder_is_known_and_others_are_not(tmp_path):
 
 
 def test_the_second_writer_is_refused_and_the_lock_ends_with_its_process(tmp_path):
-    code = ("import os, signal, sys; from leukemia_nb.files import exclusive\n"
+    code = ("import os, signal, sys; from leukemia_nb.data.files import exclusive\n"
             "with exclusive(sys.argv[1]):\n if len(sys.argv) > 2: os.kill(os.getpid(), signal.SIGKILL)")
     run = lambda *more: subprocess.run([sys.executable, "-c", code, tmp_path / "x.csv", *more], capture_output=True, text=True)
     with files.exclusive(tmp_path / "x.csv"): assert "another leukemia_nb is writing it" in run().stderr
@@ -189,7 +189,7 @@ def test_errors_of_the_last_flush_are_explained(tmp_path, monkeypatch, number):
 
 
 def test_a_limit_of_the_account_for_real(tmp_path):
-    code = ("import resource, sys, numpy as np; from leukemia_nb.files import OutputError, atomic_path\n"
+    code = ("import resource, sys, numpy as np; from leukemia_nb.data.files import OutputError, atomic_path\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
             "for write in (lambda t: t.write_bytes(bytes(1 << 20)), lambda t: np.zeros(1 << 17).tofile(t)):\n"
             "    try:\n"
@@ -272,21 +272,21 @@ def test_json_comes_back_as_it_was_with_names_in_bytes(tmp_path_factory, content
 
 def test_a_lock_makes_the_folders_it_needs_and_is_no_data(tmp_path):
     with files.exclusive(tmp_path / "new" / "x.png"): (tmp_path / "new" / "x.png").write_bytes(b"1")
-    assert [path.name for path in find_pictures(tmp_path)] == ["x.png"]
+    assert [path.name for path in find_images(tmp_path)] == ["x.png"]
     assert all(name.startswith(".") for name in os.listdir(tmp_path / "new") if name != "x.png")
 
 
 def unprivileged(code: str, *arguments: object) -> subprocess.CompletedProcess:
     """Run Python as a user whom permissions bind, also where the tests are root's."""
-    without = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
-    if without and not shutil.which("setpriv"): pytest.skip("root may read anything, and there is no setpriv")
-    return subprocess.run([*without, sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    exclude = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    if exclude and not shutil.which("setpriv"): pytest.skip("root may read anything, and there is no setpriv")
+    return subprocess.run([*exclude, sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120)
 
 
 def test_a_lock_in_a_folder_that_may_not_be_written(tmp_path):
     (tmp_path / "closed" / "open").mkdir(parents=True)
     (tmp_path / "closed").chmod(0o555)
-    code = "import sys; from leukemia_nb.files import exclusive\nwith exclusive(sys.argv[1]): print('mine')"
+    code = "import sys; from leukemia_nb.data.files import exclusive\nwith exclusive(sys.argv[1]): print('mine')"
     try:
         refused = unprivileged(code, tmp_path / "closed" / "x.csv")
         inside = unprivileged(code, tmp_path / "closed" / "open")  # as a mounted folder is
@@ -297,7 +297,7 @@ def test_a_lock_in_a_folder_that_may_not_be_written(tmp_path):
 
 def test_tables_in_a_folder_that_may_not_be_written(tmp_path):
     tmp_path.chmod(0o555)
-    code = ("import sys; from leukemia_nb.files import OutputError, atomic_path\n"
+    code = ("import sys; from leukemia_nb.data.files import OutputError, atomic_path\n"
             "try:\n with atomic_path(sys.argv[1]) as t: t.write_text('x')\nexcept OutputError as error: print(error)")
     try: done = unprivileged(code, tmp_path / "x.csv")
     finally: tmp_path.chmod(0o755)

@@ -15,8 +15,8 @@ import tifffile
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageCms
 
-from leukemia_nb.files import OutputError
-from leukemia_nb.images import SUFFIXES, PictureError, as_rgb, read_grey, read_picture, write_picture
+from leukemia_nb.data.files import OutputError
+from leukemia_nb.data.images import SUFFIXES, ImageError, as_rgb, read_grey, read_image, write_image
 
 
 def noise(seed: int, height: int = 30, width: int = 40) -> np.ndarray:
@@ -26,12 +26,12 @@ def noise(seed: int, height: int = 30, width: int = 40) -> np.ndarray:
 @pytest.mark.parametrize("mode, tolerance", [("RGB", 0), ("RGBA", 0), ("L", 60), ("LA", 60), ("P", 40), ("CMYK", 3), ("1", 255)])
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
 def test_modes(tmp_path, photo, mode, tolerance, suffix):
-    picture = Image.fromarray(photo).convert(mode)
+    image = Image.fromarray(photo).convert(mode)
     if (mode, suffix) in [("CMYK", ".png"), ("RGBA", ".jpg"), ("LA", ".jpg"), ("P", ".jpg")]: pytest.skip("no such files")
-    picture.save(tmp_path / f"x{suffix}", **({"quality": 95} if suffix == ".jpg" else {}))
-    found = read_picture(tmp_path / f"x{suffix}")
+    image.save(tmp_path / f"x{suffix}", **({"quality": 95} if suffix == ".jpg" else {}))
+    found = read_image(tmp_path / f"x{suffix}")
     assert found.dtype == np.uint8 and found.shape == photo.shape
-    wanted = np.array(picture.convert("RGB")).astype(int)
+    wanted = np.array(image.convert("RGB")).astype(int)
     assert np.abs(found - wanted).mean() <= (2 if suffix == ".jpg" else 0)
     assert np.abs(wanted - photo).mean() <= tolerance
 
@@ -40,7 +40,7 @@ def test_transparent_is_white(tmp_path, photo):
     alpha = np.full(photo.shape[:2], 255, np.uint8)
     alpha[20:] = 0
     Image.fromarray(np.dstack([photo, alpha])).save(tmp_path / "x.png")
-    found = read_picture(tmp_path / "x.png")
+    found = read_image(tmp_path / "x.png")
     assert (found[20:] == 255).all() and (found[:20] == photo[:20]).all()
 
 
@@ -49,7 +49,7 @@ def test_transparent_is_white(tmp_path, photo):
 def test_sixteen_bits(tmp_path, photo, suffix, grey):
     stored = photo[..., ::-1].astype(np.uint16) * 256 + 77
     cv2.imwrite(str(tmp_path / f"x{suffix}"), stored[..., 1] if grey else stored)
-    found = read_picture(tmp_path / f"x{suffix}")
+    found = read_image(tmp_path / f"x{suffix}")
     assert found.dtype == np.uint8
     assert (found == (photo[..., 1:2] if grey else photo)).all()
 
@@ -62,53 +62,53 @@ def test_exif_rotation(tmp_path, photo, orientation):
     exif[0x0112] = orientation
     if undo is not None: stored = stored.transpose(undo)
     stored.save(tmp_path / "x.png", exif=exif)
-    assert (read_picture(tmp_path / "x.png") == photo).all()
+    assert (read_image(tmp_path / "x.png") == photo).all()
 
 
 def test_same_values_as_opencv(tmp_path, photo):
-    write_picture(tmp_path / "x.jpg", photo)
-    assert (read_picture(tmp_path / "x.jpg") == cv2.imread(str(tmp_path / "x.jpg"))[..., ::-1]).all()
+    write_image(tmp_path / "x.jpg", photo)
+    assert (read_image(tmp_path / "x.jpg") == cv2.imread(str(tmp_path / "x.jpg"))[..., ::-1]).all()
 
 
 @pytest.mark.parametrize("name", ["血液.png", "Größe №7.jpg", "[Malignant] Pre-B (1).png", "a b\tc.png", "кровь.tif"])
 def test_names_outside_ascii(tmp_path, photo, name):
-    write_picture(tmp_path / "Бласт" / name, photo)
-    assert np.abs(read_picture(tmp_path / "Бласт" / name).astype(int) - photo).mean() < 3
+    write_image(tmp_path / "Бласт" / name, photo)
+    assert np.abs(read_image(tmp_path / "Бласт" / name).astype(int) - photo).mean() < 3
 
 
 def test_empty_file(tmp_path):
     (tmp_path / "x.jpg").touch()
-    with pytest.raises(PictureError, match=r"x\.jpg: the file is empty.*remove it"): read_picture(tmp_path / "x.jpg")
+    with pytest.raises(ImageError, match=r"x\.jpg: the file is empty.*remove it"): read_image(tmp_path / "x.jpg")
 
 
 def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(PictureError, match=r"x\.jpg: there is no such file"): read_picture(tmp_path / "x.jpg")
-    with pytest.raises(PictureError, match="cannot be opened"): read_picture(tmp_path)
+    with pytest.raises(ImageError, match=r"x\.jpg: there is no such file"): read_image(tmp_path / "x.jpg")
+    with pytest.raises(ImageError, match="cannot be opened"): read_image(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"Dear colleague", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"II*\0", b"BM", b"\0" * 500])
-def test_not_a_picture(tmp_path, content):
+def test_not_a_image(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(PictureError, match=r"x\.png: .*(not a picture|damaged)"): read_picture(tmp_path / "x.png")
+    with pytest.raises(ImageError, match=r"x\.png: .*(not an image|damaged)"): read_image(tmp_path / "x.png")
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.floats(0, 1, exclude_max=True), st.sampled_from([".jpg", ".png", ".bmp", ".tif", ".webp"]))
-def test_cut_off_is_never_half_a_picture(tmp_path_factory, share, suffix):
+def test_cut_off_is_never_half_a_image(tmp_path_factory, share, suffix):
     folder = tmp_path_factory.mktemp("cut")
-    write_picture(folder / f"x{suffix}", noise(1))
-    whole, content = read_picture(folder / f"x{suffix}"), (folder / f"x{suffix}").read_bytes()
+    write_image(folder / f"x{suffix}", noise(1))
+    whole, content = read_image(folder / f"x{suffix}"), (folder / f"x{suffix}").read_bytes()
     (folder / f"x{suffix}").write_bytes(content[:int(share * len(content))])
-    try: found = read_picture(folder / f"x{suffix}")
-    except PictureError as error: assert f"x{suffix}: " in str(error) and "remove it" in str(error)
+    try: found = read_image(folder / f"x{suffix}")
+    except ImageError as error: assert f"x{suffix}: " in str(error) and "remove it" in str(error)
     else: assert (found == whole).all()  # only the marks after the last pixel were lost
 
 
 def test_jpeg_without_its_lower_half(tmp_path):
-    write_picture(tmp_path / "x.jpg", noise(1, 200, 200))
+    write_image(tmp_path / "x.jpg", noise(1, 200, 200))
     content = (tmp_path / "x.jpg").read_bytes()
     (tmp_path / "x.jpg").write_bytes(content[:len(content) // 2])
-    with pytest.raises(PictureError, match=r"x\.jpg: the picture is damaged or cut off.*Copy it again"): read_picture(tmp_path / "x.jpg")
+    with pytest.raises(ImageError, match=r"x\.jpg: the image is damaged or cut off.*Copy it again"): read_image(tmp_path / "x.jpg")
 
 
 @pytest.mark.parametrize("side", [8_000, 100_000])
@@ -117,55 +117,55 @@ def test_enormous_by_its_header(tmp_path, side):
     def chunk(kind, content): return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
     (tmp_path / "wall.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
-    with pytest.raises(PictureError, match=r"wall\.png: too large.*50,000,000 pixels\. Scale it down"): read_picture(tmp_path / "wall.png")
+    with pytest.raises(ImageError, match=r"wall\.png: too large.*50,000,000 pixels\. Scale it down"): read_image(tmp_path / "wall.png")
 
 
 def test_tiny(tmp_path):
-    write_picture(tmp_path / "x.png", noise(0, 15, 40))
-    with pytest.raises(PictureError, match=r"x\.png: too small, 40 x 15"): read_picture(tmp_path / "x.png")
-    write_picture(tmp_path / "x.png", noise(0, 16, 16))
-    assert read_picture(tmp_path / "x.png").shape == (16, 16, 3)
+    write_image(tmp_path / "x.png", noise(0, 15, 40))
+    with pytest.raises(ImageError, match=r"x\.png: too small, 40 x 15"): read_image(tmp_path / "x.png")
+    write_image(tmp_path / "x.png", noise(0, 16, 16))
+    assert read_image(tmp_path / "x.png").shape == (16, 16, 3)
 
 
 def test_numbers_that_are_no_colours(tmp_path):
     Image.fromarray(np.random.default_rng(0).normal(size=(20, 20)).astype(np.float32)).save(tmp_path / "x.tif")
-    with pytest.raises(PictureError, match="32-bit"): read_picture(tmp_path / "x.tif")
+    with pytest.raises(ImageError, match="32-bit"): read_image(tmp_path / "x.tif")
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(16, 50), st.integers(16, 50), st.integers(0, 99), st.sampled_from([".png", ".bmp", ".tif"]))
 def test_round_trip(tmp_path_factory, height, width, seed, suffix):
     path = tmp_path_factory.mktemp("trip") / f"x{suffix}"
-    write_picture(path, noise(seed, height, width))
-    assert (read_picture(path) == noise(seed, height, width)).all()
+    write_image(path, noise(seed, height, width))
+    assert (read_image(path) == noise(seed, height, width)).all()
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
 def test_masks_keep_their_numbers(tmp_path, kind):
     mask = np.random.default_rng(0).integers(0, np.iinfo(kind).max, (20, 30)).astype(kind)
-    write_picture(tmp_path / "m.png", mask)
+    write_image(tmp_path / "m.png", mask)
     found = read_grey(tmp_path / "m.png")
     assert found.dtype == kind and (found == mask).all()
 
 
 def test_grey_reader_refuses_photographs(tmp_path, photo):
-    write_picture(tmp_path / "x.png", photo)
-    with pytest.raises(PictureError, match="3 channels"): read_grey(tmp_path / "x.png")
+    write_image(tmp_path / "x.png", photo)
+    with pytest.raises(ImageError, match="3 channels"): read_grey(tmp_path / "x.png")
     (tmp_path / "x.png").write_bytes(b"")
-    with pytest.raises(PictureError, match=r"x\.png: the file is empty"): read_grey(tmp_path / "x.png")
-    with pytest.raises(PictureError, match=r"y\.png: there is no such file"): read_grey(tmp_path / "y.png")
+    with pytest.raises(ImageError, match=r"x\.png: the file is empty"): read_grey(tmp_path / "x.png")
+    with pytest.raises(ImageError, match=r"y\.png: there is no such file"): read_grey(tmp_path / "y.png")
     (tmp_path / "x.png").write_bytes(b"Dear colleague")
-    with pytest.raises(PictureError, match="not a picture"): read_grey(tmp_path / "x.png")
+    with pytest.raises(ImageError, match="not an image"): read_grey(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("wrong", [np.zeros((20, 20, 3)), np.zeros((20, 20, 4), np.uint8), np.zeros(20, np.uint8), np.zeros((20, 20), bool)])
 def test_wrong_arrays_are_not_written(tmp_path, wrong):
-    with pytest.raises(ValueError, match=r"x\.png: a picture is uint8"): write_picture(tmp_path / "x.png", wrong)
+    with pytest.raises(ValueError, match=r"x\.png: an image is uint8"): write_image(tmp_path / "x.png", wrong)
     assert not list(tmp_path.iterdir())
 
 
 def test_unknown_format(tmp_path, photo):
-    with pytest.raises(ValueError, match=r"x\.docx: cannot write"): write_picture(tmp_path / "x.docx", photo)
+    with pytest.raises(ValueError, match=r"x\.docx: cannot write"): write_image(tmp_path / "x.docx", photo)
 
 
 def test_as_rgb_of_arrays_and_pillow_images(photo):
@@ -185,7 +185,7 @@ def test_as_rgb_of_arrays_and_pillow_images(photo):
     (lambda a: Image.fromarray(a[..., 0].astype(np.float32)), "mode F.*32-bit")])
 def test_as_rgb_refuses_the_rest_by_shape_and_type(photo, wrong, remedy):
     given = wrong(photo)
-    with pytest.raises(PictureError, match=remedy) as error: as_rgb(given)
+    with pytest.raises(ImageError, match=remedy) as error: as_rgb(given)
     assert "\n" not in str(error.value)
     if isinstance(given, np.ndarray): assert f"{given.dtype} array of shape {given.shape}: " in str(error.value)
 
@@ -195,8 +195,8 @@ def test_as_rgb_refuses_the_rest_by_shape_and_type(photo, wrong, remedy):
 def outcome(path: Path, content: bytes, true: np.ndarray, tolerance: float = 0) -> str:
     """'read' (and right) or the refusal (one line that names the file, with a remedy); anything else fails the test."""
     path.write_bytes(content)
-    try: found = read_picture(path)
-    except PictureError as error:
+    try: found = read_image(path)
+    except ImageError as error:
         assert str(error).startswith(f"{path}: ") and "\n" not in str(error), str(error)
         assert any(word in str(error) for word in ("Save ", "Copy it again", "remove it", "Cut out", "Scale it", "Remove it")), str(error)
         return str(error).removeprefix(f"{path}: ")
@@ -211,9 +211,9 @@ def tiff(values: np.ndarray, **options) -> bytes:
     return stream.getvalue()
 
 
-def saved(picture: Image.Image, kind: str, **options) -> bytes:
+def saved(image: Image.Image, kind: str, **options) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, kind, **options)
+    image.save(stream, kind, **options)
     return stream.getvalue()
 
 
@@ -289,9 +289,9 @@ def test_every_meaning_of_tiff_channels(tmp_path, photo, compression, tile):
     ("TIFF", {"compression": "jpeg", "quality": 98}, ("RGB", "L", "CMYK"))])
 def test_every_mode_of_every_format(tmp_path, photo, kind, options, modes):
     for mode in modes:
-        picture = Image.fromarray(photo).convert(mode)
+        image = Image.fromarray(photo).convert(mode)
         lossy = kind == "JPEG" or options.get("compression") == "jpeg"
-        found = outcome(tmp_path / f"{mode}.bin", saved(picture, kind, **options), np.array(picture.convert("RGB")), 12 if lossy else 0)
+        found = outcome(tmp_path / f"{mode}.bin", saved(image, kind, **options), np.array(image.convert("RGB")), 12 if lossy else 0)
         assert found == "read", (mode, found)
 
 
@@ -362,7 +362,7 @@ def test_no_opaque_pixel(tmp_path, photo):
                     "associated.tif": tiff(with_alpha(photo, alpha), extrasamples=["assocalpha"]), "x.webp": saved(clear, "WEBP", lossless=True),
                     "grey.png": saved(clear.convert("LA"), "PNG")}
         for name, content in contents.items(): assert "none of its pixels is opaque" in outcome(tmp_path / name, content, photo), name
-    with pytest.raises(PictureError, match="none of its pixels is opaque"): as_rgb(Image.fromarray(with_alpha(photo, 0)))
+    with pytest.raises(ImageError, match="none of its pixels is opaque"): as_rgb(Image.fromarray(with_alpha(photo, 0)))
     channel = tiff(with_alpha(photo, 0), extrasamples=["unspecified"])  # by its tag the fourth channel is not transparency
     assert outcome(tmp_path / "x.tif", channel, photo) == "read"
 
@@ -375,7 +375,7 @@ def pages(*images: tuple[np.ndarray, int]) -> bytes:
 
 
 def test_several_images_in_one_file(tmp_path, photo):
-    small, picture, other = photo[::2, ::2], Image.fromarray(photo), Image.fromarray(photo[::-1])
+    small, image, other = photo[::2, ::2], Image.fromarray(photo), Image.fromarray(photo[::-1])
     assert "first page is marked as a thumbnail" in outcome(tmp_path / "x.tif", pages((small, 1), (photo, 0)), photo)
     assert "first page is marked as a thumbnail" in outcome(tmp_path / "x.tif", pages((small, 1)), photo)
     assert outcome(tmp_path / "x.tif", pages((photo, 0), (small, 1), (small, 1)), photo) == "read"
@@ -384,9 +384,9 @@ def test_several_images_in_one_file(tmp_path, photo):
     several = {"two.tif": pages((photo, 0), (photo, 0)), "pages.tif": pages((photo, 2), (photo, 2)), "small.tif": pages((small, 0), (photo, 0)),
                "imagej.tif": tiff(stack, imagej=True), "one directory.tif": tiff(stack[..., 0], photometric="minisblack", imagej=True, metadata={}, truncate=True),
                "volume.tif": tiff(np.stack([photo] * 16), volumetric=True, tile=(16, 16, 16)),
-               **{f"x.{kind.lower()}": saved(picture, kind, save_all=True, append_images=[other], duration=99) for kind in ("GIF", "WEBP", "PNG", "TIFF")}}
+               **{f"x.{kind.lower()}": saved(image, kind, save_all=True, append_images=[other], duration=99) for kind in ("GIF", "WEBP", "PNG", "TIFF")}}
     for name, content in several.items(): assert "several images" in outcome(tmp_path / name, content, photo), name
-    first = saved(picture, "MPO", save_all=True, append_images=[other], quality=98, subsampling=0)  # cameras add a preview
+    first = saved(image, "MPO", save_all=True, append_images=[other], quality=98, subsampling=0)  # cameras add a preview
     assert outcome(tmp_path / "x.jpg", first, photo, 12) == "read"
 
 
@@ -426,13 +426,13 @@ def srgb_to_adobe(photo: np.ndarray) -> np.ndarray:
 def test_colour_profiles_are_converted_to_srgb(tmp_path, photo):
     stored, adobe = srgb_to_adobe(photo), profile("RGB ")
     assert np.abs(stored.astype(int) - photo).max() > 20
-    picture = Image.fromarray(stored)
+    image = Image.fromarray(stored)
     for kind, options in [("PNG", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("WEBP", {"lossless": True})]:
-        assert outcome(tmp_path / f"x.{kind}", saved(picture, kind, icc_profile=adobe, **options), photo, 3) == "read"
-        assert outcome(tmp_path / f"a.{kind}", saved(picture.convert("RGBA"), kind, icc_profile=adobe, **options), photo, 3) == "read"
-    jpeg = saved(picture, "JPEG", icc_profile=adobe, quality=98, subsampling=0)
+        assert outcome(tmp_path / f"x.{kind}", saved(image, kind, icc_profile=adobe, **options), photo, 3) == "read"
+        assert outcome(tmp_path / f"a.{kind}", saved(image.convert("RGBA"), kind, icc_profile=adobe, **options), photo, 3) == "read"
+    jpeg = saved(image, "JPEG", icc_profile=adobe, quality=98, subsampling=0)
     assert outcome(tmp_path / "x.jpg", jpeg, photo, 15) == "read"
-    assert np.abs(read_picture(tmp_path / "x.jpg").astype(int) - photo).mean() < 1.5
+    assert np.abs(read_image(tmp_path / "x.jpg").astype(int) - photo).mean() < 1.5
     for planar in ("contig", "separate"):
         wide = stored.astype(np.uint16) * 257
         content = tiff(wide if planar == "contig" else np.moveaxis(wide, 2, 0), planarconfig=planar, iccprofile=adobe)
@@ -464,14 +464,14 @@ def test_profiles_that_change_nothing(tmp_path, photo):
     assert outcome(tmp_path / "g.png", saved(Image.fromarray(photo[..., 1]), "PNG", icc_profile=srgb), grey) == "read"
     plain, tagged = (saved(Image.fromarray(photo), "JPEG", quality=95, icc_profile=each) for each in (None, srgb))
     (tmp_path / "a.jpg").write_bytes(plain)
-    assert outcome(tmp_path / "b.jpg", tagged, read_picture(tmp_path / "a.jpg")) == "read"
+    assert outcome(tmp_path / "b.jpg", tagged, read_image(tmp_path / "a.jpg")) == "read"
 
 
 def test_cmyk_jpeg_that_may_be_a_negative(tmp_path, photo):
     content = saved(Image.fromarray(photo).convert("CMYK"), "JPEG")
     at = content.index(b"\xff\xee")
-    without = content[:at] + content[at + 2 + int.from_bytes(content[at + 2:at + 4], "big"):]
-    assert "CMYK" in outcome(tmp_path / "x.jpg", without, photo)
+    exclude = content[:at] + content[at + 2 + int.from_bytes(content[at + 2:at + 4], "big"):]
+    assert "CMYK" in outcome(tmp_path / "x.jpg", exclude, photo)
 
 
 # Metadata are not pixels
@@ -542,13 +542,13 @@ def run(code: str, *arguments: str, **environment: str) -> str:
 
 READ_WITH_LITTLE_MEMORY = """
 import resource, sys
-from leukemia_nb.images import PictureError, read_picture
+from leukemia_nb.data.images import ImageError, read_image
 import PIL.ImageCms, tifffile
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]), -1))
 for path in sys.argv[2:]:
-    try: print("read", read_picture(path).shape)
-    except PictureError as error: print(str(error))
+    try: print("read", read_image(path).shape)
+    except ImageError as error: print(str(error))
 """
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are set by Linux")
 
@@ -575,10 +575,10 @@ def test_tiff_of_gigabytes_is_refused_by_its_tags(tmp_path, bits, sample_format)
 
 @linux
 def test_short_memory_is_not_damage(tmp_path):
-    picture = Image.new("RGB", (5000, 4000), (200, 150, 180))
+    image = Image.new("RGB", (5000, 4000), (200, 150, 180))
     names = []
     for name, options in {"a.png": {}, "a.jpg": {}, "a.bmp": {}, "a.webp": {"lossless": True, "method": 0}, "raw.tif": {}, "lzw.tif": {"compression": "tiff_lzw"}}.items():
-        picture.save(tmp_path / name, **options)
+        image.save(tmp_path / name, **options)
         names.append(str(tmp_path / name))
     (tmp_path / "16.tif").write_bytes(tiff(np.full((4000, 5000, 3), 50000, np.uint16), compression=None))
     found = run(READ_WITH_LITTLE_MEMORY, str(30_000_000), *names, str(tmp_path / "16.tif")).splitlines()
@@ -614,7 +614,7 @@ def test_postscript_is_never_run(tmp_path):
     (tmp_path / "gs").chmod(0o755)
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n%%EOF\n"
     for name in ("x.jpg", "x.eps", "x.png"): (tmp_path / name).write_bytes(eps)
-    code = "import sys\nfrom leukemia_nb.images import PictureError, read_picture\nfor path in sys.argv[1:]:\n try: read_picture(path)\n except PictureError as e: print(e)"
+    code = "import sys\nfrom leukemia_nb.data.images import ImageError, read_image\nfor path in sys.argv[1:]:\n try: read_image(path)\n except ImageError as e: print(e)"
     found = run(code, *[str(tmp_path / name) for name in ("x.jpg", "x.eps", "x.png")], PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert found.count("unknown kind") == 3 and not (tmp_path / "called").exists()
 
@@ -624,32 +624,32 @@ def test_sides_that_no_later_step_could_take(tmp_path, width, height):
     for kind in ("PNG", "TIFF", "BMP"):
         found = outcome(tmp_path / f"x.{kind}", saved(Image.new("RGB", (width, height)), kind), np.zeros((1, 1, 3)))
         assert f"too large, {width} x {height}; 32,000 pixels a side" in found
-    with pytest.raises(PictureError, match="a side at most"): as_rgb(np.zeros((height, width, 3), np.uint8))
+    with pytest.raises(ImageError, match="a side at most"): as_rgb(np.zeros((height, width, 3), np.uint8))
 
 
 def test_widest_image_can_be_resized_and_written(tmp_path):
-    write_picture(tmp_path / "x.png", np.full((16, 32_000, 3), 200, np.uint8))
-    found = read_picture(tmp_path / "x.png")
+    write_image(tmp_path / "x.png", np.full((16, 32_000, 3), 200, np.uint8))
+    found = read_image(tmp_path / "x.png")
     grid = np.zeros((8, 32_000), np.float32)
     assert cv2.resize(found, (224, 224)).shape == (224, 224, 3) and cv2.remap(found, grid, grid, cv2.INTER_LINEAR).shape == (8, 32_000, 3)
-    write_picture(tmp_path / "x.jpg", found)
-    with pytest.raises(ValueError, match=r"x\.webp: .*cannot be written as \.webp; use \.png"): write_picture(tmp_path / "x.webp", found)
+    write_image(tmp_path / "x.jpg", found)
+    with pytest.raises(ValueError, match=r"x\.webp: .*cannot be written as \.webp; use \.png"): write_image(tmp_path / "x.webp", found)
 
 
 def test_what_a_format_cannot_hold_is_an_error(tmp_path):
     wide, deep = np.zeros((2, 70_000, 3), np.uint8), np.full((20, 20), 40_000, np.uint16)
-    with pytest.raises(ValueError, match=r"x\.jpg: .*cannot be written as \.jpg; use \.png"): write_picture(tmp_path / "x.jpg", wide)
-    with pytest.raises(ValueError, match=r"x\.png: .*cannot be written"): write_picture(tmp_path / "x.png", wide[:0])
+    with pytest.raises(ValueError, match=r"x\.jpg: .*cannot be written as \.jpg; use \.png"): write_image(tmp_path / "x.jpg", wide)
+    with pytest.raises(ValueError, match=r"x\.png: .*cannot be written"): write_image(tmp_path / "x.png", wide[:0])
     for suffix in (".jpg", ".bmp", ".webp"):
-        with pytest.raises(ValueError, match="holds 8 bits"): write_picture(tmp_path / f"x{suffix}", deep)
+        with pytest.raises(ValueError, match="holds 8 bits"): write_image(tmp_path / f"x{suffix}", deep)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".JPG", ".tiff"])
 def test_other_suffixes(tmp_path, photo, suffix):
     assert suffix.lower() in SUFFIXES
-    write_picture(tmp_path / f"x{suffix}", photo)
-    assert np.abs(read_picture(tmp_path / f"x{suffix}").astype(int) - photo).mean() < 3
+    write_image(tmp_path / f"x{suffix}", photo)
+    assert np.abs(read_image(tmp_path / f"x{suffix}").astype(int) - photo).mean() < 3
 
 
 def test_pipes_and_links_are_no_images(tmp_path):
@@ -658,7 +658,7 @@ def test_pipes_and_links_are_no_images(tmp_path):
     (tmp_path / "dangling.png").symlink_to("nothing.png")
     for name, word in {"pipe.png": "cannot be opened", "loop.png": "cannot be opened", "dangling.png": "no such file", "a\0b.png": "cannot be opened",
                        "x" * 300: "cannot be opened"}.items():
-        with pytest.raises(PictureError, match=word): read_picture(tmp_path / name)
+        with pytest.raises(ImageError, match=word): read_image(tmp_path / name)
 
 
 def test_full_disk_is_one_error(tmp_path):
@@ -667,10 +667,10 @@ def test_full_disk_is_one_error(tmp_path):
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode: pytest.skip("cannot mount")
     try:
-        write_picture(disk / "x.png", noise(0))
+        write_image(disk / "x.png", noise(0))
         before_it = (disk / "x.png").read_bytes()
         for suffix in (".png", ".bmp", ".tif", ".jpg"):
             with pytest.raises(OutputError, match=rf"{suffix}: cannot be written: No space left on device\. Free some space"):
-                write_picture(disk / f"x{suffix}", noise(1, 1500, 1500), quality=100)
+                write_image(disk / f"x{suffix}", noise(1, 1500, 1500), quality=100)
         assert [each.name for each in disk.iterdir()] == ["x.png"] and (disk / "x.png").read_bytes() == before_it
     finally: subprocess.run(["umount", str(disk)], check=True)

@@ -1,4 +1,4 @@
-"""Leakage: copies and overlapping fields are found, look-alikes are not; against the listed groups on real pictures."""
+"""Leakage: copies and overlapping fields are found, look-alikes are not; against the listed groups on real images."""
 import json
 from pathlib import Path
 
@@ -8,25 +8,25 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from leukemia_nb import leakage
-from leukemia_nb.images import PictureError, write_picture
-from leukemia_nb.synthetic import smear
+from leukemia_nb.data import near_duplicates as leakage
+from leukemia_nb.data.images import ImageError, write_image
+from leukemia_nb.data.synthetic import smear
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def field():
-    return smear("Pre-B", seed=3, height=768, width=1024, laboratory="Pre-B").picture
+    return smear("Pre-B", seed=3, height=768, width=1024, laboratory="Pre-B").image
 
 
 @pytest.fixture(scope="module")
 def others():
-    return [smear("Pre-B", seed=40 + seed, laboratory="Pre-B").picture[:480, :640] for seed in range(5)]
+    return [smear("Pre-B", seed=40 + seed, laboratory="Pre-B").image[:480, :640] for seed in range(5)]
 
 
-def save(folder, **pictures):
-    for name, picture in pictures.items(): write_picture(folder / f"{name}.png", picture)
+def save(folder, **images):
+    for name, image in images.items(): write_image(folder / f"{name}.png", image)
     return sorted(folder.glob("*.*"))
 
 
@@ -36,11 +36,11 @@ def names(pairs):
 
 @given(st.sampled_from(leakage.ORIENTATIONS), st.integers(1, 6), st.integers(1, 6))
 def test_orientations_move_pixels_and_can_be_undone(orientation, height, width):
-    picture = np.arange(height * width).reshape(height, width)
-    turned = leakage.orient(picture, orientation)
-    assert sorted(turned.ravel()) == sorted(picture.ravel())
+    image = np.arange(height * width).reshape(height, width)
+    turned = leakage.orient(image, orientation)
+    assert sorted(turned.ravel()) == sorted(image.ravel())
     back = {"turned left": "turned right", "turned right": "turned left"}.get(orientation, orientation)
-    np.testing.assert_array_equal(leakage.orient(turned, back), picture)
+    np.testing.assert_array_equal(leakage.orient(turned, back), image)
 
 
 @settings(max_examples=25, deadline=None)
@@ -71,20 +71,20 @@ def test_shift_is_found(field, others, tmp_path, left, top):
 
 def test_unrelated_smears_with_the_same_scale_bar_do_not_match(others, tmp_path):
     barred = []
-    for picture in others:
-        picture = picture.copy()
-        picture[-40:, -100:] = 255
-        cv2.putText(picture, "200 px", (548, 470), cv2.FONT_HERSHEY_SIMPLEX, .6, (0, 0, 0), 2)
-        barred.append(picture)
-    assert len(leakage.find_pairs(save(tmp_path, **{f"p{i}": picture for i, picture in enumerate(barred)}), progress=False)) == 0
+    for image in others:
+        image = image.copy()
+        image[-40:, -100:] = 255
+        cv2.putText(image, "200 px", (548, 470), cv2.FONT_HERSHEY_SIMPLEX, .6, (0, 0, 0), 2)
+        barred.append(image)
+    assert len(leakage.find_near_duplicates(save(tmp_path, **{f"p{i}": image for i, image in enumerate(barred)}), progress=False)) == 0
 
 
 @pytest.mark.parametrize("orientation", leakage.ORIENTATIONS[1:])
 def test_flipped_resized_and_saved_again(field, others, tmp_path, orientation):
-    picture = field[:480, :640]
-    changed = cv2.resize(np.ascontiguousarray(leakage.orient(picture, orientation)), (300, 300), interpolation=cv2.INTER_AREA)
-    save(tmp_path, a=picture, c=others[0])
-    write_picture(tmp_path / "b.jpg", changed, quality=60)
+    image = field[:480, :640]
+    changed = cv2.resize(np.ascontiguousarray(leakage.orient(image, orientation)), (300, 300), interpolation=cv2.INTER_AREA)
+    save(tmp_path, a=image, c=others[0])
+    write_image(tmp_path / "b.jpg", changed, quality=60)
     pairs = leakage.find_duplicates(sorted(tmp_path.glob("*.*")), progress=False)
     assert names(pairs) == {("a.png", "b.jpg")} and pairs["kind"][0] == "flipped copy"
     back = {"turned left": "turned right", "turned right": "turned left"}.get(orientation, orientation)
@@ -94,25 +94,25 @@ def test_flipped_resized_and_saved_again(field, others, tmp_path, orientation):
 def test_same_file_under_a_name_outside_ascii(field, tmp_path):
     (first,) = save(tmp_path, a=field[:240, :320])
     (tmp_path / "Präparat 血.png").write_bytes(first.read_bytes())
-    pairs = leakage.find_pairs(sorted(tmp_path.glob("*.*")), progress=False)
+    pairs = leakage.find_near_duplicates(sorted(tmp_path.glob("*.*")), progress=False)
     assert pairs["kind"].tolist() == ["same file"]
 
 
-def test_empty_pictures_are_similar_to_nothing(tmp_path):
+def test_empty_images_are_similar_to_nothing(tmp_path):
     paths = save(tmp_path, a=np.full((60, 80, 3), 240, np.uint8), b=np.full((60, 80, 3), 250, np.uint8))
-    assert len(leakage.find_pairs(paths, progress=False)) == 0
-    assert list(leakage.find_pairs([], progress=False).columns) == list(leakage.PAIR_COLUMNS)
+    assert len(leakage.find_near_duplicates(paths, progress=False)) == 0
+    assert list(leakage.find_near_duplicates([], progress=False).columns) == list(leakage.PAIR_COLUMNS)
 
 
-def test_torn_picture_is_named(tmp_path):
+def test_torn_image_is_named(tmp_path):
     (tmp_path / "torn.png").write_bytes(b"\x89PNG")
-    with pytest.raises(PictureError, match="torn.png"): leakage.find_pairs([tmp_path / "torn.png"], progress=False)
+    with pytest.raises(ImageError, match="torn.png"): leakage.find_near_duplicates([tmp_path / "torn.png"], progress=False)
 
 
 def test_same_pairs_again_and_with_more_threads(field, others, tmp_path):
     paths = save(tmp_path, a=field[:480, :640], b=field[100:580, 200:840], c=others[2])
-    first = leakage.find_pairs(paths, n_jobs=1, progress=False)
-    pd.testing.assert_frame_equal(first, leakage.find_pairs(paths, n_jobs=2, progress=False))
+    first = leakage.find_near_duplicates(paths, n_jobs=1, progress=False)
+    pd.testing.assert_frame_equal(first, leakage.find_near_duplicates(paths, n_jobs=2, progress=False))
 
 
 def linked(number):
@@ -123,7 +123,7 @@ def linked(number):
 @given(st.integers(1, 12).flatmap(linked))
 def test_groups_are_what_hangs_together(case):
     number, links = case
-    groups = leakage.group_pictures(list("abcdefghijkl"[:number]), pd.DataFrame(
+    groups = leakage.group_images(list("abcdefghijkl"[:number]), pd.DataFrame(
         {"a": ["abcdefghijkl"[a] for a, _ in links], "b": ["abcdefghijkl"[b] for _, b in links]}, dtype=object))
     expected = list(range(number))
     for _ in range(number):
@@ -145,7 +145,7 @@ def test_report_counts_partners_in_train_only():
 def test_report_tells_direct_pairs_from_those_by_way_of_a_third_image():
     split = pd.DataFrame({"pair": list("abcde"), "subset": ["train", "test", "test", "validation", "test"]})
     pairs = pd.DataFrame({"a": ["b", "b", "d"], "b": ["a", "c", "e"]})  # c is tied to a through b alone
-    groups = leakage.group_pictures(split["pair"], pairs)
+    groups = leakage.group_images(split["pair"], pairs)
     report = leakage.leakage_report(split, groups, pairs).set_index("subset")
     assert (report.loc["test", "with_partner"], report.loc["test", "directly"]) == (2, 1)
     assert report.loc["validation", "with_partner"] == report.loc["validation", "directly"] == 0
@@ -163,7 +163,7 @@ def benchmarks(monkeypatch, tmp_path):
     pd.DataFrame({"file": files, "overlap_group": [0, 1, 1, 2, 2]}).to_csv(tmp_path / "taleqani_fields.csv", index=False)
     found = pd.DataFrame([{name: None for name in leakage.PAIR_COLUMNS} | {side: str(tmp_path / "taleqani" / file) for side, file in
                                                                          zip("ab", files)}])
-    monkeypatch.setattr(leakage, "find_pairs", lambda paths, **settings: found)
+    monkeypatch.setattr(leakage, "find_near_duplicates", lambda paths, **settings: found)
     import taleqani
     return taleqani, tmp_path
 
@@ -184,21 +184,21 @@ def test_benchmarks_on_the_real_images_use_these_groups_and_say_so():
         text = (ROOT / f"benchmarks/{name}.py").read_text(encoding="utf-8")
         assert "known_images(" in text and "check_apart(" in text and "overlap_group" not in text, name
         result = ROOT / f"benchmarks/results/{name}.json"
-        if result.is_file(): assert "find_pairs, joined with" in json.loads(result.read_text())["grouped_by"], name
+        if result.is_file(): assert "find_near_duplicates, joined with" in json.loads(result.read_text())["grouped_by"], name
     kept = json.loads((ROOT / "benchmarks/results/cell_model.json").read_text())
     assert kept["pairs_across_folds"] == 0 and kept["near_duplicate_pairs"] > 800 and kept["interval"] == "Clopper-Pearson 95 %"
     assert kept["untouched_test"]["cells"]["n"] == kept["test"]
 
 
-def test_listed_groups_of_real_pictures(shared_data):
+def test_listed_groups_of_real_images(shared_data):
     fields = pd.read_csv(shared_data / "taleqani_fields.csv")
     sizes = fields["overlap_group"].value_counts()
     listed = np.random.default_rng(1).choice(sizes.index[sizes > 1].sort_values(), 40, replace=False)
     alone = np.random.default_rng(2).choice(sizes.index[sizes == 1].sort_values(), 60, replace=False)
     fields = fields[fields["overlap_group"].isin([*listed, *alone])].reset_index(drop=True)
     paths = [str(shared_data / "taleqani" / file) for file in fields["file"]]
-    pairs = leakage.find_pairs(paths, progress=False)
-    groups, truth = leakage.group_pictures(paths, pairs), fields["overlap_group"].to_numpy()
+    pairs = leakage.find_near_duplicates(paths, progress=False)
+    groups, truth = leakage.group_images(paths, pairs), fields["overlap_group"].to_numpy()
     i, j = np.triu_indices(len(paths), 1)
     wanted = truth[i] == truth[j]
     assert (groups[i] == groups[j])[wanted].mean() >= .95

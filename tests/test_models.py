@@ -1,4 +1,4 @@
-"""What all models share: registry, settings, picture intake, history, the guard against collapse, folders."""
+"""What all models share: registry, settings, image intake, history, the guard against collapse, folders."""
 import json
 import subprocess
 import sys
@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
-from leukemia_nb import models
-from leukemia_nb.models import (MODELS, History, ModelError, PictureClassifier, Pictures, collapsed_to, load_model,
-                                make_model, open_pictures, read_batches, square_picture)
+from leukemia_nb.models import interface as models
+from leukemia_nb.models.interface import (MODELS, History, ModelError, ImageClassifier, Images, collapsed_to, load_model,
+                                make_model, open_images, read_batches, resize_square)
 
 
-class Stub(PictureClassifier):
-    """Answers with one fixed row per picture brightness; saves one file."""
+class Stub(ImageClassifier):
+    """Answers with one fixed row per image brightness; saves one file."""
     name = "stub"
 
     def _fit(self, train, validation, history):
@@ -45,17 +45,17 @@ def stub_registered(monkeypatch):
 
 
 @pytest.fixture()
-def pictures():
+def images():
     rng = np.random.default_rng(0)
-    return Pictures(rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8), ["Normal", "Pre-B", "Pro-B"] * 2, size=32)
+    return Images(rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8), ["Normal", "Pre-B", "Pro-B"] * 2, size=32)
 
 
 @pytest.fixture()
-def trained(pictures):
+def trained(images):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         stub = Stub(image_size=32, epochs=3)
-        stub.fit(pictures, pictures)
+        stub.fit(images, images)
     return stub
 
 
@@ -66,7 +66,7 @@ def test_the_seven_models_in_the_order_of_the_deck():
 
 
 def test_import_brings_no_framework_and_no_scikit_learn():
-    code = "import sys, leukemia_nb.models; print([m for m in ('tensorflow', 'keras', 'torch', 'sklearn') if m in sys.modules])"
+    code = "import sys, leukemia_nb.models.interface; print([m for m in ('tensorflow', 'keras', 'torch', 'sklearn') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           cwd=models.__file__.rsplit("/", 2)[0]).stdout.strip() == "[]"
 
@@ -77,7 +77,7 @@ def test_unknown_model_and_unknown_setting_are_named():
 
 
 @pytest.mark.parametrize("setting, text", [
-    (dict(recipe="dekc"), "recipe='dekc'"), (dict(weights="imagenett"), "weights='imagenett'"),
+    (dict(preprocessing="dekc"), "preprocessing='dekc'"), (dict(weights="imagenett"), "weights='imagenett'"),
     (dict(fine_tune="yes"), "fine_tune='yes'"), (dict(image_size=31), "image_size=31"), (dict(epochs=0), "epochs=0"),
     (dict(epochs=True), "epochs=True"), (dict(batch_size=2.5), "batch_size=2.5"), (dict(learning_rate=0), "learning_rate=0"),
     (dict(classes="Normal"), "list of different names"), (dict(classes=["A", "A"]), "list of different names")])
@@ -85,45 +85,45 @@ def test_bad_settings_are_refused_with_name_and_value(setting, text):
     with pytest.raises(ModelError, match=text): make_model("stub", **setting)
 
 
-def test_scikit_learn_knows_it(trained, pictures):
+def test_scikit_learn_knows_it(trained, images):
     from sklearn.base import clone, is_classifier
     assert is_classifier(trained)
     copy = clone(trained)
     assert copy.get_params() == trained.get_params() and not hasattr(copy, "classes_")
-    assert trained.score(pictures, pictures.labels) == pytest.approx(1 / 3)
+    assert trained.score(images, images.labels) == pytest.approx(1 / 3)
 
 
 def test_subclass_settings_join_the_shared_ones():
     class More(Stub):
-        def __init__(self, *, method="deck", **settings):
+        def __init__(self, *, method="kmeans", **settings):
             super().__init__(**settings)
             self.method = method
-    assert More(method="seeded", epochs=2).get_params()["method"] == "seeded"
+    assert More(method="nucleus", epochs=2).get_params()["method"] == "nucleus"
     assert set(More().get_params()) == set(Stub().get_params()) | {"method"}
 
 
 @settings(max_examples=30, deadline=None)
 @given(arrays(np.uint8, st.tuples(st.integers(1, 60), st.integers(1, 60), st.just(3))), st.integers(1, 48))
-def test_any_size_becomes_a_square_within_its_range(picture, size):
-    square = square_picture(picture, size)
+def test_any_size_becomes_a_square_within_its_range(image, size):
+    square = resize_square(image, size)
     assert square.shape == (size, size, 3) and square.dtype == np.uint8
-    assert square.min() >= picture.min() and square.max() <= picture.max()
+    assert square.min() >= image.min() and square.max() <= image.max()
 
 
 def test_squashing_keeps_the_border():
-    picture = np.zeros((60, 80, 3), np.uint8)
-    picture[:, :8] = 200
-    assert square_picture(picture, 40)[:, :3].min() >= 190
+    image = np.zeros((60, 80, 3), np.uint8)
+    image[:, :8] = 200
+    assert resize_square(image, 40)[:, :3].min() >= 190
 
 
-@pytest.mark.parametrize("picture", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3))])
-def test_only_uint8_rgb_is_taken(picture):
-    with pytest.raises(ModelError, match="must be uint8 RGB"): square_picture(picture, 8)
+@pytest.mark.parametrize("image", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3))])
+def test_only_uint8_rgb_is_taken(image):
+    with pytest.raises(ModelError, match="must be uint8 RGB"): resize_square(image, 8)
 
 
-def test_arrays_lists_pairs_and_sources_give_the_same_answers(trained, pictures):
-    expected = trained.predict_proba(pictures)
-    array = pictures.pictures
+def test_arrays_lists_pairs_and_sources_give_the_same_answers(trained, images):
+    expected = trained.predict_proba(images)
+    array = images.images
     assert np.array_equal(trained.predict_proba(array), expected)
     assert np.array_equal(trained.predict_proba(list(array)), expected)
     assert np.array_equal(trained.predict_proba(np.stack([array, array * 0], axis=1)), expected)
@@ -136,12 +136,12 @@ def test_a_list_may_hold_several_sizes(trained):
     np.testing.assert_allclose(answers.sum(axis=1), 1, atol=1e-6)
 
 
-def test_one_picture_is_not_taken_for_many():
-    with pytest.raises(ModelError, match="one picture as a list of one"): open_pictures(np.zeros((30, 40, 3), np.uint8))
+def test_one_image_is_not_taken_for_many():
+    with pytest.raises(ModelError, match="one image as a list of one"): open_images(np.zeros((30, 40, 3), np.uint8))
 
 
 def test_batches_hold_every_row_once_and_resize():
-    source = Pictures(np.arange(7, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8), size=8)
+    source = Images(np.arange(7, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8), size=8)
     batches = list(read_batches(source, 16, 3, rows=[6, 0, 3, 1]))
     assert [b.shape for b in batches] == [(3, 16, 16, 3), (1, 16, 16, 3)]
     assert np.concatenate(batches)[:, 0, 0, 0].tolist() == [6, 0, 3, 1]
@@ -149,7 +149,7 @@ def test_batches_hold_every_row_once_and_resize():
 
 def test_history_keeps_the_best_and_stops_after_patience():
     lines = []
-    history = History(epochs=10, patience=2, say=lines.append)
+    history = History(epochs=10, patience=2, log=lines.append)
     kept = [history.add(0.5, 1.0, 0.5, loss, 0.1) for loss in (1.0, 0.8, 0.9, 0.8)]
     assert kept == [True, True, False, False] and history.stop and history.best == 2 and len(lines) == 4
     assert list(history.table.columns) == ["epoch", "accuracy", "loss", "val_accuracy", "val_loss", "seconds"]
@@ -171,46 +171,46 @@ def test_collapse_is_named_unless_the_truth_is_like_that(answers, truth, collaps
     assert message.startswith("collapsed: answers 'Normal'") if collapsed else message == ""
 
 
-def test_fit_warns_of_collapse_and_the_folder_remembers(pictures, tmp_path):
+def test_fit_warns_of_collapse_and_the_folder_remembers(images, tmp_path):
     stub = Stub(image_size=32, epochs=2)
-    with pytest.warns(RuntimeWarning, match="answers 'Pro-B' to 100%"): stub.fit(pictures, pictures)
+    with pytest.warns(RuntimeWarning, match="answers 'Pro-B' to 100%"): stub.fit(images, images)
     facts = json.loads((stub.save(tmp_path / "stub") / "model.json").read_text())
     assert "'Pro-B'" in facts["collapsed"] and facts["classes"] == ["Normal", "Pre-B", "Pro-B"]
     assert "'Pro-B'" in load_model(tmp_path / "stub").collapsed_
 
 
-def test_class_order_is_kept_as_given(pictures, tmp_path):
+def test_class_order_is_kept_as_given(images, tmp_path):
     order = ["Pro-B", "Normal", "Pre-B"]
     with pytest.warns(RuntimeWarning, match="collapsed"):
         stub = Stub(image_size=32, epochs=1, classes=order)
-        stub.fit(pictures, pictures)
-    assert stub.classes_.tolist() == order and stub.predict(pictures)[0] == "Pre-B"
+        stub.fit(images, images)
+    assert stub.classes_.tolist() == order and stub.predict(images)[0] == "Pre-B"
     assert load_model(stub.save(tmp_path / "stub")).classes_.tolist() == order
 
 
-def test_training_refuses_what_cannot_work(pictures):
-    with pytest.raises(ModelError, match="0 training"): Stub(image_size=32).fit(Pictures([], [], 32), pictures)
-    with pytest.raises(ModelError, match="no labels"): Stub(image_size=32).fit(Pictures(pictures.pictures), pictures)
-    with pytest.raises(ModelError, match="no training picture of class 'Early Pre-B'"):
-        Stub(image_size=32, classes=["Normal", "Pre-B", "Pro-B", "Early Pre-B"]).fit(pictures, pictures)
+def test_training_refuses_what_cannot_work(images):
+    with pytest.raises(ModelError, match="0 training"): Stub(image_size=32).fit(Images([], [], 32), images)
+    with pytest.raises(ModelError, match="no labels"): Stub(image_size=32).fit(Images(images.images), images)
+    with pytest.raises(ModelError, match="no training image of class 'Early Pre-B'"):
+        Stub(image_size=32, classes=["Normal", "Pre-B", "Pro-B", "Early Pre-B"]).fit(images, images)
     with pytest.raises(ModelError, match="class 'Pre-B' is not one of Normal, Pro-B"):
-        Stub(image_size=32, classes=["Normal", "Pro-B"]).fit(pictures, pictures)
-    with pytest.raises(ModelError, match="not trained"): Stub().predict_proba(pictures)
+        Stub(image_size=32, classes=["Normal", "Pro-B"]).fit(images, images)
+    with pytest.raises(ModelError, match="not trained"): Stub().predict_proba(images)
     with pytest.raises(ModelError, match="not trained"): Stub().save("nowhere")
 
 
-def test_answers_that_are_not_numbers_are_an_error(trained, pictures):
+def test_answers_that_are_not_numbers_are_an_error(trained, images):
     trained.row_ = np.array([1, np.nan, 1])
-    with pytest.raises(ModelError, match="not finite"): trained.predict_proba(pictures)
+    with pytest.raises(ModelError, match="not finite"): trained.predict_proba(images)
 
 
-def test_saved_and_loaded_give_identical_answers(trained, pictures, tmp_path):
+def test_saved_and_loaded_give_identical_answers(trained, images, tmp_path):
     again = load_model(trained.save(tmp_path / "models" / "Zellen µ"))
-    assert np.array_equal(again.predict_proba(pictures), trained.predict_proba(pictures))
+    assert np.array_equal(again.predict_proba(images), trained.predict_proba(images))
     assert again.get_params() == trained.get_params() and again.history_.equals(trained.history_)
 
 
-def test_a_failed_save_leaves_the_old_model_and_no_rubbish(trained, pictures, tmp_path):
+def test_a_failed_save_leaves_the_old_model_and_no_rubbish(trained, images, tmp_path):
     trained.save(tmp_path / "stub")
     trained.__class__ = Broken
     with pytest.raises(OSError, match="No space left"): trained.save(tmp_path / "stub")

@@ -10,19 +10,19 @@ import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 
-from leukemia_nb import models
-from leukemia_nb.cards import classes_of_run, made_up_measurements, model_card, reporting_blocks
-from leukemia_nb.files import shown
-from leukemia_nb.evaluation import (accuracy_figure, calm_style, compare_models, confusion_figure, curves_figure, made_up_predictions,
+from leukemia_nb.models import interface as models
+from leukemia_nb.study.cards import classes_of_run, dummy_measurements, model_card, reporting_blocks
+from leukemia_nb.data.files import shown
+from leukemia_nb.evaluation.metrics import (accuracy_figure, plot_style, compare_models, confusion_figure, curves_figure, dummy_predictions,
                                     markdown_text, roc_figure, unseen_figure, unseen_html, unseen_table)
-from leukemia_nb.images import write_picture
-from leukemia_nb.predictor import made_up_model_file
-from leukemia_nb.report import build_report, made_up_run, prose
-from leukemia_nb.robustness import robustness_figure
-from leukemia_nb.saliency import saliency_figure
-from leukemia_nb.shortcuts import control_table, controls_figure, views_figure
-from leukemia_nb.synthetic import smear
-from leukemia_nb.uncertainty import compare_pairs, difference_figure, precision_recall_figure, reliability_figure
+from leukemia_nb.data.images import write_image
+from leukemia_nb.inference.predictor import dummy_model_file
+from leukemia_nb.study.report import build_report, dummy_run, prose
+from leukemia_nb.audit.robustness import robustness_figure
+from leukemia_nb.audit.saliency import saliency_figure
+from leukemia_nb.audit.baselines import baseline_table, baselines_figure, views_figure
+from leukemia_nb.data.synthetic import smear
+from leukemia_nb.evaluation.uncertainty import compare_pairs, difference_figure, precision_recall_figure, reliability_figure
 
 NAMES = ["a$b_{c.jpg", "$\\frac{1}{$.png", "x^$y$_2$.png", "50 $ (1).png"]
 CLASSES = ["a$b_{c", "$\\alphaa$", "p^$_"]  # matplotlib knows no alphaa
@@ -31,7 +31,7 @@ CLASSES = ["a$b_{c", "$\\alphaa$", "p^$_"]  # matplotlib knows no alphaa
 @pytest.fixture(params=["mobilenet_v2", "a$b_{c model"])
 def predictions(request):
     """Two models, one of whose names may be mathematics, on classes whose names are."""
-    return {name: made_up_predictions(0.9, (9, 9, 9), CLASSES, seed=i) for i, name in enumerate((request.param, "yolo11"))}
+    return {name: dummy_predictions(0.9, (9, 9, 9), CLASSES, seed=i) for i, name in enumerate((request.param, "yolo11"))}
 
 
 def drawn(figure, tmp_path):
@@ -44,8 +44,8 @@ def drawn(figure, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES[:2])
 def test_compare_draws_files_of_any_name(tmp_path, name):
-    write_picture(tmp_path / "in" / name.replace(".jpg", ".png"), smear("Pro-B", 1, 64, 64).picture)
-    made_up_model_file(tmp_path / "run" / "exported" / "made_up.onnx", size=64)
+    write_image(tmp_path / "in" / name.replace(".jpg", ".png"), smear("Pro-B", 1, 64, 64).image)
+    dummy_model_file(tmp_path / "run" / "exported" / "made_up.onnx", size=64)
     done = subprocess.run([sys.executable, "-m", "leukemia_nb", "compare", tmp_path / "in", "--study", tmp_path / "run", "--out", tmp_path / "out"],
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -58,7 +58,7 @@ def test_figures_of_predictions_take_any_class_and_title(predictions, tmp_path):
     first = next(iter(predictions))
     for figure in (accuracy_figure(comparison), confusion_figure(predictions), roc_figure(predictions), precision_recall_figure(predictions),
                    reliability_figure(predictions), difference_figure(compare_pairs(predictions)),
-                   controls_figure(control_table({"colour": predictions["yolo11"], **predictions})),
+                   baselines_figure(baseline_table({"colour": predictions["yolo11"], **predictions})),
                    curves_figure({first: pd.DataFrame({"epoch": [1, 2], "accuracy": 0.5, "loss": 1.0, "val_accuracy": 0.5, "val_loss": 1.0})})):
         text = drawn(figure, tmp_path)
         assert "$" not in first or first in text
@@ -68,20 +68,20 @@ def test_figures_of_predictions_take_any_class_and_title(predictions, tmp_path):
 
 def test_figures_of_images_take_any_file_and_class(predictions, tmp_path):
     for name in NAMES:
-        write_picture(tmp_path / "new" / name.replace(".jpg", ".png"), np.full((48, 64, 3), 180, np.uint8))
+        write_image(tmp_path / "new" / name.replace(".jpg", ".png"), np.full((48, 64, 3), 180, np.uint8))
     unseen = {model: table.head(4).assign(subset="unseen", pair=[name.replace(".jpg", ".png") for name in NAMES],
                                           path=[name.replace(".jpg", ".png") for name in NAMES]) for model, table in predictions.items()}
     text = drawn(unseen_figure(unseen_table(unseen), tmp_path / "new"), tmp_path)
     assert all(name.replace(".jpg", ".png") in text for name in NAMES) and CLASSES[0] in text
-    picture = smear("Pro-B", 1, 64, 64).picture
-    assert CLASSES[0] in drawn(views_figure([picture], CLASSES[:1]), tmp_path)
+    image = smear("Pro-B", 1, 64, 64).image
+    assert CLASSES[0] in drawn(views_figure([image], CLASSES[:1]), tmp_path)
     masks = np.zeros((1, 64, 64), bool)
-    assert CLASSES[0] in drawn(saliency_figure(picture[None], {next(iter(predictions)): np.ones((1, 64, 64))}, masks, CLASSES[:1]), tmp_path)
+    assert CLASSES[0] in drawn(saliency_figure(image[None], {next(iter(predictions)): np.ones((1, 64, 64))}, masks, CLASSES[:1]), tmp_path)
 
 
 def test_the_style_reads_no_text_as_mathematics():
     import matplotlib as mpl
-    with calm_style():
+    with plot_style():
         assert mpl.rcParams["text.parse_math"] is False
 
 
@@ -99,7 +99,7 @@ def test_names_in_markdown_are_read_as_they_are(name):
 
 @pytest.mark.parametrize("name", MARKS)
 def test_names_on_pages_are_escaped(name):
-    table = pd.DataFrame({"picture": [name], "path": [name], "true label": [name], "M": ["b"], "M confidence": [0.5]})
+    table = pd.DataFrame({"image": [name], "path": [name], "true label": [name], "M": ["b"], "M confidence": [0.5]})
     page = unseen_html(table)
     assert "<script" not in page and html.escape(name) in page
 
@@ -107,14 +107,14 @@ def test_names_on_pages_are_escaped(name):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("names") / "made-up"
-    made_up_run(folder)
-    made_up_measurements(folder)
+    dummy_run(folder)
+    dummy_measurements(folder)
     return folder
 
 
 def test_a_run_and_a_model_of_any_name_give_a_whole_report_and_card(made, tmp_path, monkeypatch):
     title = "Mine | `x` *y* <script>alert(1)</script> $z$"
-    monkeypatch.setitem(models.MODELS, "yolo11", models.ModelEntry(title, "leukemia_nb.yolo", "Yolo", "torch"))
+    monkeypatch.setitem(models.MODELS, "yolo11", models.ModelEntry(title, "leukemia_nb.models.yolo", "Yolo", "torch"))
     run = shutil.copytree(made, tmp_path / "a*b*_c_[d](e) <script>`$", ignore=shutil.ignore_patterns("pairs"))
     for name in ("grouped_accuracy", "models", "follow", "robustness"):
         file = run / "metrics" / f"{name}.csv"

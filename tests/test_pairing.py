@@ -1,4 +1,4 @@
-"""Pairs on disk: right pixels, finished work kept, bad pictures named, no half-written file taken for a whole one."""
+"""Pairs on disk: right pixels, finished work kept, bad images named, no half-written file taken for a whole one."""
 import json
 import os
 import pickle
@@ -15,14 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leukemia_nb import pairing
-from leukemia_nb.data import build_manifest
-from leukemia_nb.files import OutputError
-from leukemia_nb.images import PictureError, read_picture, write_picture
-from leukemia_nb.pairing import (FLIPS, Pairs, finished_pair, flip, pair_files, pixel_hash, prepare_pairs, read_saved, rescale,
-                                 squash)
-from leukemia_nb.segmentation import cut_out, segment
-from leukemia_nb.synthetic import smear
+from leukemia_nb.processing import pairing
+from leukemia_nb.data.manifest import build_manifest
+from leukemia_nb.data.files import OutputError
+from leukemia_nb.data.images import ImageError, read_image, write_image
+from leukemia_nb.processing.pairing import (FLIPS, Pairs, finished_pair, flip, pair_files, pixel_hash, prepare_pairs, read_saved, rescale,
+                                 resize_square)
+from leukemia_nb.processing.segmentation import apply_mask, segment
+from leukemia_nb.data.synthetic import smear
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +32,14 @@ def smears(tmp_path_factory):
     for label, number in [("Normal", 3), ("[Malignant] Pre-B", 2), ("Pro", 1)]:
         short = label.removeprefix("[Malignant] ").replace("Pro", "Pro-B")
         for place in range(number):
-            picture = smear(short, seed=place, height=288, width=384).picture
-            write_picture(folder / label / f"Snap_{place:03d}.png", picture)
-    write_picture(folder / "Pro" / "Prüfung (1) 细胞.png", smear("Pro-B", seed=9, height=288, width=384).picture)
+            image = smear(short, seed=place, height=288, width=384).image
+            write_image(folder / label / f"Snap_{place:03d}.png", image)
+    write_image(folder / "Pro" / "Prüfung (1) 细胞.png", smear("Pro-B", seed=9, height=288, width=384).image)
     return folder
 
 
 def prepare(smears, folder, **settings):
-    return prepare_pairs(build_manifest(smears), folder, pictures=smears, progress=False, **settings)
+    return prepare_pairs(build_manifest(smears), folder, images=smears, progress=False, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +53,12 @@ def test_pixels_are_segment_cut_resize_in_that_order(smears, made):
     assert len(table) == 7 and (table["problem"] == "").all()
     pairs = Pairs(table, folder)
     for row, (original, segmented) in zip(table.to_dict("records"), pairs):
-        picture = read_picture(smears / row["path"])
-        mask = segment(picture)
-        assert (original == squash(picture)).all()
-        assert (segmented == squash(cut_out(picture, mask))).all()
+        image = read_image(smears / row["path"])
+        mask = segment(image)
+        assert (original == resize_square(image)).all()
+        assert (segmented == resize_square(apply_mask(image, mask))).all()
         assert row["cell_share"] == pytest.approx(mask.mean(), abs=1e-5)
-        assert row["pixels"] == pixel_hash(picture)
+        assert row["pixels"] == pixel_hash(image)
         assert (row["original"], row["segmented"]) == pair_files(row["pair"])[:2]
 
 
@@ -102,26 +102,26 @@ def test_only_what_is_not_finished_is_done(smears, tmp_path, monkeypatch):
     assert len(calls) == 7
 
 
-def test_changed_picture_is_noticed_and_done_again(smears, tmp_path):
+def test_changed_image_is_noticed_and_done_again(smears, tmp_path):
     folder = tmp_path / "smears"
     for name in ("a", "b"):
-        write_picture(folder / "Pre" / f"{name}.png", smear("Pre-B", seed=ord(name), height=96, width=128).picture)
+        write_image(folder / "Pre" / f"{name}.png", smear("Pre-B", seed=ord(name), height=96, width=128).image)
     manifest = build_manifest(folder)
-    prepare_pairs(manifest, tmp_path / "pairs", pictures=folder, progress=False)
-    write_picture(folder / "Pre" / "b.png", smear("Pre-B", seed=5, height=96, width=128).picture)
+    prepare_pairs(manifest, tmp_path / "pairs", images=folder, progress=False)
+    write_image(folder / "Pre" / "b.png", smear("Pre-B", seed=5, height=96, width=128).image)
     (folder / "Pre" / "a.png").unlink()
-    stale = prepare_pairs(manifest, tmp_path / "pairs", pictures=folder, progress=False)
+    stale = prepare_pairs(manifest, tmp_path / "pairs", images=folder, progress=False)
     assert stale["problem"].str.contains("No such file").tolist() == [True, False]
     assert stale["problem"].str.contains("b.png: changed since the manifest").tolist() == [False, True]
     fresh = prepare(folder, tmp_path / "pairs")
     assert fresh["problem"].tolist() == [""]
-    assert (Pairs(fresh, tmp_path / "pairs")[0][0] == squash(read_picture(folder / "Pre/b.png"))).all()
+    assert (Pairs(fresh, tmp_path / "pairs")[0][0] == resize_square(read_image(folder / "Pre/b.png"))).all()
 
 
-def test_bad_pictures_are_rows_and_the_rest_carries_on(smears, tmp_path):
+def test_bad_images_are_rows_and_the_rest_carries_on(smears, tmp_path):
     folder = tmp_path / "smears"
     good = (smears / "Normal/Snap_000.png").read_bytes()
-    for name, data in {"good": good, "empty": b"", "cut": good[:2000], "text": b"not a picture"}.items():
+    for name, data in {"good": good, "empty": b"", "cut": good[:2000], "text": b"not an image"}.items():
         (folder / "Normal").mkdir(parents=True, exist_ok=True)
         (folder / "Normal" / f"{name}.png").write_bytes(data)
     table = prepare(folder, tmp_path / "pairs").set_index("pair")
@@ -129,12 +129,12 @@ def test_bad_pictures_are_rows_and_the_rest_carries_on(smears, tmp_path):
     for name in ("cut", "empty", "text"): assert f"{name}.png" in table.loc[f"Normal/{name}", "problem"]
     assert {path.name for path in (tmp_path / "pairs").rglob("*.*")} == {"ori_good.png", "mask_good.png", "pair_good.json"}
     untold = build_manifest(folder).assign(problem="")  # found out only while preparing
-    assert (prepare_pairs(untold, tmp_path / "pairs", pictures=folder, progress=False)["problem"] == "").sum() == 1
+    assert (prepare_pairs(untold, tmp_path / "pairs", images=folder, progress=False)["problem"] == "").sum() == 1
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 300), (16, 16), (224, 224), (900, 40)])
 def test_odd_sizes(tmp_path, shape):
-    write_picture(tmp_path / "smears/Pre/odd.png", np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    write_image(tmp_path / "smears/Pre/odd.png", np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
     table = prepare(tmp_path / "smears", tmp_path / "pairs")
     if table["problem"][0] == "": assert Pairs(table, tmp_path / "pairs")[0].shape == (2, 224, 224, 3)
     else: assert "odd.png" in table["problem"][0]
@@ -154,11 +154,11 @@ def test_folder_that_cannot_be_written(smears, tmp_path):
 
 FULL = """
 import resource, sys
-from leukemia_nb.data import build_manifest
-from leukemia_nb.pairing import prepare_pairs
+from leukemia_nb.data.manifest import build_manifest
+from leukemia_nb.processing.pairing import prepare_pairs
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
 manifest = build_manifest(sys.argv[1]).set_index("pair").loc[sys.argv[4:]].reset_index()
-try: prepare_pairs(manifest, sys.argv[2], pictures=sys.argv[1], progress=False)
+try: prepare_pairs(manifest, sys.argv[2], images=sys.argv[1], progress=False)
 except OSError as error: print(error)
 """
 
@@ -167,7 +167,7 @@ def test_full_disk_keeps_what_is_finished(smears, tmp_path, made):
     sizes = {pair: (made[1] / pair_files(pair)[0]).stat().st_size for pair in made[0]["pair"]}
     order = sorted(sizes, key=sizes.get)
     call = [sys.executable, "-c", FULL, str(smears), str(tmp_path), str(sizes[order[5]] - 1), *order]
-    said = subprocess.run(call, capture_output=True, text=True, check=True, cwd=Path(pairing.__file__).parents[1]).stdout
+    said = subprocess.run(call, capture_output=True, text=True, check=True, cwd=Path(pairing.__file__).parents[2]).stdout
     assert "File too large" in said and "5 of 7 pairs are done and kept: run again" in said and len(said.splitlines()) == 1
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".part")]
     assert len(list(tmp_path.rglob("*.png"))) == 10
@@ -177,19 +177,19 @@ def test_full_disk_keeps_what_is_finished(smears, tmp_path, made):
 
 SLOW = """
 import sys, time
-import leukemia_nb.pairing as pairing
-from leukemia_nb.data import build_manifest
+import leukemia_nb.processing.pairing as pairing
+from leukemia_nb.data.manifest import build_manifest
 real = pairing.save_png
 def slow(*given): time.sleep(0.15); return real(*given)
 pairing.save_png = slow
 print("started", flush=True)
-pairing.prepare_pairs(build_manifest(sys.argv[1]), sys.argv[2], pictures=sys.argv[1], progress=False)
+pairing.prepare_pairs(build_manifest(sys.argv[1]), sys.argv[2], images=sys.argv[1], progress=False)
 """
 
 
 def test_killed_run_resumes(smears, tmp_path, made):
     with subprocess.Popen([sys.executable, "-c", SLOW, str(smears), str(tmp_path)], stdout=subprocess.PIPE,
-                          cwd=Path(pairing.__file__).parents[1]) as run:
+                          cwd=Path(pairing.__file__).parents[2]) as run:
         run.stdout.readline()
         while run.poll() is None and len(list(tmp_path.rglob("pair_*.json"))) < 3: time.sleep(0.01)
         os.kill(run.pid, signal.SIGKILL)
@@ -202,7 +202,7 @@ def test_killed_run_resumes(smears, tmp_path, made):
 def test_record_says_what_a_pair_was_made_from(made):
     table, folder = made
     record = json.loads((folder / pair_files("Normal/Snap_000")[2]).read_text(encoding="utf-8"))
-    assert record["made_from"] == {"sha256": table["sha256"][0], "size": 224, "method": "deck", "recipe": pairing.RECIPE}
+    assert record["made_from"] == {"sha256": table["sha256"][0], "size": 224, "method": "rescale", "preprocessing": pairing.RECIPE}
     assert finished_pair(folder, "Normal/Snap_000", record["made_from"]) == record["row"]
     assert finished_pair(folder, "Normal/Snap_000", {**record["made_from"], "method": "other"}) is None
 
@@ -239,7 +239,7 @@ def test_only_the_wanted_channel_is_read(smears, tmp_path):
     pairs = Pairs(table, tmp_path)
     for file in tmp_path.rglob("mask_*.png"): file.write_bytes(b"")
     assert pairs.read(slice(None)).shape == (7, 224, 224, 3)
-    with pytest.raises(PictureError, match="mask_.*: not a whole PNG"): pairs.read([0], "segmented")
+    with pytest.raises(ImageError, match="mask_.*: not a whole PNG"): pairs.read([0], "segmented")
 
 
 def test_pairs_that_are_not_there_or_not_right(smears, tmp_path):
@@ -247,18 +247,18 @@ def test_pairs_that_are_not_there_or_not_right(smears, tmp_path):
     with pytest.raises(ValueError, match=r"table lacks \['class'\]"): Pairs(table[["pair"]], tmp_path)
     with pytest.raises(ValueError, match="no such flips"): Pairs(table.assign(flip="left"), tmp_path)
     with pytest.raises(ValueError, match="without a class"): Pairs(table.assign(**{"class": None}), tmp_path)
-    with pytest.raises(PictureError, match="ori_Snap_000.png: 224x224 where 96x96"): Pairs(table, tmp_path, size=96)[0]
+    with pytest.raises(ImageError, match="ori_Snap_000.png: 224x224 where 96x96"): Pairs(table, tmp_path, size=96)[0]
     pairs = Pairs(table, tmp_path)
     (tmp_path / pair_files("Normal/Snap_001")[0]).unlink()
-    with pytest.raises(PictureError, match="ori_Snap_001.png: No such file.*Prepare the pairs again"): pairs[:]
-    with pytest.raises(PictureError, match=r"ori_Snap_001.png: missing \(1 in all\)"): Pairs(table, tmp_path)
+    with pytest.raises(ImageError, match="ori_Snap_001.png: No such file.*Prepare the pairs again"): pairs[:]
+    with pytest.raises(ImageError, match=r"ori_Snap_001.png: missing \(1 in all\)"): Pairs(table, tmp_path)
 
 
-pictures = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(0, 999), st.sampled_from([2, 256])).map(
+images = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(0, 999), st.sampled_from([2, 256])).map(
     lambda drawn: np.random.default_rng(drawn[2]).integers(0, drawn[3], (*drawn[:2], 3), dtype=np.uint8))
 
 
-@given(pictures, pictures)
+@given(images, images)
 def test_pixel_hash_is_equal_for_mirror_images_alone(one, other):
     assert len({pixel_hash(flip(one, kind)) for kind in FLIPS}) == 1
     mirrored = any(np.array_equal(flip(one, kind), other) for kind in FLIPS)
@@ -266,15 +266,15 @@ def test_pixel_hash_is_equal_for_mirror_images_alone(one, other):
     if one.shape[0] > 1: assert pixel_hash(one) != pixel_hash(one.reshape(1, -1, 3))  # same bytes, another shape
 
 
-@given(pictures)
-def test_rescale(picture):
-    ready = rescale(picture)
+@given(images)
+def test_rescale(image):
+    ready = rescale(image)
     assert ready.dtype == np.float32 and ready.min() >= 0 and ready.max() <= 1
-    assert (np.rint(ready * 255) == picture).all()
+    assert (np.rint(ready * 255) == image).all()
     with pytest.raises(TypeError, match="only once"): rescale(ready)
 
 
-def test_segmentation_commutes_with_flips_on_real_pictures(shared_data):
+def test_segmentation_commutes_with_flips_on_real_images(shared_data):
     for path in sorted((shared_data / "taleqani/Pre").glob("*.jpg"))[:8]:
-        picture = read_picture(path)
-        for kind in FLIPS[1:]: assert (segment(flip(picture, kind)) == flip(segment(picture), kind)).all()
+        image = read_image(path)
+        for kind in FLIPS[1:]: assert (segment(flip(image, kind)) == flip(segment(image), kind)).all()

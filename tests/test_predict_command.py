@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from leukemia_nb.files import exclusive
-from leukemia_nb.images import read_picture, write_picture
-from leukemia_nb.predictor import Task, list_pictures, made_up_model_file, predict_files
-from leukemia_nb.synthetic import smear, write_smears
+from leukemia_nb.data.files import exclusive
+from leukemia_nb.data.images import read_image, write_image
+from leukemia_nb.inference.predictor import Task, list_images, dummy_model_file, predict_files
+from leukemia_nb.data.synthetic import smear, write_smears
 
 PROGRAM = [sys.executable, "-m", "leukemia_nb"]
 
@@ -37,17 +37,17 @@ def table_of(file):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("predict")
-    for kind in ("picture", "pair"): made_up_model_file(folder / f"run/exported/{kind}.onnx", kind)
+    for kind in ("image", "pair"): dummy_model_file(folder / f"run/exported/{kind}.onnx", kind)
     write_smears(folder / "smears", 2, height=96, width=128)
     return folder
 
 
 @pytest.fixture(scope="module")
-def model(place): return place / "run/exported/picture.onnx"
+def model(place): return place / "run/exported/image.onnx"
 
 
 @pytest.fixture(scope="module")
-def paths(place): return list_pictures(place / "smears")
+def paths(place): return list_images(place / "smears")
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_two_runs_at_once_leave_a_whole_file(many, model, tmp_path):
     runs = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [run.communicate(timeout=300)[1] for run in runs]
     assert sorted(run.returncode for run in runs) in ([0, 1], [0, 0]), errors
-    assert list(table_of(tmp_path / "a.csv")["path"]) == list_pictures(many)
+    assert list(table_of(tmp_path / "a.csv")["path"]) == list_images(many)
 
 
 def children(pid):
@@ -134,7 +134,7 @@ def test_a_killed_run_leaves_no_workers_and_goes_on_in_order(many, model, tmp_pa
     status, out, error = call(*command[:-4])
     assert status == 0 and f"({len(rows)} of them before)" in out and "9 lines of a stopped run passed over" in error
     table = table_of(tmp_path / "a.csv")
-    assert list(table["path"]) == list_pictures(many) and set(table["error"]) == {""} and not journal.exists()
+    assert list(table["path"]) == list_images(many) and set(table["error"]) == {""} and not journal.exists()
 
 
 @pytest.mark.skipif(not shutil.which("ps"), reason="needs ps")
@@ -156,11 +156,11 @@ def test_a_killed_worker_is_one_message(many, model, tmp_path):
 @pytest.mark.parametrize("change", ["path", "sha256", "class", "confidence", "model", "missing", "text for a number", "other model file"])
 def test_rows_of_a_journal_are_checked(change, many, model, tmp_path):
     """A row that does not hold is predicted again, whatever is wrong with it."""
-    other = made_up_model_file(tmp_path / "other.onnx", smears=2)  # same name, same version, other numbers
+    other = dummy_model_file(tmp_path / "other.onnx", smears=2)  # same name, same version, other numbers
 
     def stop(rows): raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        predict_files(list_pictures(many), Task(str(other if change == "other model file" else model)), tmp_path / "a.csv", say=stop)
+        predict_files(list_images(many), Task(str(other if change == "other model file" else model)), tmp_path / "a.csv", log=stop)
     journal = tmp_path / "a.csv.unfinished"
     row = json.loads(journal.read_text())
     if change == "missing": del row["p_Pre-B"]
@@ -168,16 +168,16 @@ def test_rows_of_a_journal_are_checked(change, many, model, tmp_path):
     elif change in row: row[change] = {"confidence": None, "class": 7}.get(change, "other")
     if change != "confidence": journal.write_text(json.dumps(row) + "\n")
     else: journal.write_text(json.dumps(row | {"confidence": ["0.5"]}) + "\n")
-    assert predict_files(list_pictures(many), Task(str(model)), tmp_path / "a.csv") == 0
-    assert predict_files(list_pictures(many), Task(str(model)), tmp_path / "b.csv") == 0
+    assert predict_files(list_images(many), Task(str(model)), tmp_path / "a.csv") == 0
+    assert predict_files(list_images(many), Task(str(model)), tmp_path / "b.csv") == 0
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
 
 
 def test_rows_that_are_not_those_of_the_files_end_the_run_before_the_table(many, model, tmp_path):
     def meddle(rows): (tmp_path / "a.csv.unfinished").write_bytes(b"")
-    from leukemia_nb.files import OutputError
+    from leukemia_nb.data.files import OutputError
     with pytest.raises(OutputError, match=r"a\.csv\.unfinished: .*for 60 files"):
-        predict_files(list_pictures(many), Task(str(model)), tmp_path / "a.csv", batch_size=30, say=meddle)
+        predict_files(list_images(many), Task(str(model)), tmp_path / "a.csv", batch_size=30, log=meddle)
     assert not (tmp_path / "a.csv").exists()
     assert call("predict", many, "--model", model, "--out", tmp_path / "a.csv")[0] == 0 and len(table_of(tmp_path / "a.csv")) == 60
 
@@ -185,7 +185,7 @@ def test_rows_that_are_not_those_of_the_files_end_the_run_before_the_table(many,
 def test_a_truncated_overlay_is_made_again(paths, model, tmp_path):
     def stop(rows): raise KeyboardInterrupt
     task = Task(str(model), str(tmp_path / "ov"))
-    with pytest.raises(KeyboardInterrupt): predict_files(paths, task, tmp_path / "a.csv", say=stop)
+    with pytest.raises(KeyboardInterrupt): predict_files(paths, task, tmp_path / "a.csv", log=stop)
     drawn, = (tmp_path / "ov").glob("*.jpg")
     whole = drawn.read_bytes()
     drawn.write_bytes(whole[: len(whole) // 2])
@@ -218,7 +218,7 @@ def test_any_name_is_one_row_and_no_formula(paths, model, place, tmp_path):
 
 
 def test_an_over_wide_image_is_a_row_with_its_error_and_the_rest_goes_on(paths, model, place, tmp_path):
-    write_picture(tmp_path / "wide.png", np.full((100, 70144, 3), 230, np.uint8))
+    write_image(tmp_path / "wide.png", np.full((100, 70144, 3), 230, np.uint8))
     status, out, error = call("predict", paths[0], tmp_path / "wide.png", *paths[1:], "--model", model, "--out", tmp_path / "a.csv",
                               "--overlays", tmp_path / "ov", "--saliency")
     table = table_of(tmp_path / "a.csv")
@@ -231,9 +231,9 @@ def test_an_over_wide_image_is_a_row_with_its_error_and_the_rest_goes_on(paths, 
 
 def test_what_fails_in_any_other_way_stays_with_its_image(paths, model, tmp_path, monkeypatch):
     """Segmentation, the network and the overlay, each failing on one image with an error nobody foresaw."""
-    from leukemia_nb import predictor
-    fails = {"segment": RuntimeError("one"), "overlay": ValueError("two\nlines"), "square_picture": MemoryError()}
-    wanted = {name: read_picture(path) for name, path in zip(fails, paths)}
+    from leukemia_nb.inference import predictor
+    fails = {"segment": RuntimeError("one"), "overlay": ValueError("two\nlines"), "resize_square": MemoryError()}
+    wanted = {name: read_image(path) for name, path in zip(fails, paths)}
     for name, error in fails.items():
         real = getattr(predictor, name)
 
@@ -251,14 +251,14 @@ def test_what_fails_in_any_other_way_stays_with_its_image(paths, model, tmp_path
 
 
 def test_a_network_that_fails_on_one_image_answers_the_others(paths, model):
-    from leukemia_nb.predictor import Predictor
+    from leukemia_nb.inference.predictor import Predictor
     predictor = Predictor.load(model)
-    real, bad = predictor.session, read_picture(paths[2])
+    real, bad = predictor.session, read_image(paths[2])
 
     class Session:
         def run(self, names, given):
-            from leukemia_nb.models import square_picture
-            if any((one == square_picture(bad, 224)).all() for one in given["pictures"]): raise RuntimeError("no such kernel")
+            from leukemia_nb.models.interface import resize_square
+            if any((one == resize_square(bad, 224)).all() for one in given["images"]): raise RuntimeError("no such kernel")
             return real.run(names, given)
     predictor.session = Session()
     rows = predictor.predict(paths).rows
@@ -282,12 +282,12 @@ def test_a_disk_that_takes_no_more_is_one_message_and_loses_nothing(many, model,
     assert 8 <= kept.count(b"\n") < 60 and kept.endswith(b"\n")
     status, out, error = call(*command)
     assert status == 0 and f"({kept.count(bytes([10]))} of them before)" in out and "passed over" not in error
-    assert list(table_of(tmp_path / "a.csv")["path"]) == list_pictures(many)
+    assert list(table_of(tmp_path / "a.csv")["path"]) == list_images(many)
 
 
 def test_a_disk_that_takes_no_overlay_is_one_message(paths, model, tmp_path):
     big = tmp_path / "in.png"
-    write_picture(big, smear("Pre-B", 0, 384, 512).picture)
+    write_image(big, smear("Pre-B", 0, 384, 512).image)
     command = ("predict", *paths, big, "--model", model, "--out", tmp_path / "a.csv", "--overlays", tmp_path / "ov", "--batch-size", 1)
     status, _, error = call(*command, preexec_fn=limited(20_000))
     assert status == 1 and len(error.splitlines()) == 1 and "-cells.jpg: cannot be written" in error and "kept in" in error
@@ -339,7 +339,7 @@ def test_compare_tells_files_of_one_name_apart(paths, place, tmp_path):
     shown = [line.split()[0] for line in out.splitlines()[1:]]
     assert sorted(shown) == ["1/b.png", "2/b.png", "Normal/a.png", "Pre-B/a.png", "c.png"]
     assert table_of(tmp_path / "cmp/comparison.csv")["path"].nunique() == 5
-    from leukemia_nb.evaluation import unseen_figure
+    from leukemia_nb.evaluation.metrics import unseen_figure
     figure = unseen_figure(table_of(tmp_path / "cmp/comparison.csv"))
     texts = {text.get_text() for axis in figure.axes for text in axis.texts}
     assert set(shown) <= texts

@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from leukemia_nb.augmentation import balance
-from leukemia_nb.data import build_manifest
-from leukemia_nb.images import read_picture, write_picture
-from leukemia_nb.pairing import Pairs, prepare_pairs, squash
-from leukemia_nb.synthetic import smear
+from leukemia_nb.processing.augmentation import balance
+from leukemia_nb.data.manifest import build_manifest
+from leukemia_nb.data.images import read_image, write_image
+from leukemia_nb.processing.pairing import Pairs, prepare_pairs, resize_square
+from leukemia_nb.data.synthetic import smear
 
 PROGRAM = [sys.executable, "-m", "leukemia_nb", "prepare"]
 FOLDERS = {"Benign": "Normal", "[Malignant] Pre-B": "Pre-B", "Pro": "Pro-B"}
@@ -49,7 +49,7 @@ def check_pairs(out):
     good = table[table.problem == ""]
     assert len(list((Path(out) / "pairs").rglob("*.png"))) == 2 * len(good) == 2 * good[["original", "segmented"]].stack().nunique() / 2
     for row in good.itertuples():
-        assert (read_picture(Path(out, "pairs", row.original)) == squash(read_picture(row.path), 32)).all(), row.path
+        assert (read_image(Path(out, "pairs", row.original)) == resize_square(read_image(row.path), 32)).all(), row.path
     assert (table.loc[table.problem != "", ["original", "segmented"]] == "").all(axis=None)
     return table
 
@@ -57,8 +57,8 @@ def check_pairs(out):
 def fill(folder, number=2, height=96, width=128, times=1):
     for folder_name, label in FOLDERS.items():
         for seed in range(number):
-            picture = np.tile(smear(label, seed, height, width).picture, (times, times, 1))
-            write_picture(Path(folder) / folder_name / f"s{seed}.png", picture)
+            image = np.tile(smear(label, seed, height, width).image, (times, times, 1))
+            write_image(Path(folder) / folder_name / f"s{seed}.png", image)
     return Path(folder)
 
 
@@ -89,10 +89,10 @@ def test_names_that_fall_together_or_are_too_long(tmp_path):
     fill(tmp_path / "in", 1)
     names = ["a.jpg", "A.jpg", "a.png", "a.jpg.png", "é" * 121 + ".png", "é" * 121 + ".jpg"]
     for seed, name in enumerate(names):
-        write_picture(tmp_path / "some.png", smear("Pro-B", seed + 5, 96, 128).picture)
+        write_image(tmp_path / "some.png", smear("Pro-B", seed + 5, 96, 128).image)
         (tmp_path / "in/Pro" / name).write_bytes((tmp_path / "some.png").read_bytes())
     status, said, error = call(tmp_path / "in", "--out", tmp_path / "out")
-    assert status == 0 and "9 pairs in" in said and "0 pictures with problems" in said, error
+    assert status == 0 and "9 pairs in" in said and "0 images with problems" in said, error
     assert check_pairs(tmp_path / "out")["pair"].str.casefold().nunique() == 9
 
 
@@ -108,7 +108,7 @@ def spoil(folder):
 def test_bad_images_are_rows_and_stop_nothing(tmp_path):
     bad = spoil(fill(tmp_path / "in"))
     status, said, error = call(tmp_path / "in", "--out", tmp_path / "out")
-    assert status == 0 and "5 pairs in" in said and "6 pictures with problems" in said, error
+    assert status == 0 and "5 pairs in" in said and "6 images with problems" in said, error
     table = check_pairs(tmp_path / "out")
     assert (table.problem != "").sum() == bad and "1 could not be reached" in error
     pairs = Pairs(table, tmp_path / "out/pairs", size=32)  # with the bad rows, as read from the file
@@ -123,7 +123,7 @@ def test_an_image_that_went_bad_loses_its_old_pair_and_no_other(tmp_path):
     assert call(data, "--out", tmp_path / "out")[0] == 0
     (data / "Pro/s1.png").write_bytes(b"")
     status, said, _ = call(data, "--out", tmp_path / "out")
-    assert status == 0 and "5 pairs in" in said and "1 picture with problems" in said
+    assert status == 0 and "5 pairs in" in said and "1 image with problems" in said
     assert len(check_pairs(tmp_path / "out")) == 6 and not list((tmp_path / "out").rglob("pair_s1.json"))[2:]
 
 
@@ -186,7 +186,7 @@ def test_the_prepare_notebook_goes_on_past_bad_images(tmp_path):
 
 
 def test_data_that_is_none_leaves_nothing_behind(tmp_path):
-    write_picture(tmp_path / "in/fields/a.png", smear("Pro-B", 0, 96, 128).picture)
+    write_image(tmp_path / "in/fields/a.png", smear("Pro-B", 0, 96, 128).image)
     status, said, error = call(tmp_path / "in", "--out", tmp_path / "out")
     assert status == 1 and said == "" and "Sort them into folders" in error and not (tmp_path / "out").exists()
 

@@ -18,9 +18,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-LIBRARY = [p for p in NOTEBOOKS if p.parent.name == "nbs" and p.name[0].isdigit()]
+LIBRARY = [p for p in NOTEBOOKS if p.parent.name[0].isdigit()]
 STUDY = [p for p in NOTEBOOKS if p.parent.name == "study"]
-MODULES = sorted(p.stem for p in (ROOT / "leukemia_nb").glob("*.py") if not p.stem.startswith("_"))
+MODULES = sorted(".".join(p.relative_to(ROOT / "leukemia_nb").with_suffix("").parts) for p in (ROOT / "leukemia_nb").rglob("*.py")
+                 if not p.stem.startswith("_"))
 BIN = Path(sys.executable).parent
 ENTRIES = re.split(r"\n(?=\S)", "\n" + (ROOT / "requirements.lock").read_text(encoding="utf-8").strip())[1:]
 LOCK = [Requirement(entry.split("\\")[0]) for entry in ENTRIES if not entry.startswith("#")]

@@ -11,15 +11,15 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from leukemia_nb.files import write_table
-from leukemia_nb.images import write_picture
-from leukemia_nb.evaluation import made_up_predictions, write_predictions
-from leukemia_nb.report import (
+from leukemia_nb.data.files import write_table
+from leukemia_nb.data.images import write_image
+from leukemia_nb.evaluation.metrics import dummy_predictions, write_predictions
+from leukemia_nb.study.report import (
     Section,
     build_report,
     facts_html,
     figure_html,
-    made_up_run,
+    dummy_run,
     prose,
     render_report,
     report_sections,
@@ -63,7 +63,7 @@ class Checked(HTMLParser):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    made_up_run(folder)
+    dummy_run(folder)
     return folder
 
 
@@ -102,14 +102,14 @@ def test_numbers_are_those_of_the_files(text):
 
 def test_sections_whose_files_are_absent_are_left_out(text, tmp_path):
     assert re.findall("<h2>(.*)</h2>", text) == [
-        "The pictures",
+        "The images",
         "The split",
         "Processing",
         "Training",
         "Test accuracy",
         "By class",
         "Calibration",
-        "Single pictures",
+        "Single images",
         "How to reproduce this",
     ]
     assert report_sections(tmp_path) == [] and "No model has been trained" in summary_html(tmp_path)
@@ -126,7 +126,7 @@ def test_sections_whose_files_are_absent_are_left_out(text, tmp_path):
 def test_sections_of_other_steps_come_before_the_reproduction(tmp_path):
     (tmp_path / "study.json").write_text(json.dumps({"seed": 3}))
     write_table(tmp_path / "metrics" / "controls.csv", pd.DataFrame({"seen": ["background"], "accuracy": [0.96]}))
-    write_picture(tmp_path / "figures" / "x.png", np.zeros((4, 4, 3), np.uint8))
+    write_image(tmp_path / "figures" / "x.png", np.zeros((4, 4, 3), np.uint8))
     write_section(tmp_path, "60_later", "Later", [{"prose": "Later."}])
     write_section(
         tmp_path,
@@ -134,7 +134,7 @@ def test_sections_of_other_steps_come_before_the_reproduction(tmp_path):
         "What is this accuracy worth?",
         [
             {"prose": "Less <b>than</b> it **seems**."},
-            {"facts": {"pictures": 200}},
+            {"facts": {"images": 200}},
             {"table": "metrics/controls.csv", "caption": "Controls"},
             {"figure": "figures/x.png", "alt": "black"},
             {"figure": "figures/none.png"},
@@ -150,8 +150,8 @@ def test_sections_of_other_steps_come_before_the_reproduction(tmp_path):
         and "none.png has not been made" in body
     )
     Checked(build_report(tmp_path).read_text(encoding="utf-8"))
-    with pytest.raises(ValueError, match="x: a block is prose, table, figure or facts, not picture"):
-        write_section(tmp_path, "x", "X", [{"picture": ""}])
+    with pytest.raises(ValueError, match="x: a block is prose, table, figure or facts, not image"):
+        write_section(tmp_path, "x", "X", [{"image": ""}])
 
 
 def test_everything_is_escaped(tmp_path):
@@ -180,7 +180,7 @@ def test_tables():
 
 
 def test_figures_by_file(tmp_path):
-    write_picture(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
+    write_image(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
     assert "data:image/png;base64," in figure_html(tmp_path / "a.png", "black", width=200)
     with pytest.raises(ValueError, match="only PNG, JPEG and SVG"):
         figure_html(tmp_path / "a.pdf", "x")
@@ -190,10 +190,10 @@ def test_figures_by_file(tmp_path):
 
 
 def test_one_model_and_a_test_set_without_every_class(tmp_path):
-    write_predictions(made_up_predictions(0.9, (0, 9, 11)), tmp_path / "predictions" / "yolo11.csv")
+    write_predictions(dummy_predictions(0.9, (0, 9, 11)), tmp_path / "predictions" / "yolo11.csv")
     page = build_report(tmp_path).read_text(encoding="utf-8")
     Checked(page)
-    assert "One model was put to 20 test pictures" in page and "No ROC curves: no picture of Normal" in page
+    assert "One model was put to 20 test images" in page and "No ROC curves: no image of Normal" in page
     one, two = (build_report(tmp_path, tmp_path / name).read_bytes() for name in ("a.html", "b.html"))
     assert one == two  # the same files, the same page
 
@@ -201,8 +201,8 @@ def test_one_model_and_a_test_set_without_every_class(tmp_path):
 @pytest.mark.parametrize(
     "partners, said",
     [
-        ((5, 40), "5 of 16 validation pictures and 40 of 111 test pictures show"),
-        ((0, 0), "No picture has a related one"),
+        ((5, 40), "5 of 16 validation images and 40 of 111 test images show"),
+        ((0, 0), "No image has a related one"),
     ],
 )
 def test_leakage_is_told(tmp_path, partners, said):
@@ -211,6 +211,6 @@ def test_leakage_is_told(tmp_path, partners, said):
     )
     write_table(
         tmp_path / "leakage.csv",
-        pd.DataFrame({"subset": ["validation", "test"], "pictures": [16, 111], "with_partner": partners}),
+        pd.DataFrame({"subset": ["validation", "test"], "images": [16, 111], "with_partner": partners}),
     )
     assert said in split_section(tmp_path)

@@ -12,21 +12,21 @@ import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from leukemia_nb import saliency
-from leukemia_nb.models import ModelError, Pictures
-from leukemia_nb.saliency import (around_cells, background_colour, energy_inside, heatmap_of, occluded, occlusion_map,
+from leukemia_nb.audit import saliency
+from leukemia_nb.models.interface import ModelError, Images
+from leukemia_nb.audit.saliency import (around_cells, background_colour, energy_inside, heatmap_of, occluded, occlusion_map,
                                   rank_correlation, saliency_figure, saliency_maps, saliency_summary, saliency_table)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_PART = """
     import json, sys
     import numpy as np
-    from leukemia_nb import saliency
-    from leukemia_nb.models import Pictures, make_model
+    from leukemia_nb.audit import saliency
+    from leukemia_nb.models.interface import Images, make_model
     import warnings; warnings.simplefilter("ignore")
     rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
-    source = Pictures(pictures, ["Normal", "Pre-B", "Pro-B"] * 2, size=64)
+    images = rng.integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
+    source = Images(images, ["Normal", "Pre-B", "Pro-B"] * 2, size=64)
 
     def check_shuffled(model):
         return float(saliency.randomisation_check(model, source, repeats=1).abs().max().max())
@@ -35,7 +35,7 @@ SHARED_PART = """
         model = make_model(name, weights="random", fine_tune=False, image_size=64, epochs=1, batch_size=6)
         model.fit(source, source)
         gradients_of = saliency._gradients_of(model)
-        batch = pictures if len(model.channels) == 1 else source[:]
+        batch = images if len(model.channels) == 1 else source[:]
         before = model.predict_proba(source)
         targets = np.array([0, 1, 2, 0, 1, 2])
         maps, gradients = gradients_of(model, batch, targets)
@@ -137,19 +137,19 @@ class Corner:
     image_size, classes_ = 32, np.array(["no", "yes"])
     seen = 0
 
-    def predict_proba(self, pictures):
-        self.seen += len(pictures)
-        p = 1 / (1 + np.exp(-(pictures[:, :16, :16, 0].mean(axis=(1, 2)) - 128) / 20))
+    def predict_proba(self, images):
+        self.seen += len(images)
+        p = 1 / (1 + np.exp(-(images[:, :16, :16, 0].mean(axis=(1, 2)) - 128) / 20))
         return np.stack([1 - p, p], axis=1).astype(np.float32)
 
-    def predict(self, pictures): return self.classes_[self.predict_proba(pictures).argmax(axis=1)]
+    def predict(self, images): return self.classes_[self.predict_proba(images).argmax(axis=1)]
 
 
 @pytest.fixture()
 def red_corner():
-    pictures = np.full((2, 32, 32, 3), 60, np.uint8)
-    pictures[0, :16, :16, 0] = 180
-    return pictures
+    images = np.full((2, 32, 32, 3), 60, np.uint8)
+    images[0, :16, :16, 0] = 180
+    return images
 
 
 def test_occlusion_finds_what_is_read_and_only_for_the_class_it_speaks_for(red_corner):
@@ -170,20 +170,20 @@ def test_occluded_covers_every_pixel_once_whatever_the_grid():
 
 
 def test_background_colour_leaves_the_cells_out():
-    picture, cells = np.full((40, 40, 3), 220, np.uint8), np.zeros((40, 40), bool)
+    image, cells = np.full((40, 40, 3), 220, np.uint8), np.zeros((40, 40), bool)
     cells[:30] = True
-    picture[cells] = 90
-    assert list(background_colour(picture, cells)) == [220] * 3
-    assert list(background_colour(picture, np.ones((40, 40), bool))) == [90] * 3
+    image[cells] = 90
+    assert list(background_colour(image, cells)) == [220] * 3
+    assert list(background_colour(image, np.ones((40, 40), bool))) == [90] * 3
 
 
 # ---- errors, table, figure
 
 def test_what_cannot_be_is_said_in_words(red_corner):
-    with pytest.raises(ModelError, match="has no feature maps of the whole picture"): saliency_maps(Corner(), red_corner)
+    with pytest.raises(ModelError, match="has no feature maps of the whole image"): saliency_maps(Corner(), red_corner)
     with pytest.raises(ModelError, match="method 'lime' is not one of grad_cam, occlusion"): saliency_maps(Corner(), red_corner, method="lime")
     with pytest.raises(ModelError, match="'perhaps' is not a class of this model: no, yes"): occlusion_map(Corner(), red_corner, "perhaps")
-    with pytest.raises(ModelError, match="1 classes to explain for 2 pictures"): occlusion_map(Corner(), red_corner, ["yes"])
+    with pytest.raises(ModelError, match="1 classes to explain for 2 images"): occlusion_map(Corner(), red_corner, ["yes"])
     with pytest.raises(ModelError, match="part 'tail' is not one of head, whole"), saliency.shuffled_weights(Corner(), "tail"): pass
 
 
@@ -201,10 +201,10 @@ def test_table_and_summary(red_corner):
     heat[0, :8, :8], heat[1, 20:, 20:] = 1, 1
     table = saliency_table(Corner(), red_corner, masks, heatmaps=heat)
     assert list(table.answer) == ["yes", "no"] and list(table.energy_inside) == [1, 0]
-    assert list(table.other_maps) == [0, 1]  # what the other picture's map has inside these cells
+    assert list(table.other_maps) == [0, 1]  # what the other image's map has inside these cells
     empty = pd.concat([table, table.assign(energy_inside=np.nan, ratio=np.nan)], ignore_index=True)
     row = saliency_summary({"yolo11": empty}).iloc[0]
-    assert (row.title, row.pictures, row.empty_maps, row.energy_inside) == ("YOLO11", 4, 2, 0.5)
+    assert (row.title, row.images, row.empty_maps, row.energy_inside) == ("YOLO11", 4, 2, 0.5)
     assert row.low <= row.energy_inside <= row.high and np.isnan(row.head_shuffled)
     assert row.interval == "percentile bootstrap of groups"
     alike = saliency_summary({"a": table.assign(pair=["x", "y"])}, groups={"x": 1, "y": 1}).iloc[0]
@@ -221,4 +221,4 @@ def test_figure_has_a_panel_for_each(red_corner):
 
 def test_sources_and_lists_give_the_same_maps(red_corner):
     model = Corner()
-    assert np.array_equal(occlusion_map(model, Pictures(red_corner, size=32), "yes", 2), occlusion_map(model, list(red_corner), "yes", 2))
+    assert np.array_equal(occlusion_map(model, Images(red_corner, size=32), "yes", 2), occlusion_map(model, list(red_corner), "yes", 2))

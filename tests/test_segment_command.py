@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from leukemia_nb import quality_control
-from leukemia_nb.images import read_picture, write_picture
-from leukemia_nb.quality_control import mask_names, segment_folder
-from leukemia_nb.segmentation import segment
-from leukemia_nb.synthetic import smear
+from leukemia_nb.processing import quality_control
+from leukemia_nb.data.images import read_image, write_image
+from leukemia_nb.processing.quality_control import mask_names, segment_folder
+from leukemia_nb.processing.segmentation import segment
+from leukemia_nb.data.synthetic import smear
 
 PROGRAM = [sys.executable, "-m", "leukemia_nb", "segment"]
 
@@ -51,35 +51,35 @@ def check_masks(images, out):
         names = [unicodedata.normalize("NFC", name).casefold() for name in good[column]]
         assert len(set(names)) == len(good) == sum(path.is_file() for path in (Path(out) / f"{column}s").rglob("*"))
     for row in good.itertuples():
-        picture = read_picture(Path(images, row.path))
-        assert ((read_picture(Path(out, row.mask))[..., 0] > 0) == segment(picture)).all(), row.path
-        assert read_picture(Path(out, row.overlay)).shape == picture.shape
+        image = read_image(Path(images, row.path))
+        assert ((read_image(Path(out, row.mask))[..., 0] > 0) == segment(image)).all(), row.path
+        assert read_image(Path(out, row.overlay)).shape == image.shape
     return table
 
 
 @pytest.fixture(scope="module")
 def drawn():
     """Five different smears, 128 x 160."""
-    return [smear("Pre-B", seed, 128, 160).picture for seed in range(5)]
+    return [smear("Pre-B", seed, 128, 160).image for seed in range(5)]
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory, drawn):
     """A folder of thirty larger images: work for some seconds."""
     folder = tmp_path_factory.mktemp("many")
-    for number in range(30): write_picture(folder / f"{number:02d}.png", np.tile(np.roll(drawn[number % 5], number, 0), (6, 6, 1)))
+    for number in range(30): write_image(folder / f"{number:02d}.png", np.tile(np.roll(drawn[number % 5], number, 0), (6, 6, 1)))
     return folder
 
 
 def test_inputs_of_one_stem_have_a_mask_each(tmp_path, drawn):
     folder, long = tmp_path / "in", "é" * 121  # 246 bytes with its suffix
-    for name, picture in zip(("a.jpg", "a.png", "b.png", "A.png", f"{long}.png"), drawn): write_picture(folder / name, picture)
+    for name, image in zip(("a.jpg", "a.png", "b.png", "A.png", f"{long}.png"), drawn): write_image(folder / name, image)
     (folder / "b.png").rename(folder / "a.jpg.png")
-    write_picture(folder / "a.jpg.d" / "a.png", drawn[0])
-    write_picture(folder / "x.png" / "y.jpg", drawn[1])  # a folder of the name that the mask of X.png would have
-    write_picture(folder / "X.png", drawn[2])
+    write_image(folder / "a.jpg.d" / "a.png", drawn[0])
+    write_image(folder / "x.png" / "y.jpg", drawn[1])  # a folder of the name that the mask of X.png would have
+    write_image(folder / "X.png", drawn[2])
     status, said, error = call(folder, "--out", tmp_path / "out")
-    assert status == 0 and "8 pictures segmented" in said, error
+    assert status == 0 and "8 images segmented" in said, error
     assert len(check_masks(folder, tmp_path / "out")) == 8
 
 
@@ -93,10 +93,10 @@ def test_a_name_stays_when_other_images_come_to_it():
 
 
 def test_an_old_mask_is_never_taken_for_that_of_another_image(tmp_path, drawn):
-    for name, picture in zip("ab", drawn): write_picture(tmp_path / "in" / f"{name}.png", picture)
+    for name, image in zip("ab", drawn): write_image(tmp_path / "in" / f"{name}.png", image)
     call(tmp_path / "in", "--out", tmp_path / "out")
-    write_picture(tmp_path / "in/a.png", drawn[3])  # another image under the name
-    write_picture(tmp_path / "in/a.jpg", drawn[4])
+    write_image(tmp_path / "in/a.png", drawn[3])  # another image under the name
+    write_image(tmp_path / "in/a.jpg", drawn[4])
     (tmp_path / "in/b.png").write_bytes(b"")
     status, _, error = call(tmp_path / "in", "--out", tmp_path / "out")
     table = check_masks(tmp_path / "in", tmp_path / "out")
@@ -105,7 +105,7 @@ def test_an_old_mask_is_never_taken_for_that_of_another_image(tmp_path, drawn):
 
 
 def test_a_torn_file_counts_as_not_done(tmp_path, drawn):
-    for name, picture in zip("abc", drawn): write_picture(tmp_path / "in" / f"{name}.png", picture)
+    for name, image in zip("abc", drawn): write_image(tmp_path / "in" / f"{name}.png", image)
     segment_folder(tmp_path / "in", tmp_path / "out", progress=False)
     files = [tmp_path / "out" / name for name in ("overlays/a.png", "masks/b.png", "records/c.png.json", "qc.csv")]
     before = [file.read_bytes() for file in files]
@@ -121,18 +121,18 @@ def test_a_torn_file_counts_as_not_done(tmp_path, drawn):
 
 
 def test_own_output_is_not_read_again(tmp_path, drawn):
-    for name, picture in zip("ab", drawn): write_picture(tmp_path / f"Pre/{name}.png", picture)
+    for name, image in zip("ab", drawn): write_image(tmp_path / f"Pre/{name}.png", image)
     for out in ("one", "two", "one"):
         status, said, error = call(".", "--out", out, cwd=tmp_path)
-        assert status == 0 and "2 pictures segmented" in said and ".: 2 images found" in error
+        assert status == 0 and "2 images segmented" in said and ".: 2 images found" in error
     assert "written by leukemia_nb: 2" in error and table_of(tmp_path / "one")["path"].tolist() == ["Pre/a.png", "Pre/b.png"]
 
 
 @pytest.mark.parametrize(("images", "out"), [("data", "data"), ("data", "."), ("data", "data/Pre"), (".", "data/Pre"),
                                              ("data/Pre/a.png", "data"), ("data", "link")])
 def test_output_into_the_folder_of_the_images_is_refused(tmp_path, drawn, images, out):
-    write_picture(tmp_path / "data/Pre/a.png", drawn[0])
-    write_picture(tmp_path / "data/Pro/b.png", drawn[1])
+    write_image(tmp_path / "data/Pre/a.png", drawn[0])
+    write_image(tmp_path / "data/Pro/b.png", drawn[1])
     (tmp_path / "link").symlink_to("data")
     before = sorted(tmp_path.rglob("*"))
     status, said, error = call(images, "--out", out, cwd=tmp_path)
@@ -141,34 +141,34 @@ def test_output_into_the_folder_of_the_images_is_refused(tmp_path, drawn, images
 
 
 def test_what_was_left_out_or_not_reached_is_said(tmp_path, drawn):
-    write_picture(tmp_path / "in/a.png", drawn[0])
+    write_image(tmp_path / "in/a.png", drawn[0])
     (tmp_path / "in/notes.txt").touch()
     (tmp_path / "in/gone.png").symlink_to("nowhere")
     status, said, error = call(tmp_path / "in", "--out", tmp_path / "out")
-    assert status == 1 and "1 picture segmented" in said and "1 unreadable" in said
+    assert status == 1 and "1 image segmented" in said and "1 unreadable" in said
     assert "1 image found, 1 left out (.txt files: 1), 1 could not be reached" in error
     table = table_of(tmp_path / "out").set_index("path")
     assert table.problem["a.png"] == "" and "leads nowhere" in table.problem["gone.png"]
 
 
 def test_images_too_wide_are_rows(tmp_path, drawn):
-    write_picture(tmp_path / "in/good.png", drawn[0])
-    write_picture(tmp_path / "in/wide.png", np.tile(drawn[0][:100], (1, 439, 1)))  # more than a JPEG can be
-    write_picture(tmp_path / "in/widest.tif", np.full((16, 1_000_001), 230, np.uint8))  # more than a PNG can be
+    write_image(tmp_path / "in/good.png", drawn[0])
+    write_image(tmp_path / "in/wide.png", np.tile(drawn[0][:100], (1, 439, 1)))  # more than a JPEG can be
+    write_image(tmp_path / "in/widest.tif", np.full((16, 1_000_001), 230, np.uint8))  # more than a PNG can be
     status, said, error = call(tmp_path / "in", "--out", tmp_path / "out")
     table = check_masks(tmp_path / "in", tmp_path / "out").set_index("path")
-    assert status == 1 and "1 picture segmented" in said and len(error.splitlines()) == 1, error
+    assert status == 1 and "1 image segmented" in said and len(error.splitlines()) == 1, error
     assert table.problem["good.png"] == "" and all("pixels a side at most" in table.problem[name] for name in ("wide.png", "widest.tif"))
 
 
 @pytest.mark.parametrize("trouble", [cv2.error("bad\nlines"), MemoryError(), ValueError("no such thing"), RuntimeError("x")])
 def test_any_error_on_one_image_is_its_row(tmp_path, drawn, monkeypatch, trouble):
-    for name, picture in zip("abc", drawn): write_picture(tmp_path / "in" / f"{name}.png", picture)
+    for name, image in zip("abc", drawn): write_image(tmp_path / "in" / f"{name}.png", image)
     real = quality_control.segment
 
-    def failing(picture, **more):
-        if (picture == drawn[1]).all(): raise trouble
-        return real(picture, **more)
+    def failing(image, **more):
+        if (image == drawn[1]).all(): raise trouble
+        return real(image, **more)
 
     monkeypatch.setattr(quality_control, "segment", failing)
     segment_folder(tmp_path / "in", tmp_path / "out", progress=False)
@@ -178,9 +178,9 @@ def test_any_error_on_one_image_is_its_row(tmp_path, drawn, monkeypatch, trouble
 
 
 def test_a_full_disk_keeps_what_is_done_and_the_same_command_goes_on(tmp_path, drawn):
-    write_picture(tmp_path / "in/a.png", drawn[0])
+    write_image(tmp_path / "in/a.png", drawn[0])
     noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8)
-    write_picture(tmp_path / "in/b.png", noise)
+    write_image(tmp_path / "in/b.png", noise)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     status, said, error = call(tmp_path / "in", "--out", tmp_path / "out", preexec_fn=limit)
     assert status == 1 and said == "" and "b.png: cannot be written: File too large" in error and "1 of 2 images are done and kept: run again" in error.splitlines()[-1]
@@ -224,7 +224,7 @@ def test_ctrl_c_says_what_is_done(tmp_path, many, jobs):
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, drawn):
-    write_picture(tmp_path / "in/a.png", drawn[0])
+    write_image(tmp_path / "in/a.png", drawn[0])
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file/below", "/proc/out"):
         status, said, error = call(tmp_path / "in", "--out", out)

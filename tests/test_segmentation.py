@@ -1,4 +1,4 @@
-"""The deck's recipe equals cv2.kmeans', the second method finds cells better; on made-up and, where they are, real pictures."""
+"""The original study's recipe equals cv2.kmeans', the second method finds cells better; on made-up and, where they are, real images."""
 import cv2
 import numpy as np
 import pytest
@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from leukemia_nb.images import read_picture
-from leukemia_nb.segmentation import (_summits, METHODS, a_channel, check_mask, clean_mask, count_cells, count_quality, cut_out,
-                                      deck_mask,
+from leukemia_nb.data.images import read_image
+from leukemia_nb.processing.segmentation import (_summits, METHODS, a_channel, check_mask, clean_mask, count_cells, count_quality, apply_mask,
+                                      study_mask,
                                       draw_outlines, drop_small, find_cells, kmeans_mask, label_cells, mask_quality, segment,
                                       smallest_area, two_means, whiten_background)
-from leukemia_nb.synthetic import smear
+from leukemia_nb.data.synthetic import smear
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
@@ -58,33 +58,33 @@ def test_counts_beyond_float32_are_exact():
 
 def test_deck_equals_kmeans_on_smears(smears):
     for drawn in smears:
-        small = np.ascontiguousarray(drawn.picture[::2, ::2])
-        assert mask_quality(deck_mask(small), deck_mask(small, cluster=kmeans_mask))["iou"] > .98
+        small = np.ascontiguousarray(drawn.image[::2, ::2])
+        assert mask_quality(study_mask(small), study_mask(small, cluster=kmeans_mask))["iou"] > .98
 
 
 @settings(max_examples=40, deadline=None)
 @given(sizes, st.integers(0, 2 ** 32 - 1), st.sampled_from(sorted(METHODS)))
 def test_any_size_grey_and_noise(size, seed, method):
     noise = np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
-    for picture in (noise, noise[..., ::-1], noise[..., 0], np.full_like(noise, seed % 256)):
-        mask = segment(picture, method)
+    for image in (noise, noise[..., ::-1], noise[..., 0], np.full_like(noise, seed % 256)):
+        mask = segment(image, method)
         assert mask.dtype == bool and mask.shape == size
         assert check_mask(mask) or mask.any()
     assert not segment(noise[..., 0], method).any()
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_picture_is_not_changed_and_result_repeats(method, smears):
-    picture = smears[0].picture
-    before = picture.copy()
-    first = segment(picture, method)
-    assert (segment(picture, method) == first).all() and (picture == before).all()
+def test_image_is_not_changed_and_result_repeats(method, smears):
+    image = smears[0].image
+    before = image.copy()
+    first = segment(image, method)
+    assert (segment(image, method) == first).all() and (image == before).all()
 
 
-def test_unusable_pictures_and_methods():
+def test_unusable_images_and_methods():
     for wrong in (np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros(4, np.uint8)):
-        with pytest.raises(ValueError, match="expected a uint8 picture"): segment(wrong)
-        with pytest.raises(ValueError, match="expected a uint8 picture"): segment(wrong, "seeded")
+        with pytest.raises(ValueError, match="expected a uint8 image"): segment(wrong)
+        with pytest.raises(ValueError, match="expected a uint8 image"): segment(wrong, "nucleus")
     with pytest.raises(ValueError, match="choose one of deck, seeded"): segment(np.zeros((4, 4, 3), np.uint8), "Deck")
 
 
@@ -123,9 +123,9 @@ def test_mask_quality_properties(one, two):
 
 
 def test_cut_out_is_the_bitwise_and(smears):
-    picture, mask = smears[0].picture, smears[0].cells > 0
-    assert (cut_out(picture, mask) == picture * mask[..., None]).all()
-    with pytest.raises(ValueError, match="differ in size"): cut_out(picture, mask[:-1])
+    image, mask = smears[0].image, smears[0].cells > 0
+    assert (apply_mask(image, mask) == image * mask[..., None]).all()
+    with pytest.raises(ValueError, match="differ in size"): apply_mask(image, mask[:-1])
 
 
 def test_touching_cells_are_told_apart():
@@ -147,8 +147,8 @@ def test_labels_cover_the_mask(mask):
 
 
 def test_seeded_beats_deck_and_counts_on_smears(smears):
-    deck = np.mean([mask_quality(segment(drawn.picture), drawn.cells > 0)["iou"] for drawn in smears])
-    found = [find_cells(drawn.picture) for drawn in smears]
+    deck = np.mean([mask_quality(segment(drawn.image), drawn.cells > 0)["iou"] for drawn in smears])
+    found = [find_cells(drawn.image) for drawn in smears]
     seeded = np.mean([mask_quality(cells > 0, drawn.cells > 0)["iou"] for cells, drawn in zip(found, smears)])
     assert seeded > .85 and seeded > deck
     counts = [count_quality(cells, drawn.cells) for cells, drawn in zip(found, smears)]
@@ -158,9 +158,9 @@ def test_seeded_beats_deck_and_counts_on_smears(smears):
 
 
 def test_seeded_does_not_mind_the_lamp(smears):
-    picture = smears[4].picture
-    yellow = (picture * [1, .97, .7]).astype(np.uint8)
-    assert mask_quality(segment(yellow, "seeded"), segment(picture, "seeded"))["iou"] > .9
+    image = smears[4].image
+    yellow = (image * [1, .97, .7]).astype(np.uint8)
+    assert mask_quality(segment(yellow, "nucleus"), segment(image, "nucleus"))["iou"] > .9
     assert np.median(whiten_background(yellow).reshape(-1, 3), axis=0).min() > 200
 
 
@@ -175,22 +175,22 @@ def test_flags():
     assert check_mask(mask) == "empty"
     mask[40:60, 40:60] = True
     assert check_mask(mask) == ""
-    assert "of the border" in check_mask(~mask) and "covers 96% of the picture" in check_mask(~mask)
+    assert "of the border" in check_mask(~mask) and "covers 96% of the image" in check_mask(~mask)
 
 
-# ---- real pictures
+# ---- real images
 
 def masks(shared_data, rest):
-    "Picture and true whole cell of every second picture of wbc_masks (rest 1: odd numbers, for development)."
+    "Image and true whole cell of every second image of wbc_masks (rest 1: odd numbers, for development)."
     for path in sorted((shared_data / "wbc_masks").glob("*.bmp")):
         if int(path.stem) % 2 == rest:
-            yield read_picture(path), cv2.imread(str(path.with_suffix(".png")), cv2.IMREAD_GRAYSCALE) > 0
+            yield read_image(path), cv2.imread(str(path.with_suffix(".png")), cv2.IMREAD_GRAYSCALE) > 0
 
 
-def test_deck_equals_kmeans_on_real_pictures(shared_data):
+def test_deck_equals_kmeans_on_real_images(shared_data):
     same, lowest = [], 1.0
     for path in sorted((shared_data / "taleqani").glob("*/*.jpg"))[::100]:
-        channel = a_channel(read_picture(path))
+        channel = a_channel(read_image(path))
         exact, attempts = channel > two_means(channel)[0], kmeans_mask(channel)
         same.append((exact == attempts).all())
         lowest = min(lowest, mask_quality(exact, attempts)["iou"])
@@ -198,18 +198,18 @@ def test_deck_equals_kmeans_on_real_pictures(shared_data):
 
 
 def test_second_method_on_masks_held_back(shared_data):
-    quality = {method: np.mean([mask_quality(segment(picture, method), truth)["iou"] for picture, truth in masks(shared_data, 0)])
+    quality = {method: np.mean([mask_quality(segment(image, method), truth)["iou"] for image, truth in masks(shared_data, 0)])
                for method in METHODS}
-    assert quality["deck"] == pytest.approx(.81, abs=.01)
-    assert quality["seeded"] > .88
+    assert quality["kmeans"] == pytest.approx(.81, abs=.01)
+    assert quality["nucleus"] > .88
 
 
 def test_second_method_leaves_the_scale_bar(shared_data):
     corner = {method: 0 for method in METHODS}
     for path in sorted((shared_data / "taleqani" / "Early").glob("*.jpg"))[::20]:
-        picture = read_picture(path)
-        for method in METHODS: corner[method] += segment(picture, method)[208:216, 195:220].any()
-    assert corner["seeded"] <= corner["deck"] / 2
+        image = read_image(path)
+        for method in METHODS: corner[method] += segment(image, method)[208:216, 195:220].any()
+    assert corner["nucleus"] <= corner["kmeans"] / 2
 
 
 def test_distances_inside_a_cell_are_the_same_at_every_call():

@@ -129,7 +129,7 @@ def test_the_readme_is_the_index():
 
 
 def test_the_readme_names_commands_that_there_are():
-    from leukemia_nb.command_line import app
+    from leukemia_nb.study.command_line import app
 
     readme, makefile = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "Makefile"))
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
@@ -141,7 +141,7 @@ def test_the_readme_names_commands_that_there_are():
 
 def test_the_reference_names_every_public_function_and_class():
     shown = "\n".join(texts(cells_of(NBS / "reference.ipynb")))
-    for notebook in NBS.glob("[0-9]*.ipynb"):
+    for notebook in NBS.glob("[0-9]*/*.ipynb"):
         export = re.search(r'"#\| default_exp (\w+)"', notebook.read_text(encoding="utf-8"))
         module = importlib.import_module(f"leukemia_nb.{export[1]}")
         for name in module.__all__:

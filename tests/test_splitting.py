@@ -1,4 +1,4 @@
-"""Properties of the split: exact counts, duplicates and groups in one subset, refusals that name the pictures."""
+"""Properties of the split: exact counts, duplicates and groups in one subset, refusals that name the images."""
 import json
 import os
 import unicodedata
@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leukemia_nb.splitting import (SplitError, check_split, deal, grouped_folds, image_groups, mark_two_classes, merge_groups,
+from leukemia_nb.processing.splitting import (SplitError, check_split, deal, grouped_folds, image_groups, mark_two_classes, merge_groups,
                                    read_groups, read_split, smallest_class, split_pairs, subset_sizes, write_split)
 
 DECK = {"Normal": 512, "Pre-B": 955, "Pro-B": 796}
 
 
-def pictures(counts: dict[str, int]) -> pd.DataFrame:
+def images(counts: dict[str, int]) -> pd.DataFrame:
     names = [(f"{label}/{number:04d}", label) for label, count in counts.items() for number in range(count)]
     table = pd.DataFrame(names, columns=["pair", "class"])
     return table.assign(sha256=[f"sha {pair}" for pair in table["pair"]], pixels=[f"pix {pair}" for pair in table["pair"]])
@@ -45,7 +45,7 @@ def test_smallest_class_is_smallest(shares):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_deck_counts(seed):
-    split = split_pairs(pictures(DECK), seed=seed)
+    split = split_pairs(images(DECK), seed=seed)
     counts = pd.crosstab(split["class"], split["subset"])
     assert counts["test"].to_dict() == {"Normal": 25, "Pre-B": 47, "Pro-B": 39} and counts["test"].sum() == 111
     assert counts["train"].max() == 811
@@ -56,8 +56,8 @@ def test_deck_counts(seed):
 @settings(deadline=None, max_examples=40)
 def test_duplicates_stay_together_and_counts_stay_exact(data):
     counts = {label: data.draw(st.integers(20, 120)) for label in ("Normal", "Pre-B")}
-    table = pictures(counts)
-    for column in ("sha256", "pixels"):  # copies of some pictures, at most a third of a class, within one class
+    table = images(counts)
+    for column in ("sha256", "pixels"):  # copies of some images, at most a third of a class, within one class
         for label in counts:
             rows = np.flatnonzero(table["class"] == label)
             size = data.draw(st.integers(2, 4))
@@ -74,11 +74,11 @@ def test_duplicates_stay_together_and_counts_stay_exact(data):
 def test_split_is_random_and_uniform():
     dealt = [deal([2, 2] + [1] * 36, subset_sizes(40), np.random.default_rng(seed)) for seed in range(400)]
     tested = np.mean(np.array(dealt) == "test", axis=0)
-    assert tested.min() > 0.01 and tested.max() < 0.12  # 5 % each; no picture and no couple is favoured
+    assert tested.min() > 0.01 and tested.max() < 0.12  # 5 % each; no image and no couple is favoured
 
 
 def test_duplicates_too_many_for_exact_counts():
-    table = pictures({"Normal": 20})
+    table = images({"Normal": 20})
     table["sha256"] = [f"twin {number // 2}" for number in range(20)]
     with pytest.warns(UserWarning, match="Normal: .* instead of .* because duplicates stay together"): split = split_pairs(table)
     assert split.groupby("sha256")["subset"].nunique().max() == 1 and set(split["subset"]) == {"train", "test", "validation"}
@@ -97,30 +97,30 @@ def test_empty_cells_tie_nothing():
     assert merge_groups(pd.DataFrame({"a": ["", "", None, np.nan, "x"]}), ["a"]).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_one_picture_under_two_classes_is_left_out():
-    table = pictures({"Normal": 21, "Pre-B": 21})
+def test_one_image_under_two_classes_is_left_out():
+    table = images({"Normal": 21, "Pre-B": 21})
     table.loc[[0, 21], "pixels"] = "same"
     with pytest.warns(UserWarning, match="two classes, left out: Normal/0000, Pre-B/0000"): split = split_pairs(table)
     assert len(split) == 40
 
 
 def test_too_few_and_empty_classes():
-    with pytest.raises(SplitError, match="class Pro-B has 19 usable pictures, this split needs 20 of each class"):
-        split_pairs(pictures({"Normal": 30, "Pro-B": 19}))
-    table = pictures({"Normal": 30, "Pro-B": 1}).assign(problem=[""] * 30 + ["broken"])
-    with pytest.raises(SplitError, match="no usable picture of class Pro-B"): split_pairs(table)
-    assert len(split_pairs(pictures({"Normal": 5, "Pro-B": 6}), train=0.6, test=0.2)) == 11
+    with pytest.raises(SplitError, match="class Pro-B has 19 usable images, this split needs 20 of each class"):
+        split_pairs(images({"Normal": 30, "Pro-B": 19}))
+    table = images({"Normal": 30, "Pro-B": 1}).assign(problem=[""] * 30 + ["broken"])
+    with pytest.raises(SplitError, match="no usable image of class Pro-B"): split_pairs(table)
+    assert len(split_pairs(images({"Normal": 5, "Pro-B": 6}), train=0.6, test=0.2)) == 11
 
 
-def test_problem_pictures_are_left_out():
-    table = pictures({"Normal": 25}).assign(problem=[""] * 23 + ["truncated", "empty"])
+def test_problem_images_are_left_out():
+    table = images({"Normal": 25}).assign(problem=[""] * 23 + ["truncated", "empty"])
     assert list(split_pairs(table)["pair"]) == list(table["pair"][:23])
 
 
 @given(st.integers(0, 50), st.integers(2, 9))
 @settings(deadline=None, max_examples=6)
 def test_grouped_split_parts_no_group(seed, size):
-    table = pictures({"Normal": 90, "Pre-B": 140}).assign(slide=lambda table: [place // size for place in range(len(table))])
+    table = images({"Normal": 90, "Pre-B": 140}).assign(slide=lambda table: [place // size for place in range(len(table))])
     table.loc[[0, 80], "sha256"] = "same"  # a duplicate on another slide ties the two slides together
     split = split_pairs(table, seed=seed, groups="slide")
     slide = table.set_index("pair")["slide"][split["pair"]].to_numpy()
@@ -132,7 +132,7 @@ def test_grouped_split_parts_no_group(seed, size):
 
 
 def test_groups_given_as_values_follow_their_rows():
-    table = pictures({"Normal": 60}).sample(frac=1, random_state=0)
+    table = images({"Normal": 60}).sample(frac=1, random_state=0)
     values = table["pair"].str[-2:].astype(int) // 5
     pd.testing.assert_frame_equal(split_pairs(table, groups=list(values)), split_pairs(table.assign(v=values), groups="v"))
     with pytest.raises(SplitError, match="3 groups for 60 pairs"): split_pairs(table, groups=[1, 2, 3])
@@ -141,7 +141,7 @@ def test_groups_given_as_values_follow_their_rows():
 
 
 def test_grouped_folds_test_each_pair_once_a_repeat():
-    table = pictures({"Normal": 50, "Pre-B": 70}).assign(slide=lambda table: [place // 3 for place in range(len(table))])
+    table = images({"Normal": 50, "Pre-B": 70}).assign(slide=lambda table: [place // 3 for place in range(len(table))])
     table.index = table.index[::-1]  # places, not index labels
     tested, seen = np.zeros(120, int), []
     for _, _, train, test in grouped_folds(table, "slide", n_splits=4, n_repeats=2):
@@ -155,8 +155,8 @@ def test_grouped_folds_test_each_pair_once_a_repeat():
 
 
 @pytest.mark.parametrize("column, message", [("sha256", "same file"), ("pixels", "same pixels"), ("group", "same group")])
-def test_check_names_the_pictures(column, message):
-    split = split_pairs(pictures({"Normal": 40}))
+def test_check_names_the_images(column, message):
+    split = split_pairs(images({"Normal": 40}))
     first, second = (split.index[split["subset"] == subset][0] for subset in ("train", "test"))
     split.loc[second, column] = split.loc[first, column]
     with pytest.raises(SplitError, match=f"{message} in several subsets") as caught: check_split(split)
@@ -164,22 +164,22 @@ def test_check_names_the_pictures(column, message):
 
 
 def test_check_refuses():
-    split = split_pairs(pictures({"Normal": 40, "Pre-B": 40}))
+    split = split_pairs(images({"Normal": 40, "Pre-B": 40}))
     with pytest.raises(SplitError, match="twice in the split: Normal/0000"): check_split(pd.concat([split, split[:1]]))
     with pytest.raises(SplitError, match="no such subsets: {'val'}"): check_split(split.replace("validation", "val"))
     lacking = split[(split["class"] == "Normal") | (split["subset"] != "test")]
-    with pytest.raises(SplitError, match="class Pre-B has no pictures for test"): check_split(lacking)
+    with pytest.raises(SplitError, match="class Pre-B has no images for test"): check_split(lacking)
     with pytest.raises(SplitError, match="same group"): check_split(split, groups=["all"] * len(split))
     check_split(split, groups=[""] * len(split))
 
 
 def test_round_trip_and_comparison(tmp_path):
-    table = pictures({"Normal": 40, "Pre-B": 40})
+    table = images({"Normal": 40, "Pre-B": 40})
     split = split_pairs(table)
     write_split(split, tmp_path / "split.csv")
     pd.testing.assert_frame_equal(read_split(tmp_path / "split.csv", table), split, check_dtype=False)
     for other, message in [(table[1:], "1 missing here: Normal/0000"),
-                           (pd.concat([table, pictures({"Pro-B": 1})]), "1 not in the split: Pro-B/0000"),
+                           (pd.concat([table, images({"Pro-B": 1})]), "1 not in the split: Pro-B/0000"),
                            (table.replace("sha Normal/0003", "edited"), "1 changed: Normal/0003")]:
         with pytest.raises(SplitError, match=message): read_split(tmp_path / "split.csv", other)
     text = (tmp_path / "split.csv").read_text()
@@ -308,7 +308,7 @@ def test_a_list_of_groups_that_is_not_there(tmp_path):
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "cp1252", "utf-16"])
 def test_split_file_out_of_any_spreadsheet(tmp_path, separator, encoding):
-    table = pictures({"Normal": 40, "Prä-B": 40})
+    table = images({"Normal": 40, "Prä-B": 40})
     split = split_pairs(table)
     text = split.rename(columns=str.title).to_csv(index=False, sep=separator, quoting=1, lineterminator="\r\n")
     (tmp_path / "split.csv").write_bytes((f"sep={separator}\r\n" + text).encode(encoding))
@@ -316,13 +316,13 @@ def test_split_file_out_of_any_spreadsheet(tmp_path, separator, encoding):
 
 
 def test_split_file_that_puts_an_image_into_two_subsets_is_named(tmp_path):
-    split = split_pairs(pictures({"Normal": 40}))
+    split = split_pairs(images({"Normal": 40}))
     pd.concat([split, split[:1].assign(subset="test")]).to_csv(tmp_path / "split.csv", index=False)
     with pytest.raises(SplitError, match="split.csv: twice in the split: Normal/0000"): read_split(tmp_path / "split.csv")
 
 
 def test_copies_under_two_classes_get_a_problem_that_names_the_other():
-    table = pictures({"Normal": 3, "Pre-B": 3}).assign(path=list("abcdef"), problem=["", "", "broken", "", "", ""])
+    table = images({"Normal": 3, "Pre-B": 3}).assign(path=list("abcdef"), problem=["", "", "broken", "", "", ""])
     table.loc[[0, 3], "pixels"] = "same"
     found = mark_two_classes(table, copies=[0, 1, 2, 3, 1, 2])  # c is broken, so its copy f stays
     assert found["problem"][0] == "a: the same image lies under another class: d. Remove the wrong one."
@@ -330,21 +330,21 @@ def test_copies_under_two_classes_get_a_problem_that_names_the_other():
 
 
 def test_leaky_split_is_not_written(tmp_path):
-    split = split_pairs(pictures({"Normal": 40})).assign(sha256="same")
+    split = split_pairs(images({"Normal": 40})).assign(sha256="same")
     with pytest.raises(SplitError, match="same file"): write_split(split, tmp_path / "split.csv")
     assert not list(tmp_path.iterdir())
 
 
-def test_real_pictures(shared_data):
-    from leukemia_nb.data import build_manifest; from leukemia_nb.images import read_picture
-    from leukemia_nb.pairing import pixel_hash
+def test_real_images(shared_data):
+    from leukemia_nb.data.manifest import build_manifest; from leukemia_nb.data.images import read_image
+    from leukemia_nb.processing.pairing import pixel_hash
     folder = shared_data / "taleqani"
     table = build_manifest(folder)
     fields = pd.read_csv(shared_data / "taleqani_fields.csv").set_index("file")["overlap_group"]
     table["field"] = fields[[Path(path).relative_to(folder.absolute()).as_posix() for path in table["path"]]].to_numpy()
     pro = table[table["class"] == "Pro-B"]
     table["pixels"] = ""
-    table.loc[pro.index, "pixels"] = [pixel_hash(read_picture(path)) for path in pro["path"]]
+    table.loc[pro.index, "pixels"] = [pixel_hash(read_image(path)) for path in pro["path"]]
     deck, grouped = split_pairs(table), split_pairs(table, groups="field")
     for _, rows in deck.groupby("class"): assert rows["subset"].value_counts().to_dict() == subset_sizes(len(rows))
     assert deck.groupby("pixels")["subset"].nunique()[1:].max() == 1
@@ -360,11 +360,11 @@ def split_step(tmp_path_factory):
     """The split step on smears with one of each bad kind: its run folder, and what it printed for a list of patients."""
     from dataclasses import replace
 
-    from leukemia_nb.data import CLASSES, build_manifest
-    from leukemia_nb.images import read_picture, write_picture
-    from leukemia_nb.pairing import prepare_pairs
-    from leukemia_nb.study import SMOKE, Run, run_step, study_steps
-    from leukemia_nb.synthetic import write_smears
+    from leukemia_nb.data.manifest import CLASSES, build_manifest
+    from leukemia_nb.data.images import read_image, write_image
+    from leukemia_nb.processing.pairing import prepare_pairs
+    from leukemia_nb.study.driver import SMOKE, Run, run_step, study_steps
+    from leukemia_nb.data.synthetic import write_smears
     folder = tmp_path_factory.mktemp("split step")
     data = folder / "data"
     write_smears(data, 24, seed=1, height=120, width=160)
@@ -373,9 +373,9 @@ def split_step(tmp_path_factory):
     (data / "Normal/text.jpg").write_text("no image")
     (data / "Normal/torn.png").write_bytes(normal[0].read_bytes()[:500])
     (data / "Pre-B/same file.png").write_bytes(normal[1].read_bytes())
-    write_picture(data / "Pre-B/flipped.png", read_picture(normal[2])[:, ::-1])
-    write_picture(data / "Pre-B/saved again.jpg", read_picture(normal[3]), quality=85)
-    write_picture(data / "Pre-B/zoom.jpg", read_picture(pre[5]), quality=85)  # a near-duplicate in its own class
+    write_image(data / "Pre-B/flipped.png", read_image(normal[2])[:, ::-1])
+    write_image(data / "Pre-B/saved again.jpg", read_image(normal[3]), quality=85)
+    write_image(data / "Pre-B/zoom.jpg", read_image(pre[5]), quality=85)  # a near-duplicate in its own class
     rows = [f"Pre-B\\{pre[5].name};patient 1", "Pre-B\\zoom.jpg;patient 2"]
     rows += [f"Pro-B\\{file.name};patient 3" for file in sorted((data / "Pro-B").glob("*.png"))[:4]] + ["Pro-B\\gone.png;patient 4"]
     (folder / "patients.csv").write_text("\r\n".join(["Image;Patient", *rows]), encoding="utf-16")

@@ -19,12 +19,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from leukemia_nb.command_line import app, is_explained
-from leukemia_nb.files import mark_output_folder
-from leukemia_nb.models import MODELS, ModelEntry
-from leukemia_nb.study import (SMOKE, Run, Step, StudyError, StudySettings, _step_lock, check_parameters, fingerprint, generations,
+from leukemia_nb.study.command_line import app, is_explained
+from leukemia_nb.data.files import mark_output_folder
+from leukemia_nb.models.interface import MODELS, ModelEntry
+from leukemia_nb.study.driver import (SMOKE, Run, Step, StudyError, StudySettings, _step_lock, check_parameters, fingerprint, generations,
                                run_step, run_study, study_notebook, study_steps)
-from leukemia_nb.synthetic import write_smears
+from leukemia_nb.data.synthetic import write_smears
 
 ALL_MODELS = ("efficientnet_b0", "mobilenet_v2", "nasnet_mobile", "dual_channel", "yolov8", "yolo11", "yolo12", "cells")
 
@@ -91,11 +91,11 @@ def test_a_notebook_without_the_parameters_tag_is_refused(tmp_path):
 def test_a_failed_step_keeps_its_partial_notebook_and_leaves_no_record(counter):
     step, run, notebook = counter
     run_step(step, run, notebook)
-    write_notebook(notebook, "print('before')\nraise ValueError('no cells in picture 7')")
-    with pytest.raises(StudyError, match=r"step counter failed: ValueError: no cells in picture 7\n.*counter\.partial\.ipynb"):
+    write_notebook(notebook, "print('before')\nraise ValueError('no cells in image 7')")
+    with pytest.raises(StudyError, match=r"step counter failed: ValueError: no cells in image 7\n.*counter\.partial\.ipynb"):
         run_step(step, run, notebook)
     outputs = nbformat.read(run.folder / "notebooks/counter.partial.ipynb", 4).cells[-1].outputs
-    assert any("no cells in picture 7" in str(output) for output in outputs)
+    assert any("no cells in image 7" in str(output) for output in outputs)
     assert not (run.folder / "steps/counter.json").exists()
 
 
@@ -115,7 +115,7 @@ def test_steps_follow_their_inputs():
         generations(study_steps(StudySettings(weights="random"))[1:])
 
 
-def test_the_fingerprint_of_outside_pictures_follows_their_change(tmp_path):
+def test_the_fingerprint_of_outside_images_follows_their_change(tmp_path):
     (tmp_path / "a.png").write_bytes(b"1")
     step = Step("s", "n.ipynb", outside=(str(tmp_path),))
     notebook = write_notebook(tmp_path.parent / "n.ipynb", "1")
@@ -125,7 +125,7 @@ def test_the_fingerprint_of_outside_pictures_follows_their_change(tmp_path):
 
 
 def test_two_studies_cannot_share_a_folder(tmp_path):
-    code = (f"from leukemia_nb.study import _locked, Run; import time\nwith _locked(Run({str(tmp_path)!r})):\n"
+    code = (f"from leukemia_nb.study.driver import _locked, Run; import time\nwith _locked(Run({str(tmp_path)!r})):\n"
             "    print('held', flush=True); time.sleep(60)")
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
@@ -155,7 +155,7 @@ def test_every_step_knows_the_parameters_it_is_given():
 
 def test_a_killed_study_goes_on_where_it_stopped(tmp_path):
     run = tmp_path / "run"
-    code = ("from leukemia_nb.study import SMOKE, run_study\n"
+    code = ("from leukemia_nb.study.driver import SMOKE, run_study\n"
             f"run_study(SMOKE, {str(run)!r}, until=['train'])")
     with subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL) as process:
         end = time.time() + 240
@@ -166,7 +166,7 @@ def test_a_killed_study_goes_on_where_it_stopped(tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
     assert (run / "steps/prepare.json").exists() and not (run / "steps/train-mobilenet_v2.json").exists()
     said = []
-    run_study(SMOKE, run, say=said.append, until=["prepare"])
+    run_study(SMOKE, run, log=said.append, until=["prepare"])
     assert "  prepare: unchanged" in said
 
 
@@ -175,7 +175,7 @@ def smoke_study(tmp_path_factory):
     """The whole smoke study, all eight models."""
     folder = tmp_path_factory.mktemp("smoke") / "run"
     said = []
-    run_study(replace(SMOKE, models=ALL_MODELS), folder, n_jobs=2, say=said.append)
+    run_study(replace(SMOKE, models=ALL_MODELS), folder, n_jobs=2, log=said.append)
     return Run(folder), said
 
 
@@ -210,7 +210,7 @@ def test_predictions_cover_validation_and_test(smoke_study):
 def test_run_again_does_nothing(smoke_study):
     run, _ = smoke_study
     said = []
-    run_study(replace(SMOKE, models=ALL_MODELS), run.folder, say=said.append)
+    run_study(replace(SMOKE, models=ALL_MODELS), run.folder, log=said.append)
     assert sum("unchanged" in line for line in said) == len(study_steps(replace(SMOKE, models=ALL_MODELS)))
 
 
@@ -218,7 +218,7 @@ def test_a_changed_setting_of_one_model_retrains_that_model_alone(smoke_study):
     run, _ = smoke_study
     said = []
     settings = replace(SMOKE, models=ALL_MODELS, train=("mobilenet_v2:batch_size=16",))
-    run_study(settings, run.folder, say=said.append, until=["train"])
+    run_study(settings, run.folder, log=said.append, until=["train"])
     again = [line.split(":")[0].strip() for line in said if " s" in line and "unchanged" not in line and "…" not in line]
     assert again == ["train-mobilenet_v2"]
 
@@ -361,12 +361,12 @@ def test_a_study_inside_its_data_does_not_read_itself_and_litter_redoes_nothing(
     (("--data", "run/pairs"), "written by leukemia_nb"),
     (("--unseen", "run/pairs"), "written by leukemia_nb"),
     (("--run", "images"), "holds images that no study wrote"),
-    (("--unseen", "empty"), "no pictures in it"),
+    (("--unseen", "empty"), "no images in it"),
     (("--unseen", "bad"), "none of its 1 image can be read"),
     (("--unseen", "file.csv"), "is a file"),
     (("--data", "file.csv"), "is a file"),
     (("--data", "one"), "class Normal has 1 image"),
-    (("--data", "empty"), "no pictures in it"),
+    (("--data", "empty"), "no images in it"),
     (("--groups", "file.csv"), "path"),
     (("--data", "images", "--groups", "others.csv"), "none of its 1 path"),
     (("--split-file", "file.csv"), "not a split"),
@@ -415,10 +415,10 @@ def test_a_small_disk_is_found_out_before_the_first_step(tmp_path):
 def test_images_of_an_unmarked_study_among_the_data_are_refused(images, tmp_path):
     data = shutil.copytree(images, tmp_path / "data")
     settings = replace(SMOKE, data=str(data), models=("cells",))
-    run_study(settings, tmp_path / "old", until=("prepare",), say=lambda line: None)
+    run_study(settings, tmp_path / "old", until=("prepare",), log=lambda line: None)
     shutil.copytree(tmp_path / "old/pairs", data / "old")  # a study of a time before folders were marked
     with pytest.raises(StudyError, match="which this study wrote"):
-        run_study(settings, tmp_path / "new", until=("split",), say=lambda line: None)
+        run_study(settings, tmp_path / "new", until=("split",), log=lambda line: None)
     assert not (tmp_path / "new/split.csv").exists()
 
 

@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from leukemia_nb import synthetic
-from leukemia_nb.data import CLASSES, FOUR_CLASSES, build_manifest
-from leukemia_nb.files import mark_output_folder
-from leukemia_nb.images import read_picture
-from leukemia_nb.synthetic import KINDS, LABORATORIES, read_cells, smear, write_smears
+from leukemia_nb.data import synthetic
+from leukemia_nb.data.manifest import CLASSES, FOUR_CLASSES, build_manifest
+from leukemia_nb.data.files import mark_output_folder
+from leukemia_nb.data.images import read_image
+from leukemia_nb.data.synthetic import KINDS, LABORATORIES, read_cells, smear, write_smears
 
 
-def a_channel(picture): return cv2.cvtColor(picture, cv2.COLOR_RGB2LAB)[..., 1].astype(float)
+def a_channel(image): return cv2.cvtColor(image, cv2.COLOR_RGB2LAB)[..., 1].astype(float)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from(FOUR_CLASSES), st.integers(0, 10**6), st.integers(16, 120), st.integers(16, 160), st.floats(0, 1))
 def test_shape_of_the_truth(label, seed, height, width, confounded):
     found = smear(label, seed, height, width, confounded)
-    assert found.picture.shape == (height, width, 3) and found.picture.dtype == np.uint8
+    assert found.image.shape == (height, width, 3) and found.image.dtype == np.uint8
     assert found.cells.shape == found.nuclei.shape == (height, width)
     assert found.cells.dtype == np.int32 and found.nuclei.dtype == bool
     assert (np.unique(found.cells[found.cells > 0]) == np.arange(1, found.cells.max() + 1)).all()  # 1..n, none left out
@@ -32,29 +32,29 @@ def test_shape_of_the_truth(label, seed, height, width, confounded):
     assert found.label == label and found.laboratory in FOUR_CLASSES
 
 
-def test_same_seed_same_bytes_other_seed_other_picture():
+def test_same_seed_same_bytes_other_seed_other_image():
     one, two, other = (smear("Pre-B", seed, 192, 256) for seed in (7, 7, 8))
-    assert one.picture.tobytes() == two.picture.tobytes() and one.cells.tobytes() == two.cells.tobytes()
-    assert (one.picture != other.picture).mean() > .5
+    assert one.image.tobytes() == two.image.tobytes() and one.cells.tobytes() == two.cells.tobytes()
+    assert (one.image != other.image).mean() > .5
 
 
 def test_same_bytes_in_another_process_and_with_one_thread():
-    code = ("import cv2, hashlib; cv2.setNumThreads(1); from leukemia_nb.synthetic import smear\n"
-            "found = smear('Pro-B', 3, 384, 512); print(hashlib.sha256(found.picture.tobytes() + found.cells.tobytes()).hexdigest())")
-    root = Path(synthetic.__file__).parents[1]
+    code = ("import cv2, hashlib; cv2.setNumThreads(1); from leukemia_nb.data.synthetic import smear\n"
+            "found = smear('Pro-B', 3, 384, 512); print(hashlib.sha256(found.image.tobytes() + found.cells.tobytes()).hexdigest())")
+    root = Path(synthetic.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(root), "PYTHONHASHSEED": "1"})
     here = smear("Pro-B", 3, 384, 512)
-    assert done.stdout.strip() == hashlib.sha256(here.picture.tobytes() + here.cells.tobytes()).hexdigest(), done.stderr
+    assert done.stdout.strip() == hashlib.sha256(here.image.tobytes() + here.cells.tobytes()).hexdigest(), done.stderr
 
 
 def test_global_random_state_is_left_alone():
     np.random.seed(0); cv2.setRNGSeed(0)
     before = np.random.get_state()[1].copy()
-    first = smear("Normal", 1, 64, 64).picture
+    first = smear("Normal", 1, 64, 64).image
     assert (np.random.get_state()[1] == before).all()
     np.random.seed(5); cv2.setRNGSeed(5)
-    assert (smear("Normal", 1, 64, 64).picture == first).all()
+    assert (smear("Normal", 1, 64, 64).image == first).all()
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def measured() -> dict:
         cells = []
         for seed in range(12):
             field = smear(label, seed, laboratory="Pro-B")
-            light = cv2.cvtColor(field.picture, cv2.COLOR_RGB2LAB)[..., 0].astype(float)
+            light = cv2.cvtColor(field.image, cv2.COLOR_RGB2LAB)[..., 0].astype(float)
             edge = set(np.concatenate([field.cells[[0, -1]].ravel(), field.cells[:, [0, -1]].ravel()]))
             for number in set(range(1, field.cells.max() + 1)) - edge:
                 mask = field.cells == number
@@ -94,12 +94,12 @@ def test_one_cell_alone_can_be_hard_to_name(measured):
 @pytest.mark.parametrize("label", FOUR_CLASSES)
 @pytest.mark.parametrize("laboratory", FOUR_CLASSES)
 def test_white_cells_stand_out_on_the_a_channel(label, laboratory):
-    """Two means on A, as the deck has it: every cell is found, and little else, in every laboratory."""
+    """Two means on A, as the original study has it: every cell is found, and little else, in every laboratory."""
     found = total = 0
     overlap = []
     for seed in range(3):
         field = smear(label, seed, 384, 512, laboratory=laboratory)
-        a, white = a_channel(field.picture), field.cells > 0
+        a, white = a_channel(field.image), field.cells > 0
         low, high = a.min(), a.max()
         for _ in range(50): low, high = a[a < (low + high) / 2].mean(), a[a >= (low + high) / 2].mean()
         mask = cv2.morphologyEx((a >= (low + high) / 2).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3))) > 0
@@ -113,8 +113,8 @@ def test_white_cells_stand_out_on_the_a_channel(label, laboratory):
 @pytest.mark.parametrize("height, width", [(384, 512), (192, 256)])
 def test_same_field_at_another_size(height, width):
     large, small = smear("Pre-B", 5, laboratory="Pro-B"), smear("Pre-B", 5, height, width, laboratory="Pro-B")
-    shrunk = cv2.resize(large.picture, (width, height), interpolation=cv2.INTER_AREA)
-    assert np.abs(shrunk.astype(float) - small.picture).mean() < 12
+    shrunk = cv2.resize(large.image, (width, height), interpolation=cv2.INTER_AREA)
+    assert np.abs(shrunk.astype(float) - small.image).mean() < 12
     white = cv2.resize((large.cells > 0).astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
     assert (white & (small.cells > 0)).sum() / (white | (small.cells > 0)).sum() > .9
     assert large.cells.max() == small.cells.max()
@@ -132,13 +132,13 @@ def test_some_cells_touch():
 def test_laboratory_alone_changes_no_cell():
     one, two = (smear("Pre-B", 11, 384, 512, laboratory=name) for name in ("Early Pre-B", "Pro-B"))  # the same kind of bar
     assert (one.cells == two.cells).all() and (one.nuclei == two.nuclei).all()
-    assert np.abs(one.picture.astype(int) - two.picture).mean() > 2
+    assert np.abs(one.image.astype(int) - two.image).mean() > 2
 
 
 def test_class_alone_changes_nothing_but_cells():
     one, two = (smear(label, 11, 384, 512, laboratory="Pro-B") for label in ("Normal", "Pre-B"))
     far = cv2.dilate(((one.cells > 0) | (two.cells > 0)).astype(np.uint8), np.ones((25, 25))) == 0
-    assert far.mean() > .3 and (np.abs(one.picture.astype(int) - two.picture)[far] <= 1).all()
+    assert far.mean() > .3 and (np.abs(one.image.astype(int) - two.image)[far] <= 1).all()
 
 
 @pytest.mark.parametrize("confounded, low, high", [(0, .22, .28), (.5, .59, .66), (1, 1, 1)])
@@ -154,7 +154,7 @@ def test_background_alone_gives_the_class_away_only_where_confounded():
         for seed in range(24):
             label = CLASSES[seed % 3]
             field = smear(label, seed, 96, 128, confounded)
-            bright = np.quantile(field.picture.reshape(-1, 3), .8, axis=0)
+            bright = np.quantile(field.image.reshape(-1, 3), .8, axis=0)
             names = list(CLASSES)
             guess = names[np.argmin([np.abs(bright - LABORATORIES[name].background).sum() for name in names])]
             right.append(guess == label)
@@ -183,7 +183,7 @@ def test_write_smears(tmp_path):
     assert len(table) == 12 and table["seed"].is_unique
     for row in table.itertuples():
         drawn = smear(row[1], row.seed, 48, 64)
-        assert (read_picture(tmp_path / row.path) == drawn.picture).all()
+        assert (read_image(tmp_path / row.path) == drawn.image).all()
         assert (read_cells(tmp_path / row.truth) == drawn.cells).all() and row.cells == drawn.cells.max()
         assert row.laboratory == drawn.laboratory
     manifest = build_manifest(tmp_path, classes=FOUR_CLASSES)
@@ -196,21 +196,21 @@ def test_write_smears_refuses_before_it_writes(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_sets_of_two_seeds_share_no_picture(tmp_path):
+def test_sets_of_two_seeds_share_no_image(tmp_path):
     tables = [write_smears(tmp_path / str(seed), 4, seed=seed, height=16, width=16) for seed in range(3)]
     seeds = [seed for table in tables for seed in table["seed"]]
     assert len(set(seeds)) == len(seeds) == 36
 
 
 def test_like_the_real_ones(shared_data):
-    """Brightness and the contrast of white cells on the A channel lie within what the real pictures show."""
-    def describe(picture):
-        a = a_channel(picture)
+    """Brightness and the contrast of white cells on the A channel lie within what the real images show."""
+    def describe(image):
+        a = a_channel(image)
         high = a >= (a.min() + np.quantile(a, .999)) / 2
-        return np.median(picture), a[high].mean() - a[~high].mean(), high.mean()
+        return np.median(image), a[high].mean() - a[~high].mean(), high.mean()
     names = [name for label in ("Benign", "Pre", "Pro") for name in sorted((shared_data / "taleqani" / label).iterdir())[::40]]
-    real = np.array([describe(read_picture(name)) for name in names])
-    drawn = np.array([describe(smear(label, seed, 224, 224).picture) for seed in range(8) for label in CLASSES])
+    real = np.array([describe(read_image(name)) for name in names])
+    drawn = np.array([describe(smear(label, seed, 224, 224).image) for seed in range(8) for label in CLASSES])
     for column in range(3):
         low, high = np.quantile(real[:, column], [.01, .99])
         assert low <= np.median(drawn[:, column]) <= high, (column, low, np.median(drawn[:, column]), high)

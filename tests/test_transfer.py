@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 from hypothesis import given, strategies as st
 
-from leukemia_nb import transfer
-from leukemia_nb.models import ModelError, Pictures, load_model, make_model
-from leukemia_nb.transfer import (BACKBONES, WEIGHTS_FOLDER, Backbone, MobileNetV2, build_backbone, choose_weights,
+from leukemia_nb.models import transfer
+from leukemia_nb.models.interface import ModelError, Images, load_model, make_model
+from leukemia_nb.models.transfer import (BACKBONES, WEIGHTS_FOLDER, Backbone, MobileNetV2, build_backbone, choose_weights,
                                   epoch_batches, input_scaling, variant_rows)
 
 pytestmark = pytest.mark.filterwarnings("ignore:mobilenet_v2 collapsed:RuntimeWarning",
@@ -58,13 +58,13 @@ def write_like_keras(network, file):
     with h5py.File(file, "w") as opened: save_weights_to_hdf5_group(opened, network)
 
 
-class Balanced(Pictures):
-    """Like `Pairs` of a balanced training table: rows of the same pair and flip are the same picture."""
+class Balanced(Images):
+    """Like `Pairs` of a balanced training table: rows of the same pair and flip are the same image."""
     reads = 0
 
-    def __init__(self, pictures, labels, size, copies):
-        rows = [i for i in range(len(pictures)) for _ in range(copies[i])]
-        super().__init__([pictures[i] for i in rows], [labels[i] for i in rows], size)
+    def __init__(self, images, labels, size, copies):
+        rows = [i for i in range(len(images)) for _ in range(copies[i])]
+        super().__init__([images[i] for i in rows], [labels[i] for i in rows], size)
         self.table = pd.DataFrame(dict(pair=[f"p{i}" for i in rows], flip="none"))
 
     def read(self, index, channel="original"):
@@ -82,8 +82,8 @@ def made_up(n, seed, size=32):
 
 @pytest.fixture()
 def sources():
-    pictures, labels = made_up(14, 0)
-    return Balanced(list(pictures), labels, 32, [1, 2, 1, 3] + [1] * 10), Pictures(*made_up(9, 1), 32)
+    images, labels = made_up(14, 0)
+    return Balanced(list(images), labels, 32, [1, 2, 1, 3] + [1] * 10), Images(*made_up(9, 1), 32)
 
 
 def trained(sources, cache=True, model=MobileNetV2, **settings):
@@ -132,10 +132,10 @@ def test_the_folder_path_gives_what_keras_own_imagenet_path_gives(name, tmp_path
     theirs = getattr(keras.applications, backbone.application)(weights="imagenet", include_top=False, input_shape=(32, 32, 3))
     assert asked and asked[0][1] == backbone.url
     assert choose_weights(backbone, "imagenet") == file
-    ours, source = build_backbone(backbone, 32, "fixed", file)
+    ours, source = build_backbone(backbone, 32, "native", file)
     assert source.startswith("unconfirmed") and len(ours.get_weights()) == len(network.get_weights())
     pixels = rng.integers(0, 256, (2, 32, 32, 3)).astype(np.float32)
-    scale, offset = input_scaling(backbone, "fixed")
+    scale, offset = input_scaling(backbone, "native")
 
     def first(network):  # what leaves the first convolution: all that can differ between the two ways lies before it
         return keras.Model(network.inputs, next(la for la in network.layers if isinstance(la, keras.layers.Conv2D)).output)
@@ -152,9 +152,9 @@ def test_the_fixed_range_is_what_keras_preprocessing_gives(name):
     import importlib
     module = importlib.import_module(f"keras.applications.{MODULES[name]}")
     pixels = np.arange(256, dtype=np.float32).reshape(1, 16, 16, 1).repeat(3, axis=-1)
-    scale, offset = input_scaling(BACKBONES[name], "fixed")
+    scale, offset = input_scaling(BACKBONES[name], "native")
     np.testing.assert_allclose(pixels * scale + offset, module.preprocess_input(pixels.copy()), atol=1e-5)
-    assert input_scaling(BACKBONES[name], "deck") == (1 / 255, 0)
+    assert input_scaling(BACKBONES[name], "rescale") == (1 / 255, 0)
 
 
 def test_damaged_and_foreign_files_are_refused_by_name(tiny_weights, tmp_path):
@@ -162,10 +162,10 @@ def test_damaged_and_foreign_files_are_refused_by_name(tiny_weights, tmp_path):
     file = tmp_path / "weights" / "tiny.h5"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ModelError, match="tiny.h5: not the weights of Tiny"):
-        build_backbone(BACKBONES["mobilenet_v2"], 32, "fixed", file)
+        build_backbone(BACKBONES["mobilenet_v2"], 32, "native", file)
     write_like_keras(keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)]), file)
     with pytest.raises(ModelError, match="Layer count mismatch"):
-        build_backbone(BACKBONES["mobilenet_v2"], 32, "fixed", file)
+        build_backbone(BACKBONES["mobilenet_v2"], 32, "native", file)
 
 
 def test_without_network_one_line_says_what_to_put_where(tiny_backbone, sources):
@@ -195,7 +195,7 @@ def test_a_weights_folder_that_is_not_there(monkeypatch):
 # ---- order and variants
 
 @given(st.integers(1, 60), st.integers(1, 40), st.integers(0, 5), st.integers(0, 3))
-def test_every_picture_is_seen_each_epoch_in_batches_of_one_size(n, batch_size, seed, epoch):
+def test_every_image_is_seen_each_epoch_in_batches_of_one_size(n, batch_size, seed, epoch):
     batches = epoch_batches(n, batch_size, seed, epoch)
     assert batches.shape[1] == min(n, batch_size)
     counts = np.bincount(batches.ravel(), minlength=n)
@@ -242,7 +242,7 @@ def test_fine_tuning_leaves_pretrained_statistics_alone(tiny_weights, sources):
     assert np.array_equal(before[2], after[2]) and np.array_equal(before[3], after[3])  # mean and variance are not
 
 
-def test_statistics_of_a_network_trained_from_nothing_are_those_of_its_training_pictures(tiny_backbone, sources):
+def test_statistics_of_a_network_trained_from_nothing_are_those_of_its_training_images(tiny_backbone, sources):
     model = trained(sources, weights="random", epochs=1, batch_size=18)
     convolution, batch_norm = model.maps_.layers[-1].layers[:2]
     pixels = sources[0].read(slice(None)).astype(np.float32) / 127.5 - 1
@@ -278,16 +278,16 @@ def test_best_epoch_is_kept_and_patience_ends_training(tiny_weights, sources, mo
     assert same_weights(longer.head_, kept.head_)
 
 
-def test_fewer_pictures_than_a_batch_and_one_class_only(tiny_weights):
-    pictures, labels = made_up(3, 0)
-    model = trained((Pictures(pictures, labels, 32), Pictures(pictures[:1], labels[:1], 32)), batch_size=32)
-    assert model.predict_proba(pictures).shape == (3, 3)
+def test_fewer_images_than_a_batch_and_one_class_only(tiny_weights):
+    images, labels = made_up(3, 0)
+    model = trained((Images(images, labels, 32), Images(images[:1], labels[:1], 32)), batch_size=32)
+    assert model.predict_proba(images).shape == (3, 3)
 
 
 def test_progress_lines(tiny_weights, sources):
     lines = []
     MobileNetV2(image_size=32, epochs=2, weights="local").fit(*sources, progress=lines.append)
-    assert len(lines) == 4 and "features of 14 pictures" in lines[0] and "epoch 2/2" in lines[-1]
+    assert len(lines) == 4 and "features of 14 images" in lines[0] and "epoch 2/2" in lines[-1]
 
 
 def test_users_random_numbers_are_left_alone(tiny_weights, sources):
@@ -323,16 +323,16 @@ def real_weights(shared_weights, monkeypatch):
 
 def test_the_known_mobilenet_file_is_recognised(real_weights):
     file = choose_weights(BACKBONES["mobilenet_v2"], "imagenet")
-    assert build_backbone(BACKBONES["mobilenet_v2"], 32, "fixed", file)[1] == f"ImageNet ({file.name}, values as known)"
+    assert build_backbone(BACKBONES["mobilenet_v2"], 32, "native", file)[1] == f"ImageNet ({file.name}, values as known)"
 
 
-def test_real_pictures_are_learned_and_cached_equals_long(real_weights, shared_data):
-    from leukemia_nb.images import read_picture
+def test_real_images_are_learned_and_cached_equals_long(real_weights, shared_data):
+    from leukemia_nb.data.images import read_image
     names = {"Benign": "Normal", "Pre": "Pre-B", "Pro": "Pro-B"}
     files = [(file, name) for folder, name in names.items()
              for file in sorted((shared_data / "taleqani" / folder).iterdir())[::20][:22]]
-    pictures, labels = [read_picture(file) for file, _ in files], np.array([name for _, name in files])
-    parts = [Pictures([pictures[i] for i in rows], labels[rows], 96)
+    images, labels = [read_image(file) for file, _ in files], np.array([name for _, name in files])
+    parts = [Images([images[i] for i in rows], labels[rows], 96)
              for rows in (np.arange(66)[np.arange(66) % 3 > 0], np.arange(66)[::3])]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -348,14 +348,14 @@ TOGETHER = """
     import keras, numpy as np, tensorflow as tf
     processor = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(processor, [tf.config.LogicalDeviceConfiguration()] * 2)
-    from leukemia_nb import transfer
-    from leukemia_nb.models import Pictures
+    from leukemia_nb.models import transfer
+    from leukemia_nb.models.interface import Images
     from tests.test_transfer import made_up, tiny
     keras.applications.Tiny = tiny
     transfer.BACKBONES["mobilenet_v2"] = transfer.Backbone("Tiny", 8, -1, 1, "file:///nowhere/tiny.h5", ("tiny.h5",))
     class Model(transfer.MobileNetV2):
         def head_layers(self, keras): return [self.dense(keras, len(self.classes_), 0)]  # no dropout: it draws for each device
-    train, validation = (Pictures(*made_up(n, seed), 32) for n, seed in ((38, 0), (12, 1)))
+    train, validation = (Images(*made_up(n, seed), 32) for n, seed in ((38, 0), (12, 1)))
     whole, found = {whole}, []
     for devices in (["CPU:0"], ["CPU:0", "CPU:1"]):
         transfer.sharing_strategy = lambda gpus: tf.distribute.MirroredStrategy(devices)
@@ -387,21 +387,21 @@ def test_gpus_that_are_not_there(tiny_backbone, sources):
 TRAINED = """
 import sys
 import numpy as np
-from leukemia_nb.models import Pictures, load_model, make_model
-from leukemia_nb.transfer import BACKBONES, Backbone, start_quietly
+from leukemia_nb.models.interface import Images, load_model, make_model
+from leukemia_nb.models.transfer import BACKBONES, Backbone, start_quietly
 start_quietly()
 import keras
 from test_transfer import tiny
 keras.applications.Tiny, BACKBONES["mobilenet_v2"] = tiny, Backbone("Tiny", 8, -1, 1, "file:///nowhere", ("tiny.h5",))
 rng = np.random.default_rng(0)
-pictures = Pictures(rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8), ["a", "b"] * 3, size=32)
+images = Images(rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8), ["a", "b"] * 3, size=32)
 model = make_model("mobilenet_v2", weights="random", fine_tune=False, image_size=32, epochs=2, batch_size=3)
-model.fit(pictures, pictures)
+model.fit(images, images)
 again = load_model(model.save(sys.argv[1] + "/model"))
-from leukemia_nb.model_file import keras_graph, run_graph
+from leukemia_nb.inference.export import keras_graph, run_graph
 graph = keras_graph(again)
 print(len(graph.graph.node) > 3)
-np.save(sys.argv[1] + "/answers.npy", again.predict_proba(pictures))
+np.save(sys.argv[1] + "/answers.npy", again.predict_proba(images))
 import os
 print(keras.config.backend(), keras.config.floatx(), keras.config.image_data_format(), os.environ.get("KERAS_BACKEND"))
 """

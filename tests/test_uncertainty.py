@@ -7,14 +7,14 @@ from hypothesis import given, settings, strategies as st
 from scipy.stats import binomtest, f, t
 from sklearn.metrics import brier_score_loss, log_loss
 
-from leukemia_nb.evaluation import (
+from leukemia_nb.evaluation.metrics import (
     PredictionsError,
-    answers,
+    predicted_labels,
     classes_of,
-    made_up_predictions,
+    dummy_predictions,
     probabilities_of,
 )
-from leukemia_nb.uncertainty import (
+from leukemia_nb.evaluation.uncertainty import (
     TEMPERATURES,
     average_precisions,
     brier_score,
@@ -37,7 +37,7 @@ from leukemia_nb.uncertainty import (
     reliability_figure,
     reliability_table,
     scale_temperature,
-    told_apart_sentence,
+    significance_sentence,
 )
 
 
@@ -146,38 +146,38 @@ def test_holm_is_monotone_and_between_the_raw_and_bonferroni(values):
 
 
 def test_pairs_are_matched_by_name_not_by_row():
-    one, two = made_up_predictions(0.9, seed=1), made_up_predictions(0.8, seed=2)
+    one, two = dummy_predictions(0.9, seed=1), dummy_predictions(0.8, seed=2)
     plain, mixed = (
         compare_pairs({"a": one, "b": two}),
         compare_pairs({"a": one, "b": two.sample(frac=1, random_state=3)}),
     )
     pd.testing.assert_frame_equal(plain, mixed)
-    right = [answers(t) == t["class"] for t in (one, two)]
+    right = [predicted_labels(t) == t["class"] for t in (one, two)]
     assert plain.loc[0, "only_first_right"] == (right[0] & ~right[1]).sum()
     assert plain.loc[0, "difference"] == pytest.approx((100 - 89) / 111)
 
 
-def test_other_pictures_are_refused():
-    one = made_up_predictions()
-    with pytest.raises(PredictionsError, match="b: its test pictures are not those"):
+def test_other_images_are_refused():
+    one = dummy_predictions()
+    with pytest.raises(PredictionsError, match="b: its test images are not those"):
         compare_pairs({"a": one, "b": one.iloc[1:]})
     with pytest.raises(PredictionsError, match="at least two models"):
         compare_pairs({"a": one})
 
 
 def test_sentences():
-    best, middle, worst = (made_up_predictions(a, seed=7) for a in (1.0, 0.85, 0.3))
-    text = told_apart_sentence(compare_pairs({"yolov8": best, "yolo11": best, "mobilenet_v2": worst}))
+    best, middle, worst = (dummy_predictions(a, seed=7) for a in (1.0, 0.85, 0.3))
+    text = significance_sentence(compare_pairs({"yolov8": best, "yolo11": best, "mobilenet_v2": worst}))
     assert text.startswith("MobileNetV2 differs from every other model. YOLOv8 and YOLO11 cannot be told apart (Holm")
-    assert told_apart_sentence(compare_pairs({"yolov8": best, "yolo11": worst})).startswith(
+    assert significance_sentence(compare_pairs({"yolov8": best, "yolo11": worst})).startswith(
         "YOLOv8 is right more often than YOLO11 ("
     )
-    assert told_apart_sentence(compare_pairs({"yolov8": best, "yolo11": best, "yolo12": best})).startswith(
+    assert significance_sentence(compare_pairs({"yolov8": best, "yolo11": best, "yolo12": best})).startswith(
         "YOLOv8, YOLO11 and YOLO12 cannot"
     )
-    near = made_up_predictions(0.94, seed=7)
-    close = made_up_predictions(0.97, seed=7)
-    mixed = told_apart_sentence(
+    near = dummy_predictions(0.94, seed=7)
+    close = dummy_predictions(0.97, seed=7)
+    mixed = significance_sentence(
         compare_pairs({"yolov8": best, "yolo11": close, "yolo12": near, "mobilenet_v2": middle})
     )
     assert mixed.startswith(
@@ -187,14 +187,14 @@ def test_sentences():
 
 
 def test_groups_make_differences_weaker():
-    best, worse = made_up_predictions(1.0, (40, 40, 0)), made_up_predictions(1.0, (40, 40, 0))
+    best, worse = dummy_predictions(1.0, (40, 40, 0)), dummy_predictions(1.0, (40, 40, 0))
     worse.loc[:11, ["p_Normal", "p_Pre-B", "p_Pro-B"]] = [0.0, 1.0, 0.0]
     fields = {pair: i // 6 for i, pair in enumerate(worse["pair"])}
     assert compare_pairs({"a": best, "b": worse})["p"].item() == pytest.approx(2 / 2**12)
     grouped = compare_pairs({"a": best, "b": worse}, groups=fields)
     assert (
         grouped["p"].item() == pytest.approx(0.5)
-        and not grouped["told_apart"].item()
+        and not grouped["significant"].item()
         and grouped["test"].item() == "group signs"
     )
     assert compare_pairs({"a": best, "b": best}, groups=fields)["p"].item() == 1
@@ -206,22 +206,22 @@ def test_groups_make_differences_weaker():
 @settings(max_examples=20, deadline=None)
 @given(st.floats(0.2, 1), st.integers(0, 100))
 def test_calibration_measures(accuracy, seed):
-    table = made_up_predictions(accuracy, (8, 9, 10), seed=seed)
+    table = dummy_predictions(accuracy, (8, 9, 10), seed=seed)
     values, classes = probabilities_of(table), classes_of(table)
     assert brier_score(table) == pytest.approx(brier_score_loss(table["class"], values, labels=classes))
     assert log_loss_of(table) == pytest.approx(log_loss(table["class"], values, labels=classes), abs=1e-9)
-    confidence, right = values.max(axis=1), answers(table) == table["class"].to_numpy()
+    confidence, right = values.max(axis=1), predicted_labels(table) == table["class"].to_numpy()
     ece = sum(
         abs(confidence[inside].mean() - right[inside].mean()) * inside.mean()
         for i in range(15)
         if (inside := (confidence > i / 15) & (confidence <= (i + 1) / 15)).any()
     )
     assert calibration_error(table) == pytest.approx(ece, abs=1e-6)
-    assert reliability_table(table)["pictures"].sum() == 27
+    assert reliability_table(table)["images"].sum() == 27
 
 
 def test_certain_answers_fall_into_the_last_bin():
-    table = made_up_predictions().assign(**{"p_Normal": 1.0, "p_Pre-B": 0.0, "p_Pro-B": 0.0})
+    table = dummy_predictions().assign(**{"p_Normal": 1.0, "p_Pre-B": 0.0, "p_Pro-B": 0.0})
     only = reliability_table(table).iloc[0]
     assert len(reliability_table(table)) == 1 and (only["from"], only["to"]) == (0.9, 1.0)
     assert calibration_error(table) == pytest.approx(1 - 25 / 111)
@@ -230,9 +230,9 @@ def test_certain_answers_fall_into_the_last_bin():
 @settings(max_examples=20, deadline=None)
 @given(st.floats(0.1, 10), st.integers(0, 50))
 def test_temperature_changes_no_answer_and_can_be_undone(temperature, seed):
-    table = made_up_predictions(0.7, (5, 5, 5), seed=seed)
+    table = dummy_predictions(0.7, (5, 5, 5), seed=seed)
     scaled = scale_temperature(table, temperature)
-    assert (answers(scaled) == answers(table)).all()
+    assert (predicted_labels(scaled) == predicted_labels(table)).all()
     if temperature >= 1:
         np.testing.assert_allclose(
             probabilities_of(scale_temperature(scaled, 1 / temperature)), probabilities_of(table), atol=1e-6
@@ -242,7 +242,7 @@ def test_temperature_changes_no_answer_and_can_be_undone(temperature, seed):
 
 
 def test_temperature_looks_at_validation_only():
-    validation, test = made_up_predictions(0.8, (60, 60, 60), subset="validation"), made_up_predictions(0.5, seed=1)
+    validation, test = dummy_predictions(0.8, (60, 60, 60), subset="validation"), dummy_predictions(0.5, seed=1)
     both, alone = pd.concat([validation, test], ignore_index=True), validation
     assert fit_temperature(both) == fit_temperature(alone)
     with pytest.raises(PredictionsError, match="no subset 'validation'"):
@@ -253,9 +253,9 @@ def test_temperature_looks_at_validation_only():
 
 
 def test_calibration_table_says_when_validation_cannot_tell():
-    perfect = pd.concat([made_up_predictions(1.0, subset="validation"), made_up_predictions(1.0)], ignore_index=True)
+    perfect = pd.concat([dummy_predictions(1.0, subset="validation"), dummy_predictions(1.0)], ignore_index=True)
     assert calibration_table({"yolo11": perfect})["note"].item().startswith("at the limit")
-    assert "temperature" not in calibration_table({"yolo11": made_up_predictions()})
+    assert "temperature" not in calibration_table({"yolo11": dummy_predictions()})
     assert len(reliability_figure({f"m{i}": perfect for i in range(5)}).axes) == 8
 
 
@@ -270,7 +270,7 @@ def test_average_precision_by_hand():
         }
     ).assign(**{"p_Pro-B": lambda t: 1 - t["p_Normal"]})
     assert average_precisions(table)["Pro-B"] == pytest.approx((1 + 2 / 3) / 2)
-    with pytest.raises(PredictionsError, match="no picture of Normal"):
+    with pytest.raises(PredictionsError, match="no image of Normal"):
         precision_recall_figure({"a": table[table["class"] == "Pro-B"]})
 
 
@@ -285,7 +285,7 @@ def test_cached_features(tmp_path):
     assert len(calls) == 2
     path.write_bytes(path.read_bytes()[:50])
     assert (cached_features(path, list("acb"), compute) == first).all() and len(calls) == 3
-    with pytest.raises(ValueError, match="for 2 pictures"):
+    with pytest.raises(ValueError, match="for 2 images"):
         cached_features(path, list("ab"), compute)
 
 
@@ -301,7 +301,7 @@ def test_cross_validation():
     assert by_repeat[0] != by_repeat[1]
     found = cross_validated_accuracy(table)
     assert (
-        found.estimate == pytest.approx((answers(table) == table["class"]).mean())
+        found.estimate == pytest.approx((predicted_labels(table) == table["class"]).mean())
         and found.n == 90
         and found.groups == 30
     )

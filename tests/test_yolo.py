@@ -1,4 +1,4 @@
-"""The YOLO classifiers: silent, offline, whole pictures, and the same answers as ultralytics gives."""
+"""The YOLO classifiers: silent, offline, whole images, and the same answers as ultralytics gives."""
 import json
 import os
 import runpy
@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 
 pytest.importorskip("ultralytics")
-from leukemia_nb import yolo
-from leukemia_nb.files import file_sha256
-from leukemia_nb.models import MODELS, ModelError, Pictures, load_model, make_model
+from leukemia_nb.models import yolo
+from leukemia_nb.data.files import file_sha256
+from leukemia_nb.models.interface import MODELS, ModelError, Images, load_model, make_model
 
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = {"Pro-B": (200, 60, 60), "Normal": (60, 200, 60), "Pre-B": (60, 60, 200)}  # not in alphabetical order
@@ -22,12 +22,12 @@ PAIRS_TRAINER = yolo.pairs_trainer
 SMALL = dict(weights="random", image_size=32, epochs=1, batch_size=6)
 
 
-def tinted(per_class: int, seed: int, size: int = 32) -> Pictures:
+def tinted(per_class: int, seed: int, size: int = 32) -> Images:
     rng = np.random.default_rng(seed)
     labels = np.repeat(list(COLOURS), per_class)
     noise = rng.normal(0, 25, (len(labels), size, size, 3))
     means = np.array([COLOURS[label] for label in labels])[:, None, None]
-    return Pictures((means + noise).clip(0, 255).astype(np.uint8), labels, size=size)
+    return Images((means + noise).clip(0, 255).astype(np.uint8), labels, size=size)
 
 
 def child(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -47,11 +47,11 @@ def trained():
 
 def test_registry_leads_here():
     for name in ("yolov8", "yolo11", "yolo12"):
-        assert MODELS[name].module == "leukemia_nb.yolo" and getattr(yolo, MODELS[name].class_name).name == name
+        assert MODELS[name].module == "leukemia_nb.models.yolo" and getattr(yolo, MODELS[name].class_name).name == name
 
 
 def test_import_of_the_module_brings_no_torch():
-    done = child("import sys, leukemia_nb.yolo; assert not {'torch', 'ultralytics', 'tensorflow'} & set(sys.modules)")
+    done = child("import sys, leukemia_nb.models.yolo; assert not {'torch', 'ultralytics', 'tensorflow'} & set(sys.modules)")
     assert done.returncode == 0, done.stderr
 
 
@@ -73,14 +73,14 @@ def test_history(trained):
     assert own == pytest.approx(table.val_accuracy[trained.best_epoch_ - 1], abs=1e-4)  # the kept weights are that epoch's
 
 
-def test_answers_of_every_kind_of_picture(trained):
+def test_answers_of_every_kind_of_image(trained):
     test = tinted(2, 3)
     expected = trained.predict_proba(test)
     assert expected.dtype == np.float32 and expected.shape == (6, 3)
     assert np.allclose(expected.sum(1), 1, atol=1e-5)
-    assert np.allclose(trained.predict_proba(test.pictures), expected, atol=1e-5)
-    assert np.allclose(trained.predict_proba(list(test.pictures)), expected, atol=1e-5)
-    pairs = np.stack([test.pictures, np.zeros_like(test.pictures)], axis=1)
+    assert np.allclose(trained.predict_proba(test.images), expected, atol=1e-5)
+    assert np.allclose(trained.predict_proba(list(test.images)), expected, atol=1e-5)
+    pairs = np.stack([test.images, np.zeros_like(test.images)], axis=1)
     assert np.allclose(trained.predict_proba(pairs), expected, atol=1e-5)  # the original is asked, not its twin
     assert trained.predict_proba([np.full((40, 70, 3), 90, np.uint8)]).shape == (1, 3)
     assert trained.predict_proba(np.zeros((0, 32, 32, 3), np.uint8)).shape == (0, 3)
@@ -96,12 +96,12 @@ def test_features_lead_to_the_answers(trained):
 
 
 def test_border_counts(trained):
-    "A picture that differs on its border only gets another answer: nothing is cropped."
-    picture = np.random.default_rng(0).integers(0, 256, (1, 48, 64, 3), dtype=np.uint8)
-    other = picture.copy()
+    "An image that differs on its border only gets another answer: nothing is cropped."
+    image = np.random.default_rng(0).integers(0, 256, (1, 48, 64, 3), dtype=np.uint8)
+    other = image.copy()
     other[:, :, :6] = 0
     other[:, :, -6:] = 0
-    assert np.abs(trained.predict_proba(picture) - trained.predict_proba(other)).max() > 1e-4
+    assert np.abs(trained.predict_proba(image) - trained.predict_proba(other)).max() > 1e-4
 
 
 @pytest.mark.parametrize("name", ["yolov8", "yolo11", "yolo12"])
@@ -120,7 +120,7 @@ def test_equal_to_ultralytics_predict(name):
     theirs.model = type(theirs.model)(f"{name}n-cls.yaml", nc=3, verbose=False)
     theirs.model.load_state_dict(network.state_dict())
     theirs.model.args, theirs.model.task = dict(task="classify"), "classify"
-    results = theirs.predict([picture[..., ::-1] for picture in test.pictures], imgsz=64, device="cpu", verbose=False, save=False)
+    results = theirs.predict([image[..., ::-1] for image in test.images], imgsz=64, device="cpu", verbose=False, save=False)
     assert np.abs(np.stack([r.probs.data.numpy() for r in results]) - model.predict_proba(test)).max() < 1e-4
 
 
@@ -133,14 +133,14 @@ def test_saved_and_loaded(trained, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:yolo11 collapsed:RuntimeWarning")
-@pytest.mark.parametrize("recipe", ["fixed", "deck"])
-def test_same_seed_same_answers_and_random_state_untouched(recipe):
+@pytest.mark.parametrize("preprocessing", ["native", "rescale"])
+def test_same_seed_same_answers_and_random_state_untouched(preprocessing):
     import torch
 
     train, validation, answers = tinted(4, 0), tinted(2, 1), []
     for seed in (1, 1, 2):
         np.random.seed(7), torch.manual_seed(7)
-        model = make_model("yolo11", recipe=recipe, seed=seed, **SMALL)
+        model = make_model("yolo11", preprocessing=preprocessing, seed=seed, **SMALL)
         model.fit(train, validation)
         np.testing.assert_array_equal(np.random.rand(2), np.random.RandomState(7).rand(2))
         assert torch.initial_seed() == 7 and torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(7)))
@@ -148,22 +148,22 @@ def test_same_seed_same_answers_and_random_state_untouched(recipe):
     assert np.array_equal(answers[0], answers[1]) and not np.allclose(answers[0], answers[2], atol=1e-6)
 
 
-def test_fixed_shows_whole_pictures_and_deck_does_not():
+def test_fixed_shows_whole_images_and_deck_does_not():
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    picture = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    flips = [picture, picture[::-1], picture[:, ::-1], picture[::-1, ::-1]]
-    seen = {recipe: [(transform(Image.fromarray(picture)).numpy().transpose(1, 2, 0) * 255).round().astype(int)
+    image = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    flips = [image, image[::-1], image[:, ::-1], image[::-1, ::-1]]
+    seen = {preprocessing: [(transform(Image.fromarray(image)).numpy().transpose(1, 2, 0) * 255).round().astype(int)
                      for _ in range(30)]
-            for recipe in ("fixed", "deck") for transform in [yolo.training_transforms(recipe, 64)]}
-    whole = {recipe: [any(np.array_equal(each, flip) for flip in flips) for each in each_seen]
-             for recipe, each_seen in seen.items()}
-    assert all(whole["fixed"]) and sum(whole["deck"]) < 5
+            for preprocessing in ("native", "rescale") for transform in [yolo.training_transforms(preprocessing, 64)]}
+    whole = {preprocessing: [any(np.array_equal(each, flip) for flip in flips) for each in each_seen]
+             for preprocessing, each_seen in seen.items()}
+    assert all(whole["native"]) and sum(whole["rescale"]) < 5
 
 
 def test_a_last_batch_of_one_and_frozen_layers():
-    train = Pictures(tinted(5, 0).pictures[:13], tinted(5, 0).labels[:13], size=32)
+    train = Images(tinted(5, 0).images[:13], tinted(5, 0).labels[:13], size=32)
     model = make_model("yolov8", fine_tune=False, seed=3, **SMALL)
     model.fit(train, tinted(2, 1))
     start, _ = yolo.new_network("yolov8", 3, seed=3)
@@ -193,7 +193,7 @@ def test_settings_ultralytics_cannot_use_are_refused():
 
 def test_patience_ends_training():
     model = make_model("yolov8", **{**SMALL, "epochs": 30}, patience=1, learning_rate=1e-5)
-    flat = Pictures(np.full((6, 32, 32, 3), 128, np.uint8), np.tile(list(COLOURS), 2), size=32)
+    flat = Images(np.full((6, 32, 32, 3), 128, np.uint8), np.tile(list(COLOURS), 2), size=32)
     with pytest.warns(RuntimeWarning, match="collapsed"):
         history = model.fit(tinted(4, 0), flat)
     assert len(history) < 30
@@ -266,9 +266,9 @@ def test_nothing_sent_nothing_written_elsewhere(tmp_path):
         socket.socket.connect = socket.getaddrinfo = refused
         os.chdir({str(work)!r}); tempfile.tempdir = {str(tmp_path / 'temporary')!r}; os.mkdir(tempfile.tempdir)
         import numpy as np
-        from leukemia_nb.models import Pictures, make_model
+        from leukemia_nb.models.interface import Images, make_model
         rng = np.random.default_rng(0)
-        some = lambda: Pictures(rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8), ["a", "b"] * 4, size=32)
+        some = lambda: Images(rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8), ["a", "b"] * 4, size=32)
         model = make_model("yolov8", weights="random", image_size=32, epochs=2, batch_size=4)
         import warnings; warnings.simplefilter("ignore")
         model.fit(some(), some(), progress=print); model.save({str(model)!r})
@@ -284,8 +284,8 @@ def test_refused_beside_tensorflow():
     done = child("""
         import sys, types
         sys.modules["tensorflow"] = types.ModuleType("tensorflow")
-        from leukemia_nb.models import ModelError
-        from leukemia_nb.yolo import yolo_framework
+        from leukemia_nb.models.interface import ModelError
+        from leukemia_nb.models.yolo import yolo_framework
         try: yolo_framework()
         except ModelError as error: print(error)
         assert "torch" not in sys.modules
@@ -343,10 +343,10 @@ def test_gpus_that_are_not_there(monkeypatch):
     assert yolo.training_settings(make_model("yolov8", gpus=2, **SMALL), 10)["device"] == "0,1"
 
 
-# ---------------------------------------------------------------- real pictures
-def test_real_pictures_with_pretrained_weights(shared_data, shared_weights, monkeypatch):
-    "Two epochs on 40 pictures a class, tested on fields that share nothing with them."
-    from leukemia_nb.images import read_picture
+# ---------------------------------------------------------------- real images
+def test_real_images_with_pretrained_weights(shared_data, shared_weights, monkeypatch):
+    "Two epochs on 40 images a class, tested on fields that share nothing with them."
+    from leukemia_nb.data.images import read_image
 
     monkeypatch.setenv("LEUKEMIA_NB_WEIGHTS", str(shared_weights))
     table = pd.read_csv(shared_data / "taleqani_fields.csv")
@@ -355,7 +355,7 @@ def test_real_pictures_with_pretrained_weights(shared_data, shared_weights, monk
     parts = []
     for part, number in enumerate((40, 10, 20)):
         rows = pd.concat([group.sample(number, random_state=0) for _, group in table[table.part == part].groupby("class")])
-        parts.append(Pictures([read_picture(shared_data / "taleqani" / file) for file in rows.file], rows["class"], size=96))
+        parts.append(Images([read_image(shared_data / "taleqani" / file) for file in rows.file], rows["class"], size=96))
     model = make_model("yolov8", weights="local", image_size=96, epochs=2, batch_size=16)
     model.fit(parts[0], parts[1])
     assert (model.predict(parts[2]) == parts[2].labels).mean() > 0.8
@@ -415,9 +415,9 @@ def test_code_in_a_saved_models_weights_is_refused_and_not_run(trained, tmp_path
 def test_a_home_that_cannot_be_written_to_is_no_obstacle():
     done = child("""
         import numpy as np
-        from leukemia_nb.models import Pictures, make_model
-        pictures = Pictures(np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8), ["a", "b"] * 3, size=32)
+        from leukemia_nb.models.interface import Images, make_model
+        images = Images(np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8), ["a", "b"] * 3, size=32)
         model = make_model("yolov8", weights="random", image_size=32, epochs=1, batch_size=3)
-        print(len(model.fit(pictures, pictures)))
+        print(len(model.fit(images, images)))
         """, HOME="/proc/nowhere", XDG_CONFIG_HOME="/proc/nowhere")
     assert done.returncode == 0 and done.stdout.endswith("1\n"), done.stderr
