@@ -1,4 +1,5 @@
 """Packaging: everything is read from settings.ini, as nbdev projects do; the study notebooks travel in the wheel."""
+
 import shutil
 from configparser import ConfigParser
 from pathlib import Path

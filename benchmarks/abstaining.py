@@ -8,6 +8,7 @@ was chosen (`--choose`) on training images made unlike themselves. One exception
 looked at while choosing, and are one reason why the finest edges are left out of the appearance.
 Writes benchmarks/results/abstaining.json, a model at a time.
 """
+
 import argparse
 import json
 import os
@@ -42,8 +43,10 @@ ABOUT = {
     "bccd": "blood smears of another laboratory (BCCD)",
     "pbc_lymphocyte": "single normal lymphocytes of another laboratory (PBC)",
     "wbc_masks": "single white cells of another laboratory (segmentation_WBC)",
-    "photographs": "scikit-learn's two sample images and scikit-image's bundled ones", "blank": "one colour",
-    "noise": "uniform or Gaussian noise", "blurred": "test images, blurred by 6 pixels of 224",
+    "photographs": "scikit-learn's two sample images and scikit-image's bundled ones",
+    "blank": "one colour",
+    "noise": "uniform or Gaussian noise",
+    "blurred": "test images, blurred by 6 pixels of 224",
     "stained": "test images, blue stain times 2 and pink halved, or the other way round",
     "hue": "test images, hue turned by 40 degrees",
     "early": "early Pre-B of the same laboratory, a class that no model was trained on",
@@ -61,6 +64,7 @@ def photographs() -> list[np.ndarray]:
     "Images that scikit-learn and scikit-image carry in their own packages."
     import skimage.data
     from sklearn.datasets import load_sample_images
+
     folder = Path(str(skimage.data.__file__)).parent
     return [read_image(folder / name) for name in PHOTOGRAPHS if (folder / name).is_file()] + load_sample_images().images
 
@@ -86,11 +90,19 @@ def sources(test: np.ndarray) -> dict[str, list[np.ndarray]]:
     stained = [scale_stains(image, *((2, 0.5) if i % 2 else (0.5, 2))) for i, image in enumerate(test)]
     turned = [shift_hue(image, 40 if i % 2 else -40) for i, image in enumerate(test)]
     return {
-        "test": list(test), "full_resolution": full, "bccd": from_folder(SHARED / "bccd/images"),
-        "pbc_lymphocyte": from_folder(SHARED / "pbc_lymphocyte"), "wbc_masks": from_folder(SHARED / "wbc_masks", 100),
-        "photographs": photographs(), "blank": blank(40, 1), "noise": noise(60, 1),
-        "blurred": [blur(image, 6) for image in test], "stained": stained, "hue": turned,
-        "early": from_folder(SHARED / "taleqani/Early", 100)}
+        "test": list(test),
+        "full_resolution": full,
+        "bccd": from_folder(SHARED / "bccd/images"),
+        "pbc_lymphocyte": from_folder(SHARED / "pbc_lymphocyte"),
+        "wbc_masks": from_folder(SHARED / "wbc_masks", 100),
+        "photographs": photographs(),
+        "blank": blank(40, 1),
+        "noise": noise(60, 1),
+        "blurred": [blur(image, 6) for image in test],
+        "stained": stained,
+        "hue": turned,
+        "early": from_folder(SHARED / "taleqani/Early", 100),
+    }
 
 
 def shuffled(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -105,16 +117,22 @@ def shifted(train: Pairs) -> dict[str, list[np.ndarray]]:
     images = train.read(random.choice(len(train), 240, replace=False))
     gains = [image * np.exp(random.choice([-1, 1], 3) * random.uniform(0.2, 0.5, 3)) for image in images[90:150]]
     close = [cv2.resize(image[80:136, 80:136], (224, 224), interpolation=cv2.INTER_CUBIC) for image in images[170:210]]
-    return {"blank": blank(30, 2), "noise": noise(30, 2), "blurred": [blur(p, random.uniform(3, 8)) for p in images[:60]],
-            "channels swapped": [p[..., [(1, 2, 0), (2, 0, 1), (2, 1, 0)][i % 3]] for i, p in enumerate(images[60:90])],
-            "channels brighter or darker": [np.clip(gain, 0, 255).astype(np.uint8) for gain in gains],
-            "negative": [255 - image for image in images[150:170]], "cut out and enlarged": close,
-            "squares shuffled": [shuffled(image, random) for image in images[210:240]]}
+    return {
+        "blank": blank(30, 2),
+        "noise": noise(30, 2),
+        "blurred": [blur(p, random.uniform(3, 8)) for p in images[:60]],
+        "channels swapped": [p[..., [(1, 2, 0), (2, 0, 1), (2, 1, 0)][i % 3]] for i, p in enumerate(images[60:90])],
+        "channels brighter or darker": [np.clip(gain, 0, 255).astype(np.uint8) for gain in gains],
+        "negative": [255 - image for image in images[150:170]],
+        "cut out and enlarged": close,
+        "squares shuffled": [shuffled(image, random) for image in images[210:240]],
+    }
 
 
 def area_under_curve(inside: np.ndarray, outside: np.ndarray) -> float:
     "Chance that an image from outside has the larger number."
     from sklearn.metrics import roc_auc_score
+
     return round(float(roc_auc_score(np.r_[np.zeros(len(inside)), np.ones(len(outside))], np.r_[inside, outside])), 4)
 
 
@@ -124,32 +142,50 @@ def share(flags: np.ndarray) -> dict[str, float]:
     return {"share": round(float(flags.mean()), 4), "low": round(low, 4), "high": round(high, 4), "n": len(flags)}
 
 
-def measure(file: Path, images: dict[str, list[np.ndarray]], labels: np.ndarray,
-            looked: dict[str, dict[str, list[PreparedImage]]]) -> dict:
+def measure(
+    file: Path, images: dict[str, list[np.ndarray]], labels: np.ndarray, looked: dict[str, dict[str, list[PreparedImage]]]
+) -> dict:
     "What one model file refuses, source by source; `labels` are those of the test images, `looked` is filled by kind of input."
     predictor = Predictor.load(file, threads=1)
     info, limits = predictor.info, predictor.info["thresholds"]
     if info["input"] not in looked:
         looked[info["input"]] = {name: [prepare_image(image, info) for image in shown] for name, shown in images.items()}
-    found: dict = {"version": info["version"], "thresholds": limits, "validation_images": info["training"]["validation"],
-                   "validation_accepted": info["accepted"]["validation"], "sources": {}}
+    found: dict = {
+        "version": info["version"],
+        "thresholds": limits,
+        "validation_images": info["training"]["validation"],
+        "validation_accepted": info["accepted"]["validation"],
+        "sources": {},
+    }
     for name, looks in looked[info["input"]].items():
         answers = zip(*predictor.ask([look.ready for look in looks]))
         table = pd.DataFrame([answer_row(look.row, answer, info) for look, answer in zip(looks, answers)])
         unlike, unsure = ~(table["distance"] <= limits["distance"]), ~(table["confidence"] >= limits["confidence"])
         doubt = (1 - table["confidence"]) / max(1 - limits["confidence"], 1e-6)
         score = np.maximum(table["distance"] / limits["distance"], doubt)
-        row = {"n": len(table), "refused": share(unlike | unsure), "refused_by_distance": share(unlike),
-               "refused_by_confidence": share(unsure), "refused_or_no_cells": share(table["abstain"])}
+        row = {
+            "n": len(table),
+            "refused": share(unlike | unsure),
+            "refused_by_distance": share(unlike),
+            "refused_by_confidence": share(unsure),
+            "refused_or_no_cells": share(table["abstain"]),
+        }
         if name in OF_TEST:
             right, kept = table["class"] == labels, ~(unlike | unsure)
             row |= {"right": share(right), "right_of_accepted": share(right[kept]) if kept.any() else None}
-        if name == "test": inside = table["distance"], score
-        else: row |= {"auroc_distance": area_under_curve(inside[0], table["distance"]),
-                      "auroc_combined": area_under_curve(inside[1], score)}
+        if name == "test":
+            inside = table["distance"], score
+        else:
+            row |= {
+                "auroc_distance": area_under_curve(inside[0], table["distance"]),
+                "auroc_combined": area_under_curve(inside[1], score),
+            }
         found["sources"][name] = row
-        print(f"{file.stem:16s} {name:16s} n {row['n']:4d}  refused {row['refused']['share']:.3f}"
-              f"  by distance {row['refused_by_distance']['share']:.3f}  AUROC {row.get('auroc_distance', '')}", flush=True)
+        print(
+            f"{file.stem:16s} {name:16s} n {row['n']:4d}  refused {row['refused']['share']:.3f}"
+            f"  by distance {row['refused_by_distance']['share']:.3f}  AUROC {row.get('auroc_distance', '')}",
+            flush=True,
+        )
     return found
 
 
@@ -157,16 +193,20 @@ def kinds_of_distance(train: np.ndarray, labels: np.ndarray) -> dict[str, Callab
     "The distances that were compared, each a function of features (n, d)."
     from leukemia_nb.inference.export import distance_to, fit_distance
     from sklearn.neighbors import NearestNeighbors
+
     fitted = fit_distance(train, labels)
     one = fit_distance(train, np.zeros(len(labels)))
     near = NearestNeighbors(n_neighbors=5).fit(train)
 
     def outside_axes(values: np.ndarray) -> np.ndarray:
         centred = values - one["middle"]
-        return (centred**2).sum(axis=1) - ((centred @ one["axes"])**2).sum(axis=1)
-    found = {"mahalanobis, nearest class": lambda values: distance_to(values, fitted),
-             "mahalanobis, one cloud": lambda values: distance_to(values, one),
-             "fifth nearest neighbour": lambda values: near.kneighbors(values)[0][:, -1]}
+        return (centred**2).sum(axis=1) - ((centred @ one["axes"]) ** 2).sum(axis=1)
+
+    found = {
+        "mahalanobis, nearest class": lambda values: distance_to(values, fitted),
+        "mahalanobis, one cloud": lambda values: distance_to(values, one),
+        "fifth nearest neighbour": lambda values: near.kneighbors(values)[0][:, -1],
+    }
     return found | ({"outside the leading axes": outside_axes} if len(one["weights"]) < train.shape[1] else {})
 
 
@@ -174,6 +214,7 @@ def choose(run: Run, name: str) -> dict:
     "Share of images made unlike themselves that each kind of distance refuses, where it accepts 97.5 % of validation."
     from leukemia_nb.inference.export import add_appearance, network_graph, run_graph
     from leukemia_nb.models.interface import Images, load_model
+
     model = load_model(run.folder / "models" / name)
     train, validation = (run_pairs(run, subset) for subset in ("train", "validation"))
     train = Pairs(train.table.drop_duplicates("pair").assign(flip="none"), train.folder)
@@ -219,7 +260,8 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     began = time.time()
     if asked.choose:
-        for name in asked.choose: save("choice", name, choose(Run(asked.run), name))
+        for name in asked.choose:
+            save("choice", name, choose(Run(asked.run), name))
     else:
         test = run_pairs(Run(asked.run), "test")
         made, looked = sources(test.read(slice(None))), {}

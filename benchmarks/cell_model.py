@@ -10,6 +10,7 @@ on. Training cells take the colours of images of their own fold, so that no test
 Writes benchmarks/results/cell_model.json; what was tried (`tried_on_validation`) is kept from the file that is there, and comes
 from the exploration of 24 November 2026. About 15 minutes of one quiet core.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -48,8 +49,12 @@ def log(text: str) -> None:
 def share(hits: np.ndarray) -> dict:
     "Share of True with its exact 95 % interval."
     ci = binomtest(int(np.sum(hits)), len(hits)).proportion_ci(0.95, method="exact")
-    return {"share": round(float(np.mean(hits)), 4), "low": round(float(ci.low), 4), "high": round(float(ci.high), 4),
-            "n": len(hits)}
+    return {
+        "share": round(float(np.mean(hits)), 4),
+        "low": round(float(ci.low), 4),
+        "high": round(float(ci.high), 4),
+        "n": len(hits),
+    }
 
 
 def features(images: np.ndarray, shared: Path) -> np.ndarray:
@@ -58,9 +63,12 @@ def features(images: np.ndarray, shared: Path) -> np.ndarray:
     import tensorflow as tf
 
     from leukemia_nb.models.transfer import BACKBONES, build_backbone, find_weight_file
+
     network, _ = build_backbone(BACKBONES["mobilenet_v2"], 224, "native", find_weight_file(BACKBONES["mobilenet_v2"]))
-    ask = tf.function(lambda x: tf.reduce_mean(network(tf.cast(x, tf.float32), training=False), (1, 2)),
-                      input_signature=[tf.TensorSpec((None, 224, 224, 3), tf.uint8)])
+    ask = tf.function(
+        lambda x: tf.reduce_mean(network(tf.cast(x, tf.float32), training=False), (1, 2)),
+        input_signature=[tf.TensorSpec((None, 224, 224, 3), tf.uint8)],
+    )
     return np.concatenate([ask(images[i : i + 32]).numpy() for i in range(0, len(images), 32)])
 
 
@@ -110,8 +118,10 @@ def fit_cells(found: list, y: np.ndarray, train: np.ndarray, validation: np.ndar
 
 def fit_whole(values: np.ndarray, y: np.ndarray, train: np.ndarray, validation: np.ndarray):
     "Logistic regression on features of whole images, strength chosen on validation."
-    fits = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=500)).fit(values[train], y[train])
-            for c in (1e-3, 1e-2, 1e-1, 1)]
+    fits = [
+        make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=500)).fit(values[train], y[train])
+        for c in (1e-3, 1e-2, 1e-1, 1)
+    ]
     return max(fits, key=lambda m: m.score(values[validation], y[validation]))
 
 
@@ -122,7 +132,8 @@ def edge_numbers(images: np.ndarray) -> np.ndarray:
         for crop, mask in zip(*cell_crops(image)):
             inner = cv2.erode(mask.astype(np.uint8), kernel)
             ring = mask & (inner == 0)
-            if ring.sum() < 5: continue
+            if ring.sum() < 5:
+                continue
             lab = cv2.cvtColor(crop, cv2.COLOR_RGB2LAB)[ring].astype(float)
             rows.append(np.r_[lab.mean(axis=0), lab.std(axis=0)])
             owner.append(i)
@@ -158,10 +169,18 @@ def main() -> None:
     folds = five_folds(table)
     check_apart(table, near, folds)
     test, everyone = folds[0], np.arange(len(y))
-    report: dict = {"images": len(y), "groups": int(table.group.nunique()), "grouped_by": GROUPED_BY,
-                    "near_duplicate_pairs": len(near), "pairs_across_folds": 0, "test": len(test),
-                    "validation": len(folds[1]), "recipe_chosen_on": len(chosen_on(table)),
-                    "training": len(y) - len(test) - len(folds[1]), "interval": INTERVAL}
+    report: dict = {
+        "images": len(y),
+        "groups": int(table.group.nunique()),
+        "grouped_by": GROUPED_BY,
+        "near_duplicate_pairs": len(near),
+        "pairs_across_folds": 0,
+        "test": len(test),
+        "validation": len(folds[1]),
+        "recipe_chosen_on": len(chosen_on(table)),
+        "training": len(y) - len(test) - len(folds[1]),
+        "interval": INTERVAL,
+    }
 
     log("measuring cells")
     measurer = CellModel(classes=CLASSES)
@@ -184,13 +203,21 @@ def main() -> None:
         right["mobilenet_v2"][fold] = net.predict(whole[fold]) == y[fold]
         for colours, f in zip(COLOURS, found):
             right[colours][fold] = cells.decision_function(*part(f, fold)).argmax(axis=1) == y[fold]
-        if k == 0: first = cells, net, train
-    names = {"mobilenet_v2": "MobileNetV2, whole image", "own": "cells", "jitter": "cells, colours disturbed",
-             "matched": "cells, colours matched", "grey": "cells, grey"}
+        if k == 0:
+            first = cells, net, train
+    names = {
+        "mobilenet_v2": "MobileNetV2, whole image",
+        "own": "cells",
+        "jitter": "cells, colours disturbed",
+        "matched": "cells, colours matched",
+        "grey": "cells, grey",
+    }
     report["untouched_test"] = {names[k]: share(v[test]) for k, v in right.items()}
     report["untouched_cross_validated"] = {names[k]: share(v) for k, v in right.items()}
-    report["only_one_is_right_test"] = {"MobileNetV2": int((right["mobilenet_v2"] & ~right["own"])[test].sum()),
-                                       "cells": int((right["own"] & ~right["mobilenet_v2"])[test].sum())}
+    report["only_one_is_right_test"] = {
+        "MobileNetV2": int((right["mobilenet_v2"] & ~right["own"])[test].sum()),
+        "cells": int((right["own"] & ~right["mobilenet_v2"])[test].sum()),
+    }
 
     log(json.dumps({key: report[key] for key in ("untouched_test", "untouched_cross_validated")}))
 
@@ -203,32 +230,49 @@ def main() -> None:
     rows, empty_rows = both_rows[: len(swaps)], both_rows[len(swaps) :].reset_index(drop=True)
     hard = np.stack([paste_cells(mine[r.row], masks[r.row], empty[r.partner], 0.3, 0) for r in rows.itertuples()])
     recoloured, recolour_rows = made_up(
-        mine, masks, labels[test], ["recolour", "recolour background", "recolour cells", "bar swapped"], 2)
+        mine, masks, labels[test], ["recolour", "recolour background", "recolour cells", "bar swapped"], 2
+    )
     sets = [(swaps, rows), (hard, rows.assign(kind="swap, old rim kept")), (empty, empty_rows)]
-    sets += [(recoloured[(recolour_rows.kind == k).to_numpy()], recolour_rows[recolour_rows.kind == k])
-             for k in recolour_rows.kind.unique()]
+    sets += [
+        (recoloured[(recolour_rows.kind == k).to_numpy()], recolour_rows[recolour_rows.kind == k])
+        for k in recolour_rows.kind.unique()
+    ]
     names = np.array(CLASSES)
     lines = []
     for made, about in sets:
-        for model, said in (("cells", predicted_labels(cells, made)), ("MobileNetV2", names[net.predict(features(made, asked.shared))])):
+        for model, said in (
+            ("cells", predicted_labels(cells, made)),
+            ("MobileNetV2", names[net.predict(features(made, asked.shared))]),
+        ):
             lines.append(cue_conflict_rates(about, said).assign(model=model))
             log(f"{about.kind.iloc[0]}, {model}: {lines[-1].share.round(4).tolist()}")
     report["follows_test"] = pd.concat(lines).round(4).to_dict("records")
-    pairs = rows.assign(right=predicted_labels(cells, swaps) == rows.cells).groupby(["cells", "other"]).right.agg(["mean", "size"])
-    report["swap_by_pair"] = [dict(cells=a, background=b, share=round(float(m), 3), n=int(n)) for (a, b), (m, n)
-                              in zip(pairs.index, pairs.to_numpy())]
+    pairs = (
+        rows.assign(right=predicted_labels(cells, swaps) == rows.cells).groupby(["cells", "other"]).right.agg(["mean", "size"])
+    )
+    report["swap_by_pair"] = [
+        dict(cells=a, background=b, share=round(float(m), 3), n=int(n)) for (a, b), (m, n) in zip(pairs.index, pairs.to_numpy())
+    ]
 
     log("edge only")
     edge = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(edge_numbers(images[train]), y[train])
-    control = [("untouched", pd.DataFrame({"kind": "untouched", "cells": labels[test], "other": ""}), mine),
-               ("swap", rows, swaps), ("hard", rows.assign(kind="swap, old rim kept"), hard)]
-    report["edge_only_test"] = pd.concat(
-        [cue_conflict_rates(about, names[edge.predict(edge_numbers(made))]) for _, about, made in control]).round(4).to_dict("records")
+    control = [
+        ("untouched", pd.DataFrame({"kind": "untouched", "cells": labels[test], "other": ""}), mine),
+        ("swap", rows, swaps),
+        ("hard", rows.assign(kind="swap, old rim kept"), hard),
+    ]
+    report["edge_only_test"] = (
+        pd.concat([cue_conflict_rates(about, names[edge.predict(edge_numbers(made))]) for _, about, made in control])
+        .round(4)
+        .to_dict("records")
+    )
 
     target = ROOT / "benchmarks/results/cell_model.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_file(): report["tried_on_validation"] = json.loads(target.read_text()).get("tried_on_validation", [])
-    if asked.every == 1: target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if target.is_file():
+        report["tried_on_validation"] = json.loads(target.read_text()).get("tried_on_validation", [])
+    if asked.every == 1:
+        target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))
 
 

@@ -3,6 +3,7 @@
 Copies tables only, no image and no name of an image, to benchmarks/results/<name of the run>/. Names that the run knows from its
 manifest are taken out of every text, and columns of names are left out, whatever table they stand in.
 """
+
 import argparse
 import json
 from collections.abc import Callable
@@ -15,10 +16,24 @@ from leukemia_nb.data.files import read_table, write_table
 from leukemia_nb.evaluation.metrics import predicted_labels, read_all_predictions, take_subset
 
 RESULTS = Path(__file__).parent / "results"
-TABLES = ("metrics/models.csv", "metrics/classes.csv", "metrics/grouped_accuracy.csv", "metrics/pairs_of_models.csv",
-          "metrics/calibration.csv", "metrics/controls.csv", "metrics/cross_validation.csv", "metrics/saliency.csv",
-          "metrics/efficientnet.csv", "metrics/efficientnet_last.csv", "metrics/reporting_items.csv", "metrics/follow.csv",
-          "metrics/follow_by_pair.csv", "metrics/worth.csv", "metrics/robustness.csv", "leakage.csv")
+TABLES = (
+    "metrics/models.csv",
+    "metrics/classes.csv",
+    "metrics/grouped_accuracy.csv",
+    "metrics/pairs_of_models.csv",
+    "metrics/calibration.csv",
+    "metrics/controls.csv",
+    "metrics/cross_validation.csv",
+    "metrics/saliency.csv",
+    "metrics/efficientnet.csv",
+    "metrics/efficientnet_last.csv",
+    "metrics/reporting_items.csv",
+    "metrics/follow.csv",
+    "metrics/follow_by_pair.csv",
+    "metrics/worth.csv",
+    "metrics/robustness.csv",
+    "leakage.csv",
+)
 NAMES = ("pair", "path", "image", "original", "segmented")  # columns that hold names of images
 
 
@@ -33,6 +48,7 @@ def image_names(run: Path) -> list[str]:
 
 def nameless(names: list[str]) -> Callable[[Any], Any]:
     """A function that takes the names of images out of all texts of a value, a list or a dictionary."""
+
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: clean(one) for key, one in value.items()}
@@ -42,6 +58,7 @@ def nameless(names: list[str]) -> Callable[[Any], Any]:
             for name in names:
                 value = value.replace(name, "(image)")
         return value
+
     return clean
 
 

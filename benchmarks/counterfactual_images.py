@@ -6,6 +6,7 @@ Counts those of the validation part (which chose each model's epoch), those with
 found by this project or listed), and those on which the recipe of the cell-centred model was chosen.
 Writes benchmarks/results/counterfactual_images.json.
 """
+
 import argparse
 import json
 from pathlib import Path
@@ -44,10 +45,14 @@ def main() -> None:
     groups = set(images["group"].iloc[list(trained)])
     files = set(images["file"].iloc[list(trained)])
     partners = {one for a, b in zip(near["a"], near["b"]) for one, other in ((a, b), (b, a)) if other in files}
-    report = {"images": len(made_of), "grouped_by": GROUPED_BY, **table["subset"].value_counts().to_dict(),
-              "near_duplicate_in_training": int(images["group"].iloc[made_of].isin(groups).sum()),
-              "near_duplicate_in_training_directly": int(images["file"].iloc[made_of].isin(partners).sum()),
-              "chose_the_recipe_of_cells": int(np.isin(made_of, chosen_on(images)).sum())}
+    report = {
+        "images": len(made_of),
+        "grouped_by": GROUPED_BY,
+        **table["subset"].value_counts().to_dict(),
+        "near_duplicate_in_training": int(images["group"].iloc[made_of].isin(groups).sum()),
+        "near_duplicate_in_training_directly": int(images["file"].iloc[made_of].isin(partners).sum()),
+        "chose_the_recipe_of_cells": int(np.isin(made_of, chosen_on(images)).sum()),
+    }
     target = ROOT / "benchmarks/results/counterfactual_images.json"
     target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))

@@ -8,6 +8,7 @@ the rejected pairs of both halves, and those across classes (surely false), had 
 montages of the new pairs: real images, never into the repository. The 90 random pairs looked at are of the 335
 found before that change; the 5 that it added were looked at as well.
 """
+
 import argparse
 import json
 import os
@@ -25,14 +26,15 @@ from leukemia_nb.data import near_duplicates as leakage
 SHARED = Path(os.environ.get("LEUKEMIA_NB_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
-INTERVAL = ("Clopper-Pearson 95 %; recall: percentile bootstrap of groups; random_split: central 95 % of the splits, no interval")
+INTERVAL = "Clopper-Pearson 95 %; recall: percentile bootstrap of groups; random_split: central 95 % of the splits, no interval"
 
 
 def interval(hits: int, number: int) -> list[float]:
     """Exact (Clopper-Pearson) 95 % interval of a share."""
     from scipy.stats import beta
-    low = beta.ppf(.025, hits, number - hits + 1) if hits else 0.
-    high = beta.ppf(.975, hits + 1, number - hits) if hits < number else 1.
+
+    low = beta.ppf(0.025, hits, number - hits + 1) if hits else 0.0
+    high = beta.ppf(0.975, hits + 1, number - hits) if hits < number else 1.0
     return [round(float(low), 4), round(float(high), 4)]
 
 
@@ -48,9 +50,15 @@ def recall(truth: np.ndarray, found: np.ndarray, chosen: np.ndarray) -> dict:
     hits = np.array(hits)
     draws = hits[np.random.default_rng(0).integers(0, len(hits), (2000, len(hits)))].sum(1)
     (found_pairs, pairs), whole = hits.sum(0).tolist(), int((hits[:, 0] == hits[:, 1]).sum())
-    return {"groups": len(hits), "groups_found_whole": whole, "groups_interval": interval(whole, len(hits)),
-            "pairs": pairs, "found": found_pairs, "recall": round(found_pairs / pairs, 4),
-            "interval_bootstrap_of_groups": np.round(np.percentile(draws[:, 0] / draws[:, 1], [2.5, 97.5]), 4).tolist()}
+    return {
+        "groups": len(hits),
+        "groups_found_whole": whole,
+        "groups_interval": interval(whole, len(hits)),
+        "pairs": pairs,
+        "found": found_pairs,
+        "recall": round(found_pairs / pairs, 4),
+        "interval_bootstrap_of_groups": np.round(np.percentile(draws[:, 0] / draws[:, 1], [2.5, 97.5]), 4).tolist(),
+    }
 
 
 def split_leakage(classes: np.ndarray, groups: np.ndarray, repeats: int = 200) -> dict:
@@ -58,10 +66,13 @@ def split_leakage(classes: np.ndarray, groups: np.ndarray, repeats: int = 200) -
     shares = []
     for seed in range(repeats):
         order = np.random.default_rng(seed).permutation(len(classes))
-        test, train = order[:round(.05 * len(order))], order[round(.15 * len(order)):]
+        test, train = order[: round(0.05 * len(order))], order[round(0.15 * len(order)) :]
         shares.append(np.isin(groups[test], groups[train]).mean())
-    return {"repeats": repeats, "share_of_test_mean": round(float(np.mean(shares)), 4),
-            "central_95": np.round(np.percentile(shares, [2.5, 97.5]), 4).tolist()}
+    return {
+        "repeats": repeats,
+        "share_of_test_mean": round(float(np.mean(shares)), 4),
+        "central_95": np.round(np.percentile(shares, [2.5, 97.5]), 4).tolist(),
+    }
 
 
 def main() -> None:
@@ -87,6 +98,7 @@ def main() -> None:
     def note(votes, score, share):  # keep what is rejected as well, for the table of thresholds
         judged.append((np.asarray(votes), np.asarray(score), np.asarray(share)))
         return np.ones(len(votes), bool)
+
     leakage.holds = note
     proposed = leakage.find_overlaps(paths, frames, n_jobs=args.n_jobs)
     leakage.holds = holds
@@ -94,7 +106,8 @@ def main() -> None:
     times["all"] = time.perf_counter() - start
     proposed["kept"] = holds(proposed["votes"].to_numpy(), proposed["score"].to_numpy(), proposed["share"].to_numpy())
     place = {path: number for number, path in enumerate(paths)}
-    for side in "ab": proposed[f"n{side}"] = proposed[side].map(place)
+    for side in "ab":
+        proposed[f"n{side}"] = proposed[side].map(place)
     proposed["listed"] = truth[proposed["na"]] == truth[proposed["nb"]]
     proposed["across"] = classes[proposed["na"]] != classes[proposed["nb"]]
     overlaps = proposed[proposed["kept"]]
@@ -105,41 +118,63 @@ def main() -> None:
     half_a = np.random.default_rng(0).permutation(numbers)[::2]
     in_a, in_b = np.isin(truth, half_a), np.isin(truth, np.setdiff1d(numbers, half_a))
     table = []
-    for score in (.3, .4, .5, .6, .7, .8, .9):
+    for score in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
         for votes in (5, 8, 12, 16, 24, 1000):
-            blurred = (proposed["votes"] >= votes) & (proposed["score"] >= .3)
-            kept = proposed[(proposed["share"] >= .02) & ((proposed["score"] >= score) | blurred)]
+            blurred = (proposed["votes"] >= votes) & (proposed["score"] >= 0.3)
+            kept = proposed[(proposed["share"] >= 0.02) & ((proposed["score"] >= score) | blurred)]
             for_a = leakage.group_images(paths, pd.concat([duplicates, kept]))
-            table.append({"score": score, "votes_for_blurred": votes, "pairs": len(kept),
-                          "across_classes": int(kept["across"].sum()), "recall_half_a": recall(truth, for_a, in_a)["recall"]})
+            table.append(
+                {
+                    "score": score,
+                    "votes_for_blurred": votes,
+                    "pairs": len(kept),
+                    "across_classes": int(kept["across"].sum()),
+                    "recall_half_a": recall(truth, for_a, in_a)["recall"],
+                }
+            )
     sizes, in_class = pd.Series(groups).value_counts(), pd.Series(classes).value_counts()
     across, new = int(overlaps["across"].sum()), overlaps[~overlaps["listed"]]
     possible_across = 1 - (in_class * (in_class - 1)).sum() / (len(paths) * (len(paths) - 1))
     elsewhere = truth[duplicates["a"].map(place)] != truth[duplicates["b"].map(place)]
     result = {
-        "command": "python benchmarks/leakage.py", "images": len(paths), "n_jobs": args.n_jobs,
-        "seconds": {name: round(value, 1) for name, value in times.items()}, "load_at_start": round(load, 1),
+        "command": "python benchmarks/leakage.py",
+        "images": len(paths),
+        "n_jobs": args.n_jobs,
+        "seconds": {name: round(value, 1) for name, value in times.items()},
+        "load_at_start": round(load, 1),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "duplicates": duplicates["kind"].value_counts().to_dict(), "duplicates_not_listed": int(elsewhere.sum()),
-        "proposed": len(proposed), "overlaps_kept": len(overlaps), "overlaps_listed": int(overlaps["listed"].sum()),
-        "overlaps_new": len(new), "recall_half_a": recall(truth, groups, in_a),
-        "recall_half_b": recall(truth, groups, in_b), "recall_all": recall(truth, groups, in_a | in_b),
+        "duplicates": duplicates["kind"].value_counts().to_dict(),
+        "duplicates_not_listed": int(elsewhere.sum()),
+        "proposed": len(proposed),
+        "overlaps_kept": len(overlaps),
+        "overlaps_listed": int(overlaps["listed"].sum()),
+        "overlaps_new": len(new),
+        "recall_half_a": recall(truth, groups, in_a),
+        "recall_half_b": recall(truth, groups, in_b),
+        "recall_all": recall(truth, groups, in_a | in_b),
         "interval": INTERVAL,
         "recall_is": "listed pairs = two images of one listed group (not every such pair overlaps directly); "
-                     "found = in one group found",
-        "pairs_across_classes": {"kept": across, "of": len(overlaps),
-                                 "share_of_all_possible_pairs": round(float(possible_across), 4),
-                                 "new_kept": int(new["across"].sum()),
-                                 "new_share_interval": interval(int(new["across"].sum()), len(new))},
+        "found = in one group found",
+        "pairs_across_classes": {
+            "kept": across,
+            "of": len(overlaps),
+            "share_of_all_possible_pairs": round(float(possible_across), 4),
+            "new_kept": int(new["across"].sum()),
+            "new_share_interval": interval(int(new["across"].sum()), len(new)),
+        },
         "images_with_partner": int((sizes[sizes > 1]).sum()),
         "images_with_partner_listed": int(pd.Series(truth).duplicated(keep=False).sum()),
         "groups": {"found": int((sizes > 1).sum()), "listed": len(numbers), "largest": sizes.head(10).tolist()},
         "random_split": {"groups_found": split_leakage(classes, groups), "groups_listed": split_leakage(classes, truth)},
         "new_pairs_looked_at": {
-            "random": 90, "false": 0, "interval": interval(0, 90),
+            "random": 90,
+            "false": 0,
+            "interval": interval(0, 90),
             "riskiest": "33 of lowest score and 18 of 4 votes and least share: none false",
-            "how": "by eye on the montages of --figures, one reader, 2026-11-24"},
-        "thresholds": table}
+            "how": "by eye on the montages of --figures, one reader, 2026-11-24",
+        },
+        "thresholds": table,
+    }
     originals = pd.read_csv(args.data / "kaggle_fullres/matches.csv")
     full = [str(args.data / "kaggle_fullres" / file) for file in originals["file"]]
     start, found = time.perf_counter(), leakage.find_duplicates(full + paths, progress=False)
@@ -147,10 +182,18 @@ def main() -> None:
     expected = [(a, str(args.data / "taleqani" / b)) for a, b in zip(full, originals["taleqani_match"])]
     hits = sum(pair in twins for pair in expected if pair[1] in place)
     number = sum(pair[1] in place for pair in expected)
-    others = [[Path(a).name, Path(b).name, round(score, 3)] for a, b, score in zip(found["a"], found["b"], found["score"])
-              if a in full and (a, b) not in expected]
-    result["originals"] = {"twins": number, "found": hits, "interval": interval(hits, number) if number else None,
-                           "other_pairs_with_originals": others, "seconds": round(time.perf_counter() - start, 1)}
+    others = [
+        [Path(a).name, Path(b).name, round(score, 3)]
+        for a, b, score in zip(found["a"], found["b"], found["score"])
+        if a in full and (a, b) not in expected
+    ]
+    result["originals"] = {
+        "twins": number,
+        "found": hits,
+        "interval": interval(hits, number) if number else None,
+        "other_pairs_with_originals": others,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1))
     print(json.dumps({name: value for name, value in result.items() if name != "thresholds"}, indent=1))
@@ -161,7 +204,8 @@ def main() -> None:
         args.figures.mkdir(parents=True, exist_ok=True)
         shuffled = new.sample(frac=1, random_state=0)
         for page in range(0, min(len(shuffled), 90), 18):
-            leakage.show_pairs(shuffled[page:page + 18], columns=3).savefig(args.figures / f"new_{page // 18}.png")
+            leakage.show_pairs(shuffled[page : page + 18], columns=3).savefig(args.figures / f"new_{page // 18}.png")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,5 @@
 """Put the results of all benchmarks into benchmarks/results.json, a key a benchmark."""
+
 import json
 from pathlib import Path
 

@@ -5,6 +5,7 @@
 The images are hard links to a few synthetic smears of different sizes; each run is a process of its own, with CSV and
 JSON written, one or two worker processes. Measured: the largest resident set of the command, and of its largest worker.
 """
+
 import argparse
 import json
 import os
@@ -30,13 +31,27 @@ def write_images(folder: Path, number: int) -> None:
     folder.mkdir(parents=True)
     for place, (label, size) in enumerate((label, size) for label in ("Normal", "Pre-B") for size in SIZES):
         write_image(folder / f"{place:05d}.jpg", smear(label, place, *size).image)
-    for place in range(6, number): os.link(folder / f"{place % 6:05d}.jpg", folder / f"{place:05d}.jpg")
+    for place in range(6, number):
+        os.link(folder / f"{place % 6:05d}.jpg", folder / f"{place:05d}.jpg")
 
 
 def run(folder: Path, model: Path, work: Path, n_jobs: int) -> dict:
     "Memory and time of one command."
-    command = [sys.executable, "-m", "leukemia_nb", "predict", str(folder), "--model", str(model), "--n-jobs", str(n_jobs),
-               "--out", str(work / "answers.csv"), "--json", str(work / "answers.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "leukemia_nb",
+        "predict",
+        str(folder),
+        "--model",
+        str(model),
+        "--n-jobs",
+        str(n_jobs),
+        "--out",
+        str(work / "answers.csv"),
+        "--json",
+        str(work / "answers.json"),
+    ]
     start = time.perf_counter()
     largest, worker = 0, 0
     with psutil.Popen(command, stderr=open(os.devnull, "w"), stdout=open(os.devnull, "w")) as process:
@@ -45,11 +60,17 @@ def run(folder: Path, model: Path, work: Path, n_jobs: int) -> dict:
             try:
                 largest = max(largest, process.memory_info().rss)
                 worker = max([worker, *(child.memory_info().rss for child in process.children(recursive=True))])
-            except psutil.Error: continue
+            except psutil.Error:
+                continue
     answers = json.loads((work / "answers.json").read_text())
     assert process.returncode == 0 and not any(row["error"] for row in answers)
-    return {"images": len(answers), "workers": n_jobs, "seconds": round(time.perf_counter() - start, 1),
-            "peak_memory_mb": round(largest / 2 ** 20, 1), "peak_memory_of_a_worker_mb": round(worker / 2 ** 20, 1)}
+    return {
+        "images": len(answers),
+        "workers": n_jobs,
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_memory_mb": round(largest / 2**20, 1),
+        "peak_memory_of_a_worker_mb": round(worker / 2**20, 1),
+    }
 
 
 def main(model: str, number: int) -> None:
@@ -60,15 +81,29 @@ def main(model: str, number: int) -> None:
         runs = []
         for n_jobs in (1, 2):
             for count in (100, number):
-                if not (work / str(count)).is_dir(): write_images(work / str(count), count)
+                if not (work / str(count)).is_dir():
+                    write_images(work / str(count), count)
                 runs.append(run(work / str(count), file, work, n_jobs))
                 print(runs[-1], flush=True)
-        growth = {f"growth_mb_with_{n_jobs}_workers": round(max(many["peak_memory_mb"] - few["peak_memory_mb"],
-                  many["peak_memory_of_a_worker_mb"] - few["peak_memory_of_a_worker_mb"]), 1)
-                  for n_jobs, few, many in ((1, *runs[:2]), (2, *runs[2:]))}
-        result = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-                  "load": round(os.getloadavg()[0], 1), "model": Predictor.load(file).info["title"], "runs": runs, **growth}
-    with atomic_path(RESULTS) as temporary: temporary.write_text(json.dumps(result, indent=1) + "\n")
+        growth = {
+            f"growth_mb_with_{n_jobs}_workers": round(
+                max(
+                    many["peak_memory_mb"] - few["peak_memory_mb"],
+                    many["peak_memory_of_a_worker_mb"] - few["peak_memory_of_a_worker_mb"],
+                ),
+                1,
+            )
+            for n_jobs, few, many in ((1, *runs[:2]), (2, *runs[2:]))
+        }
+        result = {
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+            "load": round(os.getloadavg()[0], 1),
+            "model": Predictor.load(file).info["title"],
+            "runs": runs,
+            **growth,
+        }
+    with atomic_path(RESULTS) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ are the same functions on our side and Keras'; ultralytics reads with its own lo
 runs our segmentation and count. Times are wall time and, less disturbed by neighbours, processor time; medians, ratios of
 medians, and bootstrapped 95 % intervals. Writes benchmarks/results/predict_speed.json.
 """
+
 import argparse
 import json
 import os
@@ -27,28 +28,35 @@ SIZES = {"224x224": (224, 224), "1024x768": (768, 1024)}
 
 # ---- inside a process: a function that answers files ----
 
+
 def ours(model: Path):
     "Our exported file."
     from leukemia_nb.inference.predictor import Predictor
+
     predictors = {count: Predictor.load(model, count=count) for count in (False, True)}
 
     def answer(files: list[str], segment: bool) -> np.ndarray:
         rows = predictors[segment].predict(files, batch_size=len(files)).rows
         return np.array([[row[f"p_{name}"] for name in predictors[segment].classes_] for row in rows])
+
     return answer
 
 
 def count_in(images: list[np.ndarray]) -> None:
     "Segmentation and number of cells, as in our predictor."
     from leukemia_nb.processing.segmentation import count_cells, segment
-    for image in images: count_cells(segment(image))
+
+    for image in images:
+        count_cells(segment(image))
 
 
 def keras(folder: Path):
     "The study's model as one Keras model, asked with `predict`."
     from leukemia_nb.models.interface import load_model
+
     model = load_model(folder)
     import keras as framework
+
     images = framework.Input((model.image_size, model.image_size, 3), dtype="uint8")
     values = model.maps_(framework.ops.cast(images, "float32"))
     scores = model.head_(framework.layers.GlobalAveragePooling2D()(values))
@@ -58,9 +66,11 @@ def keras(folder: Path):
 
     def answer(files: list[str], segment: bool) -> np.ndarray:
         images = [read_image(file) for file in files]
-        if segment: count_in(images)
+        if segment:
+            count_in(images)
         batch = np.stack([resize_square(image, model.image_size) for image in images])
         return whole.predict(batch, batch_size=32, verbose=0)
+
     return answer
 
 
@@ -68,6 +78,7 @@ def ultralytics(folder: Path):
     "The study's weights in an ultralytics `YOLO` object, asked with `predict`."
     from leukemia_nb.models.interface import load_model
     from leukemia_nb.models.yolo import yolo_framework
+
     model = load_model(folder)
     yolo = yolo_framework().YOLO(f"{folder.name}n-cls.yaml", task="classify")
     yolo.model = model.network_
@@ -75,8 +86,10 @@ def ultralytics(folder: Path):
 
     def answer(files: list[str], segment: bool) -> np.ndarray:
         found = yolo.predict(files, imgsz=model.image_size, batch=len(files), device="cpu", verbose=False, save=False)
-        if segment: count_in([np.ascontiguousarray(result.orig_img[..., ::-1]) for result in found])
+        if segment:
+            count_in([np.ascontiguousarray(result.orig_img[..., ::-1]) for result in found])
         return np.stack([result.probs.data.numpy() for result in found])
+
     return answer
 
 
@@ -90,8 +103,17 @@ def serve(side: str, model: str) -> None:
         request = json.loads(line)
         wall, processor = time.perf_counter(), time.process_time()
         found = answer(request["files"], request["segment"])
-        print(json.dumps({"wall": time.perf_counter() - wall, "processor": time.process_time() - processor,
-                          "answers": np.asarray(found, float).tolist()}), file=out, flush=True)
+        print(
+            json.dumps(
+                {
+                    "wall": time.perf_counter() - wall,
+                    "processor": time.process_time() - processor,
+                    "answers": np.asarray(found, float).tolist(),
+                }
+            ),
+            file=out,
+            flush=True,
+        )
 
 
 class Side:
@@ -99,9 +121,17 @@ class Side:
 
     def __init__(self, side: str, model: Path):
         environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false"}
-        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"): environment.pop(name, None)
-        self.process = subprocess.Popen([sys.executable, __file__, "--inside", side, str(model)], text=True, cwd=ROOT,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            environment.pop(name, None)
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--inside", side, str(model)],
+            text=True,
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
         assert self.process.stdout.readline() == "ready\n", f"{side} did not start"
 
     def ask(self, files: list[str], segment: bool) -> dict:
@@ -116,6 +146,7 @@ class Side:
 
 # ---- comparing ----
 
+
 def compare(first: Side, second: Side, files: list[str], batch: int, segment: bool, repeats: int, temperature: float) -> dict:
     "Both sides on the same files, in turns; the temperature is only in our file, and is applied to theirs to compare."
     times: dict[str, list[list[float]]] = {"wall": [[], []], "processor": [[], []]}
@@ -123,25 +154,38 @@ def compare(first: Side, second: Side, files: list[str], batch: int, segment: bo
     for repeat in range(-2, repeats):  # two rounds to warm up
         some = [files[(repeat * batch + i) % len(files)] for i in range(batch)]
         found: list[dict] = [{}, {}]
-        for which in random.permutation(2): found[which] = (first, second)[which].ask(some, segment)
-        if repeat < 0: continue
+        for which in random.permutation(2):
+            found[which] = (first, second)[which].ask(some, segment)
+        if repeat < 0:
+            continue
         calibrated = np.array(found[1]["answers"]) ** (1 / temperature)
         calibrated /= calibrated.sum(axis=1, keepdims=True)
         worst = max(worst, float(np.abs(np.array(found[0]["answers"]) - calibrated).max()))
         for clock in times:
-            for which in range(2): times[clock][which].append(found[which][clock] / batch * 1e3)
-    result: dict = {"batch": batch, "segmentation": segment, "repeats": repeats, "largest_difference": round(worst, 6),
-                    "same_answers": worst < 1e-3}  # ultralytics' predict cuts the sides off an image that is not square
+            for which in range(2):
+                times[clock][which].append(found[which][clock] / batch * 1e3)
+    result: dict = {
+        "batch": batch,
+        "segmentation": segment,
+        "repeats": repeats,
+        "largest_difference": round(worst, 6),
+        "same_answers": worst < 1e-3,
+    }  # ultralytics' predict cuts the sides off an image that is not square
     for clock, (ours_ms, theirs_ms) in times.items():
         a, b = np.array(ours_ms), np.array(theirs_ms)
         draws = random.integers(0, repeats, (2000, repeats))
         ratios = np.quantile(np.median(b[draws], axis=1) / np.median(a[draws], axis=1), [0.025, 0.975])
-        result[clock] = {"ours_ms": round(float(np.median(a)), 2), "theirs_ms": round(float(np.median(b)), 2),
-                         "times_faster": round(float(np.median(b) / np.median(a)), 2), "interval": ratios.round(2).tolist()}
+        result[clock] = {
+            "ours_ms": round(float(np.median(a)), 2),
+            "theirs_ms": round(float(np.median(b)), 2),
+            "times_faster": round(float(np.median(b) / np.median(a)), 2),
+            "interval": ratios.round(2).tolist(),
+        }
     return result
 
 
 # ---- where the time goes ----
+
 
 def median_ms(step, repeats: int = 15) -> float:
     "Median processor time of a step, both cores together."
@@ -157,6 +201,7 @@ def operations(model: Path) -> float:
     "Multiplications and additions of one image, in the convolutions and matrix products; the sizes are those of a run."
     import onnx
     import onnxruntime
+
     graph = onnx.load(model)
     weights = {tensor.name: tuple(tensor.dims) for tensor in graph.graph.initializer}
     nodes = [node for node in graph.graph.node if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1] in weights]
@@ -176,10 +221,15 @@ def steps_of(file: str) -> dict:
     from leukemia_nb.data.images import read_image
     from leukemia_nb.models.interface import resize_square
     from leukemia_nb.processing.segmentation import count_cells, segment
+
     image = read_image(file)
     mask = segment(image)
-    return {"read_ms": median_ms(lambda: read_image(file)), "segment_ms": median_ms(lambda: segment(image)),
-            "count_ms": median_ms(lambda: count_cells(mask)), "resize_ms": median_ms(lambda: resize_square(image, 224))}
+    return {
+        "read_ms": median_ms(lambda: read_image(file)),
+        "segment_ms": median_ms(lambda: segment(image)),
+        "count_ms": median_ms(lambda: count_cells(mask)),
+        "resize_ms": median_ms(lambda: resize_square(image, 224)),
+    }
 
 
 def network_of(model: Path, file: str) -> dict:
@@ -187,6 +237,7 @@ def network_of(model: Path, file: str) -> dict:
     from leukemia_nb.data.images import read_image
     from leukemia_nb.models.interface import resize_square
     from leukemia_nb.inference.predictor import Predictor
+
     predictor = Predictor.load(model)
     one = resize_square(read_image(file), predictor.image_size)
     square = np.random.default_rng(0).random((1536, 1536), dtype=np.float32)
@@ -195,16 +246,21 @@ def network_of(model: Path, file: str) -> dict:
         for name, times in seconds.items():
             time.sleep(0.05)  # until the threads of the run before have stopped waiting for more
             start = time.process_time()
-            if name == "product": square @ square
-            else: predictor.ask([one] * int(name))
+            if name == "product":
+                square @ square
+            else:
+                predictor.ask([one] * int(name))
             times.append((time.process_time() - start) / (1 if name == "product" else int(name)))
     best = {name: min(times[1:]) * 1e3 for name, times in seconds.items()}
-    peak, needed = 2 * 1536 ** 3 / best.pop("product") / 1e6, operations(model) / 1e9  # GFLOP/s, GFLOP
+    peak, needed = 2 * 1536**3 / best.pop("product") / 1e6, operations(model) / 1e9  # GFLOP/s, GFLOP
     limit = needed / peak * 1e3
-    return {"processor_ms_per_image_by_batch": {name: round(value, 2) for name, value in best.items()},
-            "gflop_per_image": round(needed, 3), "matrix_product_gflop_per_processor_second": round(peak, 1),
-            "limit_processor_ms_per_image": round(limit, 2),
-            "share_of_the_limit": {name: round(limit / value, 2) for name, value in best.items()}}
+    return {
+        "processor_ms_per_image_by_batch": {name: round(value, 2) for name, value in best.items()},
+        "gflop_per_image": round(needed, 3),
+        "matrix_product_gflop_per_processor_second": round(peak, 1),
+        "limit_processor_ms_per_image": round(limit, 2),
+        "share_of_the_limit": {name: round(limit / value, 2) for name, value in best.items()},
+    }
 
 
 def first_answer(python: str, model: Path, file: str, repeats: int) -> dict:
@@ -217,8 +273,12 @@ def first_answer(python: str, model: Path, file: str, repeats: int) -> dict:
         wall.append(time.perf_counter() - start)
         after = os.times()
         processor.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    return {"seconds": round(float(np.median(wall)), 2), "largest_seconds": round(max(wall), 2),
-            "processor_seconds": round(float(np.median(processor)), 2), "repeats": repeats}
+    return {
+        "seconds": round(float(np.median(wall)), 2),
+        "largest_seconds": round(max(wall), 2),
+        "processor_seconds": round(float(np.median(processor)), 2),
+        "repeats": repeats,
+    }
 
 
 def main(run: Path, exported: Path, repeats: int, python: str, models: list[str]) -> None:
@@ -227,10 +287,15 @@ def main(run: Path, exported: Path, repeats: int, python: str, models: list[str]
     from leukemia_nb.data.images import write_image
     from leukemia_nb.inference.predictor import open_model_file
     from leukemia_nb.data.synthetic import smear
+
     result: dict = json.loads(RESULTS.read_text()) if RESULTS.exists() and set(models) != set(OTHERS) else {}
-    result |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-               "load_before": round(os.getloadavg()[0], 1), "images": "synthetic smears, JPEG"}
-    for part in ("network", "first_answer", "compared"): result.setdefault(part, {})
+    result |= {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "load_before": round(os.getloadavg()[0], 1),
+        "images": "synthetic smears, JPEG",
+    }
+    for part in ("network", "first_answer", "compared"):
+        result.setdefault(part, {})
     with tempfile.TemporaryDirectory() as name:
         files: dict[str, list[str]] = {}
         for size, shape in SIZES.items():
@@ -254,10 +319,13 @@ def main(run: Path, exported: Path, repeats: int, python: str, models: list[str]
                     times = repeats if batch == 1 else max(5, repeats // 3)
                     rows.append({"images": size, **compare(*sides, files[size], batch, segment, times, temperature)})
                     print(model, rows[-1], flush=True)
-            for side in sides: side.close()
+            for side in sides:
+                side.close()
     result["load_after"] = round(os.getloadavg()[0], 1)
-    if not result["compared"]: return print("nothing to compare: run a study and its export step first")
-    with atomic_path(RESULTS) as temporary: temporary.write_text(json.dumps(result, indent=1) + "\n")
+    if not result["compared"]:
+        return print("nothing to compare: run a study and its export step first")
+    with atomic_path(RESULTS) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "compared"}, indent=1))
 
 
@@ -270,5 +338,7 @@ if __name__ == "__main__":
     parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--models", nargs="+", choices=OTHERS, default=list(OTHERS), help="models to measure")
     options = parser.parse_args()
-    if options.inside: serve(*options.inside)
-    else: main(options.run, options.exported or options.run / "exported", options.repeats, options.python, options.models)
+    if options.inside:
+        serve(*options.inside)
+    else:
+        main(options.run, options.exported or options.run / "exported", options.repeats, options.python, options.models)

@@ -5,6 +5,7 @@
 Measured: images a second with 1 and 2 workers; peak memory for N and 4N images; from a decoded image to a saved
 pair, against the same recipe with cv2.kmeans (ten attempts), with equal masks; reading of saved pairs.
 """
+
 import argparse
 import json
 import os
@@ -43,7 +44,8 @@ def prepare(folder: str, out: str, workers: int, times: int) -> None:
     manifest = build_manifest(folder)
     rows = [manifest.assign(pair=manifest["pair"] + f"_{copy}") for copy in range(times)]
     many = type(manifest)({name: np.concatenate([part[name] for part in rows]) for name in manifest.columns})
-    if workers > 1: prepare_pairs(manifest[:workers], f"{out}/warm", n_jobs=workers, images=folder, progress=False)
+    if workers > 1:
+        prepare_pairs(manifest[:workers], f"{out}/warm", n_jobs=workers, images=folder, progress=False)
     start = time.perf_counter()
     table = prepare_pairs(many, out, n_jobs=workers, images=folder, progress=False)
     seconds = time.perf_counter() - start
@@ -51,10 +53,20 @@ def prepare(folder: str, out: str, workers: int, times: int) -> None:
     peak = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     if workers > 1:
         from joblib.externals.loky import get_reusable_executor
+
         get_reusable_executor().shutdown(wait=True)
         peak[1] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    print(json.dumps({"workers": workers, "images": len(many), "images_per_second": round(len(many) / seconds, 2),
-                      "peak_memory_mb": round(peak[0]), "peak_memory_of_a_worker_mb": round(peak[1]) if workers > 1 else None}))
+    print(
+        json.dumps(
+            {
+                "workers": workers,
+                "images": len(many),
+                "images_per_second": round(len(many) / seconds, 2),
+                "peak_memory_mb": round(peak[0]),
+                "peak_memory_of_a_worker_mb": round(peak[1]) if workers > 1 else None,
+            }
+        )
+    )
 
 
 def kmeans_recipe(image: np.ndarray, folder: Path, pair: str) -> tuple[np.ndarray, np.ndarray]:
@@ -91,19 +103,31 @@ def compare(files: list[Path], folder: Path) -> dict:
     equal, same_files, tighter = 0, 0, []
     for file in files:
         image = read_image(file)
-        start = time.perf_counter(); mine, _ = save_pair(image, "Pre-B/ours", folder)
-        middle = time.perf_counter(); (theirs, cluster) = kmeans_recipe(image, folder, "Pre-B/kmeans")
+        start = time.perf_counter()
+        mine, _ = save_pair(image, "Pre-B/ours", folder)
+        middle = time.perf_counter()
+        (theirs, cluster) = kmeans_recipe(image, folder, "Pre-B/kmeans")
         seconds["ours"].append(middle - start)
         seconds["kmeans"].append(time.perf_counter() - middle)
         equal += int((mine == theirs).all())
-        if (mine != theirs).any(): tighter.append(scatter(image, cluster_mask(a_channel(image))) < scatter(image, cluster))
-        same_files += all((read_image(folder / one) == read_image(folder / other)).all()
-                          for one, other in list(zip(pair_files("Pre-B/ours"), pair_files("Pre-B/kmeans")))[:2])
+        if (mine != theirs).any():
+            tighter.append(scatter(image, cluster_mask(a_channel(image))) < scatter(image, cluster))
+        same_files += all(
+            (read_image(folder / one) == read_image(folder / other)).all()
+            for one, other in list(zip(pair_files("Pre-B/ours"), pair_files("Pre-B/kmeans")))[:2]
+        )
     ours, kmeans = (float(np.median(seconds[name])) for name in ("ours", "kmeans"))
-    return {"images": len(files), "size": "x".join(map(str, image.shape[1::-1])), "ours_ms": round(ours * 1e3, 1),
-            "cv2_kmeans_ms": round(kmeans * 1e3, 1), "times_faster": round(kmeans / ours, 1), "target_times_faster": 15,
-            "equal_masks": equal, "unequal_masks_where_ours_is_the_better_clustering": sum(tighter),
-            "equal_saved_pairs": same_files}
+    return {
+        "images": len(files),
+        "size": "x".join(map(str, image.shape[1::-1])),
+        "ours_ms": round(ours * 1e3, 1),
+        "cv2_kmeans_ms": round(kmeans * 1e3, 1),
+        "times_faster": round(kmeans / ours, 1),
+        "target_times_faster": 15,
+        "equal_masks": equal,
+        "unequal_masks_where_ours_is_the_better_clustering": sum(tighter),
+        "equal_saved_pairs": same_files,
+    }
 
 
 def reading(table, folder: Path) -> dict:
@@ -115,8 +139,10 @@ def reading(table, folder: Path) -> dict:
             times = []
             for _ in range(3):
                 start = time.perf_counter()
-                if name == "both": pairs[:]
-                else: pairs.read(slice(None))
+                if name == "both":
+                    pairs[:]
+                else:
+                    pairs.read(slice(None))
                 times.append(time.perf_counter() - start)
             found[f"{name}_threads_{threads}_per_second"] = round(len(pairs) / min(times))
     return found
@@ -134,9 +160,17 @@ def main(number: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         write_images(work / "smears", number)
-        result = {"machine": {"cpu": cpu(), "cores": os.cpu_count(), "load_before": os.getloadavg()[0],
-                              "python": platform.python_version(), "opencv": cv2.__version__, "numpy": np.__version__},
-                  "images": f"{number} synthetic smears, 1024x768 JPEG"}
+        result = {
+            "machine": {
+                "cpu": cpu(),
+                "cores": os.cpu_count(),
+                "load_before": os.getloadavg()[0],
+                "python": platform.python_version(),
+                "opencv": cv2.__version__,
+                "numpy": np.__version__,
+            },
+            "images": f"{number} synthetic smears, 1024x768 JPEG",
+        }
         result["prepare"] = [run(work / "smears", work / "pairs", workers, times) for workers in (1, 2) for times in (1, 4)]
         manifest = build_manifest(work / "smears")
         table = prepare_pairs(manifest, work / "read", images=work / "smears", progress=False)
@@ -145,13 +179,18 @@ def main(number: int) -> None:
         result["resume_images_per_second"] = round(len(table) / (time.perf_counter() - start))
         result["reading"] = reading(table, work / "read")
         result["segment_to_saved_pair"] = compare([work / "smears" / path for path in manifest["path"][:24]], work / "compared")
-        real = sorted((Path(os.environ.get("LEUKEMIA_NB_SHARED", Path(__file__).parents[2] / "shared")) /
-                       "data/kaggle_fullres").rglob("*.jpg"))
+        real = sorted(
+            (Path(os.environ.get("LEUKEMIA_NB_SHARED", Path(__file__).parents[2] / "shared")) / "data/kaggle_fullres").rglob(
+                "*.jpg"
+            )
+        )
         real = [file for file in real if read_image(file).shape == (768, 1024, 3)]
-        if real: result["segment_to_saved_pair_real_images"] = compare(real[:24], work / "compared")
+        if real:
+            result["segment_to_saved_pair_real_images"] = compare(real[:24], work / "compared")
         result["machine"]["load_after"] = os.getloadavg()[0]
     RESULTS.parent.mkdir(exist_ok=True)
-    with atomic_path(RESULTS) as temporary: temporary.write_text(json.dumps(result, indent=1) + "\n")
+    with atomic_path(RESULTS) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 
@@ -166,5 +205,7 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, default=48, help="synthetic images, N; memory is measured for N and 4N")
     parser.add_argument("--inside", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.inside: prepare(*options.inside[:2], *map(int, options.inside[2:]))
-    else: main(options.images)
+    if options.inside:
+        prepare(*options.inside[:2], *map(int, options.inside[2:]))
+    else:
+        main(options.images)

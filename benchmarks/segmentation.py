@@ -2,6 +2,7 @@
 
 Ratios and quality on real images where ../shared/data is (LEUKEMIA_NB_SHARED names another place), otherwise on smears.
 """
+
 import json
 import os
 import platform
@@ -19,8 +20,19 @@ import numpy as np
 from scipy.ndimage import find_objects
 
 from leukemia_nb.data.images import read_image
-from leukemia_nb.processing.segmentation import (METHODS, a_channel, cluster_mask, count_quality, apply_mask, study_mask, find_cells,
-                                      kmeans_mask, label_cells, mask_quality, segment)
+from leukemia_nb.processing.segmentation import (
+    METHODS,
+    a_channel,
+    cluster_mask,
+    count_quality,
+    apply_mask,
+    study_mask,
+    find_cells,
+    kmeans_mask,
+    label_cells,
+    mask_quality,
+    segment,
+)
 from leukemia_nb.processing.pairing import save_png, resize_square
 from leukemia_nb.data.synthetic import smear
 
@@ -30,25 +42,45 @@ DATA = Path(os.environ.get("LEUKEMIA_NB_SHARED", ROOT.parent / "shared")) / "dat
 
 def machine() -> dict:
     "Name of the machine and of what matters for speed."
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-               platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
-    return {"cpu": cpu, "cores": os.cpu_count(), "load": os.getloadavg()[0], "python": sys.version.split()[0],
-            "opencv": cv2.__version__, "numpy": np.__version__, "opencv_threads": cv2.getNumThreads()}
+    cpu = (
+        next(
+            (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+            platform.processor(),
+        )
+        if Path("/proc/cpuinfo").exists()
+        else platform.processor()
+    )
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "python": sys.version.split()[0],
+        "opencv": cv2.__version__,
+        "numpy": np.__version__,
+        "opencv_threads": cv2.getNumThreads(),
+    }
 
 
 def interval(values, draws=2000) -> dict:
     "Mean with its 95 % interval: percentile bootstrap, images taken as independent."
     values = np.asarray(values, float)
     means = np.random.default_rng(0).choice(values, (draws, len(values))).mean(1)
-    return {"n": len(values), "mean": round(values.mean(), 4), "low": round(np.quantile(means, .025), 4),
-            "high": round(np.quantile(means, .975), 4), "median": round(np.median(values), 4)}
+    return {
+        "n": len(values),
+        "mean": round(values.mean(), 4),
+        "low": round(np.quantile(means, 0.025), 4),
+        "high": round(np.quantile(means, 0.975), 4),
+        "median": round(np.median(values), 4),
+    }
 
 
 def fastest(task: Callable[[], object], repeats: int) -> float:
     "Shortest of several times in seconds: the one least disturbed by other processes."
     times = []
     for _ in range(repeats):
-        start = time.perf_counter(); task(); times.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        task()
+        times.append(time.perf_counter() - start)
     return min(times)
 
 
@@ -56,23 +88,28 @@ def save_pair(image: np.ndarray, mask: np.ndarray, folder: Path, level: int | No
     "Both images of a pair at 224x224 as the study saves them, or as PNG with one of OpenCV's compression levels."
     for name, half in (("ori", image), ("mask", apply_mask(image, mask))):
         small, path = resize_square(half), folder / f"{name}.png"
-        if level is None: save_png(path, small)
-        else: cv2.imwrite(str(path), cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, level])
+        if level is None:
+            save_png(path, small)
+        else:
+            cv2.imwrite(str(path), cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, level])
 
 
 def times(image: np.ndarray, folder: Path) -> dict:
     "Seconds for each step on one image, and whether the two recipes give equal masks."
     channel, mask = a_channel(image), study_mask(image)
     slow = lambda: study_mask(image, cluster=kmeans_mask)
-    row = {"cluster_exact": fastest(lambda: cluster_mask(channel), 30),
-           "cluster_kmeans": fastest(lambda: kmeans_mask(channel), 2),
-           "kmeans": fastest(lambda: study_mask(image), 15), "deck_kmeans": fastest(slow, 2),
-           "pair": fastest(lambda: save_pair(image, study_mask(image), folder), 15),
-           "pair_kmeans": fastest(lambda: save_pair(image, slow(), folder), 2),
-           "nucleus": fastest(lambda: find_cells(image), 2),
-           "save_png_study": fastest(lambda: save_pair(image, mask, folder), 5),
-           "save_png_3": fastest(lambda: save_pair(image, mask, folder, 3), 5),
-           "save_png_9": fastest(lambda: save_pair(image, mask, folder, 9), 5)}
+    row = {
+        "cluster_exact": fastest(lambda: cluster_mask(channel), 30),
+        "cluster_kmeans": fastest(lambda: kmeans_mask(channel), 2),
+        "kmeans": fastest(lambda: study_mask(image), 15),
+        "deck_kmeans": fastest(slow, 2),
+        "pair": fastest(lambda: save_pair(image, study_mask(image), folder), 15),
+        "pair_kmeans": fastest(lambda: save_pair(image, slow(), folder), 2),
+        "nucleus": fastest(lambda: find_cells(image), 2),
+        "save_png_study": fastest(lambda: save_pair(image, mask, folder), 5),
+        "save_png_3": fastest(lambda: save_pair(image, mask, folder, 3), 5),
+        "save_png_9": fastest(lambda: save_pair(image, mask, folder, 9), 5),
+    }
     return row | {"equal": float((mask == slow()).all()), "iou": mask_quality(mask, slow())["iou"]}
 
 
@@ -81,13 +118,19 @@ def speed(images: list[np.ndarray]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         rows = [times(image, Path(folder)) for image in images]
     table = {key: np.array([row[key] for row in rows]) for key in rows[0]}
-    report = {f"{key}_ms": round(float(np.median(values)) * 1000, 3) for key, values in table.items()
-              if key not in ("equal", "iou")}
+    report = {
+        f"{key}_ms": round(float(np.median(values)) * 1000, 3) for key, values in table.items() if key not in ("equal", "iou")
+    }
     for key in ("cluster", "kmeans", "pair"):
         ratio = table[f"{key}_kmeans"] / table["cluster_exact" if key == "cluster" else key]
         report[f"{key}_times_faster"] = {"median": round(float(np.median(ratio)), 1), "lowest": round(float(ratio.min()), 1)}
-    return {"images": len(rows), "size": "1024x768", "masks_equal": table["equal"].mean(),
-            "lowest_iou": table["iou"].min(), **report}
+    return {
+        "images": len(rows),
+        "size": "1024x768",
+        "masks_equal": table["equal"].mean(),
+        "lowest_iou": table["iou"].min(),
+        **report,
+    }
 
 
 def agreement(paths: list[Path]) -> dict:
@@ -99,8 +142,14 @@ def agreement(paths: list[Path]) -> dict:
         pairs = (cluster_mask(channel), kmeans_mask(channel)), (study_mask(image), study_mask(image, cluster=kmeans_mask))
         rows.append([value for one, two in pairs for value in ((one == two).all(), mask_quality(one, two)["iou"])])
     same, iou, same_clean, iou_clean = np.array(rows, float).T
-    return {"n": len(rows), "identical_clusters": same.mean(), "lowest_iou": iou.min(), "mean_iou": iou.mean(),
-            "identical_masks": same_clean.mean(), "lowest_mask_iou": iou_clean.min()}
+    return {
+        "n": len(rows),
+        "identical_clusters": same.mean(),
+        "lowest_iou": iou.min(),
+        "mean_iou": iou.mean(),
+        "identical_masks": same_clean.mean(),
+        "lowest_mask_iou": iou_clean.min(),
+    }
 
 
 def expert_masks() -> dict:
@@ -108,8 +157,11 @@ def expert_masks() -> dict:
     report = {}
     for half, rest in (("odd, development", 1), ("even, held back", 0)):
         for method in METHODS:
-            rows = [mask_quality(segment(read_image(path), method), cv2.imread(str(path.with_suffix(".png")), 0) > 0)
-                    for path in sorted((DATA / "wbc_masks").glob("*.bmp")) if int(path.stem) % 2 == rest]
+            rows = [
+                mask_quality(segment(read_image(path), method), cv2.imread(str(path.with_suffix(".png")), 0) > 0)
+                for path in sorted((DATA / "wbc_masks").glob("*.bmp"))
+                if int(path.stem) % 2 == rest
+            ]
             report.setdefault(half, {})[method] = {key: interval([row[key] for row in rows]) for key in ("iou", "dice")}
     return report
 
@@ -120,11 +172,19 @@ def boxes() -> dict:
     Of the labels that fit no box, those with their centre in a white cell's box are pieces of it (over-splitting), the rest
     lie elsewhere. A box with the centres of several labels is a white cell that was split.
     """
-    report = {method: dict.fromkeys(("images", "white_cells", "found", "found_by_centre", "split", "labels", "false",
-                                     "false_pieces", "false_elsewhere"), 0) for method in METHODS}
+    report = {
+        method: dict.fromkeys(
+            ("images", "white_cells", "found", "found_by_centre", "split", "labels", "false", "false_pieces", "false_elsewhere"),
+            0,
+        )
+        for method in METHODS
+    }
     for path in sorted((DATA / "bccd" / "boxes").glob("*.xml")):
-        true = [[int(item.find(f"bndbox/{key}").text) for key in ("ymin", "xmin", "ymax", "xmax")]
-                for item in ET.parse(path).iter("object") if item.find("name").text == "WBC"]
+        true = [
+            [int(item.find(f"bndbox/{key}").text) for key in ("ymin", "xmin", "ymax", "xmax")]
+            for item in ET.parse(path).iter("object")
+            if item.find("name").text == "WBC"
+        ]
         image = read_image(DATA / "bccd" / "images" / f"{path.stem}.jpg")
         for method, row in report.items():
             labels = find_cells(image) if method == "nucleus" else label_cells(segment(image))
@@ -135,12 +195,20 @@ def boxes() -> dict:
 def count_boxes(row: dict, true: list, found: list) -> None:
     "Add the counts of one image: boxes (top, left, bottom, right) of its white cells and of the labels found."
     shape = len(true), len(found)
-    fits = np.array([[box_iou(a, b) >= .5 for b in found] for a in true], bool).reshape(shape)
+    fits = np.array([[box_iou(a, b) >= 0.5 for b in found] for a in true], bool).reshape(shape)
     holds = np.array([[centre_inside(a, b) for b in found] for a in true], bool).reshape(shape)
     false = ~fits.any(0)
-    for key, value in {"images": 1, "white_cells": shape[0], "found": fits.any(1).sum(), "found_by_centre": holds.any(1).sum(),
-                       "split": (holds.sum(1) > 1).sum(), "labels": shape[1], "false": false.sum(),
-                       "false_pieces": (false & holds.any(0)).sum(), "false_elsewhere": (false & ~holds.any(0)).sum()}.items():
+    for key, value in {
+        "images": 1,
+        "white_cells": shape[0],
+        "found": fits.any(1).sum(),
+        "found_by_centre": holds.any(1).sum(),
+        "split": (holds.sum(1) > 1).sum(),
+        "labels": shape[1],
+        "false": false.sum(),
+        "false_pieces": (false & holds.any(0)).sum(),
+        "false_elsewhere": (false & ~holds.any(0)).sum(),
+    }.items():
         row[key] += int(value)
 
 
@@ -164,9 +232,13 @@ def smears(height: int, width: int, seeds: int) -> dict:
             for seed in range(100, 100 + seeds):
                 drawn = smear(label, seed, height, width)
                 labels = find_cells(drawn.image) if method == "nucleus" else label_cells(segment(drawn.image))
-                masks.append(mask_quality(labels > 0, drawn.cells > 0)); counts.append(count_quality(labels, drawn.cells))
-        report[method] = {"iou": interval([row["iou"] for row in masks]), "dice": interval([row["dice"] for row in masks]),
-                          **{key: sum(row[key] for row in counts) for key in ("true", "found", "matched", "missed", "false")}}
+                masks.append(mask_quality(labels > 0, drawn.cells > 0))
+                counts.append(count_quality(labels, drawn.cells))
+        report[method] = {
+            "iou": interval([row["iou"] for row in masks]),
+            "dice": interval([row["dice"] for row in masks]),
+            **{key: sum(row[key] for row in counts) for key in ("true", "found", "matched", "missed", "false")},
+        }
     return report
 
 
@@ -175,24 +247,35 @@ def scale_bars(per_class: int = 30) -> dict:
     report = {}
     for folder in ("Benign", "Early", "Pre", "Pro"):
         paths = sorted((DATA / "taleqani" / folder).glob("*.jpg"))
-        paths = paths[::max(1, len(paths) // per_class)]
+        paths = paths[:: max(1, len(paths) // per_class)]
         report[folder] = {"n": len(paths)} | {
             method: round(float(np.mean([segment(read_image(path), method)[208:218, 196:222].any() for path in paths])), 3)
-            for method in METHODS}
+            for method in METHODS
+        }
     return report
 
 
 if __name__ == "__main__":
     real = (DATA / "taleqani").is_dir()
-    images = ([image for path in sorted((DATA / "kaggle_fullres").glob("*/*.jpg"))
-                 if (image := read_image(path)).shape == (768, 1024, 3)][::2] if real
-                else [smear(label, seed).image for label in ("Normal", "Pre-B", "Pro-B") for seed in range(3)])
+    images = (
+        [
+            image
+            for path in sorted((DATA / "kaggle_fullres").glob("*/*.jpg"))
+            if (image := read_image(path)).shape == (768, 1024, 3)
+        ][::2]
+        if real
+        else [smear(label, seed).image for label in ("Normal", "Pre-B", "Pro-B") for seed in range(3)]
+    )
     tasks = {"speed": lambda: speed(images)}
     if real:
         every = sorted((DATA / "taleqani").glob("*/*.jpg"))
-        tasks |= {"agreement_with_kmeans_taleqani_224": lambda: agreement(every[::25]),
-                  "agreement_with_kmeans_wbc_masks": lambda: agreement(sorted((DATA / "wbc_masks").glob("*.bmp"))[::3]),
-                  "wbc_masks": expert_masks, "scale_bar_corner": scale_bars, "bccd": boxes}
+        tasks |= {
+            "agreement_with_kmeans_taleqani_224": lambda: agreement(every[::25]),
+            "agreement_with_kmeans_wbc_masks": lambda: agreement(sorted((DATA / "wbc_masks").glob("*.bmp"))[::3]),
+            "wbc_masks": expert_masks,
+            "scale_bar_corner": scale_bars,
+            "bccd": boxes,
+        }
     tasks |= {"synthetic_224": lambda: smears(224, 224, 10), "synthetic_1024x768": lambda: smears(768, 1024, 2)}
     result = {"machine": machine(), "images": "real" if real else "synthetic"}
     target = ROOT / "benchmarks/results/segmentation.json"

@@ -5,6 +5,7 @@ of near-duplicates (`taleqani.py`: found by this project or listed).
 
 Writes benchmarks/results/shortcuts.json. The images stay where they are (`../shared/data`, or LEUKEMIA_NB_SHARED).
 """
+
 import argparse
 import json
 import os
@@ -29,15 +30,22 @@ def known_images(per_class: int | None) -> tuple[pd.DataFrame, pd.DataFrame]:
     "Files of the three study classes with class and group, at most `per_class` of each, drawn with seed 0; pairs found."
     table, near = known_images(SHARED)
     table = table.assign(pair=table["file"], path=table["file"])
-    if per_class: table = table.groupby("class").sample(per_class, random_state=0)
+    if per_class:
+        table = table.groupby("class").sample(per_class, random_state=0)
     return table.sort_values("pair", ignore_index=True), near
 
 
 class Files:
     "Images of a table, read when asked for."
-    def __init__(self, table: pd.DataFrame): self.files = [SHARED / "taleqani" / name for name in table["file"]]
-    def __len__(self) -> int: return len(self.files)
-    def read(self, row: int) -> np.ndarray: return read_image(self.files[row])
+
+    def __init__(self, table: pd.DataFrame):
+        self.files = [SHARED / "taleqani" / name for name in table["file"]]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, row: int) -> np.ndarray:
+        return read_image(self.files[row])
 
 
 def features_of(table: pd.DataFrame, cache: Path, n_jobs: int) -> dict[str, np.ndarray]:
@@ -67,14 +75,26 @@ def main() -> None:
         began = time.time()
         found = baseline_table(cross_validate_baselines(features, table, groups, n_jobs=asked.jobs))
         seconds[folds] = round(time.time() - began, 1)
-        results[folds] = {row["name"]: {"accuracy": round(row["accuracy"], 4), "low": round(row["low"], 4),
-                                        "high": round(row["high"], 4), "interval": row["interval"]}
-                          for row in found.to_dict("records")}
+        results[folds] = {
+            row["name"]: {
+                "accuracy": round(row["accuracy"], 4),
+                "low": round(row["low"], 4),
+                "high": round(row["high"], 4),
+                "interval": row["interval"],
+            }
+            for row in found.to_dict("records")
+        }
         print(folds, found[["title", "accuracy", "low", "high"]].round(3).to_string(index=False), sep="\n")
-    report = {"images": len(table), "by_class": table["class"].value_counts().to_dict(), "groups": table["group"].nunique(),
-              "grouped_by": GROUPED_BY,
-              "chance": round(float(table["class"].value_counts(normalize=True).iloc[0]), 4),
-              "controls": {name: BASELINES[name].sees for name in features}, "seconds": seconds, "results": results}
+    report = {
+        "images": len(table),
+        "by_class": table["class"].value_counts().to_dict(),
+        "groups": table["group"].nunique(),
+        "grouped_by": GROUPED_BY,
+        "chance": round(float(table["class"].value_counts(normalize=True).iloc[0]), 4),
+        "controls": {name: BASELINES[name].sees for name in features},
+        "seconds": seconds,
+        "results": results,
+    }
     with atomic_path(ROOT / "benchmarks" / "results" / "shortcuts.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -5,6 +5,7 @@ or through other images. Near-duplicates of which neither knows, and images of o
 The finder is asked twice, for all images and for those of the study's classes: its index depends on the images that it
 holds, so that each search finds a few pairs that the other does not. The result is kept in a file of the temporary folder.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -30,13 +31,15 @@ def found_pairs(files: list[Path], folder: Path) -> pd.DataFrame:
     kept = Path(tempfile.gettempdir()) / f"leukemia_nb_pairs_{hashlib.sha256(''.join(digests).encode()).hexdigest()[:16]}.csv"
     if not kept.is_file():
         pairs = leakage.find_near_duplicates(files, progress=False)
-        with atomic_path(kept) as temporary: pairs.to_csv(temporary, index=False)
+        with atomic_path(kept) as temporary:
+            pairs.to_csv(temporary, index=False)
     pairs = pd.read_csv(kept)
     return pairs.assign(**{side: [Path(path).relative_to(folder).as_posix() for path in pairs[side]] for side in "ab"})
 
 
-def known_images(data: Path,  # folder with taleqani and taleqani_fields.csv
-                 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # file, class, group, listed group, path; pairs found, a and b as files
+def known_images(
+    data: Path,  # folder with taleqani and taleqani_fields.csv
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # file, class, group, listed group, path; pairs found, a and b as files
     "Images of the three study classes with their groups, and the pairs of near-duplicates among them."
     table, folder = pd.read_csv(data / "taleqani_fields.csv").rename(columns={"overlap_group": "listed"}), data / "taleqani"
     table["class"] = [class_of(file.split("/")[0]) for file in table["file"]]
@@ -50,13 +53,15 @@ def known_images(data: Path,  # folder with taleqani and taleqani_fields.csv
     return table, pairs[pairs["a"].isin(table["file"]) & pairs["b"].isin(table["file"])].reset_index(drop=True)
 
 
-def check_apart(table: pd.DataFrame,  # file, group, listed
-                pairs: pd.DataFrame,  # a, b: files
-                parts: Iterable[np.ndarray],  # places in the table, of each fold or subset
-                ) -> None:
+def check_apart(
+    table: pd.DataFrame,  # file, group, listed
+    pairs: pd.DataFrame,  # a, b: files
+    parts: Iterable[np.ndarray],  # places in the table, of each fold or subset
+) -> None:
     "Fail where a pair found, a listed group or a group of near-duplicates has images in two parts."
     part = pd.Series(-1, index=table["file"])
-    for number, places in enumerate(parts): part.iloc[places] = number
+    for number, places in enumerate(parts):
+        part.iloc[places] = number
     a, b = (part.reindex(pairs[side]).fillna(-1).to_numpy() for side in "ab")
     crossing = (a != b) & (a >= 0) & (b >= 0)
     assert not crossing.any(), f"{crossing.sum()} pairs of near-duplicates are in two parts: {pairs[crossing].head(3)}"

@@ -5,6 +5,7 @@
 Needs the real images and the MobileNetV2 weights of ../shared. Also measures how BatchNorm's statistics decide what a network
 trained from random weights answers (see nbs/03_models/20_transfer.ipynb). Writes benchmarks/results/training.json.
 """
+
 import argparse
 import json
 import os
@@ -34,8 +35,10 @@ def real_images(per_class: int, size: int):
             images.append(read_image(files[place]))
             labels.append(name)
     validation = np.arange(len(labels)) % 3 == 2
-    return [Images([p for p, part in zip(images, chosen) if part], np.array(labels)[chosen], size)
-            for chosen in (~validation, validation)]
+    return [
+        Images([p for p, part in zip(images, chosen) if part], np.array(labels)[chosen], size)
+        for chosen in (~validation, validation)
+    ]
 
 
 def train(name: str, cache: bool, sources, **settings):
@@ -55,15 +58,22 @@ def cached_against_long_way(name: str, sources, **settings) -> dict:
     long, long_seconds = train(name, False, sources, **settings)
     weights = [np.array_equal(a, b) for a, b in zip(cached.head_.get_weights(), long.head_.get_weights(), strict=True)]
     return dict(
-        model=name, weights_source=cached.weights_source_, training=len(sources[0]), validation=len(sources[1]),
-        image_size=settings["image_size"], epochs=len(cached.history_), seconds_cached=round(cached_seconds, 2),
-        seconds_long_way=round(long_seconds, 2), times_faster=round(long_seconds / cached_seconds, 2),
+        model=name,
+        weights_source=cached.weights_source_,
+        training=len(sources[0]),
+        validation=len(sources[1]),
+        image_size=settings["image_size"],
+        epochs=len(cached.history_),
+        seconds_cached=round(cached_seconds, 2),
+        seconds_long_way=round(long_seconds, 2),
+        times_faster=round(long_seconds / cached_seconds, 2),
         seconds_per_epoch_cached=round(float(cached.history_.seconds[1:].median()), 4),
         seconds_per_epoch_long_way=round(float(long.history_.seconds[1:].median()), 3),
-        identical_weights=all(weights), identical_history=bool(
-            cached.history_.drop(columns="seconds").equals(long.history_.drop(columns="seconds"))),
+        identical_weights=all(weights),
+        identical_history=bool(cached.history_.drop(columns="seconds").equals(long.history_.drop(columns="seconds"))),
         identical_answers=bool(np.array_equal(cached.predict_proba(sources[1]), long.predict_proba(sources[1]))),
-        validation_accuracy=round(float(cached.history_.val_accuracy.max()), 4))
+        validation_accuracy=round(float(cached.history_.val_accuracy.max()), 4),
+    )
 
 
 def statistics_of_batchnorm(epochs: int = 8) -> list[dict]:
@@ -75,8 +85,12 @@ def statistics_of_batchnorm(epochs: int = 8) -> list[dict]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             history = model.fit(*sources, progress=print)
-        rows.append(dict(statistics="measured after each epoch" if images else "Keras' running average",
-                         **history.drop(columns=["epoch", "seconds"]).round(4).to_dict("list")))
+        rows.append(
+            dict(
+                statistics="measured after each epoch" if images else "Keras' running average",
+                **history.drop(columns=["epoch", "seconds"]).round(4).to_dict("list"),
+            )
+        )
     return rows
 
 
@@ -88,13 +102,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "training.json")
     parser.add_argument("--statistics", action="store_true", help="measure the BatchNorm statistics too (minutes)")
     options = parser.parse_args()
-    if not (SHARED / "data" / "taleqani").is_dir(): sys.exit(f"no real images in {SHARED / 'data'}")
+    if not (SHARED / "data" / "taleqani").is_dir():
+        sys.exit(f"no real images in {SHARED / 'data'}")
     sources = real_images(options.per_class, options.image_size)
     settings = dict(image_size=options.image_size, epochs=options.epochs, patience=options.epochs)
     rows = [cached_against_long_way("mobilenet_v2", sources, **settings)]
     result = dict(
-        training=rows, load_before=os.getloadavg()[0], cores=os.cpu_count(), machine=platform.processor() or platform.machine(),
-        versions=versions("keras", "tensorflow", "numpy"), python=platform.python_version())
+        training=rows,
+        load_before=os.getloadavg()[0],
+        cores=os.cpu_count(),
+        machine=platform.processor() or platform.machine(),
+        versions=versions("keras", "tensorflow", "numpy"),
+        python=platform.python_version(),
+    )
     old = json.loads(options.out.read_text()) if options.out.exists() else {}
     result["statistics"] = statistics_of_batchnorm() if options.statistics else old.get("statistics")
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@
 Training, validation and test are of whole groups of near-duplicates (`taleqani.py`: found by this project or listed).
 Writes benchmarks/results/yolo.json.
 """
+
 import argparse
 import json
 import os
@@ -60,19 +61,36 @@ def main() -> None:
                 model = make_model(name, weights=weights, preprocessing=given.preprocessing, epochs=given.epochs)
                 cpu, wall = time.process_time(), time.perf_counter()
                 history = model.fit(parts["train"], parts["validation"], progress=print)
-            if (name, model.weights_source_) in done: continue
+            if (name, model.weights_source_) in done:
+                continue
             done.add((name, model.weights_source_))
             trained = len(history) * len(parts["train"])
-            rows.append(dict(
-                model=name, preprocessing=given.preprocessing, weights=model.weights_source_, epochs=len(history), kept=model.best_epoch_,
-                train=len(parts["train"]), test=len(parts["test"]), collapsed=model.collapsed_,
-                **tested(model.predict(parts["test"]) == parts["test"].labels),
-                val_accuracy=history.val_accuracy.round(4).tolist(), seconds=round(time.perf_counter() - wall, 1),
-                cpu_ms_a_image=round(1000 * (time.process_time() - cpu) / trained, 1)))
+            rows.append(
+                dict(
+                    model=name,
+                    preprocessing=given.preprocessing,
+                    weights=model.weights_source_,
+                    epochs=len(history),
+                    kept=model.best_epoch_,
+                    train=len(parts["train"]),
+                    test=len(parts["test"]),
+                    collapsed=model.collapsed_,
+                    **tested(model.predict(parts["test"]) == parts["test"].labels),
+                    val_accuracy=history.val_accuracy.round(4).tolist(),
+                    seconds=round(time.perf_counter() - wall, 1),
+                    cpu_ms_a_image=round(1000 * (time.process_time() - cpu) / trained, 1),
+                )
+            )
             print(rows[-1], flush=True)
-    results = dict(machine=platform.platform(), cores=os.cpu_count(), load=os.getloadavg(),
-                   grouped_by=GROUPED_BY, interval=INTERVAL,
-                   versions=versions("torch", "ultralytics"), rows=rows)
+    results = dict(
+        machine=platform.platform(),
+        cores=os.cpu_count(),
+        load=os.getloadavg(),
+        grouped_by=GROUPED_BY,
+        interval=INTERVAL,
+        versions=versions("torch", "ultralytics"),
+        rows=rows,
+    )
     folder = ROOT / "benchmarks" / "results"
     folder.mkdir(exist_ok=True)
     (folder / "yolo.json").write_text(json.dumps(results, indent=1), encoding="utf-8")

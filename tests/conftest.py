@@ -1,4 +1,5 @@
 """Fixtures shared by the tests."""
+
 import os
 import shutil
 import subprocess
@@ -43,7 +44,9 @@ def photo() -> np.ndarray:
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The working tree, committed in a repository of its own."""
     folder = tmp_path_factory.mktemp("copy") / "leukemia_nb"
-    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split("\n")
     for name in filter(None, files):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
 """The page for one image: its handlers without a browser, and the whole of it in a headless Chromium."""
+
 import itertools
 import json
 import os
@@ -45,7 +46,7 @@ def files(tmp_path_factory):
     """What people drop in: a smear, a file that is none, a name that is markup."""
     folder = tmp_path_factory.mktemp("files")
     write_image(folder / "smear.png", smear("Pro-B", seed=5).image)
-    write_image(folder / "<b>ü & \".jpg", smear("Normal", seed=1, height=384, width=512).image)
+    write_image(folder / '<b>ü & ".jpg', smear("Normal", seed=1, height=384, width=512).image)
     (folder / "letter.png").write_bytes(b"Dear colleague, please find attached")
     return folder
 
@@ -75,7 +76,7 @@ def test_saliency_is_on_the_button_and_goes_with_its_image(run, files):
     page.button.click()
     assert page.looks.value.count("<figure>") == len(KINDS) and "on the cells, by chance" in page.looks.value
     assert page.button.layout.display == "none" and not page.button.disabled
-    look(page, files / "<b>ü & \".jpg")
+    look(page, files / '<b>ü & ".jpg')
     assert page.looks.value == "" and page.button.layout.display == ""
 
 
@@ -102,9 +103,12 @@ def test_a_model_that_cannot_be_opened_is_named_and_the_others_answer(run):
     assert len(page.models) == len(KINDS) and "torn.onnx: not a model file" in page.head.value
 
 
-@pytest.mark.parametrize("described", ["[]", "null", "{", '{"format": 2}', '{"format": 2, "title": ["\\u001b[31m"], "classes": 3}'])
+@pytest.mark.parametrize(
+    "described", ["[]", "null", "{", '{"format": 2}', '{"format": 2, "title": ["\\u001b[31m"], "classes": 3}']
+)
 def test_a_sealed_file_with_a_malformed_description_is_one_line_and_the_others_answer(run, tmp_path, described):
     import onnx
+
     model = onnx.load(run / "exported" / "image.onnx")
     entries = {entry.key: entry.value for entry in model.metadata_props if entry.key != "sha256"} | {"leukemia_nb": described}
     model.ClearField("metadata_props")
@@ -135,7 +139,7 @@ def test_without_any_model_cells_are_still_found(files):
 
 def test_names_are_text_and_not_markup(run, files):
     page = app.panel(run)
-    look(page, files / "<b>ü & \".jpg")
+    look(page, files / '<b>ü & ".jpg')
     assert "&lt;b&gt;ü &amp; &quot;.jpg" in page.seen.value and "<b>ü" not in page.still()
     page.look("<img src=x>", b"no image")
     assert "<img src=x>" not in page.message.value and "&lt;img src=x&gt;" in page.message.value
@@ -162,9 +166,16 @@ def test_an_upload_is_held_to_the_limits_of_a_file(run, monkeypatch):
 
 def png_header(width, height):
     """A PNG that says it is very large."""
-    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 def test_no_upload_is_kept(tmp_path, monkeypatch):
@@ -189,12 +200,15 @@ def test_a_image_from_elsewhere_gets_no_answer_and_its_outlines_are_doubted(run)
 
 
 def test_the_app_needs_no_framework_and_no_widgets_to_be_imported():
-    code = ("import sys, leukemia_nb.inference.app\n"
-            "print([n for n in ('tensorflow', 'torch', 'onnx', 'ipywidgets', 'voila', 'anywidget') if n in sys.modules])")
+    code = (
+        "import sys, leukemia_nb.inference.app\n"
+        "print([n for n in ('tensorflow', 'torch', 'onnx', 'ipywidgets', 'voila', 'anywidget') if n in sys.modules])"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).strip() == "[]"
 
 
 # The server
+
 
 class Server:
     """The page as `make app` serves it, on a free port, for two pages at a time."""
@@ -205,8 +219,13 @@ class Server:
             port = probe.getsockname()[1]
         code = f"from leukemia_nb import app; app.KERNELS = 2; app.serve({str(run)!r}, {port}, browser={browser})"
         with open(log, "w") as target:
-            self.process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=target, stderr=target,
-                                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment})
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                cwd=ROOT,
+                stdout=target,
+                stderr=target,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+            )
         wait_for(lambda: self.process.poll() is not None or "token=" in log.read_text())
         assert self.process.poll() is None, log.read_text()
         self.address = re.search(r"http://127\.0\.0\.1:\d+/\?token=\S+", log.read_text())[0]
@@ -252,7 +271,9 @@ def test_the_refusal_says_what_to_do_and_gives_no_cookie_that_would_do(server):
     assert status == 403 and "make app" in text and server.token not in text
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8866", "192.168.1.7", "localhost.evil.example", "[::2]", "0.0.0.0"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8866", "192.168.1.7", "localhost.evil.example", "[::2]", "0.0.0.0"]
+)
 def test_another_hosts_name_is_refused_even_with_the_token(server, host):
     """DNS rebinding: a site lets its own name point here."""
     assert server.status(token=server.token, Host=host)[0] == 403
@@ -266,8 +287,10 @@ def test_the_token_is_long_new_each_time_and_in_no_process_list(server):
 
 def test_the_browser_is_given_a_private_file_and_not_the_token(run, tmp_path):
     browser = tmp_path / "browser"
-    browser.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/given.part\ncp "${{1#file://}}" {tmp_path}/page.html\n'
-                       f'ls -ld "$(dirname "${{1#file://}}")" > {tmp_path}/folder\nmv {tmp_path}/given.part {tmp_path}/given\n')
+    browser.write_text(
+        f'#!/bin/sh\necho "$@" > {tmp_path}/given.part\ncp "${{1#file://}}" {tmp_path}/page.html\n'
+        f'ls -ld "$(dirname "${{1#file://}}")" > {tmp_path}/folder\nmv {tmp_path}/given.part {tmp_path}/given\n'
+    )
     browser.chmod(0o755)
     server = Server(run, tmp_path / "log.txt", browser=True, BROWSER=str(browser))
     try:
@@ -297,8 +320,12 @@ def test_with_the_token_the_page_comes_and_kernels_stay_capped(server):
     with pytest.raises(websocket.WebSocketBadStatusException, match="403"):
         websocket.create_connection(f"{place}api/kernels/{names[0]}/channels", timeout=60)
     with pytest.raises(websocket.WebSocketBadStatusException, match="403"):  # a page of another site, even with the token
-        websocket.create_connection(f"{place}api/kernels/{names[0]}/channels?token={server.token}", origin="http://evil.example", timeout=60)
-    sockets = [websocket.create_connection(f"{place}api/kernels/{name}/channels?token={server.token}", timeout=60) for name in names]
+        websocket.create_connection(
+            f"{place}api/kernels/{names[0]}/channels?token={server.token}", origin="http://evil.example", timeout=60
+        )
+    sockets = [
+        websocket.create_connection(f"{place}api/kernels/{name}/channels?token={server.token}", timeout=60) for name in names
+    ]
     status, text = server.status(token=server.token)
     assert status == 503 and "close one" in text and [child.cmdline()[-1] for child in server.kernels()] == seen
     for open_page in sockets:
@@ -349,8 +376,17 @@ class Browser:
 
     def __init__(self, folder):
         websocket = pytest.importorskip("websocket", reason="websocket-client drives the browser")
-        arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-                     "--disable-background-networking", "--remote-debugging-port=0", f"--user-data-dir={folder}", "about:blank"]
+        arguments = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--remote-debugging-port=0",
+            f"--user-data-dir={folder}",
+            "about:blank",
+        ]
         self.process = subprocess.Popen([CHROMIUM, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         chosen = Path(folder) / "DevToolsActivePort"
         wait_for(chosen.is_file)
@@ -420,7 +456,9 @@ def test_in_a_browser_a_image_shows_cells_bars_and_doubt(browser, files):
     assert outlines > 3 and f"{outlines} white blood cells segmented" in browser.text(".app-image figcaption")
     box = "document.querySelector('.app-image {}').getBoundingClientRect()"
     assert browser.value(f"Math.abs({box.format('svg')}.width - {box.format('img')}.width)") < 1
-    bars = browser.value("[...document.querySelectorAll('.app-line > span > i > i')].map(i => i.offsetWidth / i.parentNode.offsetWidth)")
+    bars = browser.value(
+        "[...document.querySelectorAll('.app-line > span > i > i')].map(i => i.offsetWidth / i.parentNode.offsetWidth)"
+    )
     assert len(bars) == 3 * len(KINDS) and np.allclose(np.sum(np.reshape(bars, (-1, 3)), axis=1), 1, atol=0.06)
     doubts = browser.value("[...document.querySelectorAll('.app-line small')].map(e => e.innerText)")
     assert len(doubts) == len(KINDS) and all(re.search("Confidence|Abstains", doubt) for doubt in doubts)
@@ -484,8 +522,16 @@ def test_in_a_browser_nothing_is_wider_than_the_window(browser, files, width):
 
 def test_in_a_browser_nothing_leaves_the_machine(browser, server):
     """Every request that got as far as the network went to the server; the others were stopped by its policy."""
-    asked = {e["params"]["requestId"]: e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"}
-    failed = {e["params"]["requestId"]: e["params"].get("blockedReason") for e in browser.events if e["method"] == "Network.loadingFailed"}
+    asked = {
+        e["params"]["requestId"]: e["params"]["request"]["url"]
+        for e in browser.events
+        if e["method"] == "Network.requestWillBeSent"
+    }
+    failed = {
+        e["params"]["requestId"]: e["params"].get("blockedReason")
+        for e in browser.events
+        if e["method"] == "Network.loadingFailed"
+    }
     elsewhere = {number: url for number, url in asked.items() if not url.startswith((server.place, "data:", "blob:", "about:"))}
     assert len(asked) > 10
     assert all(failed.get(number) == "csp" for number in elsewhere), elsewhere

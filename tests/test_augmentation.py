@@ -1,4 +1,5 @@
 """Properties of the balanced training table and of flipped pairs."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,8 +13,11 @@ counts = st.dictionaries(st.sampled_from(["Normal", "Early Pre-B", "Pre-B", "Pro
 
 
 def table_of(counts: dict[str, int]) -> pd.DataFrame:
-    rows = [{"pair": f"{label}/{number}", "class": label, "subset": "train", "sha256": f"{label}{number}"}
-            for label, count in counts.items() for number in range(count)]
+    rows = [
+        {"pair": f"{label}/{number}", "class": label, "subset": "train", "sha256": f"{label}{number}"}
+        for label, count in counts.items()
+        for number in range(count)
+    ]
     return pd.DataFrame(rows)
 
 
@@ -34,17 +38,25 @@ def test_balanced_without_early_repeats(counts, seed):
         assert len(times) == min(largest, variants)  # nothing twice before every variant is there once
         assert times.max() <= -(-largest // variants)
         assert (rows["repeat"] > 0).sum() == max(0, largest - variants)
-        if largest <= 3 * counts[label]: assert "both" not in set(rows["flip"])
+        if largest <= 3 * counts[label]:
+            assert "both" not in set(rows["flip"])
 
 
 @given(counts, st.integers(0, 1000))
 @settings(deadline=None, max_examples=20)
 def test_seed_alone_decides(counts, seed):
     table = table_of(counts)
-    def copies(training): return {tuple(row) for row in training[["pair", "flip", "repeat"]].to_numpy()}
-    assert copies(oversample_with_flips(table, seed)) == copies(oversample_with_flips(table.sample(frac=1, random_state=seed), seed))
+
+    def copies(training):
+        return {tuple(row) for row in training[["pair", "flip", "repeat"]].to_numpy()}
+
+    assert copies(oversample_with_flips(table, seed)) == copies(
+        oversample_with_flips(table.sample(frac=1, random_state=seed), seed)
+    )
     grown = pd.concat([table, table_of({"Other": 1})])
-    assert copies(oversample_with_flips(table, seed)) == {row for row in copies(oversample_with_flips(grown, seed)) if not row[0].startswith("Other")}
+    assert copies(oversample_with_flips(table, seed)) == {
+        row for row in copies(oversample_with_flips(grown, seed)) if not row[0].startswith("Other")
+    }
 
 
 def test_other_seed_other_copies():
@@ -61,9 +73,12 @@ def test_only_training_pairs_are_copied():
 
 
 def test_refused_tables():
-    with pytest.raises(ValueError, match="no training pairs"): oversample_with_flips(table_of({"Normal": 2}).assign(subset="test"))
-    with pytest.raises(ValueError, match="copies already"): oversample_with_flips(oversample_with_flips(table_of({"Normal": 2, "Pre-B": 3})))
-    with pytest.raises(ValueError, match="no pairs to copy"): draw_copies([], 1, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="no training pairs"):
+        oversample_with_flips(table_of({"Normal": 2}).assign(subset="test"))
+    with pytest.raises(ValueError, match="copies already"):
+        oversample_with_flips(oversample_with_flips(table_of({"Normal": 2, "Pre-B": 3})))
+    with pytest.raises(ValueError, match="no pairs to copy"):
+        draw_copies([], 1, np.random.default_rng(0))
 
 
 @given(st.sampled_from(FLIPS), st.integers(1, 7), st.integers(1, 7), st.integers(0, 99))

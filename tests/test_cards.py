@@ -142,26 +142,32 @@ def test_best_epoch_is_the_recorded_one_or_the_lowest_loss(run):
     assert "kept: epoch 2," in training_run(run, "yolo11")
 
 
-@pytest.mark.parametrize(("source", "settings", "said"), [
-    ("ImageNet (mobilenet.h5, values as known)", {"fine_tune": None}, "the backbone is frozen"),
-    ("ImageNet (mobilenet.h5, values as known)", {"fine_tune": True}, "the whole network"),
-    ("random initialisation", {"fine_tune": None}, "the whole network")])
+@pytest.mark.parametrize(
+    ("source", "settings", "said"),
+    [
+        ("ImageNet (mobilenet.h5, values as known)", {"fine_tune": None}, "the backbone is frozen"),
+        ("ImageNet (mobilenet.h5, values as known)", {"fine_tune": True}, "the whole network"),
+        ("random initialisation", {"fine_tune": None}, "the whole network"),
+    ],
+)
 def test_what_was_trained(run, source, settings, said):
     (run / "models" / "mobilenet_v2" / "model.json").write_text(json.dumps({"weights_source": source, "settings": settings}))
     assert said in training_run(run, "mobilenet_v2")
 
 
 def follow(run, cells, other, n=200):
-    rows = [dict(kind="swap", follows=who, n=n, count=count, share=count / n, low=low, high=high, model="yolo11", title="YOLO11")
-            for who, (count, low, high) in {"cells": cells, "other": other, "neither": (0, 0, 0)}.items()]
+    rows = [
+        dict(kind="swap", follows=who, n=n, count=count, share=count / n, low=low, high=high, model="yolo11", title="YOLO11")
+        for who, (count, low, high) in {"cells": cells, "other": other, "neither": (0, 0, 0)}.items()
+    ]
     write_table(run / "metrics" / "follow.csv", pd.DataFrame(rows))
     return verdict(run, "yolo11")
 
 
 def test_verdict_goes_no_further_than_the_intervals(run):
-    assert follow(run, (150, .7, .8), (40, .15, .25)).startswith("It follows the cells more often")
-    assert follow(run, (40, .15, .25), (150, .7, .8)).startswith("It follows the background more often")
-    assert follow(run, (101, .43, .58), (84, .35, .49)).startswith("Whether cells or background weigh more cannot be told")
+    assert follow(run, (150, 0.7, 0.8), (40, 0.15, 0.25)).startswith("It follows the cells more often")
+    assert follow(run, (40, 0.15, 0.25), (150, 0.7, 0.8)).startswith("It follows the background more often")
+    assert follow(run, (101, 0.43, 0.58), (84, 0.35, 0.49)).startswith("Whether cells or background weigh more cannot be told")
 
 
 def test_the_cell_model_is_not_praised_for_what_it_is_built_to_do(run):
@@ -188,10 +194,14 @@ def test_bars_do_not_break_a_table(texts):
     assert all(len(re.findall(r"(?<!\\)\|", line)) >= 3 for line in lines)
 
 
-@pytest.mark.parametrize(("paths", "expected"), [
-    (["C:\\data\\Benign\\WBC-Benign-001.jpg", "C:\\data\\Pro\\WBC-Malignant-Pro-038.JPG"], TALEQANI),
-    (["/d/[Malignant] Pre-B/Snap_001.jpg", "/d/Benign/Sap_013 (1).jpg"], TALEQANI),
-    (["/d/Normal/a.png", "/d/Pre-B/b.png"], OWN)])
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["C:\\data\\Benign\\WBC-Benign-001.jpg", "C:\\data\\Pro\\WBC-Malignant-Pro-038.JPG"], TALEQANI),
+        (["/d/[Malignant] Pre-B/Snap_001.jpg", "/d/Benign/Sap_013 (1).jpg"], TALEQANI),
+        (["/d/Normal/a.png", "/d/Pre-B/b.png"], OWN),
+    ],
+)
 def test_images_are_known_by_their_names(tmp_path, paths, expected):
     write_table(tmp_path / "manifest.csv", pd.DataFrame({"path": paths}))
     assert data_set(tmp_path) is expected
@@ -214,8 +224,13 @@ def test_division_is_told_as_it_was(run):
 
 def test_items_point_to_sections_and_files_that_exist(run):
     write_cards(run, trained_models(run))
-    titles = {title for title, _ in SECTIONS} | {"What is this accuracy worth?", "Reporting and limits",
-                                                 "How to reproduce this", "top of the page", ""}
+    titles = {title for title, _ in SECTIONS} | {
+        "What is this accuracy worth?",
+        "Reporting and limits",
+        "How to reproduce this",
+        "top of the page",
+        "",
+    }
     assert {item.where for item in ITEMS} - titles == {"cards/", "predictions/"}
     assert (run / "cards").is_dir() and (run / "predictions").is_dir()
 
@@ -300,8 +315,8 @@ def test_every_interval_names_its_method(run):
     bounds = re.compile(r"\d% to [\d.]+%(?P<after>[^)\n]*)")
     for text in texts:
         for found in bounds.finditer(text):
-            line = text[text.rfind("\n", 0, found.start()) + 1:text.find("\n", found.end())]
-            if line.startswith("|"):   # a table: its head, or the sentence below it
+            line = text[text.rfind("\n", 0, found.start()) + 1 : text.find("\n", found.end())]
+            if line.startswith("|"):  # a table: its head, or the sentence below it
                 continue
             assert "Clopper-Pearson" in found["after"] or "sensitivity" in line, line
     for part in (class_text(run, "mobilenet_v2"), what_it_follows(run, "mobilenet_v2"), robustness_text(run, "mobilenet_v2")):
@@ -314,7 +329,7 @@ def test_calibrated_is_said_only_where_a_temperature_was_fitted(run):
     for name, text in told.items():
         fitted = not table.loc[name, "note"] if isinstance(table.loc[name, "note"], str) else True
         assert ("have the temperature applied" in text) == fitted and ("are not calibrated" in text) != fitted
-    assert {"have the" in text for text in told.values()} == {True, False}   # both are tried
+    assert {"have the" in text for text in told.values()} == {True, False}  # both are tried
     write_table(run / "metrics" / "calibration.csv", table.reset_index().drop(columns=["temperature", "note"]))
     assert "not calibrated: there are no validation images" in how_to_load(run, "nasnet_mobile")
 
@@ -322,14 +337,14 @@ def test_calibrated_is_said_only_where_a_temperature_was_fitted(run):
 def test_items_say_what_the_project_does(run):
     items = reporting_items(run).set_index("Topic")["Answer"]
     assert "blurred" not in items["Poor or missing input"] and "No diagram" not in items["Flow of images"]
-    assert "Flow of the images" in build_report(run).read_text(encoding="utf-8")   # the diagram that the item names
+    assert "Flow of the images" in build_report(run).read_text(encoding="utf-8")  # the diagram that the item names
     assert "metadata is not read" not in items["De-identification"]
     assert "YOLOv8" in items["How predictors were handled"] and "backbone" in items["How predictors were handled"]
     for file in (run / "predictions").glob("*.csv"):
         if file.stem != "yolo11":
             file.unlink()
     items = reporting_items(run).set_index("Topic")["Answer"]
-    assert "backbone" not in items["How predictors were handled"]   # no network of Keras in this run
+    assert "backbone" not in items["How predictors were handled"]  # no network of Keras in this run
 
 
 def test_new_images_with_classes_are_not_passed_over(run):
@@ -343,4 +358,6 @@ def test_nothing_is_called_a_diagnosis(run):
     texts = [model_card(run, "yolo11"), limits_statement(run), *reporting_items(run)["Answer"]]
     for text in texts:
         for place in re.finditer("diagnos", text):
-            assert re.search(r"\b(no|not|No answer)\b", text[max(0, place.start() - 60):place.start()]), text[place.start() - 60:]
+            assert re.search(r"\b(no|not|No answer)\b", text[max(0, place.start() - 60) : place.start()]), text[
+                place.start() - 60 :
+            ]

@@ -1,4 +1,5 @@
 """The cell-centred model: it sees cells and nothing else, and it is a classifier like the others."""
+
 from pathlib import Path
 
 import cv2
@@ -137,7 +138,9 @@ def test_saved_without_pickle_and_read_back(model, sources, tmp_path):
 
 
 def test_a_image_without_cells_gets_the_class_shares(model):
-    np.testing.assert_allclose(model.predict_proba(np.full((2, 64, 64, 3), 240, np.uint8)), model.shares_[None].repeat(2, 0), atol=1e-5)
+    np.testing.assert_allclose(
+        model.predict_proba(np.full((2, 64, 64, 3), 240, np.uint8)), model.shares_[None].repeat(2, 0), atol=1e-5
+    )
 
 
 def test_other_colours_and_batches(model, sources):
@@ -162,6 +165,7 @@ def test_is_registered():
 def test_benchmark_tests_on_no_near_duplicate_of_what_it_was_trained_or_chosen_on(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
     from cell_model import chosen_on, five_folds
+
     random = np.random.default_rng(0)
     table = pd.DataFrame({"class": np.repeat(CLASSES, 120), "listed": np.arange(360) // 2})
     table["group"] = np.where(random.random(360) < 0.3, table["listed"] // 4, 1000 + table["listed"])  # some more are found
@@ -169,6 +173,7 @@ def test_benchmark_tests_on_no_near_duplicate_of_what_it_was_trained_or_chosen_o
     folds = five_folds(table)
     assert sorted(np.concatenate(folds)) == list(range(360))
     fold = np.empty(360, int)
-    for number, places in enumerate(folds): fold[places] = number
+    for number, places in enumerate(folds):
+        fold[places] = number
     assert pd.Series(fold).groupby(table["group"]).nunique().max() == 1
     assert set(fold[chosen_on(table)]) == {1}

@@ -1,4 +1,5 @@
 """A study and predictions over a Dask cluster: two worker processes of this machine, one of which is killed at work."""
+
 import os
 import signal
 import subprocess
@@ -99,19 +100,26 @@ def test_an_error_of_a_task_is_the_same_error_here(address):
 
 
 def test_a_single_worker_does_the_work_too_and_its_gpu_is_what_a_step_sees(tmp_path):
-    notebook = write_notebook(tmp_path / "gpu.ipynb", "import os\nfrom pathlib import Path\n"
-                              "(Path(run) / 'gpu.txt').write_text(os.environ['CUDA_VISIBLE_DEVICES'])")
+    notebook = write_notebook(
+        tmp_path / "gpu.ipynb",
+        "import os\nfrom pathlib import Path\n(Path(run) / 'gpu.txt').write_text(os.environ['CUDA_VISIBLE_DEVICES'])",
+    )
     step, run = study.Step("gpu", "gpu.ipynb", outputs=("gpu.txt",)), study.Run(tmp_path)
-    with (distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, silence_logs="CRITICAL",
-                                   env={"CUDA_VISIBLE_DEVICES": "1"}) as cluster,
-          parallel(cluster=cluster.scheduler_address) as workers):
+    with (
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=1, dashboard_address=None, silence_logs="CRITICAL", env={"CUDA_VISIBLE_DEVICES": "1"}
+        ) as cluster,
+        parallel(cluster=cluster.scheduler_address) as workers,
+    ):
         assert os.getpid() not in joblib.Parallel(workers.n_jobs)(joblib.delayed(os.getpid)() for _ in range(2))
         joblib.Parallel(workers.n_jobs)([joblib.delayed(study.run_step)(step, run, notebook)])
     assert (tmp_path / "gpu.txt").read_text() == "1"
 
 
-@pytest.mark.parametrize(("bad", "message"), [
-    ("tcp://127.0.0.1:1", r"no Dask scheduler answers there.*dask scheduler"), ("tcp://127.0.0.1:x", "correct the address")])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [("tcp://127.0.0.1:1", r"no Dask scheduler answers there.*dask scheduler"), ("tcp://127.0.0.1:x", "correct the address")],
+)
 def test_no_scheduler_is_one_clear_line(tmp_path, bad, message):
     answer = CliRunner().invoke(app, ["study", "--run", str(tmp_path / "run"), "--cluster", bad])
     assert isinstance(answer.exception, ClusterError)
@@ -126,8 +134,10 @@ def test_no_dask_is_one_clear_line(monkeypatch):
 
 
 def test_dask_is_not_loaded_where_nobody_asks_for_it():
-    code = ("import sys\nfrom leukemia_nb import study, command_line\nfrom leukemia_nb.study.cluster import parallel\n"
-            "with parallel(2) as workers: assert workers == (2, 2)\nassert not {'dask', 'distributed'} & sys.modules.keys()")
+    code = (
+        "import sys\nfrom leukemia_nb import study, command_line\nfrom leukemia_nb.study.cluster import parallel\n"
+        "with parallel(2) as workers: assert workers == (2, 2)\nassert not {'dask', 'distributed'} & sys.modules.keys()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -168,7 +178,8 @@ def test_a_study_over_a_cluster_is_the_same_study_and_survives_a_killed_worker(a
 def test_a_step_that_fails_in_a_worker_is_the_study_s_error(address, tmp_path):
     for label in ("Normal", "Pre-B", "Pro-B"):
         (tmp_path / "data" / label).mkdir(parents=True)
-        for number in range(20): (tmp_path / "data" / label / f"{number}.png").write_bytes(b"no image")
+        for number in range(20):
+            (tmp_path / "data" / label / f"{number}.png").write_bytes(b"no image")
     settings = replace(SMOKE, data=str(tmp_path / "data"))
     with pytest.raises(StudyError, match=r"(?s)step prepare failed.*class Normal is empty.*goes on from here"):
         run_study(settings, tmp_path / "run", until=("prepare",), log=lambda line: None, cluster=address)
@@ -208,8 +219,10 @@ def test_predictions_over_a_cluster_are_the_same_though_a_worker_is_killed(addre
 
 
 def test_a_worker_is_watched_once_however_many_tasks_it_has():
-    code = ("import threading\nfrom joblib import Parallel, delayed\nfrom leukemia_nb.study.cluster import die_with_parent\n"
-            "def task(): die_with_parent(); return threading.active_count()\n"
-            "if __name__ == '__main__':\n    found = Parallel(2, batch_size=1)(delayed(task)() for _ in range(40))\n    print(max(found) - min(found))\n")
+    code = (
+        "import threading\nfrom joblib import Parallel, delayed\nfrom leukemia_nb.study.cluster import die_with_parent\n"
+        "def task(): die_with_parent(); return threading.active_count()\n"
+        "if __name__ == '__main__':\n    found = Parallel(2, batch_size=1)(delayed(task)() for _ in range(40))\n    print(max(found) - min(found))\n"
+    )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
     assert int(said) <= 1

@@ -1,4 +1,5 @@
 """The collector of a study's numbers for the documentation: no image and no name of an image leaves the run."""
+
 import json
 import shutil
 import subprocess
@@ -43,7 +44,9 @@ def names(run):
 def test_no_name_of_an_image_is_collected(run, tmp_path):
     out = collected(run, tmp_path)
     files = list(out.iterdir())
-    assert {"models.csv", "grouped_accuracy.csv", "reporting_items.csv", "confusion.csv", "study.json"} <= {file.name for file in files}
+    assert {"models.csv", "grouped_accuracy.csv", "reporting_items.csv", "confusion.csv", "study.json"} <= {
+        file.name for file in files
+    }
     texts = {file.name: file.read_text(encoding="utf-8") for file in files}
     assert not [(file, name) for file, text in texts.items() for name in names(run) if name in text]
 
@@ -53,7 +56,9 @@ def test_names_that_an_answer_or_a_table_holds_are_taken_out(run, tmp_path):
     old = shutil.copytree(run, tmp_path / "run")
     items = read_table(old / "metrics" / "reporting_items.csv")
     pair, path = read_table(old / "manifest.csv").loc[7, ["pair", "path"]]
-    items.loc[items["Topic"] == "Wrong answers", "Answer"] = f"In part: 1 of 3 wrong; most often {pair} by 3, {path.split('/')[-1]} by 1."
+    items.loc[items["Topic"] == "Wrong answers", "Answer"] = (
+        f"In part: 1 of 3 wrong; most often {pair} by 3, {path.split('/')[-1]} by 1."
+    )
     write_table(old / "metrics" / "reporting_items.csv", items)
     write_table(old / "metrics" / "follow.csv", read_table(old / "metrics" / "follow.csv").assign(pair=pair))
     (old / "study.json").write_text(json.dumps({"data": "/home/someone/slides", "unseen": "/home/someone/new", "note": [pair]}))

@@ -1,4 +1,5 @@
 """The command line as a user calls it."""
+
 import json
 import os
 import shutil
@@ -15,8 +16,13 @@ from leukemia_nb.inference.predictor import dummy_model_file
 
 def call(*arguments):
     """Run the program on a terminal that takes nothing but UTF-8; gives (exit status, standard output, standard error)."""
-    done = subprocess.run([sys.executable, "-m", "leukemia_nb", *map(str, arguments)], capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"})
+    done = subprocess.run(
+        [sys.executable, "-m", "leukemia_nb", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -58,7 +64,11 @@ def test_segment_writes_masks_overlays_and_a_table(smears, tmp_path):
 def test_prepare_writes_pairs(smears, tmp_path):
     status, out, error = call("prepare", smears, "--out", tmp_path / "out", "--size", 64)
     assert status == 0, error
-    assert len(list((tmp_path / "out" / "pairs").rglob("ori_*.png"))) == 12 == len(list((tmp_path / "out" / "pairs").rglob("mask_*.png")))
+    assert (
+        len(list((tmp_path / "out" / "pairs").rglob("ori_*.png")))
+        == 12
+        == len(list((tmp_path / "out" / "pairs").rglob("mask_*.png")))
+    )
 
 
 def test_predict_answers_files_folders_and_patterns(smears, tmp_path):
@@ -79,8 +89,19 @@ def test_predict_says_that_a_folder_has_no_images(tmp_path):
 
 def test_predict_writes_tables_and_overlays(smears, tmp_path):
     model = dummy_model_file(tmp_path / "m.onnx", kind="pair")
-    status, out, error = call("predict", smears / "Pre-B", "--model", model, "--out", tmp_path / "a.csv", "--json", tmp_path / "a.json",
-                              "--overlays", tmp_path / "seen", "--saliency")
+    status, out, error = call(
+        "predict",
+        smears / "Pre-B",
+        "--model",
+        model,
+        "--out",
+        tmp_path / "a.csv",
+        "--json",
+        tmp_path / "a.json",
+        "--overlays",
+        tmp_path / "seen",
+        "--saliency",
+    )
     assert status == 0, error
     table, rows = pd.read_csv(tmp_path / "a.csv"), json.loads((tmp_path / "a.json").read_text())
     assert len(table) == len(rows) == 4 and set(table["model"]) == {"made_up_pair"}
@@ -88,11 +109,14 @@ def test_predict_writes_tables_and_overlays(smears, tmp_path):
 
 
 def test_compare_writes_a_table_and_a_image_grid(smears, tmp_path):
-    for kind in ("image", "pair"): dummy_model_file(tmp_path / f"run/exported/{kind}.onnx", kind)
+    for kind in ("image", "pair"):
+        dummy_model_file(tmp_path / f"run/exported/{kind}.onnx", kind)
     status, out, error = call("compare", smears / "Pro-B", "--study", tmp_path / "run", "--out", tmp_path / "out")
     assert status == 0 and len(out.splitlines()) == 5, error
     table = pd.read_csv(tmp_path / "out" / "comparison.csv", keep_default_na=False)
-    assert set(table["true label"]) == {"Pro-B"} and {"made_up_image", "made_up_pair confidence", "made_up_pair doubt"} <= set(table)
+    assert set(table["true label"]) == {"Pro-B"} and {"made_up_image", "made_up_pair confidence", "made_up_pair doubt"} <= set(
+        table
+    )
     assert read_image(tmp_path / "out" / "comparison.png").shape[1] > 700
 
 
@@ -110,10 +134,24 @@ def test_names_that_are_no_utf8_are_answered_and_escaped(bytes_folder, tmp_path)
     name = f"{bytes_folder}/Pre-B/caf\\xe9.png"
     status, out, error = call("predict", bytes_folder, "--model", model)
     assert status == 0 and name in out, error
-    status, out, error = call("predict", bytes_folder, "--model", model, "--out", tmp_path / "a.csv", "--json", tmp_path / "a.json",
-                              "--overlays", tmp_path / "ov")
+    status, out, error = call(
+        "predict",
+        bytes_folder,
+        "--model",
+        model,
+        "--out",
+        tmp_path / "a.csv",
+        "--json",
+        tmp_path / "a.json",
+        "--overlays",
+        tmp_path / "ov",
+    )
     assert status == 0 and len(list((tmp_path / "ov").glob("*.jpg"))) == 1, error
-    assert pd.read_csv(tmp_path / "a.csv")["path"].tolist() == [name] == [row["path"] for row in json.loads((tmp_path / "a.json").read_text())]
+    assert (
+        pd.read_csv(tmp_path / "a.csv")["path"].tolist()
+        == [name]
+        == [row["path"] for row in json.loads((tmp_path / "a.json").read_text())]
+    )
     status, out, error = call("compare", bytes_folder, "--study", tmp_path / "run", "--out", tmp_path / "compared")
     assert status == 0 and "caf\\xe9.png" in out, error
     assert pd.read_csv(tmp_path / "compared/comparison.csv")["path"].tolist() == [name]
@@ -138,7 +176,9 @@ def test_names_that_are_no_utf8_are_segmented_and_prepared(bytes_folder, smears,
         status, said, error = call("prepare", bytes_folder, "--out", tmp_path / "pairs", "--size", 64)
         assert status == 0 and "1 image with problems" in said, error
     table = pd.read_csv(tmp_path / "pairs/pairs.csv", keep_default_na=False).set_index("pair")
-    assert table.loc["Pre-B/caf\\xe9", "problem"] == "" and "n\\xef.jpg: the file is empty" in table.loc["Pro-B/n\\xef", "problem"]
+    assert (
+        table.loc["Pre-B/caf\\xe9", "problem"] == "" and "n\\xef.jpg: the file is empty" in table.loc["Pro-B/n\\xef", "problem"]
+    )
     assert (tmp_path / "pairs/pairs" / table.loc["Pre-B/caf\\xe9", "original"]).is_file()
 
 
@@ -148,19 +188,27 @@ def test_what_a_command_wrote_is_not_read_again(smears, tmp_path, monkeypatch):
         (tmp_path / label).mkdir()
         (tmp_path / label / "a.png").write_bytes(next((smears / label).glob("*.png")).read_bytes())
     monkeypatch.chdir(tmp_path)
-    for command, number in [(("segment", ".", "--out", "seg"), "3 images segmented"), (("prepare", ".", "--out", "prep"), "3 pairs in"),
-                            (("compare", ".", "--study", "run", "--out", "new"), "Pro-B/a.png   Pro-B")]:
+    for command, number in [
+        (("segment", ".", "--out", "seg"), "3 images segmented"),
+        (("prepare", ".", "--out", "prep"), "3 pairs in"),
+        (("compare", ".", "--study", "run", "--out", "new"), "Pro-B/a.png   Pro-B"),
+    ]:
         found = [call(*command)[1] for _ in range(2)]
         assert number in found[0] and found[0] == found[1]
-        for folder in ("seg", "prep", "new"): shutil.rmtree(folder, ignore_errors=True)
+        for folder in ("seg", "prep", "new"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_predict_looks_at_its_outputs_first(smears, tmp_path):
     model = dummy_model_file(tmp_path / "m.onnx")
     image = next((smears / "Normal").glob("*.png"))
     before = image.read_bytes(), model.read_bytes()
-    for option, file, message in [("--out", image, "is one of the images"), ("--json", model, "is the model file"),
-                                  ("--out", smears, "choose another name"), ("--overlays", model, "A file stands")]:
+    for option, file, message in [
+        ("--out", image, "is one of the images"),
+        ("--json", model, "is the model file"),
+        ("--out", smears, "choose another name"),
+        ("--overlays", model, "A file stands"),
+    ]:
         status, out, error = call("predict", image, "--model", model, option, file)
         assert status == 1 and message in error and out == "" and "Traceback" not in error
     assert before == (image.read_bytes(), model.read_bytes()) and os.listdir(tmp_path) == ["m.onnx"]
@@ -176,30 +224,35 @@ def test_compare_goes_on_without_a_torn_model(smears, tmp_path):
 
 
 def test_help_waits_for_nothing():
-    code = ("import sys\nfrom leukemia_nb.study.command_line import app\ntry: app(['--help'])\nexcept SystemExit: pass\n"
-            "print([name for name in ('numpy', 'cv2', 'pandas', 'onnxruntime', 'joblib') if name in sys.modules])")
+    code = (
+        "import sys\nfrom leukemia_nb.study.command_line import app\ntry: app(['--help'])\nexcept SystemExit: pass\n"
+        "print([name for name in ('numpy', 'cv2', 'pandas', 'onnxruntime', 'joblib') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["predict", "a.png", "--model", "EMPTY/none.onnx"], "No such file"),
-    (["predict", "a.png", "--model", "EMPTY"], "Is a directory"),
-    (["predict", "a.png", "--model", __file__], "not a model file"),
-    (["predict", "a.png", "--model", __file__, "--saliency"], "--overlays FOLDER"),
-    (["compare", "a.png", "--study", "EMPTY"], "no exported models"),
-    (["compare", "a.png", "--study", "EMPTY/none"], "there is no such folder"),
-    (["segment", "EMPTY"], "no images in it"),
-    (["segment", "EMPTY", "--method", "foo"], "The methods are deck, seeded"),
-    (["prepare", "EMPTY", "--method", "foo"], "The methods are deck, seeded"),
-    (["study", "--segmentation", "foo"], "The methods are deck, seeded"),
-    (["synth", "EMPTY", "--seed", "-1"], "Invalid value for '--seed'"),
-    (["study", "--seed", "-1"], "Invalid value for '--seed'"),
-    (["prepare", "EMPTY"], "EMPTY"),
-    (["study", "--data", "/no/such/folder"], "/no/such/folder"),
-    (["study", "--models", "resnet"], "unknown model resnet"),
-    (["study", "--train", "yolov8"], "model:setting=value"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "a.png", "--model", "EMPTY/none.onnx"], "No such file"),
+        (["predict", "a.png", "--model", "EMPTY"], "Is a directory"),
+        (["predict", "a.png", "--model", __file__], "not a model file"),
+        (["predict", "a.png", "--model", __file__, "--saliency"], "--overlays FOLDER"),
+        (["compare", "a.png", "--study", "EMPTY"], "no exported models"),
+        (["compare", "a.png", "--study", "EMPTY/none"], "there is no such folder"),
+        (["segment", "EMPTY"], "no images in it"),
+        (["segment", "EMPTY", "--method", "foo"], "The methods are deck, seeded"),
+        (["prepare", "EMPTY", "--method", "foo"], "The methods are deck, seeded"),
+        (["study", "--segmentation", "foo"], "The methods are deck, seeded"),
+        (["synth", "EMPTY", "--seed", "-1"], "Invalid value for '--seed'"),
+        (["study", "--seed", "-1"], "Invalid value for '--seed'"),
+        (["prepare", "EMPTY"], "EMPTY"),
+        (["study", "--data", "/no/such/folder"], "/no/such/folder"),
+        (["study", "--models", "resnet"], "unknown model resnet"),
+        (["study", "--train", "yolov8"], "model:setting=value"),
+    ],
+)
 def test_errors_are_one_clear_line(tmp_path, arguments, message):
     (tmp_path / "EMPTY").mkdir()
     status, _, error = call(*[str(tmp_path / a) if a.startswith("EMPTY") else a for a in arguments])

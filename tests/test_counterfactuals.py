@@ -1,4 +1,5 @@
 """Counterfactual images: what changes, what must not, and what is counted."""
+
 import cv2
 import numpy as np
 import pandas as pd
@@ -7,8 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leukemia_nb.audit.cue_conflict import (
-    KINDS, colour_statistics, erase_bar, inpaint_background, find_bar, cue_conflict_rates, make_composites, match_colours, move_bar, paste_cells,
-    removal_mask)
+    KINDS,
+    colour_statistics,
+    erase_bar,
+    inpaint_background,
+    find_bar,
+    cue_conflict_rates,
+    make_composites,
+    match_colours,
+    move_bar,
+    paste_cells,
+    removal_mask,
+)
 from leukemia_nb.data.manifest import CLASSES
 from leukemia_nb.data.images import read_image
 from leukemia_nb.processing.segmentation import find_cells
@@ -52,9 +63,13 @@ def test_no_colour_of_the_old_background_is_left_on_the_rim():
     old = cv2.GaussianBlur(np.where(disk[..., None], (120, 60, 180), (40, 250, 40)).astype(np.uint8), (3, 3), 0)
     inner = cv2.erode(disk.astype(np.uint8), np.ones((3, 3))) > 0
     pasted = paste_cells(old, disk, np.full_like(old, 255), rim=3).astype(int)
-    assert (pasted[..., 1] - pasted.min(axis=2) <= 10)[~inner].all() or (pasted[..., 1] <= np.maximum(pasted[..., 0], pasted[..., 2]) + 3).all()
+    assert (pasted[..., 1] - pasted.min(axis=2) <= 10)[~inner].all() or (
+        pasted[..., 1] <= np.maximum(pasted[..., 0], pasted[..., 2]) + 3
+    ).all()
     halo = paste_cells(old, disk, np.full_like(old, 255), rim=0, softness=0.3).astype(int)
-    assert (halo[..., 1] - np.maximum(halo[..., 0], halo[..., 2])).max() > (pasted[..., 1] - np.maximum(pasted[..., 0], pasted[..., 2])).max()
+    assert (halo[..., 1] - np.maximum(halo[..., 0], halo[..., 2])).max() > (
+        pasted[..., 1] - np.maximum(pasted[..., 0], pasted[..., 2])
+    ).max()
 
 
 def test_fill_in_copies_only_what_may_be_copied(fields):
@@ -125,5 +140,8 @@ def test_a_swap_within_the_class_takes_another_image_where_there_is_one(fields):
     _, table = make_composites(images, cells, labels, kinds=["swap", "swap within class"], seed=0)
     within = table[table.kind == "swap within class"]
     assert (within.partner != within.row).all() and (labels[within.partner] == labels[within.row]).all()
-    alone, same = make_composites(*fields, kinds=["swap"], seed=4)[1], make_composites(*fields, kinds=["swap", "swap within class"], seed=4)[1]
+    alone, same = (
+        make_composites(*fields, kinds=["swap"], seed=4)[1],
+        make_composites(*fields, kinds=["swap", "swap within class"], seed=4)[1],
+    )
     assert alone.partner.tolist() == same[same.kind == "swap"].partner.tolist()

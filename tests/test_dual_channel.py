@@ -1,4 +1,5 @@
 """The two-channel model: one backbone, two images, its head, and photographs without segmented twins."""
+
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ def pairs():
         labels = [name for name in ("Normal", "Pre-B", "Pro-B") for _ in range(per_class)]
         smears = [smear(name, seed + i, height=48, width=64) for i, name in enumerate(labels)]
         return Images(np.stack([[s.image, s.image * s.nuclei[..., None]] for s in smears]), labels, 32)
+
     return some(4, 0), some(2, 100)
 
 
@@ -43,13 +45,19 @@ def test_one_backbone_sees_both_and_original_comes_first(tiny_weights, pairs):  
 def test_the_head_is_the_decks(tiny_weights, pairs):  # noqa: F811
     layers = trained(pairs, model=DualChannel, epochs=1).head_.layers
     assert [(type(layer).__name__, getattr(layer, "units", getattr(layer, "rate", None))) for layer in layers] == [
-        ("Dense", 512), ("Dropout", 0.5), ("Dense", 256), ("Dropout", 0.5), ("Dense", 3)]
+        ("Dense", 512),
+        ("Dropout", 0.5),
+        ("Dense", 256),
+        ("Dropout", 0.5),
+        ("Dense", 3),
+    ]
     assert [layers[i].activation.__name__ for i in (0, 2, 4)] == ["relu", "relu", "linear"]
 
 
 @pytest.mark.parametrize("method", ["kmeans", "nucleus"])
 def test_photographs_are_segmented_at_full_size_by_the_method_that_made_the_pairs(tiny_weights, pairs, method):  # noqa: F811
     from leukemia_nb.processing.segmentation import apply_mask, segment
+
     model = trained(pairs, model=DualChannel, epochs=1, method=method)
     photographs = [smear(name, 900, height=192, width=256).image for name in ("Normal", "Pro-B")]
     twins = [np.stack([p, apply_mask(p, segment(p, method))]) for p in photographs]
@@ -58,4 +66,5 @@ def test_photographs_are_segmented_at_full_size_by_the_method_that_made_the_pair
 
 def test_settings_are_its_own_and_the_shared_ones(tmp_path):
     assert make_model("dual_channel", method="nucleus", epochs=2).get_params()["method"] == "nucleus"
-    with pytest.raises(ModelError, match="unknown setting 'methode'"): make_model("dual_channel", methode="nucleus")
+    with pytest.raises(ModelError, match="unknown setting 'methode'"):
+        make_model("dual_channel", methode="nucleus")

@@ -1,4 +1,5 @@
 """The command line where it is not welcome: terminals, signals, homes, folders and installations of other people."""
+
 import os
 import signal
 import subprocess
@@ -53,10 +54,16 @@ def test_a_terminal_of_any_encoding_is_written_to(smears, tmp_path, encoding):
 
 def test_closed_streams_and_full_disks_behind_them_are_no_crash(smears, tmp_path):
     program = f"{sys.executable} -m leukemia_nb"
-    for line, status in ((f"{program} segment {smears} --out {tmp_path}/a >&- 2>&-", 0), (f"{program} --help | true", 0),
-                         (f"{program} segment {smears} --out {tmp_path}/a > /dev/full", 1)):
+    for line, status in (
+        (f"{program} segment {smears} --out {tmp_path}/a >&- 2>&-", 0),
+        (f"{program} --help | true", 0),
+        (f"{program} segment {smears} --out {tmp_path}/a > /dev/full", 1),
+    ):
         done = subprocess.run(line, shell=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        assert done.returncode == status and "Traceback" not in done.stderr and "Exception" not in done.stderr, (line, done.stderr)
+        assert done.returncode == status and "Traceback" not in done.stderr and "Exception" not in done.stderr, (
+            line,
+            done.stderr,
+        )
     assert "No space left on device" in done.stderr
 
 
@@ -78,7 +85,11 @@ def test_a_home_that_cannot_be_written_is_not_needed(smears, tmp_path, home):
 
 
 def test_modules_in_the_current_folder_are_not_executed(smears, traps):
-    for command in (("synth", "drawn", "--per-class", 1, "--height", 64, "--width", 64), ("segment", smears, "--n-jobs", 2), ("--help",)):
+    for command in (
+        ("synth", "drawn", "--per-class", 1, "--height", 64, "--width", 64),
+        ("segment", smears, "--n-jobs", 2),
+        ("--help",),
+    ):
         status, _, error = call(*command, cwd=traps)
         assert status == 0, error
     assert not (traps / "executed").exists()
@@ -114,7 +125,8 @@ def test_a_broken_package_is_one_line(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_command_says_so_and_how_to_go_on(tmp_path, number):
     with start("synth", tmp_path / "many", "--per-class", 2000) as process:
-        while not list(tmp_path.rglob("*.png")) and process.poll() is None: time.sleep(0.05)
+        while not list(tmp_path.rglob("*.png")) and process.poll() is None:
+            time.sleep(0.05)
         process.send_signal(number)
         error = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 130 and "stopped" in error and "the same command" in error and "Traceback" not in error
@@ -124,7 +136,8 @@ def test_a_command_stopped_while_it_starts_says_so(tmp_path):
     """The first import of the command line is held until the program is stopped."""
     (tmp_path / "typer.py").write_text(f"import time\nopen({str(tmp_path / 'held')!r}, 'w').close()\ntime.sleep(100)")
     with start("--help", env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}) as process:
-        while not (tmp_path / "held").exists(): time.sleep(0.02)
+        while not (tmp_path / "held").exists():
+            time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         error = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 130 and error.strip() == "leukemia_nb: stopped before anything was done."

@@ -165,9 +165,7 @@ def test_impossible_counts(k, n):
 def test_metrics_are_scikit_learns(accuracy, seed):
     table = dummy_predictions(accuracy, (7, 9, 6), seed=seed)
     row, truth, answer = compare_models({"m": table}).iloc[0], table["class"], predicted_labels(table)
-    assert row["right"] == round(accuracy * 22) and row["accuracy"] == pytest.approx(
-        metrics.accuracy_score(truth, answer)
-    )
+    assert row["right"] == round(accuracy * 22) and row["accuracy"] == pytest.approx(metrics.accuracy_score(truth, answer))
     assert row["macro_f1"] == pytest.approx(metrics.f1_score(truth, answer, average="macro", zero_division=0))
     assert row["macro_recall"] == pytest.approx(metrics.balanced_accuracy_score(truth, answer))
     assert row["auc"] == pytest.approx(metrics.roc_auc_score(truth, probabilities_of(table), multi_class="ovr"))

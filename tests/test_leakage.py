@@ -1,4 +1,5 @@
 """Leakage: copies and overlapping fields are found, look-alikes are not; against the listed groups on real images."""
+
 import json
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def others():
 
 
 def save(folder, **images):
-    for name, image in images.items(): write_image(folder / f"{name}.png", image)
+    for name, image in images.items():
+        write_image(folder / f"{name}.png", image)
     return sorted(folder.glob("*.*"))
 
 
@@ -44,7 +46,7 @@ def test_orientations_move_pixels_and_can_be_undone(orientation, height, width):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.floats(.3, 3), st.floats(-50, 50), st.integers(-40, 40), st.integers(-40, 40))
+@given(st.floats(0.3, 3), st.floats(-50, 50), st.integers(-40, 40), st.integers(-40, 40))
 def test_correlation_ignores_brightness_and_has_a_mirror(gain, offset, dx, dy):
     image = np.random.default_rng(0).normal(0, 20, (100, 100)).astype(np.float32)
     other = np.random.default_rng(1).normal(0, 20, (100, 100)).astype(np.float32)
@@ -63,10 +65,10 @@ def test_too_little_to_compare_is_no_agreement():
 
 @pytest.mark.parametrize("left, top", [(0, 190), (250, 0), (200, 150), (330, 180)])
 def test_shift_is_found(field, others, tmp_path, left, top):
-    paths = save(tmp_path, a=field[:480, :640], b=field[top:top + 480, left:left + 640], c=others[0], d=others[1])
+    paths = save(tmp_path, a=field[:480, :640], b=field[top : top + 480, left : left + 640], c=others[0], d=others[1])
     pairs = leakage.find_overlaps(paths, progress=False)
     assert names(pairs) == {("a.png", "b.png")}
-    assert pairs["dx"][0] == pytest.approx(left / 640, abs=.01) and pairs["dy"][0] == pytest.approx(top / 480, abs=.01)
+    assert pairs["dx"][0] == pytest.approx(left / 640, abs=0.01) and pairs["dy"][0] == pytest.approx(top / 480, abs=0.01)
 
 
 def test_unrelated_smears_with_the_same_scale_bar_do_not_match(others, tmp_path):
@@ -74,9 +76,12 @@ def test_unrelated_smears_with_the_same_scale_bar_do_not_match(others, tmp_path)
     for image in others:
         image = image.copy()
         image[-40:, -100:] = 255
-        cv2.putText(image, "200 px", (548, 470), cv2.FONT_HERSHEY_SIMPLEX, .6, (0, 0, 0), 2)
+        cv2.putText(image, "200 px", (548, 470), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 2)
         barred.append(image)
-    assert len(leakage.find_near_duplicates(save(tmp_path, **{f"p{i}": image for i, image in enumerate(barred)}), progress=False)) == 0
+    assert (
+        len(leakage.find_near_duplicates(save(tmp_path, **{f"p{i}": image for i, image in enumerate(barred)}), progress=False))
+        == 0
+    )
 
 
 @pytest.mark.parametrize("orientation", leakage.ORIENTATIONS[1:])
@@ -106,7 +111,8 @@ def test_empty_images_are_similar_to_nothing(tmp_path):
 
 def test_torn_image_is_named(tmp_path):
     (tmp_path / "torn.png").write_bytes(b"\x89PNG")
-    with pytest.raises(ImageError, match="torn.png"): leakage.find_near_duplicates([tmp_path / "torn.png"], progress=False)
+    with pytest.raises(ImageError, match="torn.png"):
+        leakage.find_near_duplicates([tmp_path / "torn.png"], progress=False)
 
 
 def test_same_pairs_again_and_with_more_threads(field, others, tmp_path):
@@ -123,11 +129,14 @@ def linked(number):
 @given(st.integers(1, 12).flatmap(linked))
 def test_groups_are_what_hangs_together(case):
     number, links = case
-    groups = leakage.group_images(list("abcdefghijkl"[:number]), pd.DataFrame(
-        {"a": ["abcdefghijkl"[a] for a, _ in links], "b": ["abcdefghijkl"[b] for _, b in links]}, dtype=object))
+    groups = leakage.group_images(
+        list("abcdefghijkl"[:number]),
+        pd.DataFrame({"a": ["abcdefghijkl"[a] for a, _ in links], "b": ["abcdefghijkl"[b] for _, b in links]}, dtype=object),
+    )
     expected = list(range(number))
     for _ in range(number):
-        for a, b in links: expected[a] = expected[b] = min(expected[a], expected[b])
+        for a, b in links:
+            expected[a] = expected[b] = min(expected[a], expected[b])
     np.testing.assert_array_equal(groups, pd.factorize(np.array(expected))[0])
 
 
@@ -136,10 +145,11 @@ def test_report_counts_partners_in_train_only():
     groups = [0, 1, 0, 2, 2, 3]  # c has its partner in train; d in validation alone
     report = leakage.leakage_report(split, groups).set_index("subset")
     assert report.loc["test", "with_partner"] == 1 and report.loc["validation", "with_partner"] == 0
-    assert (report.loc["test", "low"], report.loc["test", "high"]) == pytest.approx((.0615, .7923), abs=1e-3)  # Wilson, 1 of 3
+    assert (report.loc["test", "low"], report.loc["test", "high"]) == pytest.approx((0.0615, 0.7923), abs=1e-3)  # Wilson, 1 of 3
     assert leakage.crossing_groups(split, groups)["group"].tolist() == [0, 2]
     for function in (leakage.leakage_report, leakage.crossing_groups):
-        with pytest.raises(ValueError, match="5 groups for 6"): function(split, groups[:5])
+        with pytest.raises(ValueError, match="5 groups for 6"):
+            function(split, groups[:5])
 
 
 def test_report_tells_direct_pairs_from_those_by_way_of_a_third_image():
@@ -161,10 +171,15 @@ def benchmarks(monkeypatch, tmp_path):
         (tmp_path / "taleqani" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "taleqani" / file).write_text(file)
     pd.DataFrame({"file": files, "overlap_group": [0, 1, 1, 2, 2]}).to_csv(tmp_path / "taleqani_fields.csv", index=False)
-    found = pd.DataFrame([{name: None for name in leakage.PAIR_COLUMNS} | {side: str(tmp_path / "taleqani" / file) for side, file in
-                                                                         zip("ab", files)}])
+    found = pd.DataFrame(
+        [
+            {name: None for name in leakage.PAIR_COLUMNS}
+            | {side: str(tmp_path / "taleqani" / file) for side, file in zip("ab", files)}
+        ]
+    )
     monkeypatch.setattr(leakage, "find_near_duplicates", lambda paths, **settings: found)
     import taleqani
+
     return taleqani, tmp_path
 
 
@@ -176,7 +191,8 @@ def test_benchmarks_group_by_what_is_found_joined_with_what_is_listed(benchmarks
     assert pairs[["a", "b"]].to_numpy().tolist() == [["Benign/a.jpg", "Benign/b.jpg"]]
     taleqani.check_apart(images, pairs, [np.array([0, 1, 2]), np.array([3])])
     for parts in ([[0], [1, 2, 3]], [[0, 1], [2, 3]]):
-        with pytest.raises(AssertionError, match="in two parts"): taleqani.check_apart(images, pairs, map(np.array, parts))
+        with pytest.raises(AssertionError, match="in two parts"):
+            taleqani.check_apart(images, pairs, map(np.array, parts))
 
 
 def test_benchmarks_on_the_real_images_use_these_groups_and_say_so():
@@ -184,7 +200,8 @@ def test_benchmarks_on_the_real_images_use_these_groups_and_say_so():
         text = (ROOT / f"benchmarks/{name}.py").read_text(encoding="utf-8")
         assert "known_images(" in text and "check_apart(" in text and "overlap_group" not in text, name
         result = ROOT / f"benchmarks/results/{name}.json"
-        if result.is_file(): assert "find_near_duplicates, joined with" in json.loads(result.read_text())["grouped_by"], name
+        if result.is_file():
+            assert "find_near_duplicates, joined with" in json.loads(result.read_text())["grouped_by"], name
     kept = json.loads((ROOT / "benchmarks/results/cell_model.json").read_text())
     assert kept["pairs_across_folds"] == 0 and kept["near_duplicate_pairs"] > 800 and kept["interval"] == "Clopper-Pearson 95 %"
     assert kept["untouched_test"]["cells"]["n"] == kept["test"]
@@ -201,7 +218,7 @@ def test_listed_groups_of_real_images(shared_data):
     groups, truth = leakage.group_images(paths, pairs), fields["overlap_group"].to_numpy()
     i, j = np.triu_indices(len(paths), 1)
     wanted = truth[i] == truth[j]
-    assert (groups[i] == groups[j])[wanted].mean() >= .95
+    assert (groups[i] == groups[j])[wanted].mean() >= 0.95
     across = [a.split("/")[-2] != b.split("/")[-2] for a, b in zip(pairs["a"], pairs["b"])]
     assert not any(across)
 

@@ -1,4 +1,5 @@
 """Model files: same answers as the framework, for every kind of model; a seal that shows damage."""
+
 import json
 import os
 import subprocess
@@ -9,8 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from leukemia_nb.inference.export import (coverage, add_appearance, answers_table, choose_thresholds, distance_to, export_model,
-                                    fit_distance, network_graph, run_graph, safe_temperature, seal, weights_version)
+from leukemia_nb.inference.export import (
+    coverage,
+    add_appearance,
+    answers_table,
+    choose_thresholds,
+    distance_to,
+    export_model,
+    fit_distance,
+    network_graph,
+    run_graph,
+    safe_temperature,
+    seal,
+    weights_version,
+)
 from leukemia_nb.models.interface import ModelError, Images, make_model
 from leukemia_nb.inference.predictor import Predictor, unseal
 from leukemia_nb.data.synthetic import smear
@@ -43,8 +56,9 @@ def exported(images, tmp_path_factory) -> tuple[Path, dict, object]:
     return file, export_model(model, file, *images, split="made up", card="# Card"), model
 
 
-@pytest.mark.parametrize("name, kind", [("efficientnet_b0", "image"), ("dual_channel", "pair"), ("yolo12", "image"),
-                                        ("cells", "cells")])
+@pytest.mark.parametrize(
+    "name, kind", [("efficientnet_b0", "image"), ("dual_channel", "pair"), ("yolo12", "image"), ("cells", "cells")]
+)
 def test_answers_are_the_frameworks(name, kind, images, tmp_path):
     settings = {} if name == "cells" or name.startswith("yolo") else {"fine_tune": False}
     model = trained(name, images, **settings)
@@ -61,7 +75,7 @@ def test_answers_are_the_frameworks(name, kind, images, tmp_path):
 
 def test_features_are_the_frameworks(exported, images):
     file, _, model = exported
-    features, = run_graph(file.read_bytes(), model, images[2], ["features"])
+    (features,) = run_graph(file.read_bytes(), model, images[2], ["features"])
     assert np.allclose(features, model.features(images[2]), atol=1e-4)
 
 
@@ -86,10 +100,13 @@ def test_the_version_depends_on_numbers_alone(exported):
     """Not on what tensors are called, how they are stored or in which order: but on every number, its type and shape."""
     import onnx
     from onnx import numpy_helper
+
     graph = network_graph(exported[2]).graph
     other, arrays = onnx.GraphProto(name="other"), [numpy_helper.to_array(tensor) for tensor in graph.initializer]
     for i, array in reversed(list(enumerate(arrays))):
-        other.initializer.append(onnx.helper.make_tensor(f"tensor_{i}", graph.initializer[i].data_type, array.shape, array.ravel()))
+        other.initializer.append(
+            onnx.helper.make_tensor(f"tensor_{i}", graph.initializer[i].data_type, array.shape, array.ravel())
+        )
     assert weights_version(other) == weights_version(graph)
     place = max(range(len(arrays)), key=lambda i: arrays[i].size)
     for changed in (arrays[place] + 1, arrays[place].ravel(), arrays[place].astype(np.float64)):
@@ -102,16 +119,27 @@ def test_the_version_depends_on_numbers_alone(exported):
 def test_the_same_weights_have_the_same_version_in_any_process(name, images, tmp_path):
     model = trained(name, images, **({"fine_tune": False} if name == "mobilenet_v2" else {}))
     model.save(tmp_path / "model")
-    code = ("import sys; from leukemia_nb.models.interface import load_model; from leukemia_nb.inference.export import network_graph, weights_version\n"
-            "print(weights_version(network_graph(load_model(sys.argv[1])).graph))")
-    said = [subprocess.run([sys.executable, "-c", code, tmp_path / "model"], capture_output=True, text=True, timeout=300,
-                           env=os.environ | {"PYTHONHASHSEED": seed}) for seed in ("1", "2")]
+    code = (
+        "import sys; from leukemia_nb.models.interface import load_model; from leukemia_nb.inference.export import network_graph, weights_version\n"
+        "print(weights_version(network_graph(load_model(sys.argv[1])).graph))"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code, tmp_path / "model"],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+        )
+        for seed in ("1", "2")
+    ]
     versions = {done.stdout.split()[-1] if done.stdout else done.stderr for done in said}
     assert versions == {weights_version(network_graph(model).graph)}
 
 
 def test_only_standard_operations_and_any_number_of_images(exported):
     import onnx
+
     file, *_ = exported
     model = onnx.load(file)
     assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
@@ -139,6 +167,7 @@ def test_a_cut_off_file_is_refused(exported, tmp_path):
 
 def test_seal_is_a_protobuf():
     import onnx
+
     closed = seal(onnx.ModelProto(producer_name="x").SerializeToString())
     read = onnx.load_model_from_string(closed)
     assert read.producer_name == "x" and read.metadata_props[0].value == unseal(closed)
@@ -196,6 +225,6 @@ def test_appearance_of_plain_images(exported):
     graph = network_graph(model)
     add_appearance(graph.graph)
     grey = [np.full((64, 64, 3), value, np.uint8) for value in (0, 51, 255)]
-    seen, = run_graph(graph.SerializeToString(), model, Images(grey, size=64), ["appearance"])
+    (seen,) = run_graph(graph.SerializeToString(), model, Images(grey, size=64), ["appearance"])
     assert np.allclose(seen[:, :3], 4 * np.array([[0], [0.2], [1]]), atol=1e-5)
     assert np.allclose(seen[:, 3:9], np.log(1e-2), atol=1e-2) and np.allclose(seen[:, 9:], np.log(2e-3), atol=1e-2)

@@ -1,4 +1,5 @@
 """Pages that read the repository run wherever their kernel is started, as JupyterLab, papermill, nbconvert and nbdev start it."""
+
 import os
 import subprocess
 import sys
@@ -12,13 +13,21 @@ from conftest import ROOT
 @pytest.mark.parametrize("page", ["findings", "reference", "data_and_ethics"])
 def test_a_page_runs_from_any_folder(page, tmp_path):
     """Papermill and JupyterLab may start the kernel anywhere; the result is that of the page's own folder."""
-    code = ("import sys, nbformat; from nbclient import NotebookClient\n"
-            "nb = nbformat.read(sys.argv[1], 4); NotebookClient(nb, timeout=300, kernel_name='python3').execute(); nbformat.write(nb, sys.argv[2])")
+    code = (
+        "import sys, nbformat; from nbclient import NotebookClient\n"
+        "nb = nbformat.read(sys.argv[1], 4); NotebookClient(nb, timeout=300, kernel_name='python3').execute(); nbformat.write(nb, sys.argv[2])"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     shown = []
     for folder in (tmp_path, ROOT / "nbs"):
-        done = subprocess.run([sys.executable, "-c", code, ROOT / "nbs" / f"{page}.ipynb", tmp_path / f"{len(shown)}.ipynb"], cwd=folder,
-                              env=environment, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            [sys.executable, "-c", code, ROOT / "nbs" / f"{page}.ipynb", tmp_path / f"{len(shown)}.ipynb"],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         cells = nbformat.read(tmp_path / f"{len(shown)}.ipynb", 4).cells
         shown.append([output.get("data", {}).get("text/markdown") for cell in cells for output in cell.get("outputs", [])])

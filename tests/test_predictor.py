@@ -1,4 +1,5 @@
 """Asking model files: the seal, bad files, rows, stopping and going on, the display."""
+
 import json
 import os
 import pickle
@@ -19,10 +20,33 @@ from PIL import Image
 from leukemia_nb.data.files import OutputError
 from leukemia_nb.data.images import ImageError, read_image, write_image
 from leukemia_nb.models.interface import ModelError, resize_square
-from leukemia_nb.inference.predictor import (FORMAT, SEAL, Predictor, Task, answer_files, check_outputs, compare_models_on, comparison_text, confidence_text,
-                                   calibration_text, exported_models, find_inputs, list_images, dummy_model_file, open_model_file, overlay_file,
-                                   predict_files, predictions_html, read_unfinished, abstain_reasons, row_columns, row_text, saliency,
-                                   seal, unseal)
+from leukemia_nb.inference.predictor import (
+    FORMAT,
+    SEAL,
+    Predictor,
+    Task,
+    answer_files,
+    check_outputs,
+    compare_models_on,
+    comparison_text,
+    confidence_text,
+    calibration_text,
+    exported_models,
+    find_inputs,
+    list_images,
+    dummy_model_file,
+    open_model_file,
+    overlay_file,
+    predict_files,
+    predictions_html,
+    read_unfinished,
+    abstain_reasons,
+    row_columns,
+    row_text,
+    saliency,
+    seal,
+    unseal,
+)
 from leukemia_nb.processing.segmentation import check_mask, count_cells, apply_mask, segment
 from leukemia_nb.data.synthetic import smear, write_smears
 
@@ -32,126 +56,193 @@ CLASSES = ["Normal", "Pre-B", "Pro-B"]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("predictor")
-    for kind in ("image", "pair", "cells"): dummy_model_file(folder / f"run/exported/{kind}.onnx", kind)
+    for kind in ("image", "pair", "cells"):
+        dummy_model_file(folder / f"run/exported/{kind}.onnx", kind)
     write_smears(folder / "smears", 3, height=192, width=256)
     return folder
 
 
 @pytest.fixture(scope="module")
-def file(place): return place / "run/exported/image.onnx"
+def file(place):
+    return place / "run/exported/image.onnx"
 
 
 @pytest.fixture(scope="module")
-def paths(place): return list_images(place / "smears")
+def paths(place):
+    return list_images(place / "smears")
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 10_000), st.integers(1, 255))
 def test_any_changed_byte_breaks_the_seal(body, where, change):
     import hashlib
+
     data = bytearray(body + SEAL + hashlib.sha256(body).hexdigest().encode())
     assert unseal(bytes(data)) == hashlib.sha256(body).hexdigest()
     data[where % len(data)] ^= change
-    with pytest.raises(ModelError, match="damaged|cut off"): unseal(bytes(data))
+    with pytest.raises(ModelError, match="damaged|cut off"):
+        unseal(bytes(data))
 
 
 def test_the_seal_is_protobuf_that_others_can_read(file):
     import onnx
+
     model = onnx.load(file)
     onnx.checker.check_model(model)
     entries = {entry.key: entry.value for entry in model.metadata_props}
     assert entries["sha256"] == unseal(file.read_bytes()) and json.loads(entries["leukemia_nb"])["classes"] == CLASSES
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda data: data[:-1], "cut off"), (lambda data: data[: len(data) // 2], "cut off"), (lambda data: b"", "cut off"),
-    (lambda data: data.replace(b"Softmax", b"Hardmax"), "damaged"), (lambda data: b"\xff\xd8\xff" * 100, "not a model file"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-1], "cut off"),
+        (lambda data: data[: len(data) // 2], "cut off"),
+        (lambda data: b"", "cut off"),
+        (lambda data: data.replace(b"Softmax", b"Hardmax"), "damaged"),
+        (lambda data: b"\xff\xd8\xff" * 100, "not a model file"),
+    ],
+)
 def test_a_damaged_model_file_is_one_line(file, tmp_path, damage, message):
     bad = tmp_path / "bad.onnx"
     bad.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ModelError, match=message) as error: Predictor.load(bad)
+    with pytest.raises(ModelError, match=message) as error:
+        Predictor.load(bad)
     assert str(bad) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("number", "message"), [(FORMAT - 1, r"older version .*--redo export-made_up_image"),
-                                                 (FORMAT + 1, "newer version .*Update leukemia_nb")])
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(FORMAT - 1, r"older version .*--redo export-made_up_image"), (FORMAT + 1, "newer version .*Update leukemia_nb")],
+)
 def test_a_file_of_another_format_is_told_from_a_damaged_one(file, tmp_path, number, message):
     body = file.read_bytes()[: -len(seal(b""))]
     assert seal(body) == file.read_bytes()
     (tmp_path / "odd.onnx").write_bytes(seal(body.replace(f'"format": {FORMAT},'.encode(), f'"format": {number},'.encode())))
-    with pytest.raises(ModelError, match=message) as error: Predictor.load(tmp_path / "odd.onnx")
+    with pytest.raises(ModelError, match=message) as error:
+        Predictor.load(tmp_path / "odd.onnx")
     assert f"format {number}, this one reads {FORMAT}" in str(error.value)
 
 
 def test_a_sealed_file_that_is_no_network_is_one_line(tmp_path):
     import hashlib
+
     body = b"not a protobuf"
     (tmp_path / "odd.onnx").write_bytes(body + SEAL + hashlib.sha256(body).hexdigest().encode())
-    with pytest.raises(ModelError, match="cannot be started") as error: open_model_file(tmp_path / "odd.onnx")
+    with pytest.raises(ModelError, match="cannot be started") as error:
+        open_model_file(tmp_path / "odd.onnx")
     assert "\n" not in str(error.value)
 
 
 def rewritten(file, out, change=None, text=None, edit=None):
     """A sealed copy of a model file with another description, or another graph."""
     import onnx
+
     model = onnx.load_model_from_string(file.read_bytes()[: -len(seal(b""))])
-    entry, = (each for each in model.metadata_props if each.key == "leukemia_nb")
+    (entry,) = (each for each in model.metadata_props if each.key == "leukemia_nb")
     info = json.loads(entry.value)
     entry.value = json.dumps(change(info)) if change else entry.value if text is None else text
-    if edit: edit(model)
+    if edit:
+        edit(model)
     out.write_bytes(seal(model.SerializeToString()))
     return out
 
 
-NEEDED = ["name", "title", "version", "classes", "input", "image_size", "segmentation", "temperature", "thresholds", "training", "test",
-          "weights_source", "licence", "research_use", "card", "format"]
+NEEDED = [
+    "name",
+    "title",
+    "version",
+    "classes",
+    "input",
+    "image_size",
+    "segmentation",
+    "temperature",
+    "thresholds",
+    "training",
+    "test",
+    "weights_source",
+    "licence",
+    "research_use",
+    "card",
+    "format",
+]
 MALFORMED = {
     **{f"without {key}": lambda info, key=key: {name: info[name] for name in info if name != key} for key in NEEDED},
-    **{f"{key} is {value!r}": lambda info, key=key, value=value: info | {key: value} for key in NEEDED
-       for value in (None, [[1]], {"a": 1}, float("nan"))},
-    **{name: lambda info, more=more: info | more for name, more in {
-        "two classes": {"classes": ["Normal", "Pre-B"]}, "one class twice": {"classes": ["Normal", "Pre-B", "Pre-B"]},
-        "a number for a class": {"classes": ["Normal", "Pre-B", 3]}, "a class of control characters": {"classes": ["A", "B", "C\x1b[2J"]},
-        "size as text": {"image_size": "224"}, "size as fraction": {"image_size": 224.5}, "other size": {"image_size": 64},
-        "huge size": {"image_size": 10**9}, "no size": {"image_size": 0}, "unknown input": {"input": "slide"}, "input pair": {"input": "pair"},
-        "input cells": {"input": "cells"}, "unknown segmentation": {"segmentation": "otsu"}, "negative temperature": {"temperature": -1.0},
-        "endless temperature": {"temperature": float("inf")}, "huge number": {"temperature": 10**400},
-        "NaN thresholds": {"thresholds": {"confidence": float("nan"), "distance": 1.0}}, "half the thresholds": {"thresholds": {"confidence": 0.5}},
-        "thresholds as text": {"thresholds": {"confidence": "0.5", "distance": "1"}}, "half a surrogate": {"title": "\ud800"},
-        "more right than tested": {"test": {"right": 5, "images": 3, "low": 0.1, "high": 0.9}}, "half a test": {"test": {"right": 5}},
-        "seed as text": {"seed": "0"}, "calibration as number": {"calibration": 1.5}, "format as text": {"format": "2"}}.items()},
-    "a list": lambda info: [info], "null": lambda info: None, "a number": lambda info: 7}
+    **{
+        f"{key} is {value!r}": lambda info, key=key, value=value: info | {key: value}
+        for key in NEEDED
+        for value in (None, [[1]], {"a": 1}, float("nan"))
+    },
+    **{
+        name: lambda info, more=more: info | more
+        for name, more in {
+            "two classes": {"classes": ["Normal", "Pre-B"]},
+            "one class twice": {"classes": ["Normal", "Pre-B", "Pre-B"]},
+            "a number for a class": {"classes": ["Normal", "Pre-B", 3]},
+            "a class of control characters": {"classes": ["A", "B", "C\x1b[2J"]},
+            "size as text": {"image_size": "224"},
+            "size as fraction": {"image_size": 224.5},
+            "other size": {"image_size": 64},
+            "huge size": {"image_size": 10**9},
+            "no size": {"image_size": 0},
+            "unknown input": {"input": "slide"},
+            "input pair": {"input": "pair"},
+            "input cells": {"input": "cells"},
+            "unknown segmentation": {"segmentation": "otsu"},
+            "negative temperature": {"temperature": -1.0},
+            "endless temperature": {"temperature": float("inf")},
+            "huge number": {"temperature": 10**400},
+            "NaN thresholds": {"thresholds": {"confidence": float("nan"), "distance": 1.0}},
+            "half the thresholds": {"thresholds": {"confidence": 0.5}},
+            "thresholds as text": {"thresholds": {"confidence": "0.5", "distance": "1"}},
+            "half a surrogate": {"title": "\ud800"},
+            "more right than tested": {"test": {"right": 5, "images": 3, "low": 0.1, "high": 0.9}},
+            "half a test": {"test": {"right": 5}},
+            "seed as text": {"seed": "0"},
+            "calibration as number": {"calibration": 1.5},
+            "format as text": {"format": "2"},
+        }.items()
+    },
+    "a list": lambda info: [info],
+    "null": lambda info: None,
+    "a number": lambda info: 7,
+}
 
 
 @pytest.mark.parametrize("case", MALFORMED)
 def test_a_malformed_description_is_one_line(case, file, tmp_path):
     bad = rewritten(file, tmp_path / "odd.onnx", MALFORMED[case])
-    with pytest.raises(ModelError, match="odd.onnx: ") as error: Predictor.load(bad)
+    with pytest.raises(ModelError, match="odd.onnx: ") as error:
+        Predictor.load(bad)
     assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 400 and str(error.value).isprintable()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "1" * 5_000, '{"a":' * 900 + "1" + "}" * 900, "\0"])
 def test_a_description_that_is_no_json_is_one_line(text, file, tmp_path):
     bad = rewritten(file, tmp_path / "odd.onnx", text=text)
-    with pytest.raises(ModelError, match="odd.onnx: its description") as error: Predictor.load(bad)
+    with pytest.raises(ModelError, match="odd.onnx: its description") as error:
+        Predictor.load(bad)
     assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_network_without_description_is_one_line(file, tmp_path):
     bad = rewritten(file, tmp_path / "odd.onnx", edit=lambda model: model.ClearField("metadata_props"))
-    with pytest.raises(ModelError, match="odd.onnx: has no description"): Predictor.load(bad)
+    with pytest.raises(ModelError, match="odd.onnx: has no description"):
+        Predictor.load(bad)
 
 
 def test_what_the_rules_do_not_ask_for_may_be_missing_or_more(file, paths, tmp_path):
-    def change(info): return {key: info[key] for key in info if key != "calibration"} | {"temperature": 1.5, "of later": [1, 2]}
+    def change(info):
+        return {key: info[key] for key in info if key != "calibration"} | {"temperature": 1.5, "of later": [1, 2]}
+
     model = Predictor.load(rewritten(file, tmp_path / "good.onnx", change))
     assert len(model.predict(paths[:1])) == 1 and "calibrated with temperature 1.5" in calibration_text(model.info)
 
 
 def refer(tensor, location):
     """Say of a tensor that its numbers lie in another file."""
-    for field in ("raw_data", "float_data", "int64_data"): tensor.ClearField(field)
+    for field in ("raw_data", "float_data", "int64_data"):
+        tensor.ClearField(field)
     entry = tensor.external_data.add()
     entry.key, entry.value = "location", str(location)
     tensor.data_location = 1
@@ -160,36 +251,56 @@ def refer(tensor, location):
 def hide(model, where):
     """A tensor somewhere in a network, where nothing uses it."""
     import onnx
+
     tensor = onnx.helper.make_tensor("far", 1, [1], [0.0])
-    if where == "initializer": return model.graph.initializer.append(tensor) or model.graph.initializer[-1]
-    if where == "sparse": return model.graph.sparse_initializer.add(dims=[1]).values
-    node = model.graph.node.add(op_type="Constant", output=["unused"]) if where != "function" else model.functions.add(name="f").node.add()
+    if where == "initializer":
+        return model.graph.initializer.append(tensor) or model.graph.initializer[-1]
+    if where == "sparse":
+        return model.graph.sparse_initializer.add(dims=[1]).values
+    node = (
+        model.graph.node.add(op_type="Constant", output=["unused"])
+        if where != "function"
+        else model.functions.add(name="f").node.add()
+    )
     attribute = node.attribute.add(name="value")
-    if where == "inner graph": attribute.g.CopyFrom(onnx.GraphProto(name="inner"))
-    if where == "inner graph": return attribute.g.initializer.add(name="far", data_type=1, dims=[1])
+    if where == "inner graph":
+        attribute.g.CopyFrom(onnx.GraphProto(name="inner"))
+    if where == "inner graph":
+        return attribute.g.initializer.add(name="far", data_type=1, dims=[1])
     return attribute.tensors.add() if where == "tensors" else attribute.t
 
 
 @pytest.mark.parametrize("where", ["weights", "initializer", "sparse", "node", "tensors", "inner graph", "function"])
 def test_a_network_that_refers_to_other_files_is_refused_unopened(where, file, tmp_path):
     os.mkfifo(tmp_path / "pipe")  # whoever opens it waits for ever
-    def edit(model): refer(model.graph.initializer[0] if where == "weights" else hide(model, where), tmp_path / "pipe")
+
+    def edit(model):
+        refer(model.graph.initializer[0] if where == "weights" else hide(model, where), tmp_path / "pipe")
+
     bad = rewritten(file, tmp_path / "odd.onnx", edit=edit)
-    with pytest.raises(ModelError, match="odd.onnx: refers to other files"): Predictor.load(bad)
+    with pytest.raises(ModelError, match="odd.onnx: refers to other files"):
+        Predictor.load(bad)
 
 
 @pytest.mark.parametrize("what", ["pipe", "/dev/zero", "folder", "huge", "link to a pipe", "socket"])
 def test_what_is_no_file_of_a_models_size_is_refused_at_once(what, tmp_path):
     import socket
+
     given = Path(what) if what.startswith("/dev") else tmp_path / "given.onnx"
-    if what == "folder": given.mkdir()
-    if "pipe" in what: os.mkfifo(given if what == "pipe" else tmp_path / "pipe")
-    if what == "link to a pipe": given.symlink_to(tmp_path / "pipe")
+    if what == "folder":
+        given.mkdir()
+    if "pipe" in what:
+        os.mkfifo(given if what == "pipe" else tmp_path / "pipe")
+    if what == "link to a pipe":
+        given.symlink_to(tmp_path / "pipe")
     if what == "huge":
-        with open(given, "wb") as empty: empty.truncate(50_000_000_000)
+        with open(given, "wb") as empty:
+            empty.truncate(50_000_000_000)
     with socket.socket(socket.AF_UNIX) as listener:
-        if what == "socket": listener.bind(str(given))
-        with pytest.raises(ModelError, match=f"^{given}: .*Check the path") as error: Predictor.load(given)
+        if what == "socket":
+            listener.bind(str(given))
+        with pytest.raises(ModelError, match=f"^{given}: .*Check the path") as error:
+            Predictor.load(given)
     assert "\n" not in str(error.value)
 
 
@@ -208,8 +319,9 @@ def test_numbers_that_are_none_are_an_error_and_no_answer(file, paths):
         def run(self, names, given):
             probabilities, *others = real.run(names, given)
             return [probabilities * np.nan, *others]
+
     model.session = Session()
-    row, = model.predict(paths[:1]).rows
+    (row,) = model.predict(paths[:1]).rows
     assert row["class"] == "" and row["abstain"] and "no finite numbers" in row["error"]
     json.dumps(row, allow_nan=False)
 
@@ -246,7 +358,10 @@ def test_overlays_are_no_images(file, tmp_path, monkeypatch):
 def test_brackets_in_patterns_are_brackets_where_they_are_there(tmp_path):
     for name in ("[Malignant] Pre-B/a.png", "[Malignant] Pro-B/b.png", "M/c.png", "[x]/[y]1.png", "[x]/y1.png", "q/y1.png"):
         write_image(tmp_path / name, smear("Pre-B", 0, 96, 128).image)
-    def found(pattern): return [os.path.relpath(path, tmp_path) for path in list_images(f"{tmp_path}/{pattern}")]
+
+    def found(pattern):
+        return [os.path.relpath(path, tmp_path) for path in list_images(f"{tmp_path}/{pattern}")]
+
     assert found("[Malignant] Pre-B/*.png") == found("[Malignant] Pre*/?.png") == ["[Malignant] Pre-B/a.png"]
     assert found("[Malignant]*/*.png") == ["[Malignant] Pre-B/a.png", "[Malignant] Pro-B/b.png"]
     assert found("[Malignant]/*.png") == ["M/c.png"]  # no such folder: a set of letters
@@ -259,8 +374,12 @@ def test_names_in_bytes_are_kept_in_the_journal_and_escaped_in_tables(file, path
     Path(odd).write_bytes(Path(paths[4]).read_bytes())
     twin = str(tmp_path / "caf\\xe9.png")  # what the first one is shown as
     Path(twin).write_bytes(Path(paths[1]).read_bytes())
-    def stop(rows): raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): predict_files([odd, twin], Task(str(file)), tmp_path / "a.csv", log=stop)
+
+    def stop(rows):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_files([odd, twin], Task(str(file)), tmp_path / "a.csv", log=stop)
     assert [row["path"] for row in read_unfinished(tmp_path / "a.csv.unfinished")] == [odd]
     assert predict_files([odd, twin], Task(str(file)), tmp_path / "a.csv", tmp_path / "a.json") == 1
     rows = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
@@ -273,12 +392,19 @@ def test_answers_replace_nothing_that_is_read(file, paths, tmp_path):
     before = {path: Path(path).read_bytes() for path in (*paths, str(file))}
     (tmp_path / "link.csv").symlink_to(paths[3])
     task = Task(str(file), overlays=str(tmp_path / "ov"))
-    for out, json_file, message in [(paths[0], None, "one of the images"), (None, paths[8], "one of the images"),
-                                    (tmp_path / "link.csv", None, "one of the images"), (file, None, "the model file"),
-                                    (tmp_path / "a", tmp_path / "b/../a", "two files of that name"),
-                                    (tmp_path, None, "choose another name"), (f"{file}/a.csv", None, "A file stands")]:
-        with pytest.raises(OutputError, match=message): predict_files(paths, task, out, json_file)
-    with pytest.raises(OutputError, match="A file stands"): check_outputs(paths, Task(str(file), overlays=paths[0]))
+    for out, json_file, message in [
+        (paths[0], None, "one of the images"),
+        (None, paths[8], "one of the images"),
+        (tmp_path / "link.csv", None, "one of the images"),
+        (file, None, "the model file"),
+        (tmp_path / "a", tmp_path / "b/../a", "two files of that name"),
+        (tmp_path, None, "choose another name"),
+        (f"{file}/a.csv", None, "A file stands"),
+    ]:
+        with pytest.raises(OutputError, match=message):
+            predict_files(paths, task, out, json_file)
+    with pytest.raises(OutputError, match="A file stands"):
+        check_outputs(paths, Task(str(file), overlays=paths[0]))
     assert before == {path: Path(path).read_bytes() for path in before} and os.listdir(tmp_path) == ["link.csv"]
 
 
@@ -295,6 +421,7 @@ def test_a_doubtful_mask_is_said_and_does_not_make_the_model_abstain(file, paths
 
 def test_rows_have_all_columns_and_say_what_is_in_the_image(file, paths):
     import hashlib
+
     table = Predictor.load(file).predict(paths).table
     assert list(table) == row_columns(CLASSES) and list(table["path"]) == paths
     image = read_image(paths[4])
@@ -346,20 +473,32 @@ def test_bad_images_are_rows_and_the_rest_goes_on(file, paths, tmp_path):
     assert all(path in error for path, error in zip(table["path"], table["error"]) if error)
 
 
-@pytest.mark.parametrize("array", [np.zeros((20, 30), float), np.zeros((20, 30, 3)), np.zeros((20, 30, 4), np.uint8),
-                                   np.zeros((20, 30, 3), np.uint16), np.zeros((3, 20, 30), np.uint8), np.zeros((20, 30, 3), bool),
-                                   np.zeros(7), np.zeros((2, 2, 2, 20, 30, 3))], ids=lambda array: f"{array.dtype}{array.shape}")
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((20, 30), float),
+        np.zeros((20, 30, 3)),
+        np.zeros((20, 30, 4), np.uint8),
+        np.zeros((20, 30, 3), np.uint16),
+        np.zeros((3, 20, 30), np.uint8),
+        np.zeros((20, 30, 3), bool),
+        np.zeros(7),
+        np.zeros((2, 2, 2, 20, 30, 3)),
+    ],
+    ids=lambda array: f"{array.dtype}{array.shape}",
+)
 def test_arrays_that_are_no_images_are_refused_as_they_were_given(file, array):
     model = Predictor.load(file)
     for asked in (array, [array]):
-        row, = model.predict(asked).rows
+        (row,) = model.predict(asked).rows
         assert str(array.dtype) in row["error"] and str(array.shape) in row["error"] and row["abstain"]
-        with pytest.raises(ImageError, match=str(array.dtype)): model.predict_proba(asked)
+        with pytest.raises(ImageError, match=str(array.dtype)):
+            model.predict_proba(asked)
 
 
 @pytest.mark.parametrize("thing", [None, 5, [3.5], object()])
 def test_what_is_no_image_at_all_is_one_line(file, thing):
-    row, = Predictor.load(file).predict(thing).rows
+    (row,) = Predictor.load(file).predict(thing).rows
     assert "not an image" in row["error"]
 
 
@@ -386,9 +525,11 @@ def test_a_predictor_can_be_sent_to_other_processes(place, paths):
     assert sent.info == model.info and not sent.count and repr(sent) == repr(model)
     np.testing.assert_array_equal(sent.predict_proba(paths[:2]), model.predict_proba(paths[:2]))
     from joblib import Parallel, delayed
+
     far = Parallel(n_jobs=2)(delayed(model.predict_proba)(paths[i : i + 1]) for i in range(2))
     np.testing.assert_allclose(np.concatenate(far), model.predict_proba(paths[:2]), atol=1e-6)
-    with pytest.raises(TypeError, match="Predictor.load"): pickle.dumps(Predictor(model.session, model.info))
+    with pytest.raises(TypeError, match="Predictor.load"):
+        pickle.dumps(Predictor(model.session, model.info))
 
 
 @given(st.floats(0, 1), st.floats(0, 10), st.sampled_from([None, 0, 5]))
@@ -415,11 +556,15 @@ def test_csv_and_json_hold_the_same(file, paths, tmp_path, n_jobs):
 
 def test_a_stopped_run_goes_on_where_it_was(file, paths, tmp_path):
     def stop(rows):
-        if rows[0]["path"] == paths[4]: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): predict_files(paths, Task(str(file)), tmp_path / "a.csv", batch_size=3, log=stop)
+        if rows[0]["path"] == paths[4]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_files(paths, Task(str(file)), tmp_path / "a.csv", batch_size=3, log=stop)
     assert [row["path"] for row in read_unfinished(tmp_path / "a.csv.unfinished")] == paths[:7]
     assert not (tmp_path / "a.csv").exists()
-    with open(tmp_path / "a.csv.unfinished", "a") as lines: lines.write('{"path": "cut of')
+    with open(tmp_path / "a.csv.unfinished", "a") as lines:
+        lines.write('{"path": "cut of')
     asked = []
     assert predict_files(paths, Task(str(file)), tmp_path / "a.csv", log=asked.extend) == 7
     assert [row["path"] for row in asked] == paths[7:]
@@ -443,12 +588,25 @@ def test_changed_files_other_models_and_errors_are_asked_again(place, file, tmp_
 def test_a_killed_run_loses_nothing(file, place, tmp_path):
     """SIGKILL in the middle of a real process; the second run answers only what is left."""
     source = list_images(place / "smears")
-    for number in range(300): os.link(source[number % 9], tmp_path / f"{number:04d}.png")
-    command = [sys.executable, "-m", "leukemia_nb", "predict", str(tmp_path), "--model", str(file), "--batch-size", "5",
-               "--out", str(tmp_path / "a.csv")]
+    for number in range(300):
+        os.link(source[number % 9], tmp_path / f"{number:04d}.png")
+    command = [
+        sys.executable,
+        "-m",
+        "leukemia_nb",
+        "predict",
+        str(tmp_path),
+        "--model",
+        str(file),
+        "--batch-size",
+        "5",
+        "--out",
+        str(tmp_path / "a.csv"),
+    ]
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     journal, end = tmp_path / "a.csv.unfinished", time.monotonic() + 120
-    while time.monotonic() < end and run.poll() is None and len(list(read_unfinished(journal))) < 20: time.sleep(0.02)
+    while time.monotonic() < end and run.poll() is None and len(list(read_unfinished(journal))) < 20:
+        time.sleep(0.02)
     run.send_signal(signal.SIGKILL)
     run.wait()
     kept = len(list(read_unfinished(journal)))
@@ -477,8 +635,10 @@ def test_every_model_beside_the_others(place, paths, tmp_path):
     np.testing.assert_allclose(table.set_index("path").loc[paths, "made_up_pair confidence"], single["confidence"], atol=1e-5)
     text = comparison_text(table.assign(**{"made_up_pair doubt": "not sure"}))
     assert len(text.splitlines()) == 11 and len(re.findall(r"\(P?[rN]o.*? \d\.\d\d\)|\(P.*? \d\.\d\d\)", text)) == 9
-    with pytest.raises(ModelError, match="no exported models"): exported_models(tmp_path)
-    with pytest.raises(ModelError, match="no such folder"): exported_models(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match="no exported models"):
+        exported_models(tmp_path)
+    with pytest.raises(ModelError, match="no such folder"):
+        exported_models(tmp_path / "nowhere")
     with pytest.raises(ImageError, match="No image can be read"):
         compare_models_on(["nowhere.png"], exported_models(place / "run"), problems.append)
     assert len(problems) == 2
@@ -489,7 +649,8 @@ def test_a_torn_model_file_does_not_stop_the_others(place, paths, tmp_path):
     problems = []
     table = compare_models_on(paths, [tmp_path / "torn.onnx", *exported_models(place / "run")], problems.append)
     assert len(table) == 9 and "torn.onnx: not a model file" in problems[0] and len(problems) == 1
-    with pytest.raises(ModelError, match="No model file can be opened"): compare_models_on(paths, [tmp_path / "torn.onnx"], problems.append)
+    with pytest.raises(ModelError, match="No model file can be opened"):
+        compare_models_on(paths, [tmp_path / "torn.onnx"], problems.append)
 
 
 def test_the_display_is_safe_and_says_all(file, paths, tmp_path):
@@ -508,10 +669,19 @@ def test_the_display_says_numbers_and_no_verdict(file, paths, tmp_path):
     predictions = model.predict(paths)
     for text in (predictions_html(predictions), *map(confidence_text, predictions.rows), repr(predictions)):
         assert "blast" not in text and "Hardly" not in text and "Little doubt" not in text
-    assert "Confidence" in predictions_html(predictions) and "white blood cells</b> segmented" not in predictions_html(predictions)
+    assert "Confidence" in predictions_html(predictions) and "white blood cells</b> segmented" not in predictions_html(
+        predictions
+    )
     assert re.search(r"<b>\d+</b> white blood cells? segmented, <b>[\d.]+%</b> of the image", predictions_html(predictions))
     assert "not calibrated: made up" in predictions_html(predictions) and "are calibrated" not in predictions_html(predictions)
-    row = predictions.rows[4] | {"class": "Pre-B", "confidence": 0.999, "abstain": False, "p_Pre-B": 0.999, "p_Normal": 0.001, "p_Pro-B": 0.0}
+    row = predictions.rows[4] | {
+        "class": "Pre-B",
+        "confidence": 0.999,
+        "abstain": False,
+        "p_Pre-B": 0.999,
+        "p_Normal": 0.001,
+        "p_Pro-B": 0.0,
+    }
     assert confidence_text(row) == "Confidence 99.9%; next is Normal, 0.1%."
 
 
@@ -523,9 +693,11 @@ def test_the_display_goes_on_without_a_file_that_is_gone(file, paths, tmp_path):
 
 
 def test_the_predict_path_loads_nothing_heavy(file, paths):
-    code = ("import sys\nfrom leukemia_nb.study.command_line import app\n"
-            f"try: app(['predict', {paths[0]!r}, '--model', {str(file)!r}])\nexcept SystemExit as end: print('status', end.code)\n"
-            "heavy = ('tensorflow', 'torch', 'keras', 'onnx', 'sklearn', 'matplotlib', 'seaborn', 'pandas', 'joblib', 'scipy', 'skimage')\n"
-            "print([name for name in heavy if name in sys.modules])")
+    code = (
+        "import sys\nfrom leukemia_nb.study.command_line import app\n"
+        f"try: app(['predict', {paths[0]!r}, '--model', {str(file)!r}])\nexcept SystemExit as end: print('status', end.code)\n"
+        "heavy = ('tensorflow', 'torch', 'keras', 'onnx', 'sklearn', 'matplotlib', 'seaborn', 'pandas', 'joblib', 'scipy', 'skimage')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-2:] == ["status 0", "[]"], done.stdout + done.stderr

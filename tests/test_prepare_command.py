@@ -1,4 +1,5 @@
 """`prepare` as a user calls it: pairs of every good image, one writer, own output never read, the bad ones a row."""
+
 import os
 import signal
 import subprocess
@@ -34,7 +35,8 @@ def begun(data, out, *arguments):
     """A running `prepare` that has finished a pair and not all of them."""
     command = [*PROGRAM, data, "--out", out, *arguments, "--size", "32"]
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        while run.poll() is None and not list(Path(out).rglob("pair_*.json")): time.sleep(0.01)
+        while run.poll() is None and not list(Path(out).rglob("pair_*.json")):
+            time.sleep(0.01)
         assert run.poll() is None, run.stderr.read()
         yield run
 
@@ -47,7 +49,11 @@ def check_pairs(out):
     """Each good row has the two files of its own image, each other row none."""
     table = table_of(out)
     good = table[table.problem == ""]
-    assert len(list((Path(out) / "pairs").rglob("*.png"))) == 2 * len(good) == 2 * good[["original", "segmented"]].stack().nunique() / 2
+    assert (
+        len(list((Path(out) / "pairs").rglob("*.png")))
+        == 2 * len(good)
+        == 2 * good[["original", "segmented"]].stack().nunique() / 2
+    )
     for row in good.itertuples():
         assert (read_image(Path(out, "pairs", row.original)) == resize_square(read_image(row.path), 32)).all(), row.path
     assert (table.loc[table.problem != "", ["original", "segmented"]] == "").all(axis=None)
@@ -76,7 +82,9 @@ def test_own_output_is_not_read_again(tmp_path):
     assert "written by leukemia_nb: 1" in error and len(check_pairs(tmp_path / "one")) == 6 == len(check_pairs(tmp_path / "two"))
 
 
-@pytest.mark.parametrize(("data", "out"), [("data", "data"), ("data", "."), ("data", "data/Pro"), (".", "data"), ("data/Pro", "data")])
+@pytest.mark.parametrize(
+    ("data", "out"), [("data", "data"), ("data", "."), ("data", "data/Pro"), (".", "data"), ("data/Pro", "data")]
+)
 def test_output_into_the_folder_of_the_images_is_refused(tmp_path, data, out):
     fill(tmp_path / "data", 1)
     before = sorted(tmp_path.rglob("*"))
@@ -178,7 +186,9 @@ def test_the_prepare_notebook_goes_on_past_bad_images(tmp_path):
     notebook = Path(__file__).parents[1] / "nbs/study/10_prepare.ipynb"
     parameters = {"run": str(tmp_path / "run"), "data": str(tmp_path / "in"), "image_size": 32}
     os.mkdir(tmp_path / "run")
-    papermill.execute_notebook(str(notebook), str(tmp_path / "done.ipynb"), parameters, progress_bar=False, cwd=str(tmp_path / "run"))
+    papermill.execute_notebook(
+        str(notebook), str(tmp_path / "done.ipynb"), parameters, progress_bar=False, cwd=str(tmp_path / "run")
+    )
     table = check_pairs(tmp_path / "run")
     assert (table.problem != "").sum() == bad and len(table) == 66 + bad - 1
     shown = "".join(str(output) for cell in nbformat.read(tmp_path / "done.ipynb", 4).cells for output in cell.get("outputs", []))
@@ -194,7 +204,10 @@ def test_data_that_is_none_leaves_nothing_behind(tmp_path):
 def test_an_archive_or_an_image_given_as_folder_is_one_line(tmp_path):
     for name, word in (("set.zip", "is an archive. Unpack it"), ("a.png", "is a file. Give the folder")):
         (tmp_path / name).write_bytes(b"PK\3\4")
-        done = subprocess.run([sys.executable, "-m", "leukemia_nb", "prepare", tmp_path / name, "--out", tmp_path / "out"],
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "leukemia_nb", "prepare", tmp_path / name, "--out", tmp_path / "out"],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 1 and word in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()

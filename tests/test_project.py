@@ -1,4 +1,5 @@
 """The house rules: notebooks, generated package, wheel."""
+
 import ast
 import configparser
 import importlib.metadata
@@ -20,8 +21,11 @@ from packaging.utils import canonicalize_name
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 LIBRARY = [p for p in NOTEBOOKS if p.parent.name[0].isdigit()]
 STUDY = [p for p in NOTEBOOKS if p.parent.name == "study"]
-MODULES = sorted(".".join(p.relative_to(ROOT / "leukemia_nb").with_suffix("").parts) for p in (ROOT / "leukemia_nb").rglob("*.py")
-                 if not p.stem.startswith("_"))
+MODULES = sorted(
+    ".".join(p.relative_to(ROOT / "leukemia_nb").with_suffix("").parts)
+    for p in (ROOT / "leukemia_nb").rglob("*.py")
+    if not p.stem.startswith("_")
+)
 BIN = Path(sys.executable).parent
 ENTRIES = re.split(r"\n(?=\S)", "\n" + (ROOT / "requirements.lock").read_text(encoding="utf-8").strip())[1:]
 LOCK = [Requirement(entry.split("\\")[0]) for entry in ENTRIES if not entry.startswith("#")]
@@ -30,8 +34,15 @@ PYTHONS = ("3.11.9", "3.12.9", "3.13.9")
 
 def locked(python):
     """What the lock file pins on Linux under a Python: name -> version."""
-    place = {**default_environment(), "python_full_version": python, "python_version": python.rpartition(".")[0],
-             "sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
+    place = {
+        **default_environment(),
+        "python_full_version": python,
+        "python_version": python.rpartition(".")[0],
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "platform_machine": "x86_64",
+        "os_name": "posix",
+    }
     pins = [pin for pin in LOCK if pin.marker is None or pin.marker.evaluate(place)]
     names = [canonicalize_name(pin.name) for pin in pins]
     assert len(set(names)) == len(names), "two releases of one package apply"
@@ -63,7 +74,8 @@ def test_what_the_locked_packages_need_is_locked_too():
     pins, place = locked("{}.{}.{}".format(*sys.version_info))
     checked = 0
     for distribution in importlib.metadata.distributions():
-        if pins.get(canonicalize_name(distribution.name)) != distribution.version: continue
+        if pins.get(canonicalize_name(distribution.name)) != distribution.version:
+            continue
         for requirement in map(Requirement, distribution.requires or []):
             if requirement.marker is None or requirement.marker.evaluate({**place, "extra": ""}):
                 pin = pins.get(canonicalize_name(requirement.name))
@@ -75,7 +87,9 @@ def test_what_the_locked_packages_need_is_locked_too():
 def test_make_installs_what_is_locked_and_nothing_else():
     """Dry runs, with uv and without: hashes are required, and nothing is resolved or built from unlocked packages."""
     for uv in ("", "uv"):
-        plan = subprocess.run(["make", "-n", "-B", "install", f"UV={uv}"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        plan = subprocess.run(
+            ["make", "-n", "-B", "install", f"UV={uv}"], cwd=ROOT, check=True, capture_output=True, text=True
+        ).stdout
         installs = [line for line in plan.splitlines() if " install " in line]
         assert len(installs) == 2 and "--require-hashes -r requirements.lock" in installs[0]
         assert "--no-deps" in installs[1] and "--no-build-isolation" in installs[1]
@@ -127,8 +141,10 @@ def test_public_functions_are_shown_after_their_cell(notebook):
     """By name, in a later cell that is not exported; one in six may be shown through its callers alone."""
     cells = nbformat.read(notebook, 4).cells
     functions = [(number, name) for number, name, node in exported(notebook) if isinstance(node, ast.FunctionDef)]
-    later = {number: "\n".join(c.source for c in cells[number + 1:] if c.cell_type == "code" and "#| export" not in c.source)
-             for number, _ in functions}
+    later = {
+        number: "\n".join(c.source for c in cells[number + 1 :] if c.cell_type == "code" and "#| export" not in c.source)
+        for number, _ in functions
+    }
     hidden = [name for number, name in functions if name not in later[number]]
     assert len(hidden) <= max(1, len(functions) / 6), hidden
 
@@ -140,8 +156,13 @@ def test_the_notebooks_are_valid():
 
 @pytest.fixture(scope="module")
 def wheel(copy):
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", "dist", "."], cwd=copy, check=True,
-                   capture_output=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", "dist", "."],
+        cwd=copy,
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
     return next((copy / "dist").glob("*.whl"))
 
 
@@ -154,7 +175,9 @@ def test_the_wheel_holds_the_study_notebooks(wheel):
 def test_every_module_imports_from_the_wheel_in_a_clean_environment(wheel, tmp_path):
     """Only the base requirements are installed: no TensorFlow, no torch, no nbdev."""
     python = tmp_path / "env" / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "venv", *(["--without-pip"] if shutil.which("uv") else []), tmp_path / "env"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", *(["--without-pip"] if shutil.which("uv") else []), tmp_path / "env"], check=True
+    )
     install = ["uv", "pip", "install", "-q", "--python", python] if shutil.which("uv") else [python, "-m", "pip", "install", "-q"]
     (tmp_path / "pins.txt").write_text("\n".join(map(str, LOCK)))
     subprocess.run([*install, "-c", tmp_path / "pins.txt", wheel], check=True, timeout=900)
@@ -166,7 +189,9 @@ def test_every_module_imports_from_the_wheel_in_a_clean_environment(wheel, tmp_p
 
 
 def test_no_module_imports_a_framework():
-    code = ("import importlib, sys\nimport leukemia_nb\nfor name in sys.argv[1:]: importlib.import_module('leukemia_nb.' + name)\n"
-            "print([n for n in ('tensorflow', 'keras', 'torch', 'ultralytics') if n in sys.modules])")
+    code = (
+        "import importlib, sys\nimport leukemia_nb\nfor name in sys.argv[1:]: importlib.import_module('leukemia_nb.' + name)\n"
+        "print([n for n in ('tensorflow', 'keras', 'torch', 'ultralytics') if n in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code, *MODULES], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "[]", done.stderr

@@ -143,12 +143,7 @@ def test_sections_of_other_steps_come_before_the_reproduction(tmp_path):
     sections = report_sections(tmp_path)
     assert [s.title for s in sections][-3:] == ["What is this accuracy worth?", "Later", "How to reproduce this"]
     body = sections[-3].body
-    assert (
-        "&lt;b&gt;" in body
-        and "<strong>seems</strong>" in body
-        and "0.960" in body
-        and "none.png has not been made" in body
-    )
+    assert "&lt;b&gt;" in body and "<strong>seems</strong>" in body and "0.960" in body and "none.png has not been made" in body
     Checked(build_report(tmp_path).read_text(encoding="utf-8"))
     with pytest.raises(ValueError, match="x: a block is prose, table, figure or facts, not image"):
         write_section(tmp_path, "x", "X", [{"image": ""}])
@@ -206,9 +201,7 @@ def test_one_model_and_a_test_set_without_every_class(tmp_path):
     ],
 )
 def test_leakage_is_told(tmp_path, partners, said):
-    write_table(
-        tmp_path / "split.csv", pd.DataFrame({"pair": ["a"], "class": ["Normal"], "subset": ["train"], "sha256": "x"})
-    )
+    write_table(tmp_path / "split.csv", pd.DataFrame({"pair": ["a"], "class": ["Normal"], "subset": ["train"], "sha256": "x"}))
     write_table(
         tmp_path / "leakage.csv",
         pd.DataFrame({"subset": ["validation", "test"], "images": [16, 111], "with_partner": partners}),

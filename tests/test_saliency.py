@@ -1,4 +1,5 @@
 """Heatmaps of the models, their energy on the cells, and the check by shuffled weights."""
+
 import json
 import os
 import subprocess
@@ -14,8 +15,19 @@ from hypothesis.extra import numpy as hnp
 
 from leukemia_nb.audit import saliency
 from leukemia_nb.models.interface import ModelError, Images
-from leukemia_nb.audit.saliency import (around_cells, background_colour, energy_inside, heatmap_of, occluded, occlusion_map,
-                                  rank_correlation, saliency_figure, saliency_maps, saliency_summary, saliency_table)
+from leukemia_nb.audit.saliency import (
+    around_cells,
+    background_colour,
+    energy_inside,
+    heatmap_of,
+    occluded,
+    occlusion_map,
+    rank_correlation,
+    saliency_figure,
+    saliency_maps,
+    saliency_summary,
+    saliency_table,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_PART = """
@@ -61,14 +73,23 @@ SHARED_PART = """
 def in_a_process(*names: str) -> dict:
     """torch and TensorFlow stay apart, whatever other test modules have loaded here."""
     clean = {key: value for key, value in os.environ.items() if key not in ("LEUKEMIA_NB_WEIGHTS", "YOLO_CONFIG_DIR")}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(SHARED_PART), *names], capture_output=True, text=True,
-                          env=clean | {"PYTHONPATH": str(ROOT)}, timeout=1200, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SHARED_PART), *names],
+        capture_output=True,
+        text=True,
+        env=clean | {"PYTHONPATH": str(ROOT)},
+        timeout=1200,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.split("FOUND")[1])
 
 
-@pytest.mark.parametrize("names", [("efficientnet_b0", "mobilenet_v2", "nasnet_mobile", "dual_channel"),
-                                   ("yolov8", "yolo11", "yolo12")], ids=["keras", "torch"])
+@pytest.mark.parametrize(
+    "names",
+    [("efficientnet_b0", "mobilenet_v2", "nasnet_mobile", "dual_channel"), ("yolov8", "yolo11", "yolo12")],
+    ids=["keras", "torch"],
+)
 def test_every_model_has_heatmaps(names):
     pytest.importorskip("ultralytics" if "yolov8" in names else "keras")
     for name, found in in_a_process(*names).items():
@@ -81,20 +102,26 @@ def test_every_model_has_heatmaps(names):
         assert np.allclose(found["shares"], 1), name
         assert found["occluded"][0] >= 0 and found["occluded"][1] <= 1, name
         assert found["check"] <= 1, name
-        if name.startswith("yolo"): assert found["shift"] < 10, name
-        elif name != "dual_channel": assert found["shift"] < 1e-2, name  # maps times gradients are the logit (the bias is 0 or tiny)
+        if name.startswith("yolo"):
+            assert found["shift"] < 10, name
+        elif name != "dual_channel":
+            assert found["shift"] < 1e-2, name  # maps times gradients are the logit (the bias is 0 or tiny)
 
 
 # ---- heatmaps
+
 
 @given(hnp.arrays(np.float64, (3, 7, 7), elements=st.floats(-1e6, 1e6)), st.sampled_from([7, 32, 224]))
 def test_heatmaps_are_between_0_and_1_and_reach_1_or_are_empty(weights, size):
     found = heatmap_of(weights, size)
     assert found.shape == (3, size, size) and found.dtype == np.float32 and found.min() >= 0
-    for one, maps in zip(weights, found): assert maps.max() == (1 if one.max() > 0 else 0)
+    for one, maps in zip(weights, found):
+        assert maps.max() == (1 if one.max() > 0 else 0)
 
 
-@given(hnp.arrays(np.float64, (1, 4, 4), elements=st.floats(-100, 100).map(lambda x: round(x, 3))), st.sampled_from([1e-6, 0.5, 1e6]))
+@given(
+    hnp.arrays(np.float64, (1, 4, 4), elements=st.floats(-100, 100).map(lambda x: round(x, 3))), st.sampled_from([1e-6, 0.5, 1e6])
+)
 def test_scale_of_the_weights_does_not_count(weights, factor):
     np.testing.assert_allclose(heatmap_of(weights, 16), heatmap_of(weights * factor, 16), atol=1e-5)
 
@@ -104,6 +131,7 @@ def test_not_finite_is_empty():
 
 
 # ---- energy
+
 
 @given(st.integers(0, 31), st.integers(0, 31))
 def test_all_energy_inside_or_outside(row, column):
@@ -132,8 +160,10 @@ def test_nothing_to_measure_is_not_zero():
 
 # ---- occlusion
 
+
 class Corner:
     """Reads the red of the top-left quarter and nothing else."""
+
     image_size, classes_ = 32, np.array(["no", "yes"])
     seen = 0
 
@@ -142,7 +172,8 @@ class Corner:
         p = 1 / (1 + np.exp(-(images[:, :16, :16, 0].mean(axis=(1, 2)) - 128) / 20))
         return np.stack([1 - p, p], axis=1).astype(np.float32)
 
-    def predict(self, images): return self.classes_[self.predict_proba(images).argmax(axis=1)]
+    def predict(self, images):
+        return self.classes_[self.predict_proba(images).argmax(axis=1)]
 
 
 @pytest.fixture()
@@ -179,12 +210,18 @@ def test_background_colour_leaves_the_cells_out():
 
 # ---- errors, table, figure
 
+
 def test_what_cannot_be_is_said_in_words(red_corner):
-    with pytest.raises(ModelError, match="has no feature maps of the whole image"): saliency_maps(Corner(), red_corner)
-    with pytest.raises(ModelError, match="method 'lime' is not one of grad_cam, occlusion"): saliency_maps(Corner(), red_corner, method="lime")
-    with pytest.raises(ModelError, match="'perhaps' is not a class of this model: no, yes"): occlusion_map(Corner(), red_corner, "perhaps")
-    with pytest.raises(ModelError, match="1 classes to explain for 2 images"): occlusion_map(Corner(), red_corner, ["yes"])
-    with pytest.raises(ModelError, match="part 'tail' is not one of head, whole"), saliency.shuffled_weights(Corner(), "tail"): pass
+    with pytest.raises(ModelError, match="has no feature maps of the whole image"):
+        saliency_maps(Corner(), red_corner)
+    with pytest.raises(ModelError, match="method 'lime' is not one of grad_cam, occlusion"):
+        saliency_maps(Corner(), red_corner, method="lime")
+    with pytest.raises(ModelError, match="'perhaps' is not a class of this model: no, yes"):
+        occlusion_map(Corner(), red_corner, "perhaps")
+    with pytest.raises(ModelError, match="1 classes to explain for 2 images"):
+        occlusion_map(Corner(), red_corner, ["yes"])
+    with pytest.raises(ModelError, match="part 'tail' is not one of head, whole"), saliency.shuffled_weights(Corner(), "tail"):
+        pass
 
 
 @given(st.permutations(range(36)))
@@ -214,11 +251,17 @@ def test_table_and_summary(red_corner):
 
 
 def test_figure_has_a_panel_for_each(red_corner):
-    figure = saliency_figure(red_corner, {"a": np.zeros((2, 32, 32)), "b": np.ones((2, 32, 32))}, np.eye(32, dtype=bool)[None].repeat(2, 0),
-                             np.array(["one", "two"]))
+    figure = saliency_figure(
+        red_corner,
+        {"a": np.zeros((2, 32, 32)), "b": np.ones((2, 32, 32))},
+        np.eye(32, dtype=bool)[None].repeat(2, 0),
+        np.array(["one", "two"]),
+    )
     assert len(figure.axes) == 6 and figure.axes[3].get_ylabel() == "two" and figure.axes[1].get_title(loc="left") == "a"
 
 
 def test_sources_and_lists_give_the_same_maps(red_corner):
     model = Corner()
-    assert np.array_equal(occlusion_map(model, Images(red_corner, size=32), "yes", 2), occlusion_map(model, list(red_corner), "yes", 2))
+    assert np.array_equal(
+        occlusion_map(model, Images(red_corner, size=32), "yes", 2), occlusion_map(model, list(red_corner), "yes", 2)
+    )

@@ -1,4 +1,5 @@
 """`segment` as a user calls it: nothing lost, no mask attributed to the wrong image, own output never read."""
+
 import resource
 import shutil
 import signal
@@ -34,7 +35,8 @@ def call(*arguments, **more):
 def begun(out, *arguments):
     """A running `segment` that has finished an image and not all of them."""
     with subprocess.Popen([*PROGRAM, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        while run.poll() is None and not list(Path(out).glob("records/*.json")): time.sleep(0.01)
+        while run.poll() is None and not list(Path(out).glob("records/*.json")):
+            time.sleep(0.01)
         assert run.poll() is None, run.stderr.read()
         yield run
 
@@ -67,13 +69,15 @@ def drawn():
 def many(tmp_path_factory, drawn):
     """A folder of thirty larger images: work for some seconds."""
     folder = tmp_path_factory.mktemp("many")
-    for number in range(30): write_image(folder / f"{number:02d}.png", np.tile(np.roll(drawn[number % 5], number, 0), (6, 6, 1)))
+    for number in range(30):
+        write_image(folder / f"{number:02d}.png", np.tile(np.roll(drawn[number % 5], number, 0), (6, 6, 1)))
     return folder
 
 
 def test_inputs_of_one_stem_have_a_mask_each(tmp_path, drawn):
     folder, long = tmp_path / "in", "é" * 121  # 246 bytes with its suffix
-    for name, image in zip(("a.jpg", "a.png", "b.png", "A.png", f"{long}.png"), drawn): write_image(folder / name, image)
+    for name, image in zip(("a.jpg", "a.png", "b.png", "A.png", f"{long}.png"), drawn):
+        write_image(folder / name, image)
     (folder / "b.png").rename(folder / "a.jpg.png")
     write_image(folder / "a.jpg.d" / "a.png", drawn[0])
     write_image(folder / "x.png" / "y.jpg", drawn[1])  # a folder of the name that the mask of X.png would have
@@ -93,19 +97,25 @@ def test_a_name_stays_when_other_images_come_to_it():
 
 
 def test_an_old_mask_is_never_taken_for_that_of_another_image(tmp_path, drawn):
-    for name, image in zip("ab", drawn): write_image(tmp_path / "in" / f"{name}.png", image)
+    for name, image in zip("ab", drawn):
+        write_image(tmp_path / "in" / f"{name}.png", image)
     call(tmp_path / "in", "--out", tmp_path / "out")
     write_image(tmp_path / "in/a.png", drawn[3])  # another image under the name
     write_image(tmp_path / "in/a.jpg", drawn[4])
     (tmp_path / "in/b.png").write_bytes(b"")
     status, _, error = call(tmp_path / "in", "--out", tmp_path / "out")
     table = check_masks(tmp_path / "in", tmp_path / "out")
-    assert status == 1 and table["path"].tolist() == ["a.jpg", "a.png", "b.png"] and (table.problem != "").tolist() == [False, False, True]
+    assert (
+        status == 1
+        and table["path"].tolist() == ["a.jpg", "a.png", "b.png"]
+        and (table.problem != "").tolist() == [False, False, True]
+    )
     assert table["mask"].tolist() == ["masks/a.jpg.png", "masks/a.png", ""] and not (tmp_path / "out/masks/b.png").exists()
 
 
 def test_a_torn_file_counts_as_not_done(tmp_path, drawn):
-    for name, image in zip("abc", drawn): write_image(tmp_path / "in" / f"{name}.png", image)
+    for name, image in zip("abc", drawn):
+        write_image(tmp_path / "in" / f"{name}.png", image)
     segment_folder(tmp_path / "in", tmp_path / "out", progress=False)
     files = [tmp_path / "out" / name for name in ("overlays/a.png", "masks/b.png", "records/c.png.json", "qc.csv")]
     before = [file.read_bytes() for file in files]
@@ -121,15 +131,18 @@ def test_a_torn_file_counts_as_not_done(tmp_path, drawn):
 
 
 def test_own_output_is_not_read_again(tmp_path, drawn):
-    for name, image in zip("ab", drawn): write_image(tmp_path / f"Pre/{name}.png", image)
+    for name, image in zip("ab", drawn):
+        write_image(tmp_path / f"Pre/{name}.png", image)
     for out in ("one", "two", "one"):
         status, said, error = call(".", "--out", out, cwd=tmp_path)
         assert status == 0 and "2 images segmented" in said and ".: 2 images found" in error
     assert "written by leukemia_nb: 2" in error and table_of(tmp_path / "one")["path"].tolist() == ["Pre/a.png", "Pre/b.png"]
 
 
-@pytest.mark.parametrize(("images", "out"), [("data", "data"), ("data", "."), ("data", "data/Pre"), (".", "data/Pre"),
-                                             ("data/Pre/a.png", "data"), ("data", "link")])
+@pytest.mark.parametrize(
+    ("images", "out"),
+    [("data", "data"), ("data", "."), ("data", "data/Pre"), (".", "data/Pre"), ("data/Pre/a.png", "data"), ("data", "link")],
+)
 def test_output_into_the_folder_of_the_images_is_refused(tmp_path, drawn, images, out):
     write_image(tmp_path / "data/Pre/a.png", drawn[0])
     write_image(tmp_path / "data/Pro/b.png", drawn[1])
@@ -158,16 +171,20 @@ def test_images_too_wide_are_rows(tmp_path, drawn):
     status, said, error = call(tmp_path / "in", "--out", tmp_path / "out")
     table = check_masks(tmp_path / "in", tmp_path / "out").set_index("path")
     assert status == 1 and "1 image segmented" in said and len(error.splitlines()) == 1, error
-    assert table.problem["good.png"] == "" and all("pixels a side at most" in table.problem[name] for name in ("wide.png", "widest.tif"))
+    assert table.problem["good.png"] == "" and all(
+        "pixels a side at most" in table.problem[name] for name in ("wide.png", "widest.tif")
+    )
 
 
 @pytest.mark.parametrize("trouble", [cv2.error("bad\nlines"), MemoryError(), ValueError("no such thing"), RuntimeError("x")])
 def test_any_error_on_one_image_is_its_row(tmp_path, drawn, monkeypatch, trouble):
-    for name, image in zip("abc", drawn): write_image(tmp_path / "in" / f"{name}.png", image)
+    for name, image in zip("abc", drawn):
+        write_image(tmp_path / "in" / f"{name}.png", image)
     real = quality_control.segment
 
     def failing(image, **more):
-        if (image == drawn[1]).all(): raise trouble
+        if (image == drawn[1]).all():
+            raise trouble
         return real(image, **more)
 
     monkeypatch.setattr(quality_control, "segment", failing)
@@ -183,7 +200,12 @@ def test_a_full_disk_keeps_what_is_done_and_the_same_command_goes_on(tmp_path, d
     write_image(tmp_path / "in/b.png", noise)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     status, said, error = call(tmp_path / "in", "--out", tmp_path / "out", preexec_fn=limit)
-    assert status == 1 and said == "" and "b.png: cannot be written: File too large" in error and "1 of 2 images are done and kept: run again" in error.splitlines()[-1]
+    assert (
+        status == 1
+        and said == ""
+        and "b.png: cannot be written: File too large" in error
+        and "1 of 2 images are done and kept: run again" in error.splitlines()[-1]
+    )
     assert {path.name for path in (tmp_path / "out/overlays").iterdir()} == {"a.png"} and not list(tmp_path.rglob(".part-*"))
     done = (tmp_path / "out/masks/a.png").stat().st_mtime_ns
     assert call(tmp_path / "in", "--out", tmp_path / "out")[0] == 0
@@ -232,8 +254,12 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, drawn):
 
 
 def test_real_images_of_three_laboratories(tmp_path, shared_data):
-    for path in [*sorted((shared_data / "wbc_masks").glob("00[1-4].bmp")), *sorted((shared_data / "bccd/images").glob("*"))[:4],
-                 *sorted((shared_data / "kaggle_fullres").rglob("*.jpg"))[:3]]: shutil.copy(path, tmp_path)
+    for path in [
+        *sorted((shared_data / "wbc_masks").glob("00[1-4].bmp")),
+        *sorted((shared_data / "bccd/images").glob("*"))[:4],
+        *sorted((shared_data / "kaggle_fullres").rglob("*.jpg"))[:3],
+    ]:
+        shutil.copy(path, tmp_path)
     (tmp_path / "out").mkdir()
     assert call(tmp_path, "--out", tmp_path / "out", "--n-jobs", 2)[0] == 0
     assert len(check_masks(tmp_path, tmp_path / "out")) >= 10

@@ -1,4 +1,5 @@
 """The original study's recipe equals cv2.kmeans', the second method finds cells better; on made-up and, where they are, real images."""
+
 import cv2
 import numpy as np
 import pytest
@@ -7,10 +8,27 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from leukemia_nb.data.images import read_image
-from leukemia_nb.processing.segmentation import (_summits, METHODS, a_channel, check_mask, clean_mask, count_cells, count_quality, apply_mask,
-                                      study_mask,
-                                      draw_outlines, drop_small, find_cells, kmeans_mask, label_cells, mask_quality, segment,
-                                      smallest_area, two_means, whiten_background)
+from leukemia_nb.processing.segmentation import (
+    _summits,
+    METHODS,
+    a_channel,
+    check_mask,
+    clean_mask,
+    count_cells,
+    count_quality,
+    apply_mask,
+    study_mask,
+    draw_outlines,
+    drop_small,
+    find_cells,
+    kmeans_mask,
+    label_cells,
+    mask_quality,
+    segment,
+    smallest_area,
+    two_means,
+    whiten_background,
+)
 from leukemia_nb.data.synthetic import smear
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
@@ -47,23 +65,26 @@ def test_two_means_takes_the_lowest_of_equal_thresholds(values):
 
 def test_two_means_of_constant_and_unusable_values():
     assert two_means(np.full((3, 4), 9, np.uint8)) == (9, (9.0, 9.0))
-    with pytest.raises(ValueError, match="at least one"): two_means(np.zeros(0, np.uint8))
-    with pytest.raises(ValueError, match="expected uint8"): two_means(np.zeros(3))
+    with pytest.raises(ValueError, match="at least one"):
+        two_means(np.zeros(0, np.uint8))
+    with pytest.raises(ValueError, match="expected uint8"):
+        two_means(np.zeros(3))
 
 
 def test_counts_beyond_float32_are_exact():
-    values = np.zeros(2 ** 24 + 8, np.uint8); values[:3] = 200
+    values = np.zeros(2**24 + 8, np.uint8)
+    values[:3] = 200
     assert two_means(values) == (0, (0.0, 200.0))
 
 
 def test_deck_equals_kmeans_on_smears(smears):
     for drawn in smears:
         small = np.ascontiguousarray(drawn.image[::2, ::2])
-        assert mask_quality(study_mask(small), study_mask(small, cluster=kmeans_mask))["iou"] > .98
+        assert mask_quality(study_mask(small), study_mask(small, cluster=kmeans_mask))["iou"] > 0.98
 
 
 @settings(max_examples=40, deadline=None)
-@given(sizes, st.integers(0, 2 ** 32 - 1), st.sampled_from(sorted(METHODS)))
+@given(sizes, st.integers(0, 2**32 - 1), st.sampled_from(sorted(METHODS)))
 def test_any_size_grey_and_noise(size, seed, method):
     noise = np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
     for image in (noise, noise[..., ::-1], noise[..., 0], np.full_like(noise, seed % 256)):
@@ -83,13 +104,16 @@ def test_image_is_not_changed_and_result_repeats(method, smears):
 
 def test_unusable_images_and_methods():
     for wrong in (np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros(4, np.uint8)):
-        with pytest.raises(ValueError, match="expected a uint8 image"): segment(wrong)
-        with pytest.raises(ValueError, match="expected a uint8 image"): segment(wrong, "nucleus")
-    with pytest.raises(ValueError, match="choose one of deck, seeded"): segment(np.zeros((4, 4, 3), np.uint8), "Deck")
+        with pytest.raises(ValueError, match="expected a uint8 image"):
+            segment(wrong)
+        with pytest.raises(ValueError, match="expected a uint8 image"):
+            segment(wrong, "nucleus")
+    with pytest.raises(ValueError, match="choose one of deck, seeded"):
+        segment(np.zeros((4, 4, 3), np.uint8), "Deck")
 
 
 def test_cleaning_is_opencvs_open_then_close():
-    random = np.random.default_rng(1).random((80, 90)) < .5
+    random = np.random.default_rng(1).random((80, 90)) < 0.5
     ellipse = lambda size: cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
     opened = cv2.dilate(cv2.erode(random.astype(np.uint8), ellipse(3)), ellipse(3))
     assert (clean_mask(random) == (cv2.morphologyEx(opened, cv2.MORPH_CLOSE, ellipse(7)) > 0)).all()
@@ -99,19 +123,22 @@ def test_cleaning_is_opencvs_open_then_close():
 def test_dropping_small_components(mask, min_area):
     number, labels = cv2.connectedComponents(mask.astype(np.uint8))
     areas = np.bincount(labels.ravel(), minlength=number)
-    keep = areas >= smallest_area(mask.shape, min_area); keep[0] = False
+    keep = areas >= smallest_area(mask.shape, min_area)
+    keep[0] = False
     assert (drop_small(mask, min_area) == keep[labels]).all()
 
 
 def test_dropping_many_components_takes_the_other_way():
-    mask = np.zeros((100, 100), bool); mask[::3, ::3] = True; mask[50:90, 50:90] = True
+    mask = np.zeros((100, 100), bool)
+    mask[::3, ::3] = True
+    mask[50:90, 50:90] = True
     assert drop_small(mask, 1000).sum() >= 1600 and not drop_small(mask, 1000)[:40, :40].any()
 
 
 def test_smallest_area_is_a_share():
     assert smallest_area((768, 1024)) == 500
     assert smallest_area((1536, 2048)) == 2000
-    assert smallest_area((224, 224)) == pytest.approx(31.9, abs=.01)
+    assert smallest_area((224, 224)) == pytest.approx(31.9, abs=0.01)
 
 
 @given(arrays(bool, (6, 7)), arrays(bool, (6, 7)))
@@ -125,13 +152,15 @@ def test_mask_quality_properties(one, two):
 def test_cut_out_is_the_bitwise_and(smears):
     image, mask = smears[0].image, smears[0].cells > 0
     assert (apply_mask(image, mask) == image * mask[..., None]).all()
-    with pytest.raises(ValueError, match="differ in size"): apply_mask(image, mask[:-1])
+    with pytest.raises(ValueError, match="differ in size"):
+        apply_mask(image, mask[:-1])
 
 
 def test_touching_cells_are_told_apart():
     for gap, distance in ((0, 46), (3, 50)):
         mask = np.zeros((120, 200), np.uint8)
-        cv2.circle(mask, (60, 60), 25, 1, -1); cv2.circle(mask, (60 + distance + gap, 60), 25, 1, -1)
+        cv2.circle(mask, (60, 60), 25, 1, -1)
+        cv2.circle(mask, (60 + distance + gap, 60), 25, 1, -1)
         labels = label_cells(mask > 0)
         assert labels.dtype == np.int32 and labels.max() == 2 and ((labels > 0) == (mask > 0)).all()
     oval = cv2.ellipse(np.zeros((120, 200), np.uint8), (100, 60), (60, 35), 20, 0, 360, 1, -1) > 0
@@ -150,22 +179,25 @@ def test_seeded_beats_deck_and_counts_on_smears(smears):
     deck = np.mean([mask_quality(segment(drawn.image), drawn.cells > 0)["iou"] for drawn in smears])
     found = [find_cells(drawn.image) for drawn in smears]
     seeded = np.mean([mask_quality(cells > 0, drawn.cells > 0)["iou"] for cells, drawn in zip(found, smears)])
-    assert seeded > .85 and seeded > deck
+    assert seeded > 0.85 and seeded > deck
     counts = [count_quality(cells, drawn.cells) for cells, drawn in zip(found, smears)]
-    assert sum(count["matched"] for count in counts) >= .9 * sum(count["true"] for count in counts)
-    assert sum(count["false"] for count in counts) <= .15 * sum(count["true"] for count in counts)
-    for cells in found: assert (np.unique(cells) == np.arange(cells.max() + 1)).all()
+    assert sum(count["matched"] for count in counts) >= 0.9 * sum(count["true"] for count in counts)
+    assert sum(count["false"] for count in counts) <= 0.15 * sum(count["true"] for count in counts)
+    for cells in found:
+        assert (np.unique(cells) == np.arange(cells.max() + 1)).all()
 
 
 def test_seeded_does_not_mind_the_lamp(smears):
     image = smears[4].image
-    yellow = (image * [1, .97, .7]).astype(np.uint8)
-    assert mask_quality(segment(yellow, "nucleus"), segment(image, "nucleus"))["iou"] > .9
+    yellow = (image * [1, 0.97, 0.7]).astype(np.uint8)
+    assert mask_quality(segment(yellow, "nucleus"), segment(image, "nucleus"))["iou"] > 0.9
     assert np.median(whiten_background(yellow).reshape(-1, 3), axis=0).min() > 200
 
 
 def test_outlines_stay_at_the_edge():
-    labels = np.zeros((40, 40), np.int32); labels[5:20, 5:20] = 1; labels[20:35, 5:20] = 2
+    labels = np.zeros((40, 40), np.int32)
+    labels[5:20, 5:20] = 1
+    labels[20:35, 5:20] = 2
     drawn = draw_outlines(np.zeros((40, 40, 3), np.uint8), labels, (9, 8, 7), width=1)
     assert (drawn[5, 5:20] == (9, 8, 7)).all() and (drawn[19, 5:20] == (9, 8, 7)).all() and not drawn[10, 10].any()
 
@@ -179,6 +211,7 @@ def test_flags():
 
 
 # ---- real images
+
 
 def masks(shared_data, rest):
     "Image and true whole cell of every second image of wbc_masks (rest 1: odd numbers, for development)."
@@ -194,21 +227,24 @@ def test_deck_equals_kmeans_on_real_images(shared_data):
         exact, attempts = channel > two_means(channel)[0], kmeans_mask(channel)
         same.append((exact == attempts).all())
         lowest = min(lowest, mask_quality(exact, attempts)["iou"])
-    assert len(same) >= 20 and np.mean(same) >= .9 and lowest > .95
+    assert len(same) >= 20 and np.mean(same) >= 0.9 and lowest > 0.95
 
 
 def test_second_method_on_masks_held_back(shared_data):
-    quality = {method: np.mean([mask_quality(segment(image, method), truth)["iou"] for image, truth in masks(shared_data, 0)])
-               for method in METHODS}
-    assert quality["kmeans"] == pytest.approx(.81, abs=.01)
-    assert quality["nucleus"] > .88
+    quality = {
+        method: np.mean([mask_quality(segment(image, method), truth)["iou"] for image, truth in masks(shared_data, 0)])
+        for method in METHODS
+    }
+    assert quality["kmeans"] == pytest.approx(0.81, abs=0.01)
+    assert quality["nucleus"] > 0.88
 
 
 def test_second_method_leaves_the_scale_bar(shared_data):
     corner = {method: 0 for method in METHODS}
     for path in sorted((shared_data / "taleqani" / "Early").glob("*.jpg"))[::20]:
         image = read_image(path)
-        for method in METHODS: corner[method] += segment(image, method)[208:216, 195:220].any()
+        for method in METHODS:
+            corner[method] += segment(image, method)[208:216, 195:220].any()
     assert corner["nucleus"] <= corner["kmeans"] / 2
 
 

@@ -1,4 +1,5 @@
 """Controls see what they may see and nothing else; on the real images they are as good as is known."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,12 +8,32 @@ from hypothesis.extra.numpy import arrays
 
 from leukemia_nb.data.manifest import build_manifest, class_of
 from leukemia_nb.data.images import read_image, write_image
-from leukemia_nb.evaluation.metrics import check_predictions, compare_models, dummy_predictions, read_predictions, write_predictions
+from leukemia_nb.evaluation.metrics import (
+    check_predictions,
+    compare_models,
+    dummy_predictions,
+    read_predictions,
+    write_predictions,
+)
 from leukemia_nb.processing.pairing import Pairs, prepare_pairs
 from leukemia_nb.processing.segmentation import find_cells
-from leukemia_nb.audit.baselines import (BASELINES, background_pixels, bar_corner, colour_features, baseline_features, baseline_table,
-                                   baselines_figure, cross_validate_baselines, permutation_table, permuted_accuracy,
-                                   permuted_sentence, run_baselines, silhouette_features, texture_features, views_figure)
+from leukemia_nb.audit.baselines import (
+    BASELINES,
+    background_pixels,
+    bar_corner,
+    colour_features,
+    baseline_features,
+    baseline_table,
+    baselines_figure,
+    cross_validate_baselines,
+    permutation_table,
+    permuted_accuracy,
+    permuted_sentence,
+    run_baselines,
+    silhouette_features,
+    texture_features,
+    views_figure,
+)
 from leukemia_nb.data.synthetic import smear
 from leukemia_nb.evaluation.uncertainty import cross_validated_accuracy
 
@@ -47,7 +68,9 @@ def test_background_control_is_blind_to_cells_and_bar(seen):
 def test_scale_bar_control_sees_the_corner_alone(seen):
     image, cells, _ = seen
     other, corner = image.copy(), bar_corner(image.shape)
-    kept = other[corner].copy(); other[:] = 7; other[corner] = kept
+    kept = other[corner].copy()
+    other[:] = 7
+    other[corner] = kept
     bar, colour = BASELINES["scale_bar"].features, BASELINES["colour"].features
     assert np.array_equal(bar(image, cells), bar(other, cells)) and not np.allclose(colour(image, cells), colour(other, cells))
     other[corner] = 0
@@ -59,7 +82,10 @@ def test_grey_controls_are_blind_to_colour(seen, name, monkeypatch):
     image, cells, free = seen
     monkeypatch.setattr("leukemia_nb.audit.baselines.background_pixels", lambda image, cells: free)
     grey = image @ np.array([0.299, 0.587, 0.114])
-    gap = np.abs(BASELINES[name].features(image, cells) - BASELINES[name].features(np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, 2), cells))
+    gap = np.abs(
+        BASELINES[name].features(image, cells)
+        - BASELINES[name].features(np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, 2), cells)
+    )
     assert gap.max() < 0.02
 
 
@@ -73,23 +99,26 @@ def test_silhouettes_are_blind_to_pixels(seen):
 @settings(max_examples=25, deadline=None)
 @given(arrays(np.uint8, (9, 7, 3)), st.randoms(use_true_random=False))
 def test_colour_numbers_do_not_depend_on_places(image, random):
-    order = list(range(63)); random.shuffle(order)
+    order = list(range(63))
+    random.shuffle(order)
     assert colour_features(image) == pytest.approx(colour_features(image.reshape(-1, 3)[order].reshape(9, 7, 3)), abs=1e-2)
 
 
 def test_colour_and_texture_numbers_by_hand():
-    image = np.zeros((2, 2, 3), np.uint8); image[..., 0] = [[0, 10], [20, 30]]
+    image = np.zeros((2, 2, 3), np.uint8)
+    image[..., 0] = [[0, 10], [20, 30]]
     found = colour_features(image)
     assert found[0] == 15 and found[3] == pytest.approx(np.sqrt(125)) and found[12] == 15 and found[1] == 0
     flat = texture_features(np.full((20, 20, 3), 90, np.uint8), radii=(1,))
-    assert flat[8] == pytest.approx(1 - flat[:8].sum()) and flat[8] > 0.8    # a flat image: all neighbours are as bright
+    assert flat[8] == pytest.approx(1 - flat[:8].sum()) and flat[8] > 0.8  # a flat image: all neighbours are as bright
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shortcuts")
     for label in ("Normal", "Pre-B", "Pro-B"):
-        for i in range(10): write_image(folder / "in" / label / f"{i}.png", smear(label, i, 64, 64, confounded=1).image)
+        for i in range(10):
+            write_image(folder / "in" / label / f"{i}.png", smear(label, i, 64, 64, confounded=1).image)
     table = prepare_pairs(build_manifest(folder / "in"), folder / "pairs", size=32, progress=False)
     return table, folder / "pairs"
 
@@ -102,7 +131,13 @@ def test_run_controls_writes_what_the_study_reads(pairs, tmp_path):
     assert list(found) == list(BASELINES)
     for name, predictions in found.items():
         if name == "permuted":
-            assert predictions["repeat"].nunique() == 5 and predictions.groupby("repeat")["pair"].apply(list).map(lambda pairs: pairs == test.table["pair"].tolist()).all()
+            assert (
+                predictions["repeat"].nunique() == 5
+                and predictions.groupby("repeat")["pair"]
+                .apply(list)
+                .map(lambda pairs: pairs == test.table["pair"].tolist())
+                .all()
+            )
             continue
         check_predictions(predictions)
         assert predictions["pair"].tolist() == test.table["pair"].tolist() and set(predictions["subset"]) == {"validation"}
@@ -119,7 +154,9 @@ def test_mirrored_copies_do_not_count(pairs):
     plain = table.assign(flip="none")
     more = Pairs(pd.concat([plain, plain.assign(flip="both")]), folder, size=32)
     test = Pairs(table[::3], folder, size=32)
-    one, two = (run_baselines(train, test, controls=["scale_bar"])["scale_bar"] for train in (Pairs(plain, folder, size=32), more))
+    one, two = (
+        run_baselines(train, test, controls=["scale_bar"])["scale_bar"] for train in (Pairs(plain, folder, size=32), more)
+    )
     pd.testing.assert_frame_equal(one, two)
 
 
@@ -128,8 +165,10 @@ def test_given_cells_are_used_and_errors_name_the_remedy(pairs):
     source = Pairs(table[:4], folder, size=32)
     blank = np.zeros((4, 32, 32), np.int32)
     assert (baseline_features(source, blank, ["silhouettes"])["silhouettes"] == 0).all()
-    with pytest.raises(ValueError, match="4 images but 2 masks"): baseline_features(source, blank[:2])
-    with pytest.raises(ValueError, match="no control is called 'tea'; there are background_colour"): baseline_features(source, controls=["tea"])
+    with pytest.raises(ValueError, match="4 images but 2 masks"):
+        baseline_features(source, blank[:2])
+    with pytest.raises(ValueError, match="no control is called 'tea'; there are background_colour"):
+        baseline_features(source, controls=["tea"])
 
 
 def test_cross_validation_keeps_groups_together():
@@ -137,12 +176,17 @@ def test_cross_validation_keeps_groups_together():
     group = np.repeat(np.arange(30), 4)
     numbers = {"grey_texture": (random.normal(size=(30, 21))[group] + 0.01 * random.normal(size=(120, 21))).astype(np.float32)}
     table = pd.DataFrame({"pair": [f"p{i}" for i in range(120)], "class": np.array(["a", "b", "c"])[group % 3]})
-    alone, held = (cross_validated_accuracy(cross_validate_baselines(numbers, table, groups)["grey_texture"]) for groups in (None, group))
+    alone, held = (
+        cross_validated_accuracy(cross_validate_baselines(numbers, table, groups)["grey_texture"]) for groups in (None, group)
+    )
     assert alone.estimate > 0.9 and held.estimate < 0.6 and held.groups == 30
-    found = cross_validate_baselines({**numbers, "permuted": numbers["grey_texture"][:, :3]}, table, group, folds=2, repeats=2, shuffles=7)
+    found = cross_validate_baselines(
+        {**numbers, "permuted": numbers["grey_texture"][:, :3]}, table, group, folds=2, repeats=2, shuffles=7
+    )
     assert found["grey_texture"].groupby("repeat")["pair"].nunique().tolist() == [120, 120]
     assert found["permuted"]["repeat"].nunique() == 7
-    with pytest.raises(ValueError, match="a has 1 groups, 5 folds need"): cross_validate_baselines(numbers, table, table["class"])
+    with pytest.raises(ValueError, match="a has 1 groups, 5 folds need"):
+        cross_validate_baselines(numbers, table, table["class"])
 
 
 def test_table_and_figure_join_controls_and_models():
@@ -151,10 +195,13 @@ def test_table_and_figure_join_controls_and_models():
     assert table["name"].tolist() == ["colour", "permuted", "yolo11"] and table["title"].tolist()[2] == "YOLO11"
     assert table["chance"].tolist() == pytest.approx([47 / 111] * 3) and set(table["interval"]) == {"Clopper-Pearson"}
     by_field = baseline_table(models, {pair: i // 4 for i, pair in enumerate(models["colour"]["pair"])})
-    assert (by_field["groups"] < by_field["images"]).all() and set(by_field["interval"]) == {"Clopper-Pearson on effective groups"}
+    assert (by_field["groups"] < by_field["images"]).all() and set(by_field["interval"]) == {
+        "Clopper-Pearson on effective groups"
+    }
     words = [text.get_text() for text in baselines_figure(table).axes[0].texts]
     assert "Colour statistics" in words and "99.1%" in words and "commonest class" in words
-    with pytest.raises(ValueError, match="no predictions"): baseline_table({})
+    with pytest.raises(ValueError, match="no predictions"):
+        baseline_table({})
 
 
 def test_the_interval_of_permuted_labels_holds_the_spread_of_shuffling():
@@ -166,18 +213,28 @@ def test_the_interval_of_permuted_labels_holds_the_spread_of_shuffling():
     by_shuffle, interval = permutation_table(found), permuted_accuracy(found)
     fresh = permutation_table(cross_validate_baselines(numbers, table, folds=3, shuffles=20, seed=1000)["permuted"])["accuracy"]
     assert by_shuffle["accuracy"].std() > 1.2 * np.sqrt(0.25 / 60)
-    assert fresh.between(interval.low, interval.high).mean() >= 0.8   # shuffles that the interval has not seen
+    assert fresh.between(interval.low, interval.high).mean() >= 0.8  # shuffles that the interval has not seen
     row = baseline_table({"permuted": found}).iloc[0]
     assert (row["low"], row["high"], row["interval"]) == (interval.low, interval.high, "central 95 % of 40 label permutations")
 
 
 def test_few_images_are_said_to_be_too_few():
-    few = {"colour": dummy_predictions(1.0, (1, 1, 1)),
-           "permuted": pd.concat([dummy_predictions(share, (1, 1, 1), seed=i).assign(repeat=i) for i, share in enumerate((0, 1 / 3, 2 / 3, 1))])}
+    few = {
+        "colour": dummy_predictions(1.0, (1, 1, 1)),
+        "permuted": pd.concat(
+            [dummy_predictions(share, (1, 1, 1), seed=i).assign(repeat=i) for i, share in enumerate((0, 1 / 3, 2 / 3, 1))]
+        ),
+    }
     text = permuted_sentence(baseline_table(few))
     assert "of 3 images" in text and "the controls here show nothing" in text
-    many = {"colour": dummy_predictions(0.95), "permuted": pd.concat([dummy_predictions(0.4, seed=i).assign(repeat=i) for i in range(9)])}
-    assert "show nothing" not in permuted_sentence(baseline_table(many)) and permuted_sentence(baseline_table({"colour": many["colour"]})) == ""
+    many = {
+        "colour": dummy_predictions(0.95),
+        "permuted": pd.concat([dummy_predictions(0.4, seed=i).assign(repeat=i) for i in range(9)]),
+    }
+    assert (
+        "show nothing" not in permuted_sentence(baseline_table(many))
+        and permuted_sentence(baseline_table({"colour": many["colour"]})) == ""
+    )
 
 
 def test_views_have_a_column_a_control():

@@ -1,4 +1,5 @@
 """The published site, as far as it can be checked without Quarto: order, titles, outputs, links, README, workflow."""
+
 import ast
 import importlib
 import os
@@ -32,7 +33,11 @@ def texts(cells) -> list[str]:
     """Markdown of a notebook: its own and what its code has shown."""
     found = [cell.source for cell in cells if cell.cell_type == "markdown" and cell.get("source")]
     for cell in cells:
-        found += ["".join(output.data["text/markdown"]) for output in cell.get("outputs", []) if "text/markdown" in output.get("data", {})]
+        found += [
+            "".join(output.data["text/markdown"])
+            for output in cell.get("outputs", [])
+            if "text/markdown" in output.get("data", {})
+        ]
     return found
 
 
@@ -54,9 +59,12 @@ def contents(entries) -> list[str]:
     """Files of a sidebar, in reading order."""
     found = []
     for entry in entries:
-        if isinstance(entry, str): found.append(entry)
-        elif "section" in entry: found += contents(entry["contents"])
-        else: found.append(entry["href"])
+        if isinstance(entry, str):
+            found.append(entry)
+        elif "section" in entry:
+            found += contents(entry["contents"])
+        else:
+            found.append(entry["href"])
     return found
 
 
@@ -71,8 +79,8 @@ def test_a_newcomer_reads_result_findings_method_reference_howto_ethics():
     assert SIDEBAR[:2] == ["index.ipynb", "findings.ipynb"]
     assert SIDEBAR[-3:] == ["reference.ipynb", "how_to_add_a_model.ipynb", "data_and_ethics.ipynb"]
     study = [name for name in SIDEBAR if name.startswith("study/")]
-    assert SIDEBAR[2:2 + len(study)] == sorted(study)
-    assert all(name[0].isdigit() for name in SIDEBAR[2 + len(study):-3])
+    assert SIDEBAR[2 : 2 + len(study)] == sorted(study)
+    assert all(name[0].isdigit() for name in SIDEBAR[2 + len(study) : -3])
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
@@ -95,9 +103,11 @@ def test_a_page_is_committed_with_outputs_without_errors_and_small(notebook):
 def test_a_cell_that_imports_holds_nothing_else(notebook):
     """nbdev runs such cells, and no others but the exported, when it prepares a page that has exports."""
     sources = [cell.source for cell in cells_of(notebook) if cell.cell_type == "code"]
-    if not any("#| export" in source for source in sources): return
+    if not any("#| export" in source for source in sources):
+        return
     for source in sources:
-        if "#| export" in source: continue
+        if "#| export" in source:
+            continue
         imports = [isinstance(statement, ast.Import | ast.ImportFrom) for statement in ast.parse(source).body]
         assert all(imports) or not any(imports), source
 
@@ -106,8 +116,10 @@ def leads_somewhere(link: str, cells, folder: Path) -> bool:
     """Whether a relative link of a page leads to a file, and to a heading of it if it names one."""
     path, _, anchor = link.partition("#")
     target = folder / path
-    if path and not target.exists(): return False
-    if not anchor: return True
+    if path and not target.exists():
+        return False
+    if not anchor:
+        return True
     return anchor in anchors(cells_of(target) if path else cells)
 
 
@@ -146,7 +158,9 @@ def test_the_reference_names_every_public_function_and_class():
         module = importlib.import_module(f"leukemia_nb.{export[1]}")
         for name in module.__all__:
             if callable(getattr(module, name)) and getattr(getattr(module, name), "__module__", "") == module.__name__:
-                assert f"[{name}]({notebook.name}#{name.lower()})" in shown, f"run nbs/reference.ipynb again: {module.__name__}.{name}"
+                assert f"[{name}]({notebook.name}#{name.lower()})" in shown, (
+                    f"run nbs/reference.ipynb again: {module.__name__}.{name}"
+                )
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
@@ -159,8 +173,14 @@ def test_a_page_shows_no_warning_and_no_progress_bar(notebook):
 def processed(copy):
     """The half of nbdev's docs that needs no Quarto: the pages as Quarto would get them."""
     code = "from nbdev.serve import proc_nbs; print(proc_nbs())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, timeout=900,
-                          env={**os.environ, "PYTHONPATH": str(copy)})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "PYTHONPATH": str(copy)},
+    )
     assert done.returncode == 0, done.stderr
     return copy / "_proc"
 
@@ -186,10 +206,12 @@ def test_links_to_names_lead_to_the_page_and_heading_that_explain_them(processed
     lost, seen = [], 0
     for page in processed.rglob("*.ipynb"):
         for link in links(cells_of(page)):
-            if not link.startswith(site): continue
+            if not link.startswith(site):
+                continue
             path, _, anchor = link.removeprefix(site).partition("#")
             seen += 1
-            if path not in pages or (anchor and anchor not in pages[path]): lost.append(f"{page.name}: {link}")
+            if path not in pages or (anchor and anchor not in pages[path]):
+                lost.append(f"{page.name}: {link}")
     assert seen > 100 and not lost
 
 
@@ -214,4 +236,6 @@ def test_the_workflow_pins_what_it_runs(workflow):
 
 def test_the_site_is_built_by_a_quarto_of_known_version_and_checksum():
     environment = yaml.safe_load((ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8"))["env"]
-    assert re.fullmatch(r"\d+\.\d+\.\d+", environment["QUARTO_VERSION"]) and re.fullmatch(r"[0-9a-f]{64}", environment["QUARTO_SHA256"])
+    assert re.fullmatch(r"\d+\.\d+\.\d+", environment["QUARTO_VERSION"]) and re.fullmatch(
+        r"[0-9a-f]{64}", environment["QUARTO_SHA256"]
+    )

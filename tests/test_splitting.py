@@ -1,4 +1,5 @@
 """Properties of the split: exact counts, duplicates and groups in one subset, refusals that name the images."""
+
 import json
 import os
 import unicodedata
@@ -11,8 +12,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leukemia_nb.processing.splitting import (SplitError, check_split, deal, grouped_folds, image_groups, mark_two_classes, merge_groups,
-                                   read_groups, read_split, smallest_class, split_pairs, subset_sizes, write_split)
+from leukemia_nb.processing.splitting import (
+    SplitError,
+    check_split,
+    deal,
+    grouped_folds,
+    image_groups,
+    mark_two_classes,
+    merge_groups,
+    read_groups,
+    read_split,
+    smallest_class,
+    split_pairs,
+    subset_sizes,
+    write_split,
+)
 
 DECK = {"Normal": 512, "Pre-B": 955, "Pro-B": 796}
 
@@ -25,7 +39,8 @@ def images(counts: dict[str, int]) -> pd.DataFrame:
 
 @given(st.integers(0, 3000), st.integers(1, 98), st.integers(1, 98))
 def test_sizes_are_exact_floors(number, train, test):
-    if train + test >= 100: return
+    if train + test >= 100:
+        return
     sizes = subset_sizes(number, train / 100, test / 100)
     assert sizes["train"] == train * number // 100 and sizes["test"] == test * number // 100
     assert sum(sizes.values()) == number and min(sizes.values()) >= 0
@@ -33,7 +48,8 @@ def test_sizes_are_exact_floors(number, train, test):
 
 @pytest.mark.parametrize("train, test", [(0.9, 0.1), (0, 0.1), (0.5, 0), (1.2, -0.3)])
 def test_shares_that_cannot_be(train, test):
-    with pytest.raises(ValueError, match="must be above 0"): subset_sizes(100, train, test)
+    with pytest.raises(ValueError, match="must be above 0"):
+        subset_sizes(100, train, test)
 
 
 @given(st.sampled_from([(0.85, 0.05), (0.6, 0.2), (0.7, 0.29)]))
@@ -63,12 +79,14 @@ def test_duplicates_stay_together_and_counts_stay_exact(data):
             size = data.draw(st.integers(2, 4))
             for start in range(0, data.draw(st.integers(0, len(rows) // 6)), size):
                 offset = 0 if column == "sha256" else len(rows) // 6
-                table.loc[rows[offset + start:offset + start + size], column] = f"{label} copies {start}"
+                table.loc[rows[offset + start : offset + start + size], column] = f"{label} copies {start}"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         split = split_pairs(table, seed=data.draw(st.integers(0, 99)))
-    for column in ("sha256", "pixels", "group"): assert split.groupby(column)["subset"].nunique().max() == 1
-    for label, rows in split.groupby("class"): assert rows["subset"].value_counts().to_dict() == subset_sizes(counts[label])
+    for column in ("sha256", "pixels", "group"):
+        assert split.groupby(column)["subset"].nunique().max() == 1
+    for label, rows in split.groupby("class"):
+        assert rows["subset"].value_counts().to_dict() == subset_sizes(counts[label])
 
 
 def test_split_is_random_and_uniform():
@@ -80,7 +98,8 @@ def test_split_is_random_and_uniform():
 def test_duplicates_too_many_for_exact_counts():
     table = images({"Normal": 20})
     table["sha256"] = [f"twin {number // 2}" for number in range(20)]
-    with pytest.warns(UserWarning, match="Normal: .* instead of .* because duplicates stay together"): split = split_pairs(table)
+    with pytest.warns(UserWarning, match="Normal: .* instead of .* because duplicates stay together"):
+        split = split_pairs(table)
     assert split.groupby("sha256")["subset"].nunique().max() == 1 and set(split["subset"]) == {"train", "test", "validation"}
 
 
@@ -89,7 +108,8 @@ def test_merge_groups_against_closure(rows):
     table = pd.DataFrame(rows, columns=["a", "b"], dtype=object)
     groups = merge_groups(table, ["a", "b"])
     near = np.array([[x[0] == y[0] or x[1] == y[1] for y in rows] for x in rows], bool).reshape(len(rows), len(rows))
-    for _ in rows: near = near @ near
+    for _ in rows:
+        near = near @ near
     assert (near == (groups[:, None] == groups[None])).all()
 
 
@@ -100,7 +120,8 @@ def test_empty_cells_tie_nothing():
 def test_one_image_under_two_classes_is_left_out():
     table = images({"Normal": 21, "Pre-B": 21})
     table.loc[[0, 21], "pixels"] = "same"
-    with pytest.warns(UserWarning, match="two classes, left out: Normal/0000, Pre-B/0000"): split = split_pairs(table)
+    with pytest.warns(UserWarning, match="two classes, left out: Normal/0000, Pre-B/0000"):
+        split = split_pairs(table)
     assert len(split) == 40
 
 
@@ -108,7 +129,8 @@ def test_too_few_and_empty_classes():
     with pytest.raises(SplitError, match="class Pro-B has 19 usable images, this split needs 20 of each class"):
         split_pairs(images({"Normal": 30, "Pro-B": 19}))
     table = images({"Normal": 30, "Pro-B": 1}).assign(problem=[""] * 30 + ["broken"])
-    with pytest.raises(SplitError, match="no usable image of class Pro-B"): split_pairs(table)
+    with pytest.raises(SplitError, match="no usable image of class Pro-B"):
+        split_pairs(table)
     assert len(split_pairs(images({"Normal": 5, "Pro-B": 6}), train=0.6, test=0.2)) == 11
 
 
@@ -135,9 +157,12 @@ def test_groups_given_as_values_follow_their_rows():
     table = images({"Normal": 60}).sample(frac=1, random_state=0)
     values = table["pair"].str[-2:].astype(int) // 5
     pd.testing.assert_frame_equal(split_pairs(table, groups=list(values)), split_pairs(table.assign(v=values), groups="v"))
-    with pytest.raises(SplitError, match="3 groups for 60 pairs"): split_pairs(table, groups=[1, 2, 3])
-    with pytest.raises(SplitError, match="no column 'patient'"): split_pairs(table, groups="patient")
-    with pytest.raises(SplitError, match="too few groups"): split_pairs(table.assign(patient="one"), groups="patient")
+    with pytest.raises(SplitError, match="3 groups for 60 pairs"):
+        split_pairs(table, groups=[1, 2, 3])
+    with pytest.raises(SplitError, match="no column 'patient'"):
+        split_pairs(table, groups="patient")
+    with pytest.raises(SplitError, match="too few groups"):
+        split_pairs(table.assign(patient="one"), groups="patient")
 
 
 def test_grouped_folds_test_each_pair_once_a_repeat():
@@ -159,17 +184,23 @@ def test_check_names_the_images(column, message):
     split = split_pairs(images({"Normal": 40}))
     first, second = (split.index[split["subset"] == subset][0] for subset in ("train", "test"))
     split.loc[second, column] = split.loc[first, column]
-    with pytest.raises(SplitError, match=f"{message} in several subsets") as caught: check_split(split)
-    for place in (first, second): assert f"{split['pair'][place]} ({split['subset'][place]})" in str(caught.value)
+    with pytest.raises(SplitError, match=f"{message} in several subsets") as caught:
+        check_split(split)
+    for place in (first, second):
+        assert f"{split['pair'][place]} ({split['subset'][place]})" in str(caught.value)
 
 
 def test_check_refuses():
     split = split_pairs(images({"Normal": 40, "Pre-B": 40}))
-    with pytest.raises(SplitError, match="twice in the split: Normal/0000"): check_split(pd.concat([split, split[:1]]))
-    with pytest.raises(SplitError, match="no such subsets: {'val'}"): check_split(split.replace("validation", "val"))
+    with pytest.raises(SplitError, match="twice in the split: Normal/0000"):
+        check_split(pd.concat([split, split[:1]]))
+    with pytest.raises(SplitError, match="no such subsets: {'val'}"):
+        check_split(split.replace("validation", "val"))
     lacking = split[(split["class"] == "Normal") | (split["subset"] != "test")]
-    with pytest.raises(SplitError, match="class Pre-B has no images for test"): check_split(lacking)
-    with pytest.raises(SplitError, match="same group"): check_split(split, groups=["all"] * len(split))
+    with pytest.raises(SplitError, match="class Pre-B has no images for test"):
+        check_split(lacking)
+    with pytest.raises(SplitError, match="same group"):
+        check_split(split, groups=["all"] * len(split))
     check_split(split, groups=[""] * len(split))
 
 
@@ -178,13 +209,17 @@ def test_round_trip_and_comparison(tmp_path):
     split = split_pairs(table)
     write_split(split, tmp_path / "split.csv")
     pd.testing.assert_frame_equal(read_split(tmp_path / "split.csv", table), split, check_dtype=False)
-    for other, message in [(table[1:], "1 missing here: Normal/0000"),
-                           (pd.concat([table, images({"Pro-B": 1})]), "1 not in the split: Pro-B/0000"),
-                           (table.replace("sha Normal/0003", "edited"), "1 changed: Normal/0003")]:
-        with pytest.raises(SplitError, match=message): read_split(tmp_path / "split.csv", other)
+    for other, message in [
+        (table[1:], "1 missing here: Normal/0000"),
+        (pd.concat([table, images({"Pro-B": 1})]), "1 not in the split: Pro-B/0000"),
+        (table.replace("sha Normal/0003", "edited"), "1 changed: Normal/0003"),
+    ]:
+        with pytest.raises(SplitError, match=message):
+            read_split(tmp_path / "split.csv", other)
     text = (tmp_path / "split.csv").read_text()
     (tmp_path / "split.csv").write_text(text.replace("subset", "part"))
-    with pytest.raises(SplitError, match="not a split, it lacks subset"): read_split(tmp_path / "split.csv")
+    with pytest.raises(SplitError, match="not a split, it lacks subset"):
+        read_split(tmp_path / "split.csv")
 
 
 IMAGES = ("Pre/Snap_001.jpg", "Pre/Snap_002.jpg", "Pro/Snap_001.jpg", "Pro/Zoë 3.jpg")
@@ -214,22 +249,45 @@ def test_groups_out_of_any_spreadsheet(images, tmp_path, separator, encoding):
     assert matched(tmp_path / "groups.csv", images) == (GROUPS, [])
 
 
-@pytest.mark.parametrize("header", ["Path,Group", "FILE,Patient", "image,slide", "Image Path,Slide_ID", "file,overlap_group", "\"path\", 'group'"])
+@pytest.mark.parametrize(
+    "header", ["Path,Group", "FILE,Patient", "image,slide", "Image Path,Slide_ID", "file,overlap_group", "\"path\", 'group'"]
+)
 @pytest.mark.parametrize("order", [1, -1])
 def test_groups_under_any_header(images, tmp_path, header, order):
     rows = [header.split(",")[::order], *([image, group][::order] for image, group in zip(images, GROUPS))]
-    (tmp_path / "groups.csv").write_text("".join(f"{number},{','.join(row)},note\n" for number, row in enumerate(rows)), encoding="utf-8")
+    (tmp_path / "groups.csv").write_text(
+        "".join(f"{number},{','.join(row)},note\n" for number, row in enumerate(rows)), encoding="utf-8"
+    )
     assert matched(tmp_path / "groups.csv", images)[0] == GROUPS
 
 
-@pytest.mark.parametrize("spelled", [
-    lambda image, root: image, lambda image, root: f' "{image}" ', lambda image, root: f"'{image}'",
-    lambda image, root: os.path.relpath(image, root / "lists"), lambda image, root: os.path.relpath(image, root / "data"),
-    lambda image, root: os.path.relpath(image), lambda image, root: os.path.relpath(image, root / "data").replace("/", "\\"),
-    lambda image, root: "C:\\Users\\me\\" + os.path.relpath(image, root / "data").replace("/", "\\"),
-    lambda image, root: "./" + os.path.relpath(image, root / "data"),
-    lambda image, root: unicodedata.normalize("NFD", os.path.relpath(image, root / "data"))],
-    ids=["absolute", "quoted", "single quotes", "to the list", "to the data", "to cwd", "backslashes", "drive", "dot", "decomposed"])
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        lambda image, root: image,
+        lambda image, root: f' "{image}" ',
+        lambda image, root: f"'{image}'",
+        lambda image, root: os.path.relpath(image, root / "lists"),
+        lambda image, root: os.path.relpath(image, root / "data"),
+        lambda image, root: os.path.relpath(image),
+        lambda image, root: os.path.relpath(image, root / "data").replace("/", "\\"),
+        lambda image, root: "C:\\Users\\me\\" + os.path.relpath(image, root / "data").replace("/", "\\"),
+        lambda image, root: "./" + os.path.relpath(image, root / "data"),
+        lambda image, root: unicodedata.normalize("NFD", os.path.relpath(image, root / "data")),
+    ],
+    ids=[
+        "absolute",
+        "quoted",
+        "single quotes",
+        "to the list",
+        "to the data",
+        "to cwd",
+        "backslashes",
+        "drive",
+        "dot",
+        "decomposed",
+    ],
+)
 def test_groups_by_any_kind_of_path(images, tmp_path, spelled):
     (tmp_path / "lists").mkdir()
     rows = [f"{spelled(image, tmp_path)},{group}" for image, group in zip(images, GROUPS)]
@@ -245,14 +303,18 @@ def test_groups_by_file_name_where_only_one_image_has_it(images, tmp_path):
         matched(tmp_path / "groups.csv", images)
 
 
-@pytest.mark.parametrize("name", ["/data/Pre/caf\\xe9.jpg", "/data/Pre/caf\udce9.jpg"], ids=["as tables hold it", "as the disk holds it"])
+@pytest.mark.parametrize(
+    "name", ["/data/Pre/caf\\xe9.jpg", "/data/Pre/caf\udce9.jpg"], ids=["as tables hold it", "as the disk holds it"]
+)
 def test_groups_of_an_image_whose_name_is_no_utf8(tmp_path, name):
     (tmp_path / "groups.csv").write_bytes("path,group\nPre/café.jpg,7\n".encode("cp1252"))
     assert matched(tmp_path / "groups.csv", [name]) == (["7"], [])
 
 
 def test_file_name_in_another_folder_is_trusted_only_where_it_is_unique_and_said(images, tmp_path):
-    (tmp_path / "groups.csv").write_text("path,group\npatient 1/Snap_002.jpg,1\npatient 1/Snap_001.jpg,1\npatient 2/Snap_001.jpg,2\n")
+    (tmp_path / "groups.csv").write_text(
+        "path,group\npatient 1/Snap_002.jpg,1\npatient 1/Snap_001.jpg,1\npatient 2/Snap_001.jpg,2\n"
+    )
     found, said = matched(tmp_path / "groups.csv", images)
     assert found == ["", "1", "", ""]
     assert any("2 rows of no image here: patient 1/Snap_001.jpg, patient 2/Snap_001.jpg" in line for line in said)
@@ -278,7 +340,9 @@ def test_an_image_in_two_groups_is_refused(images, tmp_path, second):
 
 
 def test_images_without_a_group_and_rows_without_an_image_are_counted(images, tmp_path):
-    (tmp_path / "groups.csv").write_text(f"path,group\n{images[0]},7\n{images[1]},\nPre/gone.jpg,7\nPre/lost.jpg,8\n\n;\n".replace(";", ","))
+    (tmp_path / "groups.csv").write_text(
+        f"path,group\n{images[0]},7\n{images[1]},\nPre/gone.jpg,7\nPre/lost.jpg,8\n\n;\n".replace(";", ",")
+    )
     found, said = matched(tmp_path / "groups.csv", images)
     assert found == ["7", "", "", ""]
     assert any("3 images without a group, each a group of its own: " + images[1] in line for line in said)
@@ -288,21 +352,36 @@ def test_images_without_a_group_and_rows_without_an_image_are_counted(images, tm
         matched(tmp_path / "groups.csv", images)
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "found: nothing"), (b"Pre/a.jpg,7\nPre/b.jpg,7\n", "found: Pre/a.jpg, 7"), (b"path,note\na.jpg,7\n", "that can be group"),
-    (b"path,patient,slide\na.jpg,7,8\n", "more than one, that can be group"), (b"path,group\n", "no rows"), (b"path,group\na.jpg,\n", "no row has a group"), (b"path,group\n,7\n", "has no path"),
-    (b"path,group\na,b.jpg,7\n", "'a,b.jpg,7' has more than 2 columns"), (b'path,group\n"a.jpg,7\nb.jpg,8\n', "a quotation mark is not closed"),
-    (b"PK\x03\x04\x14\x00\x06\x00\x08\x00", "found: "), (b"\x81\x8d\x8f\xff", "not a text")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "found: nothing"),
+        (b"Pre/a.jpg,7\nPre/b.jpg,7\n", "found: Pre/a.jpg, 7"),
+        (b"path,note\na.jpg,7\n", "that can be group"),
+        (b"path,patient,slide\na.jpg,7,8\n", "more than one, that can be group"),
+        (b"path,group\n", "no rows"),
+        (b"path,group\na.jpg,\n", "no row has a group"),
+        (b"path,group\n,7\n", "has no path"),
+        (b"path,group\na,b.jpg,7\n", "'a,b.jpg,7' has more than 2 columns"),
+        (b'path,group\n"a.jpg,7\nb.jpg,8\n', "a quotation mark is not closed"),
+        (b"PK\x03\x04\x14\x00\x06\x00\x08\x00", "found: "),
+        (b"\x81\x8d\x8f\xff", "not a text"),
+    ],
+)
 def test_what_is_no_list_of_groups_is_one_line(tmp_path, content, message):
     (tmp_path / "groups.csv").write_bytes(content)
-    with pytest.raises(SplitError, match="groups.csv: ") as caught: read_groups(tmp_path / "groups.csv")
+    with pytest.raises(SplitError, match="groups.csv: ") as caught:
+        read_groups(tmp_path / "groups.csv")
     assert message in str(caught.value) and "\n" not in str(caught.value)
-    if message.startswith(("found", "that", "more", "no rows")): assert "path,group" in str(caught.value) and "patient 7" in str(caught.value)
+    if message.startswith(("found", "that", "more", "no rows")):
+        assert "path,group" in str(caught.value) and "patient 7" in str(caught.value)
 
 
 def test_a_list_of_groups_that_is_not_there(tmp_path):
-    with pytest.raises(SplitError, match="not there"): read_groups(tmp_path / "groups.csv")
-    with pytest.raises(SplitError, match="not a file"): read_groups(tmp_path)
+    with pytest.raises(SplitError, match="not there"):
+        read_groups(tmp_path / "groups.csv")
+    with pytest.raises(SplitError, match="not a file"):
+        read_groups(tmp_path)
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
@@ -318,7 +397,8 @@ def test_split_file_out_of_any_spreadsheet(tmp_path, separator, encoding):
 def test_split_file_that_puts_an_image_into_two_subsets_is_named(tmp_path):
     split = split_pairs(images({"Normal": 40}))
     pd.concat([split, split[:1].assign(subset="test")]).to_csv(tmp_path / "split.csv", index=False)
-    with pytest.raises(SplitError, match="split.csv: twice in the split: Normal/0000"): read_split(tmp_path / "split.csv")
+    with pytest.raises(SplitError, match="split.csv: twice in the split: Normal/0000"):
+        read_split(tmp_path / "split.csv")
 
 
 def test_copies_under_two_classes_get_a_problem_that_names_the_other():
@@ -331,13 +411,16 @@ def test_copies_under_two_classes_get_a_problem_that_names_the_other():
 
 def test_leaky_split_is_not_written(tmp_path):
     split = split_pairs(images({"Normal": 40})).assign(sha256="same")
-    with pytest.raises(SplitError, match="same file"): write_split(split, tmp_path / "split.csv")
+    with pytest.raises(SplitError, match="same file"):
+        write_split(split, tmp_path / "split.csv")
     assert not list(tmp_path.iterdir())
 
 
 def test_real_images(shared_data):
-    from leukemia_nb.data.manifest import build_manifest; from leukemia_nb.data.images import read_image
+    from leukemia_nb.data.manifest import build_manifest
+    from leukemia_nb.data.images import read_image
     from leukemia_nb.processing.pairing import pixel_hash
+
     folder = shared_data / "taleqani"
     table = build_manifest(folder)
     fields = pd.read_csv(shared_data / "taleqani_fields.csv").set_index("file")["overlap_group"]
@@ -346,11 +429,13 @@ def test_real_images(shared_data):
     table["pixels"] = ""
     table.loc[pro.index, "pixels"] = [pixel_hash(read_image(path)) for path in pro["path"]]
     deck, grouped = split_pairs(table), split_pairs(table, groups="field")
-    for _, rows in deck.groupby("class"): assert rows["subset"].value_counts().to_dict() == subset_sizes(len(rows))
+    for _, rows in deck.groupby("class"):
+        assert rows["subset"].value_counts().to_dict() == subset_sizes(len(rows))
     assert deck.groupby("pixels")["subset"].nunique()[1:].max() == 1
     assert (deck["group"].value_counts() > 1).sum() >= 30  # the set's exact duplicates, as far as they are here
     check_split(grouped, groups=table.set_index("pair")["field"][grouped["pair"]])
-    with pytest.raises(SplitError, match="same group"): check_split(deck, groups=table.set_index("pair")["field"][deck["pair"]])
+    with pytest.raises(SplitError, match="same group"):
+        check_split(deck, groups=table.set_index("pair")["field"][deck["pair"]])
     shares = pd.crosstab(grouped["class"], grouped["subset"], normalize="index")
     assert (shares["test"] - 0.05).abs().max() < 0.01 and (shares["train"] - 0.85).abs().max() < 0.03
 
@@ -365,6 +450,7 @@ def split_step(tmp_path_factory):
     from leukemia_nb.processing.pairing import prepare_pairs
     from leukemia_nb.study.driver import SMOKE, Run, run_step, study_steps
     from leukemia_nb.data.synthetic import write_smears
+
     folder = tmp_path_factory.mktemp("split step")
     data = folder / "data"
     write_smears(data, 24, seed=1, height=120, width=160)
@@ -377,7 +463,9 @@ def split_step(tmp_path_factory):
     write_image(data / "Pre-B/saved again.jpg", read_image(normal[3]), quality=85)
     write_image(data / "Pre-B/zoom.jpg", read_image(pre[5]), quality=85)  # a near-duplicate in its own class
     rows = [f"Pre-B\\{pre[5].name};patient 1", "Pre-B\\zoom.jpg;patient 2"]
-    rows += [f"Pro-B\\{file.name};patient 3" for file in sorted((data / "Pro-B").glob("*.png"))[:4]] + ["Pro-B\\gone.png;patient 4"]
+    rows += [f"Pro-B\\{file.name};patient 3" for file in sorted((data / "Pro-B").glob("*.png"))[:4]] + [
+        "Pro-B\\gone.png;patient 4"
+    ]
     (folder / "patients.csv").write_text("\r\n".join(["Image;Patient", *rows]), encoding="utf-16")
     run = Run(folder / "run")
     manifest = build_manifest(data, CLASSES)
@@ -392,14 +480,25 @@ def split_step(tmp_path_factory):
     return run, "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
 
 
-BAD = {"Normal/empty", "Normal/text", "Normal/torn", "Normal/Normal_002", "Pre-B/same file", "Normal/Normal_003", "Pre-B/flipped",
-       "Normal/Normal_004", "Pre-B/saved again", "Pre-B/Pre-B_010"}
+BAD = {
+    "Normal/empty",
+    "Normal/text",
+    "Normal/torn",
+    "Normal/Normal_002",
+    "Pre-B/same file",
+    "Normal/Normal_003",
+    "Pre-B/flipped",
+    "Normal/Normal_004",
+    "Pre-B/saved again",
+    "Pre-B/Pre-B_010",
+}
 
 
 def test_split_step_leaves_out_and_lists_one_of_each_bad_kind(split_step):
     run, said = split_step
     assert set(run.table("left_out.csv").pair) == BAD and (run.table("left_out.csv").problem != "").all()
-    for name in ("split.csv", "training.csv"): assert not BAD & set(run.table(name).pair)
+    for name in ("split.csv", "training.csv"):
+        assert not BAD & set(run.table(name).pair)
     assert len(run.table("split.csv")) == len(run.table("pairs.csv")) - len(BAD)
     assert f"{len(BAD)} images left out, listed in left_out.csv" in said
 
@@ -410,6 +509,8 @@ def test_split_step_joins_the_list_with_what_it_finds(split_step):
     pairs = {frozenset(pair) for pair in run.table("related.csv")[["a", "b"]].to_numpy()}
     assert frozenset(("Pre-B/Pre-B_006", "Pre-B/zoom")) in pairs
     assert split.related["Pre-B/Pre-B_006"] == split.related["Pre-B/zoom"], "listed apart, found together"
-    assert split.loc[[f"Pro-B/Pro-B_00{number}" for number in range(1, 5)], "related"].nunique() == 1, "not found, listed together"
+    assert split.loc[[f"Pro-B/Pro-B_00{number}" for number in range(1, 5)], "related"].nunique() == 1, (
+        "not found, listed together"
+    )
     assert split.groupby("related").subset.nunique().max() == 1
     assert "images without a group, each a group of its own" in said and "1 row of no image here: Pro-B\\gone.png" in said

@@ -1,4 +1,5 @@
 """The driver's contracts, and the smoke study of all eight models."""
+
 import json
 import os
 import shutil
@@ -22,8 +23,21 @@ from typer.testing import CliRunner
 from leukemia_nb.study.command_line import app, is_explained
 from leukemia_nb.data.files import mark_output_folder
 from leukemia_nb.models.interface import MODELS, ModelEntry
-from leukemia_nb.study.driver import (SMOKE, Run, Step, StudyError, StudySettings, _step_lock, check_parameters, fingerprint, generations,
-                               run_step, run_study, study_notebook, study_steps)
+from leukemia_nb.study.driver import (
+    SMOKE,
+    Run,
+    Step,
+    StudyError,
+    StudySettings,
+    _step_lock,
+    check_parameters,
+    fingerprint,
+    generations,
+    run_step,
+    run_study,
+    study_notebook,
+    study_steps,
+)
 from leukemia_nb.data.synthetic import write_smears
 
 ALL_MODELS = ("efficientnet_b0", "mobilenet_v2", "nasnet_mobile", "dual_channel", "yolov8", "yolo11", "yolo12", "cells")
@@ -39,8 +53,10 @@ def write_notebook(path, code, parameters="run = ''\nvalue = 1", tags=("paramete
 @pytest.fixture()
 def counter(tmp_path):
     """A step whose notebook adds a line to `ran.txt` outside the outputs each time it runs."""
-    code = ("from pathlib import Path\nwith open(Path(run) / 'ran.txt', 'a') as f: f.write('x')\n"
-            "text = (Path(run) / 'in.txt').read_text()\n(Path(run) / 'out.txt').write_text(text + str(value))")
+    code = (
+        "from pathlib import Path\nwith open(Path(run) / 'ran.txt', 'a') as f: f.write('x')\n"
+        "text = (Path(run) / 'in.txt').read_text()\n(Path(run) / 'out.txt').write_text(text + str(value))"
+    )
     notebook = write_notebook(tmp_path / "counter.ipynb", code)
     run = Run(tmp_path / "run")
     run.path("in.txt").write_text("a")
@@ -69,8 +85,10 @@ def test_what_changes_makes_the_step_run_again(counter, change):
     elif change == "output":
         run.path("out.txt").write_text("edited")
     elif change == "notebook":
-        write_notebook(notebook, "from pathlib import Path\nopen(Path(run) / 'ran.txt', 'a').write('x')\n"
-                                 "(Path(run) / 'out.txt').write_text('new')")
+        write_notebook(
+            notebook,
+            "from pathlib import Path\nopen(Path(run) / 'ran.txt', 'a').write('x')\n(Path(run) / 'out.txt').write_text('new')",
+        )
     assert not run_step(step, run, notebook, redo=change == "redo")["skipped"]
     assert runs(run) == 2
 
@@ -108,8 +126,16 @@ def test_a_step_that_does_not_write_what_it_promised_fails(counter):
 def test_steps_follow_their_inputs():
     groups = generations(study_steps(StudySettings(weights="random")))
     kinds = [{step.name.split("-")[0] for step in group} for group in groups]
-    assert kinds == [{"prepare"}, {"split"}, {"train", "counterfactuals", "cross", "efficientnet"}, {"audit", "compare"}, {"worth"},
-                     {"cards"}, {"export"}, {"report"}]
+    assert kinds == [
+        {"prepare"},
+        {"split"},
+        {"train", "counterfactuals", "cross", "efficientnet"},
+        {"audit", "compare"},
+        {"worth"},
+        {"cards"},
+        {"export"},
+        {"report"},
+    ]
     assert sum(step.name.startswith("train-") for step in groups[2]) == len(MODELS)
     with pytest.raises(StudyError, match="no step writes manifest.csv"):
         generations(study_steps(StudySettings(weights="random"))[1:])
@@ -125,8 +151,10 @@ def test_the_fingerprint_of_outside_images_follows_their_change(tmp_path):
 
 
 def test_two_studies_cannot_share_a_folder(tmp_path):
-    code = (f"from leukemia_nb.study.driver import _locked, Run; import time\nwith _locked(Run({str(tmp_path)!r})):\n"
-            "    print('held', flush=True); time.sleep(60)")
+    code = (
+        f"from leukemia_nb.study.driver import _locked, Run; import time\nwith _locked(Run({str(tmp_path)!r})):\n"
+        "    print('held', flush=True); time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(StudyError, match="another study is running here"):
@@ -140,9 +168,16 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path):
         run_study(SMOKE, tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize(("bad", "message"), [
-    ({"models": ("resnet",)}, "unknown model resnet"), ({"data": "/no/such"}, "data is not there"), ({"classes": 5}, "classes is 5"),
-    ({"train": ("yolov8=5",)}, "model:setting=value"), ({"weights": "coco"}, "weights is 'coco'")])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"models": ("resnet",)}, "unknown model resnet"),
+        ({"data": "/no/such"}, "data is not there"),
+        ({"classes": 5}, "classes is 5"),
+        ({"train": ("yolov8=5",)}, "model:setting=value"),
+        ({"weights": "coco"}, "weights is 'coco'"),
+    ],
+)
 def test_settings_are_checked_when_they_are_made(bad, message):
     with pytest.raises(StudyError, match=message):
         StudySettings(**bad)
@@ -155,8 +190,7 @@ def test_every_step_knows_the_parameters_it_is_given():
 
 def test_a_killed_study_goes_on_where_it_stopped(tmp_path):
     run = tmp_path / "run"
-    code = ("from leukemia_nb.study.driver import SMOKE, run_study\n"
-            f"run_study(SMOKE, {str(run)!r}, until=['train'])")
+    code = f"from leukemia_nb.study.driver import SMOKE, run_study\nrun_study(SMOKE, {str(run)!r}, until=['train'])"
     with subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL) as process:
         end = time.time() + 240
         while not (run / "steps/prepare.json").exists() and time.time() < end:
@@ -229,7 +263,11 @@ def test_four_classes_and_the_grouped_split_go_through_every_step(tmp_path):
     four = ["Normal", "Early Pre-B", "Pre-B", "Pro-B"]
     predictions = run.table("predictions", "cells.csv")
     assert [name for name in predictions if name.startswith("p_")] == [f"p_{name}" for name in four]
-    assert set(run.table("metrics/classes.csv")["class"]) == set(run.table("audit/counterfactuals.csv")["cells"].dropna()) == set(four)
+    assert (
+        set(run.table("metrics/classes.csv")["class"])
+        == set(run.table("audit/counterfactuals.csv")["cells"].dropna())
+        == set(four)
+    )
     leakage = run.table("leakage.csv")
     assert leakage.with_partner.sum() == 0
     assert "Early Pre-B" in (run.folder / "report.html").read_text(encoding="utf-8")
@@ -244,10 +282,13 @@ def test_one_failing_model_loses_nothing(tmp_path):
 
 
 def test_mistakes_are_named_before_any_step(tmp_path):
-    for settings, redo, message in ((replace(SMOKE, train=("mobilenet_v2:foo=1",)), (), "unknown setting 'foo'"),
-                                    (replace(SMOKE, train=("mobilenet_v2:epochs=0",)), (), "epochs=0"),
-                                    (SMOKE, ("train-mobilenet",), "no step is called 'train-mobilenet'")):
-        with pytest.raises(StudyError, match=message): run_study(settings, tmp_path / "run", redo=redo)
+    for settings, redo, message in (
+        (replace(SMOKE, train=("mobilenet_v2:foo=1",)), (), "unknown setting 'foo'"),
+        (replace(SMOKE, train=("mobilenet_v2:epochs=0",)), (), "epochs=0"),
+        (SMOKE, ("train-mobilenet",), "no step is called 'train-mobilenet'"),
+    ):
+        with pytest.raises(StudyError, match=message):
+            run_study(settings, tmp_path / "run", redo=redo)
     with pytest.raises(StudyError, match="settings for yolo12, which is not among the models"):
         replace(SMOKE, models=("mobilenet_v2",), train=("yolo12:epochs=2",))
     assert not (tmp_path / "run").exists()
@@ -269,9 +310,16 @@ TINY = ("--models", "cells", "--image-size", "32", "--weights", "random", "--tra
 
 def command(*arguments, cwd=ROOT, **environment):
     """`leukemia_nb study` as a user calls it; gives (exit status, what it wrote on both streams)."""
-    done = subprocess.run([sys.executable, "-m", "leukemia_nb", "study", *map(str, arguments)], cwd=cwd, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, errors="backslashreplace", timeout=1500,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)} | environment)
+    done = subprocess.run(
+        [sys.executable, "-m", "leukemia_nb", "study", *map(str, arguments)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="backslashreplace",
+        timeout=1500,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+    )
     return done.returncode, done.stdout
 
 
@@ -293,12 +341,16 @@ def add_bad_images(data):
     (data / "Pre-B/text.jpg").write_text("this is no image")
     Image.fromarray(np.full((5, 5, 3), 200, np.uint8)).save(data / "Pre-B/tiny.png")
     header = struct.pack(">IIBBBBB", 200_000, 200_000, 8, 2, 0, 0, 0)
-    chunks = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in (
-        (b"IHDR", header), (b"IDAT", zlib.compress(b"x")), (b"IEND", b"")))
+    chunks = b"".join(
+        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d))
+        for k, d in ((b"IHDR", header), (b"IDAT", zlib.compress(b"x")), (b"IEND", b""))
+    )
     (data / "Pro-B/huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
     shutil.copy(good[1], data / "Pre-B/double.png")
     (data / "Pro-B/dangling.png").symlink_to(data / "nowhere.png")
-    for place, name in enumerate((b"caf\xe9.png", b"a$b$c.png", b"=1+1.png", b"r\rx.png", b"{n} and space.png", b"n" * 240 + b".png")):
+    for place, name in enumerate(
+        (b"caf\xe9.png", b"a$b$c.png", b"=1+1.png", b"r\rx.png", b"{n} and space.png", b"n" * 240 + b".png")
+    ):
         changed = np.array(Image.open(good[3]))
         changed[0, :, 0] = place
         Image.fromarray(changed).save(data / "Normal" / os.fsdecode(name))
@@ -311,7 +363,8 @@ def hostile(images, tmp_path_factory):
     data, run, new = shutil.copytree(images, top / "data"), top / "data/runs/a {run}", top / "new"
     add_bad_images(data)
     new.mkdir()
-    for path in sorted((images / "Pre-B").glob("*.png"))[:2]: shutil.copy(path, new)
+    for path in sorted((images / "Pre-B").glob("*.png"))[:2]:
+        shutil.copy(path, new)
     (new / "empty.jpg").write_bytes(b"")
     (new / "dangling.png").symlink_to(new / "nowhere.png")
     shutil.copy(sorted((images / "Pro-B").glob("*.png"))[0], new / os.fsdecode(b"caf\xe9.png"))
@@ -321,8 +374,23 @@ def hostile(images, tmp_path_factory):
             (folder / f"{name}.py").write_text(f"open({str(top / 'executed')!r}, 'a').write(__file__ + '\\n')")
     (top / "kernels/python3").mkdir(parents=True)
     (top / "kernels/python3/kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "another", "language": "python"}')
-    status, said = command("--data", ".", "--run", "runs/a {run}", "--unseen", "../new", *TINY, "--n-jobs", "2", cwd=data,
-                           HOME="/proc/nowhere", PYTHONIOENCODING="cp1252", JUPYTER_PATH=str(top), KERAS_BACKEND="torch", MPLBACKEND="qtagg")
+    status, said = command(
+        "--data",
+        ".",
+        "--run",
+        "runs/a {run}",
+        "--unseen",
+        "../new",
+        *TINY,
+        "--n-jobs",
+        "2",
+        cwd=data,
+        HOME="/proc/nowhere",
+        PYTHONIOENCODING="cp1252",
+        JUPYTER_PATH=str(top),
+        KERAS_BACKEND="torch",
+        MPLBACKEND="qtagg",
+    )
     return data, run, status, said
 
 
@@ -330,10 +398,13 @@ def test_a_study_with_every_bad_image_runs_to_its_report_and_lists_them(hostile)
     data, run, status, said = hostile
     assert status == 0 and "Traceback" not in said, said
     report = (run / "report.html").read_text(encoding="utf-8")
-    for name in ("empty", "cut", "text", "tiny", "huge", "double", "dangling"): assert f"{name}." in report or f"/{name}" in report, name
+    for name in ("empty", "cut", "text", "tiny", "huge", "double", "dangling"):
+        assert f"{name}." in report or f"/{name}" in report, name
     assert "new/empty.jpg" in report and "new/dangling.png" in report
     manifest = pd.read_csv(run / "manifest.csv", keep_default_na=False)
-    assert (manifest.problem == "").sum() == 72 + 6 - 1 and (manifest.problem != "").sum() == 8  # two are one image in two classes
+    assert (manifest.problem == "").sum() == 72 + 6 - 1 and (
+        manifest.problem != ""
+    ).sum() == 8  # two are one image in two classes
     unseen = pd.read_csv(run / "unseen/cells.csv", keep_default_na=False)
     assert len(unseen) == 3 and sum(map(os.path.isfile, unseen.path)) == 2  # no table holds a name that is not UTF-8
 
@@ -345,53 +416,63 @@ def test_nothing_of_the_run_folder_the_current_folder_or_another_python_is_execu
 def test_a_study_inside_its_data_does_not_read_itself_and_litter_redoes_nothing(hostile):
     data, run, *_ = hostile
     for folder in (run / "pairs/Normal", run / "models/cells", data / "Normal"):
-        for name in (".DS_Store", "Thumbs.db", "desktop.ini"): (folder / name).write_text("x")
+        for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+            (folder / name).write_text("x")
         (folder / ".ipynb_checkpoints").mkdir()
         (folder / ".ipynb_checkpoints/a-checkpoint.png").write_text("x")
     before = (run / "manifest.csv").read_bytes()
-    status, said = command("--data", ".", "--run", "runs/a {run}", "--unseen", "../new", *TINY, cwd=data, KERAS_BACKEND="tensorflow")
+    status, said = command(
+        "--data", ".", "--run", "runs/a {run}", "--unseen", "../new", *TINY, cwd=data, KERAS_BACKEND="tensorflow"
+    )
     done = [line for line in said.splitlines() if line.startswith("  ")]
     assert status == 0 and len(done) > 9 and all(": unchanged" in line for line in done), said
     assert (run / "manifest.csv").read_bytes() == before
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("--data", "images", "--run", "images"), "holds the images"),
-    (("--data", "images", "--run", "."), "holds images"),
-    (("--data", "run/pairs"), "written by leukemia_nb"),
-    (("--unseen", "run/pairs"), "written by leukemia_nb"),
-    (("--run", "images"), "holds images that no study wrote"),
-    (("--unseen", "empty"), "no images in it"),
-    (("--unseen", "bad"), "none of its 1 image can be read"),
-    (("--unseen", "file.csv"), "is a file"),
-    (("--data", "file.csv"), "is a file"),
-    (("--data", "one"), "class Normal has 1 image"),
-    (("--data", "empty"), "no images in it"),
-    (("--groups", "file.csv"), "path"),
-    (("--data", "images", "--groups", "others.csv"), "none of its 1 path"),
-    (("--split-file", "file.csv"), "not a split"),
-    (("--split-file", "empty"), "not a file"),
-    (("--data", "images", "--split-file", "split.csv"), "is of other images"),
-    (("--classes", "4", "--split-file", "split.csv"), "Early Pre-B"),
-    (("--models", "yolov8", "--image-size", "50"), "not a multiple of 32"),
-    (("--models", ""), "no model is named"),
-    (("--models", "cells,cells"), "more than once"),
-    (("--train", "cells:learning_rate=abc"), "learning_rate=abc"),
-    (("--train", "cells:image_size=64"), "Set them with"),
-    (("--train", "cells:classes=3"), "Set them with"),
-    (("--weights", "local"), "names no folder"),
-    (("--run", "file.csv"), "cannot be written"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "images", "--run", "images"), "holds the images"),
+        (("--data", "images", "--run", "."), "holds images"),
+        (("--data", "run/pairs"), "written by leukemia_nb"),
+        (("--unseen", "run/pairs"), "written by leukemia_nb"),
+        (("--run", "images"), "holds images that no study wrote"),
+        (("--unseen", "empty"), "no images in it"),
+        (("--unseen", "bad"), "none of its 1 image can be read"),
+        (("--unseen", "file.csv"), "is a file"),
+        (("--data", "file.csv"), "is a file"),
+        (("--data", "one"), "class Normal has 1 image"),
+        (("--data", "empty"), "no images in it"),
+        (("--groups", "file.csv"), "path"),
+        (("--data", "images", "--groups", "others.csv"), "none of its 1 path"),
+        (("--split-file", "file.csv"), "not a split"),
+        (("--split-file", "empty"), "not a file"),
+        (("--data", "images", "--split-file", "split.csv"), "is of other images"),
+        (("--classes", "4", "--split-file", "split.csv"), "Early Pre-B"),
+        (("--models", "yolov8", "--image-size", "50"), "not a multiple of 32"),
+        (("--models", ""), "no model is named"),
+        (("--models", "cells,cells"), "more than once"),
+        (("--train", "cells:learning_rate=abc"), "learning_rate=abc"),
+        (("--train", "cells:image_size=64"), "Set them with"),
+        (("--train", "cells:classes=3"), "Set them with"),
+        (("--weights", "local"), "names no folder"),
+        (("--run", "file.csv"), "cannot be written"),
+    ],
+)
 def test_what_can_be_known_is_said_before_the_first_step(images, tmp_path, monkeypatch, arguments, message):
     (tmp_path / "images").symlink_to(images)
-    for name in ("empty", "bad", "run/pairs/Normal", "one/Normal"): (tmp_path / name).mkdir(parents=True)
+    for name in ("empty", "bad", "run/pairs/Normal", "one/Normal"):
+        (tmp_path / name).mkdir(parents=True)
     (tmp_path / "bad/a.jpg").write_bytes(b"")
     shutil.copy(next((images / "Normal").glob("*.png")), tmp_path / "one/Normal")
     (tmp_path / "file.csv").write_text("a,b\n1,2\n")
     (tmp_path / "others.csv").write_text("path,group\nelsewhere/x.png,1\n")
     mark_output_folder(tmp_path / "run")
-    rows = [f"{label}/{subset},{label},{subset},{label}{subset}" for label in ("Normal", "Pre-B", "Pro-B")
-            for subset in ("train", "validation", "test")]
+    rows = [
+        f"{label}/{subset},{label},{subset},{label}{subset}"
+        for label in ("Normal", "Pre-B", "Pro-B")
+        for subset in ("train", "validation", "test")
+    ]
     (tmp_path / "split.csv").write_text("\n".join(["pair,class,subset,sha256", *rows]))
     before = sorted(tmp_path.rglob("*"))
     models = () if "--models" in arguments else ("--models", "cells")
@@ -407,8 +488,10 @@ def test_a_small_disk_is_found_out_before_the_first_step(tmp_path):
     (tmp_path / "disk").mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path / "disk"], capture_output=True).returncode:
         pytest.skip("no right to mount")
-    try: status, said = command("--run", tmp_path / "disk/run", *TINY)
-    finally: subprocess.run(["umount", tmp_path / "disk"], check=True)
+    try:
+        status, said = command("--run", tmp_path / "disk/run", *TINY)
+    finally:
+        subprocess.run(["umount", tmp_path / "disk"], check=True)
     assert status == 1 and "Free some space" in said and len(said.splitlines()) == 1
 
 
@@ -426,19 +509,40 @@ def processes_of(run):
     """Processes that have a run folder as their working directory, zombies left out."""
     found = []
     for process in psutil.process_iter(["cwd", "status"]):
-        if process.info["cwd"] == str(run) and process.info["status"] != psutil.STATUS_ZOMBIE: found.append(process)
+        if process.info["cwd"] == str(run) and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process)
     return found
 
 
 def start_study(run):
-    return subprocess.Popen([sys.executable, "-m", "leukemia_nb", "study", "--run", str(run), "--models", "cells,mobilenet_v2", "--per-class",
-                             "20", "--image-size", "32", "--n-jobs", "2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "leukemia_nb",
+            "study",
+            "--run",
+            str(run),
+            "--models",
+            "cells,mobilenet_v2",
+            "--per-class",
+            "20",
+            "--image-size",
+            "32",
+            "--n-jobs",
+            "2",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
 
 
 def wait_for(condition):
     end = time.monotonic() + 300
-    while not (found := condition()) and time.monotonic() < end: time.sleep(0.05)
+    while not (found := condition()) and time.monotonic() < end:
+        time.sleep(0.05)
     assert found
     return found
 
@@ -451,7 +555,9 @@ def test_a_killed_study_leaves_no_process_and_another_one_waits_for_them(tmp_pat
         assert len(workers) >= 2
         first.kill()
         with start_study(run) as second:  # at once
-            seen = wait_for(lambda: [each for each in psutil.Process(second.pid).children(recursive=True)] or second.poll() is not None)
+            seen = wait_for(
+                lambda: [each for each in psutil.Process(second.pid).children(recursive=True)] or second.poll() is not None
+            )
             alive = [each for each in workers if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
             second.send_signal(signal.SIGINT)
             said = second.communicate(timeout=60)[0]
@@ -464,16 +570,23 @@ def test_a_worker_of_a_killed_study_keeps_others_out(counter):
     step, run, notebook = counter
     with _step_lock(run, step.name) as held:
         keeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=held)
-    with pytest.raises(StudyError, match="still being run by one of its workers"), _step_lock(run, step.name, patience=0): pass
+    with pytest.raises(StudyError, match="still being run by one of its workers"), _step_lock(run, step.name, patience=0):
+        pass
     keeper.communicate(b"\n")
     assert not run_step(step, run, notebook)["skipped"]
 
 
-@pytest.mark.parametrize("record", ["", "{", "[]", "{}", "null", '"x"', '{"fingerprint": 1, "outputs": []}', "\0" * 40, "whole but no outputs"])
+@pytest.mark.parametrize(
+    "record", ["", "{", "[]", "{}", "null", '"x"', '{"fingerprint": 1, "outputs": []}', "\0" * 40, "whole but no outputs"]
+)
 def test_a_step_with_a_broken_record_is_unfinished(counter, record):
     step, run, notebook = counter
     whole = run_step(step, run, notebook)
-    text = json.dumps({"fingerprint": whole["fingerprint"], "outputs": {"out.txt": 3}, "seconds": 1}) if "whole" in record else record
+    text = (
+        json.dumps({"fingerprint": whole["fingerprint"], "outputs": {"out.txt": 3}, "seconds": 1})
+        if "whole" in record
+        else record
+    )
     run.path("steps/counter.json").write_text(text)
     assert not run_step(step, run, notebook)["skipped"]
     assert run_step(step, run, notebook)["skipped"] and runs(run) == 2
@@ -487,12 +600,18 @@ def test_a_kernel_that_is_killed_is_named_with_the_remedy(counter):
     assert len(str(caught.value).splitlines()) <= 2
 
 
-@pytest.mark.parametrize(("code", "message"), [("raise MemoryError('too much')", "Memory may have run out"),
-                                               ("raise OSError(28, 'No space left on device')", "The disk is full: free some space")])
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise MemoryError('too much')", "Memory may have run out"),
+        ("raise OSError(28, 'No space left on device')", "The disk is full: free some space"),
+    ],
+)
 def test_an_error_of_the_machine_comes_with_its_remedy(counter, code, message):
     step, run, notebook = counter
     write_notebook(notebook, code)
-    with pytest.raises(StudyError, match=message): run_step(step, run, notebook)
+    with pytest.raises(StudyError, match=message):
+        run_step(step, run, notebook)
 
 
 def test_a_port_that_is_taken_meanwhile_is_another_try(counter, monkeypatch):
@@ -504,13 +623,15 @@ def test_a_port_that_is_taken_meanwhile_is_another_try(counter, monkeypatch):
 
     def unlucky(*arguments, **more):
         times.append(1)
-        if len(times) < 3: raise zmq.ZMQError(zmq.EADDRINUSE)
+        if len(times) < 3:
+            raise zmq.ZMQError(zmq.EADDRINUSE)
         return real(*arguments, **more)
 
     monkeypatch.setattr(papermill, "execute_notebook", unlucky)
     assert not run_step(step, run, notebook)["skipped"] and len(times) == 3
     monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **more: (_ for _ in ()).throw(zmq.ZMQError(zmq.EADDRINUSE)))
-    with pytest.raises(StudyError, match="step counter: no Python kernel starts"): run_step(step, run, notebook, redo=True)
+    with pytest.raises(StudyError, match="step counter: no Python kernel starts"):
+        run_step(step, run, notebook, redo=True)
 
 
 def test_a_kernel_is_this_python_in_an_environment_of_its_own(counter, monkeypatch, tmp_path):
@@ -518,8 +639,11 @@ def test_a_kernel_is_this_python_in_an_environment_of_its_own(counter, monkeypat
     monkeypatch.setenv("PYTHONPATH", f"{os.pathsep}.{os.pathsep}{ROOT}")
     monkeypatch.setenv("PYTHONSTARTUP", str(tmp_path / "startup.py"))
     (tmp_path / "startup.py").write_text("raise SystemExit")
-    write_notebook(notebook, "import os, sys, json\nfrom pathlib import Path\n(Path(run) / 'out.txt').write_text(json.dumps("
-                             "[sys.executable, sys.path, os.getcwd(), os.environ.get('X_OF_MINE')]))")
+    write_notebook(
+        notebook,
+        "import os, sys, json\nfrom pathlib import Path\n(Path(run) / 'out.txt').write_text(json.dumps("
+        "[sys.executable, sys.path, os.getcwd(), os.environ.get('X_OF_MINE')]))",
+    )
     run_step(step, run, notebook, environment={"X_OF_MINE": "1"})
     executable, path, folder, mine = json.loads(run.path("out.txt").read_text())
     assert executable == sys.executable and folder == str(run.folder) and mine == "1"

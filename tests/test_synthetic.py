@@ -1,4 +1,5 @@
 """Drawn smears and their truth."""
+
 import hashlib
 import os
 import subprocess
@@ -17,7 +18,8 @@ from leukemia_nb.data.images import read_image
 from leukemia_nb.data.synthetic import KINDS, LABORATORIES, read_cells, smear, write_smears
 
 
-def a_channel(image): return cv2.cvtColor(image, cv2.COLOR_RGB2LAB)[..., 1].astype(float)
+def a_channel(image):
+    return cv2.cvtColor(image, cv2.COLOR_RGB2LAB)[..., 1].astype(float)
 
 
 @settings(max_examples=30, deadline=None)
@@ -35,25 +37,33 @@ def test_shape_of_the_truth(label, seed, height, width, confounded):
 def test_same_seed_same_bytes_other_seed_other_image():
     one, two, other = (smear("Pre-B", seed, 192, 256) for seed in (7, 7, 8))
     assert one.image.tobytes() == two.image.tobytes() and one.cells.tobytes() == two.cells.tobytes()
-    assert (one.image != other.image).mean() > .5
+    assert (one.image != other.image).mean() > 0.5
 
 
 def test_same_bytes_in_another_process_and_with_one_thread():
-    code = ("import cv2, hashlib; cv2.setNumThreads(1); from leukemia_nb.data.synthetic import smear\n"
-            "found = smear('Pro-B', 3, 384, 512); print(hashlib.sha256(found.image.tobytes() + found.cells.tobytes()).hexdigest())")
+    code = (
+        "import cv2, hashlib; cv2.setNumThreads(1); from leukemia_nb.data.synthetic import smear\n"
+        "found = smear('Pro-B', 3, 384, 512); print(hashlib.sha256(found.image.tobytes() + found.cells.tobytes()).hexdigest())"
+    )
     root = Path(synthetic.__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(root), "PYTHONHASHSEED": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root), "PYTHONHASHSEED": "1"},
+    )
     here = smear("Pro-B", 3, 384, 512)
     assert done.stdout.strip() == hashlib.sha256(here.image.tobytes() + here.cells.tobytes()).hexdigest(), done.stderr
 
 
 def test_global_random_state_is_left_alone():
-    np.random.seed(0); cv2.setRNGSeed(0)
+    np.random.seed(0)
+    cv2.setRNGSeed(0)
     before = np.random.get_state()[1].copy()
     first = smear("Normal", 1, 64, 64).image
     assert (np.random.get_state()[1] == before).all()
-    np.random.seed(5); cv2.setRNGSeed(5)
+    np.random.seed(5)
+    cv2.setRNGSeed(5)
     assert (smear("Normal", 1, 64, 64).image == first).all()
 
 
@@ -70,8 +80,9 @@ def measured() -> dict:
             for number in set(range(1, field.cells.max() + 1)) - edge:
                 mask = field.cells == number
                 nucleus = mask & field.nuclei
-                if mask.sum() < 500: continue
-                cells.append([(mask.sum() / np.pi) ** .5, nucleus.sum() / mask.sum(), light[nucleus].mean()])
+                if mask.sum() < 500:
+                    continue
+                cells.append([(mask.sum() / np.pi) ** 0.5, nucleus.sum() / mask.sum(), light[nucleus].mean()])
         rows[label] = np.array(cells)
     return rows
 
@@ -79,15 +90,16 @@ def measured() -> dict:
 def test_classes_differ_as_the_deck_says(measured):
     radius, share, light = (({label: np.median(cells[:, k]) for label, cells in measured.items()}) for k in range(3))
     assert radius["Pre-B"] > 1.2 * radius["Pro-B"] and radius["Pre-B"] > 1.4 * radius["Normal"]
-    assert light["Normal"] < light["Pre-B"] < light["Pro-B"]                # condensed and dark; open; lighter
-    assert share["Normal"] > share["Pre-B"]                                 # scant cytoplasm
+    assert light["Normal"] < light["Pre-B"] < light["Pro-B"]  # condensed and dark; open; lighter
+    assert share["Normal"] > share["Pre-B"]  # scant cytoplasm
     assert radius["Pro-B"] < radius["Early Pre-B"] < radius["Pre-B"]
-    for label, kind in KINDS.items(): assert radius[label] == pytest.approx(kind.radius, rel=.1)
+    for label, kind in KINDS.items():
+        assert radius[label] == pytest.approx(kind.radius, rel=0.1)
 
 
 def test_one_cell_alone_can_be_hard_to_name(measured):
     light = {label: cells[:, 2] for label, cells in measured.items()}
-    assert light["Pre-B"].max() > light["Pro-B"].min()                      # the classes overlap
+    assert light["Pre-B"].max() > light["Pro-B"].min()  # the classes overlap
     assert measured["Pro-B"][:, 0].min() < measured["Normal"][:, 0].max()
 
 
@@ -101,13 +113,14 @@ def test_white_cells_stand_out_on_the_a_channel(label, laboratory):
         field = smear(label, seed, 384, 512, laboratory=laboratory)
         a, white = a_channel(field.image), field.cells > 0
         low, high = a.min(), a.max()
-        for _ in range(50): low, high = a[a < (low + high) / 2].mean(), a[a >= (low + high) / 2].mean()
+        for _ in range(50):
+            low, high = a[a < (low + high) / 2].mean(), a[a >= (low + high) / 2].mean()
         mask = cv2.morphologyEx((a >= (low + high) / 2).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3))) > 0
         overlap.append((mask & white).sum() / (mask | white).sum())
         for number in range(1, field.cells.max() + 1):
             total += 1
-            found += mask[field.cells == number].mean() > .4
-    assert found >= .95 * total and np.mean(overlap) > .6, (found, total, overlap)
+            found += mask[field.cells == number].mean() > 0.4
+    assert found >= 0.95 * total and np.mean(overlap) > 0.6, (found, total, overlap)
 
 
 @pytest.mark.parametrize("height, width", [(384, 512), (192, 256)])
@@ -116,7 +129,7 @@ def test_same_field_at_another_size(height, width):
     shrunk = cv2.resize(large.image, (width, height), interpolation=cv2.INTER_AREA)
     assert np.abs(shrunk.astype(float) - small.image).mean() < 12
     white = cv2.resize((large.cells > 0).astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
-    assert (white & (small.cells > 0)).sum() / (white | (small.cells > 0)).sum() > .9
+    assert (white & (small.cells > 0)).sum() / (white | (small.cells > 0)).sum() > 0.9
     assert large.cells.max() == small.cells.max()
 
 
@@ -138,44 +151,52 @@ def test_laboratory_alone_changes_no_cell():
 def test_class_alone_changes_nothing_but_cells():
     one, two = (smear(label, 11, 384, 512, laboratory="Pro-B") for label in ("Normal", "Pre-B"))
     far = cv2.dilate(((one.cells > 0) | (two.cells > 0)).astype(np.uint8), np.ones((25, 25))) == 0
-    assert far.mean() > .3 and (np.abs(one.image.astype(int) - two.image)[far] <= 1).all()
+    assert far.mean() > 0.3 and (np.abs(one.image.astype(int) - two.image)[far] <= 1).all()
 
 
-@pytest.mark.parametrize("confounded, low, high", [(0, .22, .28), (.5, .59, .66), (1, 1, 1)])
+@pytest.mark.parametrize("confounded, low, high", [(0, 0.22, 0.28), (0.5, 0.59, 0.66), (1, 1, 1)])
 def test_confounded_is_the_share_it_says(confounded, low, high):
     own = [synthetic._choose_laboratory(CLASSES[seed % 3], seed, confounded) == CLASSES[seed % 3] for seed in range(3000)]
-    assert low <= np.mean(own) <= high          # confounded + (1 - confounded) / 4
+    assert low <= np.mean(own) <= high  # confounded + (1 - confounded) / 4
 
 
 def test_background_alone_gives_the_class_away_only_where_confounded():
     """Nearest laboratory by the background's colour, as a shortcut model would do it."""
+
     def accuracy(confounded):
         right = []
         for seed in range(24):
             label = CLASSES[seed % 3]
             field = smear(label, seed, 96, 128, confounded)
-            bright = np.quantile(field.image.reshape(-1, 3), .8, axis=0)
+            bright = np.quantile(field.image.reshape(-1, 3), 0.8, axis=0)
             names = list(CLASSES)
             guess = names[np.argmin([np.abs(bright - LABORATORIES[name].background).sum() for name in names])]
             right.append(guess == label)
         return np.mean(right)
-    assert accuracy(1) > .85 and accuracy(0) < .65
+
+    assert accuracy(1) > 0.85 and accuracy(0) < 0.65
 
 
 def test_bars_hide_what_is_below_them():
     hidden = 0
     for seed in range(12):
-        free, barred = (smear("Pre-B", seed, 384, 512, laboratory=name) for name in ("Pre-B", "Normal"))  # thin red; big white box
+        free, barred = (
+            smear("Pre-B", seed, 384, 512, laboratory=name) for name in ("Pre-B", "Normal")
+        )  # thin red; big white box
         assert not (barred.cells > 0)[-24:-8, -60:-8].any()
         hidden += (free.cells > 0).sum() > (barred.cells > 0).sum()
     assert hidden >= 1
 
 
 def test_wrong_requests():
-    with pytest.raises(ValueError, match="'Pro-A' is no class.*Normal, Early Pre-B, Pre-B, Pro-B"): smear("Pro-A")
-    with pytest.raises(ValueError, match="'Mayo' is no class"): smear("Pro-B", laboratory="Mayo")
-    with pytest.raises(ValueError, match="too small to draw"): smear("Pro-B", height=15)
-    with pytest.raises(ValueError, match="between 0 and 1, not 2"): smear("Pro-B", confounded=2)
+    with pytest.raises(ValueError, match="'Pro-A' is no class.*Normal, Early Pre-B, Pre-B, Pro-B"):
+        smear("Pro-A")
+    with pytest.raises(ValueError, match="'Mayo' is no class"):
+        smear("Pro-B", laboratory="Mayo")
+    with pytest.raises(ValueError, match="too small to draw"):
+        smear("Pro-B", height=15)
+    with pytest.raises(ValueError, match="between 0 and 1, not 2"):
+        smear("Pro-B", confounded=2)
 
 
 def test_write_smears(tmp_path):
@@ -187,12 +208,13 @@ def test_write_smears(tmp_path):
         assert (read_cells(tmp_path / row.truth) == drawn.cells).all() and row.cells == drawn.cells.max()
         assert row.laboratory == drawn.laboratory
     manifest = build_manifest(tmp_path, classes=FOUR_CLASSES)
-    assert len(manifest) == 12 and (manifest["problem"] == "").all()       # the truth is no class
+    assert len(manifest) == 12 and (manifest["problem"] == "").all()  # the truth is no class
     assert (tmp_path / "truth" / "smears.csv").exists()
 
 
 def test_write_smears_refuses_before_it_writes(tmp_path):
-    with pytest.raises(ValueError, match="'Post-B' is no class"): write_smears(tmp_path, 2, classes=("Normal", "Post-B"))
+    with pytest.raises(ValueError, match="'Post-B' is no class"):
+        write_smears(tmp_path, 2, classes=("Normal", "Post-B"))
     assert not list(tmp_path.iterdir())
 
 
@@ -204,21 +226,27 @@ def test_sets_of_two_seeds_share_no_image(tmp_path):
 
 def test_like_the_real_ones(shared_data):
     """Brightness and the contrast of white cells on the A channel lie within what the real images show."""
+
     def describe(image):
         a = a_channel(image)
-        high = a >= (a.min() + np.quantile(a, .999)) / 2
+        high = a >= (a.min() + np.quantile(a, 0.999)) / 2
         return np.median(image), a[high].mean() - a[~high].mean(), high.mean()
+
     names = [name for label in ("Benign", "Pre", "Pro") for name in sorted((shared_data / "taleqani" / label).iterdir())[::40]]
     real = np.array([describe(read_image(name)) for name in names])
     drawn = np.array([describe(smear(label, seed, 224, 224).image) for seed in range(8) for label in CLASSES])
     for column in range(3):
-        low, high = np.quantile(real[:, column], [.01, .99])
+        low, high = np.quantile(real[:, column], [0.01, 0.99])
         assert low <= np.median(drawn[:, column]) <= high, (column, low, np.median(drawn[:, column]), high)
 
 
 def synth(*arguments):
-    done = subprocess.run([sys.executable, "-m", "leukemia_nb", "synth", *map(str, arguments), "--height", "64", "--width", "64"],
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "leukemia_nb", "synth", *map(str, arguments), "--height", "64", "--width", "64"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     return done.returncode, done.stdout + done.stderr
 
 

@@ -1,4 +1,5 @@
 """ImageNet backbones: weight files, input ranges, cached features, BatchNorm, fine-tuning, folders."""
+
 import inspect
 import os
 import subprocess
@@ -14,26 +15,46 @@ from hypothesis import given, strategies as st
 
 from leukemia_nb.models import transfer
 from leukemia_nb.models.interface import ModelError, Images, load_model, make_model
-from leukemia_nb.models.transfer import (BACKBONES, WEIGHTS_FOLDER, Backbone, MobileNetV2, build_backbone, choose_weights,
-                                  epoch_batches, input_scaling, variant_rows)
+from leukemia_nb.models.transfer import (
+    BACKBONES,
+    WEIGHTS_FOLDER,
+    Backbone,
+    MobileNetV2,
+    build_backbone,
+    choose_weights,
+    epoch_batches,
+    input_scaling,
+    variant_rows,
+)
 
-pytestmark = pytest.mark.filterwarnings("ignore:mobilenet_v2 collapsed:RuntimeWarning",
-                                        "ignore:dual_channel collapsed:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:mobilenet_v2 collapsed:RuntimeWarning", "ignore:dual_channel collapsed:RuntimeWarning"
+)
 MODULES = {"efficientnet_b0": "efficientnet", "mobilenet_v2": "mobilenet_v2", "nasnet_mobile": "nasnet"}
 
 
 def tiny(weights=None, include_top=False, input_shape=(32, 32, 3)):
     """A network with the parts that matter: convolution, BatchNorm, dropout; 8 features."""
     import keras
+
     layers = keras.layers
-    return keras.Sequential([keras.Input(input_shape), layers.Conv2D(8, 5, strides=4), layers.BatchNormalization(),
-                             layers.ReLU(), layers.SpatialDropout2D(0.2)], name="tiny")
+    return keras.Sequential(
+        [
+            keras.Input(input_shape),
+            layers.Conv2D(8, 5, strides=4),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+            layers.SpatialDropout2D(0.2),
+        ],
+        name="tiny",
+    )
 
 
 @pytest.fixture()
 def tiny_backbone(monkeypatch):
     """MobileNetV2's place in the registry taken by a network that trains in milliseconds."""
     import keras
+
     monkeypatch.setattr(keras.applications, "Tiny", tiny, raising=False)
     monkeypatch.setitem(BACKBONES, "mobilenet_v2", Backbone("Tiny", 8, -1, 1, "file:///nowhere/tiny.h5", ("tiny.h5",)))
     monkeypatch.delenv(WEIGHTS_FOLDER, raising=False)
@@ -55,11 +76,14 @@ def write_like_keras(network, file):
     """The layout of the published files: layers' groups at the top of an HDF5 file."""
     import h5py
     from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
-    with h5py.File(file, "w") as opened: save_weights_to_hdf5_group(opened, network)
+
+    with h5py.File(file, "w") as opened:
+        save_weights_to_hdf5_group(opened, network)
 
 
 class Balanced(Images):
     """Like `Pairs` of a balanced training table: rows of the same pair and flip are the same image."""
+
     reads = 0
 
     def __init__(self, images, labels, size, copies):
@@ -99,16 +123,21 @@ def same_weights(a, b):
 
 # ---- weight files
 
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_names_addresses_and_checksums_are_those_of_the_installed_keras(name):
     import importlib
+
     backbone, module = BACKBONES[name], importlib.import_module(f"keras.src.applications.{MODULES[name]}")
     source = inspect.getsource(module)
     folder, file = backbone.url.rsplit("/", 1)
     assert folder + "/" in source and file == backbone.files[0]
-    if name == "efficientnet_b0": assert module.WEIGHTS_HASHES["b0"][1] == backbone.md5
-    if name == "nasnet_mobile": assert all(f'"{text}"' in source for text in (backbone.files[-1], backbone.md5))
-    if name == "mobilenet_v2": assert "file_hash" not in source and backbone.values
+    if name == "efficientnet_b0":
+        assert module.WEIGHTS_HASHES["b0"][1] == backbone.md5
+    if name == "nasnet_mobile":
+        assert all(f'"{text}"' in source for text in (backbone.files[-1], backbone.md5))
+    if name == "mobilenet_v2":
+        assert "file_hash" not in source and backbone.values
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -116,6 +145,7 @@ def test_the_folder_path_gives_what_keras_own_imagenet_path_gives(name, tmp_path
     """Keras' download is replaced by a file of random numbers in the published layout; then both ways must agree."""
     import importlib
     import keras
+
     backbone, module = BACKBONES[name], importlib.import_module(f"keras.src.applications.{MODULES[name]}")
     network = getattr(keras.applications, backbone.application)(weights=None, include_top=False, input_shape=(32, 32, 3))
     rng = np.random.default_rng(0)
@@ -139,6 +169,7 @@ def test_the_folder_path_gives_what_keras_own_imagenet_path_gives(name, tmp_path
 
     def first(network):  # what leaves the first convolution: all that can differ between the two ways lies before it
         return keras.Model(network.inputs, next(la for la in network.layers if isinstance(la, keras.layers.Conv2D)).output)
+
     rescale, network = ours.layers[1:]
     expected = first(theirs)(pixels * np.float32(scale) + np.float32(offset)).numpy()
     np.testing.assert_allclose(first(network)(rescale(pixels)).numpy(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
@@ -150,6 +181,7 @@ def test_the_folder_path_gives_what_keras_own_imagenet_path_gives(name, tmp_path
 @pytest.mark.parametrize("name", BACKBONES)
 def test_the_fixed_range_is_what_keras_preprocessing_gives(name):
     import importlib
+
     module = importlib.import_module(f"keras.applications.{MODULES[name]}")
     pixels = np.arange(256, dtype=np.float32).reshape(1, 16, 16, 1).repeat(3, axis=-1)
     scale, offset = input_scaling(BACKBONES[name], "native")
@@ -159,6 +191,7 @@ def test_the_fixed_range_is_what_keras_preprocessing_gives(name):
 
 def test_damaged_and_foreign_files_are_refused_by_name(tiny_weights, tmp_path):
     import keras
+
     file = tmp_path / "weights" / "tiny.h5"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ModelError, match="tiny.h5: not the weights of Tiny"):
@@ -194,6 +227,7 @@ def test_a_weights_folder_that_is_not_there(monkeypatch):
 
 # ---- order and variants
 
+
 @given(st.integers(1, 60), st.integers(1, 40), st.integers(0, 5), st.integers(0, 3))
 def test_every_image_is_seen_each_epoch_in_batches_of_one_size(n, batch_size, seed, epoch):
     batches = epoch_batches(n, batch_size, seed, epoch)
@@ -204,12 +238,15 @@ def test_every_image_is_seen_each_epoch_in_batches_of_one_size(n, batch_size, se
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["none", "vertical"])), min_size=1, max_size=20))
 def test_variants_are_read_once_and_find_their_rows(rows):
-    class Source: table = pd.DataFrame(rows, columns=["pair", "flip"])
+    class Source:
+        table = pd.DataFrame(rows, columns=["pair", "flip"])
+
     chosen, place = variant_rows(Source())
     assert len(chosen) == len(set(rows)) and [rows[chosen[p]] for p in place] == rows
 
 
 # ---- training
+
 
 def test_cached_and_long_way_end_in_the_same_weights(tiny_weights, sources):
     cached, long = trained(sources), trained(sources, cache=False)
@@ -261,15 +298,20 @@ def test_a_frozen_random_backbone_is_measured_once_and_not_trained(tiny_backbone
 
 
 def test_fine_tune_decides_by_the_weights_unless_told(tiny_weights, sources):
-    told = {(w, f): trained(sources, epochs=1, weights=w, fine_tune=f).trained_
-            for w in ("local", "random") for f in (None, True, False)}
+    told = {
+        (w, f): trained(sources, epochs=1, weights=w, fine_tune=f).trained_
+        for w in ("local", "random")
+        for f in (None, True, False)
+    }
     assert [k for k, v in told.items() if v == "whole network"] == [("local", True), ("random", None), ("random", True)]
 
 
 def test_best_epoch_is_kept_and_patience_ends_training(tiny_weights, sources, monkeypatch):
     losses = iter([0.9, 0.5, 0.7, 0.8, 0.9])
 
-    def scripted(logits, targets): return 0.5, next(losses)
+    def scripted(logits, targets):
+        return 0.5, next(losses)
+
     monkeypatch.setattr(transfer, "score_logits", scripted)
     longer = trained(sources, epochs=9, patience=2)
     assert longer.best_epoch_ == 2 and len(longer.history_) == 4
@@ -316,6 +358,7 @@ def test_answers_do_not_depend_on_how_many_are_asked(tiny_weights, sources):
 
 # ---- the real thing
 
+
 @pytest.fixture()
 def real_weights(shared_weights, monkeypatch):
     monkeypatch.setenv(WEIGHTS_FOLDER, str(shared_weights))
@@ -328,12 +371,17 @@ def test_the_known_mobilenet_file_is_recognised(real_weights):
 
 def test_real_images_are_learned_and_cached_equals_long(real_weights, shared_data):
     from leukemia_nb.data.images import read_image
+
     names = {"Benign": "Normal", "Pre": "Pre-B", "Pro": "Pro-B"}
-    files = [(file, name) for folder, name in names.items()
-             for file in sorted((shared_data / "taleqani" / folder).iterdir())[::20][:22]]
+    files = [
+        (file, name)
+        for folder, name in names.items()
+        for file in sorted((shared_data / "taleqani" / folder).iterdir())[::20][:22]
+    ]
     images, labels = [read_image(file) for file, _ in files], np.array([name for _, name in files])
-    parts = [Images([images[i] for i in rows], labels[rows], 96)
-             for rows in (np.arange(66)[np.arange(66) % 3 > 0], np.arange(66)[::3])]
+    parts = [
+        Images([images[i] for i in rows], labels[rows], 96) for rows in (np.arange(66)[np.arange(66) % 3 > 0], np.arange(66)[::3])
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cached = make_model("mobilenet_v2", image_size=96, epochs=15, batch_size=16, learning_rate=0.005)
@@ -374,8 +422,14 @@ TOGETHER = """
 def test_two_devices_learn_what_one_learns(whole):
     "Two logical devices of the processor in the place of two GPUs; the head alone, and with BatchNorm, which sees a share."
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(TOGETHER.replace("{whole}", str(whole)))], capture_output=True,
-                          text=True, timeout=300, check=False, env=os.environ | {"PYTHONPATH": str(root), "TF_CPP_MIN_LOG_LEVEL": "3"})
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(TOGETHER.replace("{whole}", str(whole)))],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(root), "TF_CPP_MIN_LOG_LEVEL": "3"},
+    )
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout
 
 
@@ -409,8 +463,18 @@ print(keras.config.backend(), keras.config.floatx(), keras.config.image_data_for
 
 def train_elsewhere(folder, **environment):
     clean = {name: value for name, value in os.environ.items() if not name.startswith("KERAS_")}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", TRAINED, str(folder)], capture_output=True, text=True, timeout=300,
-                          env={**clean, "PYTHONPATH": f"{Path(__file__).parents[1]}{os.pathsep}{Path(__file__).parent}", "OMP_NUM_THREADS": "1", **environment})
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TRAINED, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={
+            **clean,
+            "PYTHONPATH": f"{Path(__file__).parents[1]}{os.pathsep}{Path(__file__).parent}",
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
+    )
     assert done.returncode == 0, done.stderr
     return np.load(folder / "answers.npy"), done.stdout.split()
 
@@ -420,13 +484,17 @@ def test_keras_settings_of_other_projects_change_nothing(tmp_path):
     answers = []
     for name, settings, environment in [
         ("plain", None, {}),
-        ("torch", '{"backend": "jax", "floatx": "float16", "image_data_format": "channels_first", "epsilon": 0.1}',
-         {"KERAS_BACKEND": "torch", "KERAS_MAX_EPOCHS": "1"}),
+        (
+            "torch",
+            '{"backend": "jax", "floatx": "float16", "image_data_format": "channels_first", "epsilon": 0.1}',
+            {"KERAS_BACKEND": "torch", "KERAS_MAX_EPOCHS": "1"},
+        ),
         ("homeless", None, {"KERAS_BACKEND": "jax", "HOME": "/proc/nowhere", "KERAS_HOME": "/proc/nowhere/keras"}),
     ]:
         home = tmp_path / name
         (home / ".keras").mkdir(parents=True)
-        if settings: (home / ".keras" / "keras.json").write_text(settings)
+        if settings:
+            (home / ".keras" / "keras.json").write_text(settings)
         found, said = train_elsewhere(home, **{"HOME": str(home), **environment})
         assert said == ["True", "tensorflow", "float32", "channels_last", environment.get("KERAS_BACKEND", "None")]
         assert settings is None or (home / ".keras" / "keras.json").read_text() == settings
@@ -434,14 +502,19 @@ def test_keras_settings_of_other_projects_change_nothing(tmp_path):
     assert all(np.allclose(answers[0], found, atol=1e-6) for found in answers[1:])
 
 
-@pytest.mark.parametrize("setting, value", [("floatx", "float16"), ("image_data_format", "channels_first"), ("epsilon", 1e-3),
-                                            ("dtype_policy", "mixed_float16")])
+@pytest.mark.parametrize(
+    "setting, value",
+    [("floatx", "float16"), ("image_data_format", "channels_first"), ("epsilon", 1e-3), ("dtype_policy", "mixed_float16")],
+)
 def test_keras_that_runs_otherwise_already_is_named_in_one_line(tiny_weights, sources, setting, value):
     import keras
+
     before = getattr(keras.config, setting)()
     getattr(keras.config, f"set_{setting}")(value)
     try:
-        with pytest.raises(ModelError, match=rf"^Keras is loaded in this process with {setting}=.*need .*Start Python anew[^\n]*$"):
+        with pytest.raises(
+            ModelError, match=rf"^Keras is loaded in this process with {setting}=.*need .*Start Python anew[^\n]*$"
+        ):
             make_model("mobilenet_v2", image_size=32, epochs=1).fit(*sources)
     finally:
         getattr(keras.config, f"set_{setting}")(before)

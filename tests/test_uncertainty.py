@@ -83,8 +83,13 @@ def test_grouped_interval_covers(sizes, rho):
     group = np.repeat(np.arange(len(sizes)), sizes)
     every = [grouped_interval(np.arange(103) < k, group) for k in range(104)]
     for p in (0.9, 0.97, 0.99):
-        chance = (random.random((4000, len(sizes))) < p if rho == 1 else random.beta(p * (1 / rho - 1), (1 - p) * (1 / rho - 1), (4000, len(sizes)))
-                  if rho else np.full((4000, len(sizes)), p))
+        chance = (
+            random.random((4000, len(sizes))) < p
+            if rho == 1
+            else random.beta(p * (1 / rho - 1), (1 - p) * (1 / rho - 1), (4000, len(sizes)))
+            if rho
+            else np.full((4000, len(sizes)), p)
+        )
         counts = random.binomial(sizes, chance).sum(axis=1)
         assert np.mean([every[k].low <= p <= every[k].high for k in counts]) > 0.95 - 3 * np.sqrt(0.95 * 0.05 / 4000), p
 
@@ -102,8 +107,17 @@ def test_bootstrap_takes_other_values_and_is_seeded():
     assert one.low < 5 < one.high and one.method == "percentile bootstrap of groups"
 
 
-@pytest.mark.parametrize("values, groups, message", [([], None, "0 values"), ([1, 0], ["a"], "2 values and 1 groups"), ([1, np.nan], None, "finite"),
-                                                     ([1, 0], ["a", None], "has no group"), ([0.5, 1.2], None, "between 0 and 1"), ([-0.1], None, "between")])
+@pytest.mark.parametrize(
+    "values, groups, message",
+    [
+        ([], None, "0 values"),
+        ([1, 0], ["a"], "2 values and 1 groups"),
+        ([1, np.nan], None, "finite"),
+        ([1, 0], ["a", None], "has no group"),
+        ([0.5, 1.2], None, "between 0 and 1"),
+        ([-0.1], None, "between"),
+    ],
+)
 def test_grouped_interval_refuses(values, groups, message):
     with pytest.raises(ValueError, match=message):
         grouped_interval(values, groups)
@@ -177,12 +191,10 @@ def test_sentences():
     )
     near = dummy_predictions(0.94, seed=7)
     close = dummy_predictions(0.97, seed=7)
-    mixed = significance_sentence(
-        compare_pairs({"yolov8": best, "yolo11": close, "yolo12": near, "mobilenet_v2": middle})
+    mixed = significance_sentence(compare_pairs({"yolov8": best, "yolo11": close, "yolo12": near, "mobilenet_v2": middle}))
+    assert mixed.startswith("MobileNetV2 differs from every other model. YOLOv8 is right more often than YOLO12. No other two"), (
+        mixed
     )
-    assert mixed.startswith(
-        "MobileNetV2 differs from every other model. YOLOv8 is right more often than YOLO12. No other two"
-    ), mixed
     assert len(difference_figure(compare_pairs({"yolov8": best, "yolo11": near, "yolo12": middle})).axes[0].texts) == 3
 
 
@@ -278,9 +290,7 @@ def test_cached_features(tmp_path):
     path, calls = tmp_path / "f.npz", []
     compute = lambda: calls.append(1) or np.arange(6).reshape(3, 2)
     first = cached_features(path, list("abc"), compute)
-    assert (
-        first.dtype == np.float32 and (cached_features(path, list("abc"), compute) == first).all() and len(calls) == 1
-    )
+    assert first.dtype == np.float32 and (cached_features(path, list("abc"), compute) == first).all() and len(calls) == 1
     cached_features(path, list("acb"), compute)
     assert len(calls) == 2
     path.write_bytes(path.read_bytes()[:50])

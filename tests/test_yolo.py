@@ -1,4 +1,5 @@
 """The YOLO classifiers: silent, offline, whole images, and the same answers as ultralytics gives."""
+
 import json
 import os
 import runpy
@@ -34,8 +35,9 @@ def child(code: str, **environment: str) -> subprocess.CompletedProcess:
     names = ("YOLO_CONFIG_DIR", "YOLO_OFFLINE", "YOLO_AUTOINSTALL", "OMP_NUM_THREADS")
     clean = {key: value for key, value in os.environ.items() if key not in names}
     clean.update(PYTHONPATH=str(ROOT), **environment)
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=clean, capture_output=True, text=True,
-                          timeout=240, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=clean, capture_output=True, text=True, timeout=240, check=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +156,17 @@ def test_fixed_shows_whole_images_and_deck_does_not():
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
     flips = [image, image[::-1], image[:, ::-1], image[::-1, ::-1]]
-    seen = {preprocessing: [(transform(Image.fromarray(image)).numpy().transpose(1, 2, 0) * 255).round().astype(int)
-                     for _ in range(30)]
-            for preprocessing in ("native", "rescale") for transform in [yolo.training_transforms(preprocessing, 64)]}
-    whole = {preprocessing: [any(np.array_equal(each, flip) for flip in flips) for each in each_seen]
-             for preprocessing, each_seen in seen.items()}
+    seen = {
+        preprocessing: [
+            (transform(Image.fromarray(image)).numpy().transpose(1, 2, 0) * 255).round().astype(int) for _ in range(30)
+        ]
+        for preprocessing in ("native", "rescale")
+        for transform in [yolo.training_transforms(preprocessing, 64)]
+    }
+    whole = {
+        preprocessing: [any(np.array_equal(each, flip) for flip in flips) for each in each_seen]
+        for preprocessing, each_seen in seen.items()
+    }
     assert all(whole["native"]) and sum(whole["rescale"]) < 5
 
 
@@ -223,7 +231,9 @@ def test_no_network_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("LEUKEMIA_NB_WEIGHTS", str(tmp_path))
     yolo.yolo_framework()
 
-    def refused(*args, **kwargs): raise ConnectionError("no route to host\nmore")
+    def refused(*args, **kwargs):
+        raise ConnectionError("no route to host\nmore")
+
     monkeypatch.setattr("ultralytics.utils.downloads.safe_download", refused)
     with pytest.raises(ModelError, match="yolov8n-cls.pt is not here and could not be downloaded") as error:
         make_model("yolov8", **{**SMALL, "weights": "imagenet"}).fit(tinted(2, 0), tinted(2, 1))
@@ -235,7 +245,8 @@ def test_a_file_that_runs_code_is_refused(tmp_path, monkeypatch):
     import torch
 
     class Trap:
-        def __reduce__(self): return (os.mkdir, (str(tmp_path / "code ran"),))
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "code ran"),))
 
     monkeypatch.setenv("LEUKEMIA_NB_WEIGHTS", str(tmp_path))
     torch.save({"model": Trap()}, tmp_path / "yolov8n-cls.pt")
@@ -244,10 +255,13 @@ def test_a_file_that_runs_code_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "code ran").exists()
 
 
-@pytest.mark.parametrize("name, start, taken", [
-    ("yolov8", "ImageNet classifier (yolov8n-cls.pt, sha256 f5079cd98062, 156 of 158", 156),
-    ("yolo11", "COCO detector's backbone (yolo11n.pt, sha256 0ebbc80d4a76, 228 of 236", 228),
-])
+@pytest.mark.parametrize(
+    "name, start, taken",
+    [
+        ("yolov8", "ImageNet classifier (yolov8n-cls.pt, sha256 f5079cd98062, 156 of 158", 156),
+        ("yolo11", "COCO detector's backbone (yolo11n.pt, sha256 0ebbc80d4a76, 228 of 236", 228),
+    ],
+)
 def test_real_weight_files(name, start, taken, shared_weights, monkeypatch):
     monkeypatch.setenv("LEUKEMIA_NB_WEIGHTS", str(shared_weights))
     network, source = yolo.new_network(name, 3, "local")
@@ -259,12 +273,13 @@ def test_real_weight_files(name, start, taken, shared_weights, monkeypatch):
 def test_nothing_sent_nothing_written_elsewhere(tmp_path):
     home, work, model = tmp_path / "home", tmp_path / "work", tmp_path / "model"
     home.mkdir(), work.mkdir()
-    done = child(f"""
+    done = child(
+        f"""
         import os, socket, sys, tempfile
         before = {{name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "PYTHONHASHSEED")}}
         def refused(*args, **kwargs): raise AssertionError("the network was used")
         socket.socket.connect = socket.getaddrinfo = refused
-        os.chdir({str(work)!r}); tempfile.tempdir = {str(tmp_path / 'temporary')!r}; os.mkdir(tempfile.tempdir)
+        os.chdir({str(work)!r}); tempfile.tempdir = {str(tmp_path / "temporary")!r}; os.mkdir(tempfile.tempdir)
         import numpy as np
         from leukemia_nb.models.interface import Images, make_model
         rng = np.random.default_rng(0)
@@ -273,7 +288,11 @@ def test_nothing_sent_nothing_written_elsewhere(tmp_path):
         import warnings; warnings.simplefilter("ignore")
         model.fit(some(), some(), progress=print); model.save({str(model)!r})
         assert before == {{name: os.environ.get(name) for name in before}}
-        """, HOME=str(home), MPLCONFIGDIR=str(tmp_path / "mpl"), ULTRALYTICS_API_KEY="ul_" + "0" * 40)
+        """,
+        HOME=str(home),
+        MPLCONFIGDIR=str(tmp_path / "mpl"),
+        ULTRALYTICS_API_KEY="ul_" + "0" * 40,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch") == 2 and len(done.stdout.splitlines()) == 2 and not done.stderr.strip(), done.stderr
     assert not [p for folder in (home, work) for p in folder.rglob("*") if p.is_file()]
@@ -296,6 +315,7 @@ def test_refused_beside_tensorflow():
 # ---------------------------------------------------------------- several GPUs
 def on_two_processors(monkeypatch, whole):
     "Ultralytics' way with two GPUs, with two processes of the processor in their place: no machine with two GPUs is at hand."
+
     def make(*arguments):
         class OnTwo(whole(*arguments)):
             def __init__(self, *given, **settings):
@@ -304,10 +324,13 @@ def on_two_processors(monkeypatch, whole):
 
             def _setup_ddp(self):
                 import torch
+
                 torch.distributed.init_process_group("gloo")
                 wrap = torch.nn.parallel.DistributedDataParallel
                 torch.nn.parallel.DistributedDataParallel = lambda model, device_ids, **settings: wrap(model, **settings)
+
         return OnTwo
+
     monkeypatch.setattr(yolo, "pairs_trainer", make)
 
 
@@ -326,9 +349,12 @@ def test_a_process_that_stops_is_told(monkeypatch):
     def broken(*arguments):
         class Broken(PAIRS_TRAINER(*arguments)):
             def get_dataset(self):
-                if "LOCAL_RANK" in os.environ: raise MemoryError("no room")
+                if "LOCAL_RANK" in os.environ:
+                    raise MemoryError("no room")
                 return super().get_dataset()
+
         return Broken
+
     on_two_processors(monkeypatch, broken)
     with pytest.raises(ModelError, match="its processes said why"):
         make_model("yolov8", **SMALL).fit(tinted(2, 0), tinted(2, 1))
@@ -336,6 +362,7 @@ def test_a_process_that_stops_is_told(monkeypatch):
 
 def test_gpus_that_are_not_there(monkeypatch):
     import torch
+
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ModelError, match="gpus=2, but torch sees 1 GPUs here. Use gpus=1"):
         make_model("yolov8", gpus=2, **SMALL).fit(tinted(2, 0), tinted(2, 1))
@@ -375,9 +402,14 @@ def payloads(folder):
     """Things that leave a file where they are run."""
     mark, script = folder / "ran", folder / "script.py"
     script.write_text(f"open({str(mark)!r}, 'w')")
-    return {"eval": Runs(eval, f"open({str(mark)!r}, 'w')"), "exec": Runs(exec, f"open({str(mark)!r}, 'w')"),
-            "system": Runs(os.system, f"touch {mark}"), "open": Runs(open, str(mark), "w"),
-            "subprocess": Runs(subprocess.call, ["touch", str(mark)]), "runpy": Runs(runpy.run_path, str(script))}
+    return {
+        "eval": Runs(eval, f"open({str(mark)!r}, 'w')"),
+        "exec": Runs(exec, f"open({str(mark)!r}, 'w')"),
+        "system": Runs(os.system, f"touch {mark}"),
+        "open": Runs(open, str(mark), "w"),
+        "subprocess": Runs(subprocess.call, ["touch", str(mark)]),
+        "runpy": Runs(runpy.run_path, str(script)),
+    }
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -388,8 +420,12 @@ def test_code_in_a_weight_file_is_refused_and_not_run(tmp_path, monkeypatch, kin
     import torch
 
     network, _ = yolo.new_network("yolov8", 3)
-    torch.save({"model": network, "ema": None, "date": payloads(tmp_path)[kind]}, tmp_path / "yolov8n-cls.pt",
-               pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"model": network, "ema": None, "date": payloads(tmp_path)[kind]},
+        tmp_path / "yolov8n-cls.pt",
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=zipped,
+    )
     monkeypatch.setenv("LEUKEMIA_NB_WEIGHTS", str(tmp_path))
     with pytest.raises(ModelError, match=r"yolov8n-cls\.pt: not a whole ultralytics weight file"):
         make_model("yolov8", **{**SMALL, "weights": "local"}).fit(tinted(2, 0), tinted(2, 1))
@@ -413,11 +449,15 @@ def test_code_in_a_saved_models_weights_is_refused_and_not_run(trained, tmp_path
 
 
 def test_a_home_that_cannot_be_written_to_is_no_obstacle():
-    done = child("""
+    done = child(
+        """
         import numpy as np
         from leukemia_nb.models.interface import Images, make_model
         images = Images(np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8), ["a", "b"] * 3, size=32)
         model = make_model("yolov8", weights="random", image_size=32, epochs=1, batch_size=3)
         print(len(model.fit(images, images)))
-        """, HOME="/proc/nowhere", XDG_CONFIG_HOME="/proc/nowhere")
+        """,
+        HOME="/proc/nowhere",
+        XDG_CONFIG_HOME="/proc/nowhere",
+    )
     assert done.returncode == 0 and done.stdout.endswith("1\n"), done.stderr

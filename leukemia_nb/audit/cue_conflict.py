@@ -16,8 +16,20 @@ from ..evaluation.metrics import clopper_pearson
 from ..processing.segmentation import a_channel, find_cells
 
 # %% auto #0
-__all__ = ['KINDS', 'find_bar', 'removal_mask', 'inpaint_background', 'paste_cells', 'colour_statistics', 'match_colours',
-           'erase_bar', 'move_bar', 'make_composites', 'cue_conflict_rates']
+__all__ = [
+    "KINDS",
+    "find_bar",
+    "removal_mask",
+    "inpaint_background",
+    "paste_cells",
+    "colour_statistics",
+    "match_colours",
+    "erase_bar",
+    "move_bar",
+    "make_composites",
+    "cue_conflict_rates",
+]
+
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #f5967427
 def _corner(shape: tuple[int, ...], rows: float = 0.15, columns: float = 0.23) -> tuple[slice, slice]:
@@ -61,6 +73,7 @@ def find_bar(
         mask[corner] = cv2.dilate(letters.astype(np.uint8), _ellipse(image.shape[0] / 75)) > 0
     return mask
 
+
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #81d855aa
 def removal_mask(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
@@ -71,13 +84,15 @@ def removal_mask(
     cells = (find_cells(image) if cells is None else cells) > 0
     channel = cv2.GaussianBlur(a_channel(image), (3, 3), 0)
     bar, size = find_bar(image), image.shape[0] / 224
-    if not cells.any() or cells.all(): return cells & ~bar
+    if not cells.any() or cells.all():
+        return cells & ~bar
     background, stained = np.median(channel[~cells]), np.median(channel[cells])
     strong = channel > (background + stained) / 2
     pale = (channel > background + 0.35 * (stained - background)) & (cv2.dilate(cells.view(np.uint8), _ellipse(25 * size)) > 0)
     pale = cv2.morphologyEx((pale | strong).astype(np.uint8), cv2.MORPH_OPEN, _ellipse(4 * size)) > 0
     everything = cv2.dilate(((cells | pale) & ~bar).view(np.uint8), _ellipse(2 * margin * image.shape[0]))
     return (everything > 0) & ~bar
+
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #7ed19c3c
 def _next_window(unknown: np.ndarray, size: int) -> tuple[slice, slice]:
@@ -87,30 +102,36 @@ def _next_window(unknown: np.ndarray, size: int) -> tuple[slice, slice]:
     for _ in range(2):
         top, left = (int(np.clip(c - size // 2, 0, length - size)) for c, length in zip(centre, unknown.shape))
         window = slice(top, top + size), slice(left, left + size)
-        if not unknown[window].any(): break
+        if not unknown[window].any():
+            break
         best, centre = window, np.argwhere(unknown[window]).mean(axis=0) + (top, left)
     return best
 
 
-def _best_pieces(template: np.ndarray, known: np.ndarray, source: np.ndarray, forbidden: np.ndarray, most: int = 4
-                 ) -> list[tuple[float, np.ndarray]]:
+def _best_pieces(
+    template: np.ndarray, known: np.ndarray, source: np.ndarray, forbidden: np.ndarray, most: int = 4
+) -> list[tuple[float, np.ndarray]]:
     "Cost and pixels of the pieces of a source that agree best with a template where it is known."
     weights = known.astype(np.float32)
     cost = 3 * cv2.matchTemplate(source.mean(axis=2), template.mean(axis=2), cv2.TM_SQDIFF, mask=weights) / max(weights.sum(), 1)
     cost = np.where(np.isfinite(cost), cost, 1e9) + 3000 * cv2.matchTemplate(forbidden, 1 - weights, cv2.TM_CCORR)
     places = np.argpartition(cost, min(most, cost.size) - 1, axis=None)[:most]
     size = len(template)
-    return [(float(cost.flat[i]), source[r : r + size, c : c + size])
-            for i, (r, c) in ((i, np.unravel_index(i, cost.shape)) for i in places)]
+    return [
+        (float(cost.flat[i]), source[r : r + size, c : c + size])
+        for i, (r, c) in ((i, np.unravel_index(i, cost.shape)) for i in places)
+    ]
 
 
 def _blend(template: np.ndarray, piece: np.ndarray, known: np.ndarray, soft: float) -> np.ndarray:
     "A piece over what is unknown, brought to the mean colour of the rim, fading out over `soft` pixels of what is known."
     unknown = (~known).astype(np.uint8)
     rim = (cv2.dilate(unknown, np.ones((9, 9))) > 0) & known
-    if rim.sum() > 20: piece = piece + np.clip((template - piece)[rim].mean(axis=0), -12, 12)
+    if rim.sum() > 20:
+        piece = piece + np.clip((template - piece)[rim].mean(axis=0), -12, 12)
     alpha = np.clip(1 - cv2.distanceTransform(1 - unknown, cv2.DIST_L2, 5) / soft, 0, 1)[..., None]
     return alpha * piece + (1 - alpha) * template
+
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #3df8b8f2
 def inpaint_background(
@@ -121,7 +142,8 @@ def inpaint_background(
     window: float = 0.16,  # side of a piece as a share of the image's shorter side
 ) -> np.ndarray:  # uint8 (H, W, 3): the same image outside of the hole, but for a soft seam of 4 pixels in 224
     "Fill holes with pieces of the image's own background. Raises ValueError if nothing is left to copy."
-    if hole.all(): raise ValueError("the hole is the whole image: nothing is left to fill it with.")
+    if hole.all():
+        raise ValueError("the hole is the whole image: nothing is left to fill it with.")
     random, size = np.random.default_rng(seed), max(8, round(window * min(hole.shape)))
     unknown, filled = hole.copy(), image.astype(np.float32)
     forbidden = (hole if avoid is None else hole | avoid).astype(np.float32)
@@ -130,13 +152,17 @@ def inpaint_background(
     while unknown.any():
         place = _next_window(unknown, size)
         known = ~unknown[place]
-        pieces = [piece for source in (sources[0], sources[random.integers(1, 4)])
-                  for piece in _best_pieces(filled[place], known, *source)]
+        pieces = [
+            piece
+            for source in (sources[0], sources[random.integers(1, 4)])
+            for piece in _best_pieces(filled[place], known, *source)
+        ]
         limit = 1.1 * min(cost for cost, _ in pieces) + 1
         good = [piece for cost, piece in pieces if cost <= limit]
         filled[place] = _blend(filled[place], good[random.integers(len(good))], known, size / 9)
         unknown[place] = False
     return np.clip(np.rint(filled), 0, 255).astype(np.uint8)
+
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #9f728251
 def paste_cells(
@@ -153,7 +179,8 @@ def paste_cells(
     core = cv2.erode(mask, _ellipse(3), iterations=rim, borderValue=1)
     core = core if core.any() else mask
     bar = find_bar(background)
-    if not core.any(): return background.copy()
+    if not core.any():
+        return background.copy()
     _, nearest = cv2.distanceTransformWithLabels(1 - core, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
     colours = np.zeros((nearest.max() + 1, 3), np.float32)
     colours[nearest[core > 0]] = image[core > 0]
@@ -161,6 +188,7 @@ def paste_cells(
     alpha = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), softness, borderType=cv2.BORDER_REPLICATE)[..., None]
     alpha[bar] = 0
     return np.clip(np.rint(alpha * inner + (1 - alpha) * background), 0, 255).astype(np.uint8)
+
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #4a592272
 def colour_statistics(
@@ -170,7 +198,8 @@ def colour_statistics(
     "CIELAB means and deviations. Raises ValueError where no pixel counts."
     values = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2LAB)
     values = values.reshape(-1, 3) if where is None else values[where]
-    if not len(values): raise ValueError("no pixel to take colours from.")
+    if not len(values):
+        raise ValueError("no pixel to take colours from.")
     return np.stack([values.mean(axis=0), values.std(axis=0)])
 
 
@@ -184,9 +213,11 @@ def match_colours(
     lab = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2LAB).astype(np.float32)
     lab = (lab - mean) * np.clip(statistics[1] / np.maximum(deviation, 1e-3), 0.25, 4) + statistics[0]
     moved = cv2.cvtColor(np.clip(np.rint(lab), 0, 255).astype(np.uint8), cv2.COLOR_LAB2RGB)
-    if where is None: return moved
+    if where is None:
+        return moved
     alpha = cv2.GaussianBlur(where.astype(np.float32), (0, 0), 0.7)[..., None]
     return np.clip(np.rint(alpha * moved + (1 - alpha) * image), 0, 255).astype(np.uint8)
+
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #bab65c5a
 def erase_bar(
@@ -211,6 +242,7 @@ def move_bar(
     ink = donor if is_label else np.array([215, 25, 35], np.float32)
     return np.clip(np.rint(alpha[..., None] * ink + (1 - alpha[..., None]) * image), 0, 255).astype(np.uint8)
 
+
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #1d5428cf
 KINDS: dict[str, str] = {
     "no cells": "cells taken out",
@@ -227,7 +259,8 @@ KINDS: dict[str, str] = {
 def _partners(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
     "For each image one of another class: first the class, then the image."
     names = np.unique(labels)
-    if len(names) < 2: raise ValueError(f"counterfactuals need two classes, these images have only '{names[0]}'.")
+    if len(names) < 2:
+        raise ValueError(f"counterfactuals need two classes, these images have only '{names[0]}'.")
     others = [random.choice(names[names != label]) for label in labels]
     return np.array([random.choice(np.flatnonzero(labels == other)) for other in others])
 
@@ -241,11 +274,16 @@ def _mates(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
 def _make(kind: str, images: Any, cells: Any, row: int, partner: int, seed: int) -> np.ndarray:
     image, donor, mask = images[row], images[partner], cells[row] > 0
     emptied = lambda i: inpaint_background(images[i], removal_mask(images[i], cells[i]), find_bar(images[i]), seed)
-    if kind == "no cells": return emptied(row)
-    if kind in ("swap", "swap within class"): return paste_cells(image, mask, emptied(partner))
-    if kind == "bar erased": return erase_bar(image, seed)
-    if kind == "bar swapped": return move_bar(erase_bar(image, seed), donor)
-    if kind == "recolour": return match_colours(image, colour_statistics(donor))
+    if kind == "no cells":
+        return emptied(row)
+    if kind in ("swap", "swap within class"):
+        return paste_cells(image, mask, emptied(partner))
+    if kind == "bar erased":
+        return erase_bar(image, seed)
+    if kind == "bar swapped":
+        return move_bar(erase_bar(image, seed), donor)
+    if kind == "recolour":
+        return match_colours(image, colour_statistics(donor))
     inside = kind == "recolour cells"
     here, there = (mask == inside), ((cells[partner] > 0) == inside)
     return match_colours(image, colour_statistics(donor, there), here) if here.any() and there.any() else image.copy()
@@ -262,8 +300,10 @@ def make_composites(
     labels = np.asarray(labels, dtype=str)
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise ValueError(f"unknown kind '{unknown[0]}': choose among {', '.join(KINDS)}.")
-    if len(labels) != len(images): raise ValueError(f"{len(images)} images but {len(labels)} labels.")
-    if cells is None: cells = np.stack([find_cells(image) for image in images])
+    if len(labels) != len(images):
+        raise ValueError(f"{len(images)} images but {len(labels)} labels.")
+    if cells is None:
+        cells = np.stack([find_cells(image) for image in images])
     random, made, rows = np.random.default_rng(seed), [], []
     partners = _partners(labels, random)
     mates = _mates(labels, random)
@@ -274,6 +314,7 @@ def make_composites(
             rows.append((kind, row, int(partner), "" if kind == "no cells" else labels[row], other))
     return np.stack(made), pd.DataFrame(rows, columns=["kind", "row", "partner", "cells", "other"])
 
+
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #9bb05a23
 def cue_conflict_rates(
     table: pd.DataFrame,  # columns kind, cells, other, as `make_composites` gives them
@@ -281,7 +322,8 @@ def cue_conflict_rates(
 ) -> pd.DataFrame:  # a row for each kind and answer: [kind, follows, n, count, share, low, high]
     "How often predictions are the class of the cells, of everything else, or neither; exact (Clopper-Pearson) 95 % intervals."
     predictions = np.asarray(predictions, dtype=str)
-    if len(predictions) != len(table): raise ValueError(f"{len(table)} images but {len(predictions)} predictions.")
+    if len(predictions) != len(table):
+        raise ValueError(f"{len(table)} images but {len(predictions)} predictions.")
     rows = []
     for kind, part in table.assign(said=predictions).groupby("kind", sort=False):
         cells = part.said == part.cells

@@ -20,12 +20,31 @@ from ..processing.segmentation import find_cells
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-else: Figure = Any  # loaded with the first figure; the name is for the documentation
+else:
+    Figure = Any  # loaded with the first figure; the name is for the documentation
 
 # %% auto #0
-__all__ = ['keras_gradients', 'torch_gradients', 'target_positions', 'heatmap_of', 'grad_cam', 'saliency_figure', 'around_cells',
-           'energy_inside', 'background_colour', 'occluded', 'occlusion_map', 'saliency_maps', 'channel_shares',
-           'shuffled_weights', 'rank_correlation', 'randomisation_check', 'saliency_table', 'saliency_summary']
+__all__ = [
+    "keras_gradients",
+    "torch_gradients",
+    "target_positions",
+    "heatmap_of",
+    "grad_cam",
+    "saliency_figure",
+    "around_cells",
+    "energy_inside",
+    "background_colour",
+    "occluded",
+    "occlusion_map",
+    "saliency_maps",
+    "channel_shares",
+    "shuffled_weights",
+    "rank_correlation",
+    "randomisation_check",
+    "saliency_table",
+    "saliency_summary",
+]
+
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #d2031a41
 def keras_gradients(
@@ -35,6 +54,7 @@ def keras_gradients(
 ) -> tuple[np.ndarray, np.ndarray]:  # maps and gradients, float32 (n, channels, h, w, d)
     "Last feature maps, and the gradient of the class's logit (less the mean logit) with respect to them."
     import tensorflow as tf
+
     channels, size = len(model.channels), model.image_size
     single = tf.reshape(tf.cast(batch, tf.float32), [-1, size, size, 3])
     maps = tf.convert_to_tensor(model.maps_(single, training=False))
@@ -47,6 +67,7 @@ def keras_gradients(
     shape = (len(batch), channels, *maps.shape[1:])
     return maps.numpy().reshape(shape), gradients.numpy().reshape(shape)
 
+
 # %% ../../nbs/05_audit/40_saliency.ipynb #c3bf63b3
 def torch_gradients(
     model: Any,  # a trained YOLO classifier of this package: `network_`
@@ -55,10 +76,12 @@ def torch_gradients(
 ) -> tuple[np.ndarray, np.ndarray]:  # maps and gradients, float32 (n, 1, h, w, d)
     "As `keras_gradients`, at the last convolution of an ultralytics classifier."
     import torch
+
     *layers, head = model.network_.model
     with torch.no_grad():
         maps = model._tensor(batch)
-        for layer in layers: maps = layer(maps)
+        for layer in layers:
+            maps = layer(maps)
         maps = head.conv(maps)
     maps.requires_grad_(True)
     with torch.enable_grad():
@@ -67,6 +90,7 @@ def torch_gradients(
         gradients = torch.autograd.grad(answer.sum(), maps)[0]
     return tuple(t.detach().permute(0, 2, 3, 1)[:, None].cpu().numpy() for t in (maps, gradients))
 
+
 # %% ../../nbs/05_audit/40_saliency.ipynb #dbf50c3d
 def target_positions(
     model: Any,  # a trained model
@@ -74,13 +98,16 @@ def target_positions(
     targets: str | Sequence[str] | None = None,  # a class for all, one for each image, or None: the model's answers
 ) -> np.ndarray:  # int (n,)
     "Positions in `classes_` of the classes to explain. Raises ModelError for a name that is none."
-    if targets is None: return model.predict_proba(images).argmax(axis=1)
+    if targets is None:
+        return model.predict_proba(images).argmax(axis=1)
     names = [targets] * len(images) if isinstance(targets, str) else [str(name) for name in targets]
     place = {str(name): i for i, name in enumerate(model.classes_)}
     if unknown := sorted(set(names) - set(place)):
         raise ModelError(f"'{unknown[0]}' is not a class of this model: {', '.join(place)}.")
-    if len(names) != len(images): raise ModelError(f"{len(names)} classes to explain for {len(images)} images.")
+    if len(names) != len(images):
+        raise ModelError(f"{len(names)} classes to explain for {len(images)} images.")
     return np.array([place[name] for name in names], dtype=int)
+
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #dd5698af
 def heatmap_of(
@@ -90,19 +117,24 @@ def heatmap_of(
     "Positive part, enlarged bilinearly, divided by its maximum; all 0 where nothing is positive or a value is not finite."
     found = np.zeros((len(weights), size, size), np.float32)
     for one, into in zip(np.asarray(weights, dtype=np.float64), found):
-        if not np.isfinite(one).all() or (top := one.max(initial=0)) <= 0: continue
+        if not np.isfinite(one).all() or (top := one.max(initial=0)) <= 0:
+            continue
         small = (np.maximum(one, 0) / top).astype(np.float32)
         large = cv2.resize(small, (size, size), interpolation=cv2.INTER_LINEAR)
         into[:] = np.clip(large / large.max(), 0, 1)
     return found
 
+
 # %% ../../nbs/05_audit/40_saliency.ipynb #da9cc49d
 def _gradients_of(model: Any) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
     "The function that gives a model's maps and gradients. Raises ModelError."
-    if hasattr(model, "maps_"): return keras_gradients
-    if hasattr(model, "network_"): return torch_gradients
-    raise ModelError(f"{getattr(model, 'name', type(model).__name__)} has no feature maps of the whole image. "
-                     "Use method='occlusion'.")
+    if hasattr(model, "maps_"):
+        return keras_gradients
+    if hasattr(model, "network_"):
+        return torch_gradients
+    raise ModelError(
+        f"{getattr(model, 'name', type(model).__name__)} has no feature maps of the whole image. Use method='occlusion'."
+    )
 
 
 def _weighted(model: Any, images: Any, targets: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -122,10 +154,14 @@ def grad_cam(
 ) -> np.ndarray:  # float32 (n, S, S), 0..1
     "Grad-CAM at the last maps before the average over the image (Selvaraju et al. 2017). Raises ModelError."
     _gradients_of(model)
-    if not 0 <= channel < len(model.channels): raise ModelError(f"{model.name} has no channel {channel}.")
-    found = [np.einsum("nhwd,nd->nhw", maps[:, channel], gradients[:, channel].mean(axis=(1, 2)))
-             for maps, gradients in _weighted(model, images, target_positions(model, images, targets))]
+    if not 0 <= channel < len(model.channels):
+        raise ModelError(f"{model.name} has no channel {channel}.")
+    found = [
+        np.einsum("nhwd,nd->nhw", maps[:, channel], gradients[:, channel].mean(axis=(1, 2)))
+        for maps, gradients in _weighted(model, images, target_positions(model, images, targets))
+    ]
     return heatmap_of(np.concatenate(found) if found else np.zeros((0, 1, 1)), model.image_size)
+
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #af0e31b4
 def saliency_figure(
@@ -144,11 +180,16 @@ def saliency_figure(
                 if maps is not None:
                     heat = np.clip(np.asarray(maps[row], np.float32), 0, 1)
                     axis.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.1 + 0.7 * heat, interpolation="bilinear")
-                if mask.any(): axis.contour(mask, [0.5], colors="#00843d" if maps is None else "#19d3e0", linewidths=0.9)
-                axis.set(xticks=[], yticks=[]); axis.spines[:].set_visible(False)
-                if row == 0: axis.set_title(title, fontsize=9)
-            if len(titles): axes[row, 0].set_ylabel(titles[row], fontsize=9)
+                if mask.any():
+                    axis.contour(mask, [0.5], colors="#00843d" if maps is None else "#19d3e0", linewidths=0.9)
+                axis.set(xticks=[], yticks=[])
+                axis.spines[:].set_visible(False)
+                if row == 0:
+                    axis.set_title(title, fontsize=9)
+            if len(titles):
+                axes[row, 0].set_ylabel(titles[row], fontsize=9)
     return figure
+
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #b6d6f4f3
 def around_cells(
@@ -166,11 +207,13 @@ def energy_inside(
     margin: float = 0.02,  # see `around_cells`
 ) -> tuple[float, float, float]:  # energy inside, area inside (chance), their ratio; NaN for an empty map or no cells
     "Share of a heatmap's energy inside the cells, beside the share that a flat map has. Raises ValueError."
-    if heatmap.shape != mask.shape: raise ValueError(f"heatmap {heatmap.shape} and mask {mask.shape} differ in size.")
+    if heatmap.shape != mask.shape:
+        raise ValueError(f"heatmap {heatmap.shape} and mask {mask.shape} differ in size.")
     inside, total = around_cells(mask, margin), float(heatmap.sum(dtype=np.float64))
     area = float(inside.mean())
     energy = float(heatmap[inside].sum(dtype=np.float64)) / total if total > 0 else np.nan
     return energy, area, energy / area if area > 0 else np.nan
+
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #00202c73
 def background_colour(
@@ -180,6 +223,7 @@ def background_colour(
     "Median colour of what is not a white cell."
     outside = ~around_cells(find_cells(image) if cells is None else cells)
     return np.median(image[outside] if outside.any() else image.reshape(-1, 3), axis=0).astype(np.uint8)
+
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #6c55ca0d
 def occluded(
@@ -195,6 +239,7 @@ def occluded(
         copy[0, rows, columns] = colour
         copy[1:, rows, columns] = 0
     return copies
+
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #eb9dc2ef
 def occlusion_map(
@@ -216,6 +261,7 @@ def occlusion_map(
         found[row] = (odds[0] - odds[1:]).reshape(grid, grid)
     return heatmap_of(found, size)
 
+
 # %% ../../nbs/05_audit/40_saliency.ipynb #a8a28aa9
 def saliency_maps(
     model: Any,  # a trained model
@@ -225,8 +271,10 @@ def saliency_maps(
 ) -> np.ndarray:  # float32 (n, S, S), 0..1
     "Heatmaps by one of the two methods. Raises ModelError for another name."
     ways: dict[str, Callable[..., np.ndarray]] = {"grad_cam": grad_cam, "occlusion": occlusion_map}
-    if method not in ways: raise ModelError(f"method '{method}' is not one of {', '.join(ways)}.")
+    if method not in ways:
+        raise ModelError(f"method '{method}' is not one of {', '.join(ways)}.")
     return ways[method](model, images, targets)
+
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #7b6f6c20
 def channel_shares(
@@ -235,11 +283,14 @@ def channel_shares(
     targets: str | Sequence[str] | None = None,  # class to explain; None: the model's answer to each image
 ) -> np.ndarray:  # float64 (n, channels), rows sum to 1; NaN where there is no gradient
     "Share of each channel in the gradient of the class's logit: sum of absolute gradients with respect to its features."
-    found = [np.abs(gradients.astype(np.float64)).sum(axis=(2, 3, 4))
-             for _, gradients in _weighted(model, images, target_positions(model, images, targets))]
+    found = [
+        np.abs(gradients.astype(np.float64)).sum(axis=(2, 3, 4))
+        for _, gradients in _weighted(model, images, target_positions(model, images, targets))
+    ]
     sums = np.concatenate(found) if found else np.zeros((0, len(model.channels)))
     total = sums.sum(axis=1, keepdims=True)
     return sums / np.where(total > 0, total, np.nan)
+
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #db6480f5
 @contextmanager
@@ -249,7 +300,8 @@ def shuffled_weights(
     seed: int = 0,  # of the shuffling
 ) -> Iterator[Any]:  # the same model
     "Shuffle the weights within each tensor; the model has its own weights again afterwards, whatever happens."
-    if part not in ("head", "whole"): raise ModelError(f"part '{part}' is not one of head, whole.")
+    if part not in ("head", "whole"):
+        raise ModelError(f"part '{part}' is not one of head, whole.")
     rng = np.random.default_rng(seed)
     mixed: Callable[[np.ndarray], np.ndarray] = lambda w: rng.permutation(w.ravel()).reshape(w.shape).astype(w.dtype)
     if hasattr(model, "maps_"):
@@ -258,15 +310,20 @@ def shuffled_weights(
         put = lambda change: [layer.set_weights([change(w) for w in weights]) for layer, weights in zip(layers, kept)]
     elif hasattr(model, "network_"):
         import torch
+
         network = model.network_.model[-1].linear if part == "head" else model.network_
         state = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-        put = lambda change: network.load_state_dict({
-            name: torch.from_numpy(np.asarray(change(t.cpu().numpy()))) for name, t in state.items()})
-    else: raise ModelError(f"{getattr(model, 'name', type(model).__name__)} has no weights that can be shuffled here.")
+        put = lambda change: network.load_state_dict(
+            {name: torch.from_numpy(np.asarray(change(t.cpu().numpy()))) for name, t in state.items()}
+        )
+    else:
+        raise ModelError(f"{getattr(model, 'name', type(model).__name__)} has no weights that can be shuffled here.")
     try:
         put(mixed)
         yield model
-    finally: put(lambda weights: weights)
+    finally:
+        put(lambda weights: weights)
+
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #56785f86
 def rank_correlation(
@@ -275,8 +332,10 @@ def rank_correlation(
 ) -> float:  # -1..1; NaN where one of them is flat
     "Spearman's correlation of two heatmaps."
     from scipy.stats import rankdata
+
     ranks = [rankdata(each.ravel()) for each in (first, second)]
-    if min(rank.std() for rank in ranks) == 0: return float("nan")
+    if min(rank.std() for rank in ranks) == 0:
+        return float("nan")
     return float(np.corrcoef(*ranks)[0, 1])
 
 
@@ -300,6 +359,7 @@ def randomisation_check(
         found[part] = np.where(seen.any(axis=0), np.nansum(values, axis=0) / np.maximum(seen.sum(axis=0), 1), np.nan)
     return pd.DataFrame(found)
 
+
 # %% ../../nbs/05_audit/40_saliency.ipynb #4c8d652c
 def saliency_table(
     model: Any,  # a trained model
@@ -311,7 +371,8 @@ def saliency_table(
     "How much of each image's heatmap lies on its white cells, beside two levels of chance."
     size = getattr(model, "image_size", 224)
     source = open_images(images, size, getattr(model, "method", "kmeans"))
-    if masks is None: masks = [find_cells(image) > 0 for batch in read_batches(source, size, 32) for image in batch]
+    if masks is None:
+        masks = [find_cells(image) > 0 for batch in read_batches(source, size, 32) for image in batch]
     maps = saliency_maps(model, images, method=method) if heatmaps is None else heatmaps
     table = pd.DataFrame([energy_inside(*pair) for pair in zip(maps, masks)], columns=["energy_inside", "area_inside", "ratio"])
     flat = maps.reshape(len(maps), -1).astype(np.float64)
@@ -323,6 +384,7 @@ def saliency_table(
     two = len(getattr(model, "channels", "1")) == 2 and hasattr(model, "maps_")
     table["original_share"] = channel_shares(model, images)[:, 0] if two else 1.0
     return table
+
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #9e551b36
 def saliency_summary(
@@ -339,12 +401,22 @@ def saliency_summary(
         group = np.arange(len(seen)) if groups is None else [str(groups.get(pair, f"alone:{pair}")) for pair in seen["pair"]]
         found = cluster_bootstrap(energy, group, seed=seed) if len(set(group)) > 1 else None
         check = (checks or {}).get(name)
-        rows.append({"model": name, "title": model_title(name), "images": len(table), "empty_maps": len(table) - len(seen),
-                     "energy_inside": seen["energy_inside"].mean(), "low": found.low if found else np.nan,
-                     "high": found.high if found else np.nan, "interval": BOOTSTRAP,
-                     "area_inside": seen["area_inside"].mean(),
-                     "other_maps": seen["other_maps"].mean(), "ratio": energy.sum() / area.sum() if area.sum() else np.nan,
-                     "original_share": seen["original_share"].mean(),
-                     "head_shuffled": np.nan if check is None else check["head"].mean(),
-                     "all_shuffled": np.nan if check is None else check["whole"].mean()})
+        rows.append(
+            {
+                "model": name,
+                "title": model_title(name),
+                "images": len(table),
+                "empty_maps": len(table) - len(seen),
+                "energy_inside": seen["energy_inside"].mean(),
+                "low": found.low if found else np.nan,
+                "high": found.high if found else np.nan,
+                "interval": BOOTSTRAP,
+                "area_inside": seen["area_inside"].mean(),
+                "other_maps": seen["other_maps"].mean(),
+                "ratio": energy.sum() / area.sum() if area.sum() else np.nan,
+                "original_share": seen["original_share"].mean(),
+                "head_shuffled": np.nan if check is None else check["head"].mean(),
+                "all_shuffled": np.nan if check is None else check["whole"].mean(),
+            }
+        )
     return pd.DataFrame(rows)

@@ -20,107 +20,168 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-else: DataFrame = Any  # loaded with the first table; the name is for the documentation
+else:
+    DataFrame = Any  # loaded with the first table; the name is for the documentation
 
 # %% auto #0
-__all__ = ['MAX_NAME', 'OUTPUT_MARKER', 'shown', 'shown_lines', 'counted', 'OutputError', 'writing', 'atomic_path',
-           'check_output', 'mark_output_folder', 'is_output_folder', 'unique_names', 'exclusive', 'file_sha256',
-           'safe_cell', 'restored_cell', 'write_table', 'TableError', 'read_table', 'shown_table', 'write_json',
-           'read_json', 'set_sha256']
+__all__ = [
+    "MAX_NAME",
+    "OUTPUT_MARKER",
+    "shown",
+    "shown_lines",
+    "counted",
+    "OutputError",
+    "writing",
+    "atomic_path",
+    "check_output",
+    "mark_output_folder",
+    "is_output_folder",
+    "unique_names",
+    "exclusive",
+    "file_sha256",
+    "safe_cell",
+    "restored_cell",
+    "write_table",
+    "TableError",
+    "read_table",
+    "shown_table",
+    "write_json",
+    "read_json",
+    "set_sha256",
+]
 
 # %% ../../nbs/01_data/10_files.ipynb #15819cb8
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
+
 
 def _utf8(text: str) -> str:
     "Text that can be saved: bytes that were no UTF-8 as backslash, x and two digits."
     text = re.sub("[\ud800-\udc7f\udd00-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)  # from JSON; no bytes of a name
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
-def shown(text: str | os.PathLike  # a path, or words with a path in them
-          ) -> str:  # on one line; bytes that are no UTF-8, control characters and changes of direction are escaped
+
+def shown(
+    text: str | os.PathLike,  # a path, or words with a path in them
+) -> str:  # on one line; bytes that are no UTF-8, control characters and changes of direction are escaped
     "Text that any terminal, table or page can take."
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), _utf8(os.fspath(text)))
 
-def shown_lines(text: str  # several lines, each of which may hold a path
-                ) -> str:
+
+def shown_lines(
+    text: str,  # several lines, each of which may hold a path
+) -> str:
     "Lines that any terminal can take: as `shown`, but for the line ends."
     return "\n".join(map(shown, text.split("\n")))
 
-def counted(number: int,  # how many
-            what: str  # of what, in the singular
-            ) -> str:
+
+def counted(
+    number: int,  # how many
+    what: str,  # of what, in the singular
+) -> str:
     "A number in words: `1 image`, `2 images`."
     return f"{number} {what}{'' if number == 1 else 's'}"
+
 
 # %% ../../nbs/01_data/10_files.ipynb #1170949f
 class OutputError(OSError):
     "A file that could not be written: the message names it, the reason and the remedy; `errno` is the system's."
-    def __str__(self) -> str: return shown(super().__str__())
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
+
 
 MAX_NAME = 255  # bytes of one file name on common file systems
 
 _SPACE, _RIGHT = "Free some space or choose another folder", "Choose a folder you may write to"
 _DISK = "Check that the disk or network drive is still there and sound, or choose another folder"
-_REMEDIES = {errno.ENOSPC: _SPACE, errno.EDQUOT: _SPACE, errno.EACCES: _RIGHT, errno.EPERM: _RIGHT, errno.EROFS: _RIGHT,
-             errno.EFBIG: "The disk or a limit of your account (ulimit -f) allows no file as large; choose another folder",
-             errno.EIO: _DISK, errno.ENXIO: _DISK, errno.ENODEV: _DISK, errno.ESTALE: _DISK, errno.ETIMEDOUT: _DISK,
-             errno.ENOENT: "The folder was removed meanwhile; start again",
-             errno.ENOTDIR: "A file stands where a folder is needed; choose another folder",
-             errno.EEXIST: "A file stands where a folder is needed; choose another folder",
-             errno.EISDIR: "A folder stands where the file should go; choose another name",
-             errno.ENAMETOOLONG: "Choose a shorter name"}
+_REMEDIES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EACCES: _RIGHT,
+    errno.EPERM: _RIGHT,
+    errno.EROFS: _RIGHT,
+    errno.EFBIG: "The disk or a limit of your account (ulimit -f) allows no file as large; choose another folder",
+    errno.EIO: _DISK,
+    errno.ENXIO: _DISK,
+    errno.ENODEV: _DISK,
+    errno.ESTALE: _DISK,
+    errno.ETIMEDOUT: _DISK,
+    errno.ENOENT: "The folder was removed meanwhile; start again",
+    errno.ENOTDIR: "A file stands where a folder is needed; choose another folder",
+    errno.EEXIST: "A file stands where a folder is needed; choose another folder",
+    errno.EISDIR: "A folder stands where the file should go; choose another name",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+}
+
 
 def _output_error(path: Path, number: int, left: str = "Nothing half-written was left.") -> OutputError:
     problem = OutputError(f"{path}: cannot be written: {os.strerror(number)}. {_REMEDIES[number]}. {left}".strip())
     problem.errno = number
     return problem
 
+
 # %% ../../nbs/01_data/10_files.ipynb #91c7b2aa
 @contextmanager
-def writing(path: str | os.PathLike,  # file that is written in the block
-            temporary: str | os.PathLike = "",  # where its content goes until it is whole; the file itself where left out
-            left: str = ""  # last words of the message: what is left of the file
-            ) -> Iterator[None]:
+def writing(
+    path: str | os.PathLike,  # file that is written in the block
+    temporary: str | os.PathLike = "",  # where its content goes until it is whole; the file itself where left out
+    left: str = "",  # last words of the message: what is left of the file
+) -> Iterator[None]:
     "Raise `OutputError` for whatever hinders the writing of a file; errors about other files pass unchanged."
     path, target = Path(path), Path(temporary or path)
-    try: yield
-    except OutputError: raise
+    try:
+        yield
+    except OutputError:
+        raise
     except Exception as error:
         number, about = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
-        if number is None: number = _write_fails(path, target)
+        if number is None:
+            number = _write_fails(path, target)
         mine = [os.path.abspath(each) for each in (target, path, *path.parents)]
         about_another = isinstance(about, str | bytes) and os.path.abspath(os.fsdecode(about)) not in mine
-        if number not in _REMEDIES or about_another: raise
+        if number not in _REMEDIES or about_another:
+            raise
         raise _output_error(path, number, left) from error
+
 
 def _write_fails(path: Path, temporary: Path) -> int | None:
     "Number of the error that writing meets now, or None. numpy, Pillow, HDF5 and torch tell of a full disk without its number."
     probe = path.with_name(f".part-{os.getpid()}-{secrets.token_hex(4)}")
-    if temporary != path and temporary.exists(): probe = temporary
+    if temporary != path and temporary.exists():
+        probe = temporary
     try:
         with open(probe, "ab", buffering=0) as file:
             file.write(bytes(1 << 16))
             os.fsync(file)
-    except OSError as error: return error.errno
+    except OSError as error:
+        return error.errno
     finally:
         if probe != temporary:
-            with suppress(OSError): probe.unlink()
+            with suppress(OSError):
+                probe.unlink()
     return None
+
 
 # %% ../../nbs/01_data/10_files.ipynb #c5d1f0e2
 def _flush(path: Path) -> None:
     "Have a file or folder reach the disk; some disks cannot be told."
-    if os.name == "nt" and path.is_dir(): return
+    if os.name == "nt" and path.is_dir():
+        return
     number = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try: os.fsync(number)
+    try:
+        os.fsync(number)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP): raise
-    finally: os.close(number)
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(number)
+
 
 @contextmanager
-def atomic_path(path: str | os.PathLike,  # file to be written; its folder is made where it is missing
-                durable: bool = True  # reaches the disk before it takes its name; False where a checksum is looked at later
-                ) -> Iterator[Path]:  # temporary path in the same folder, with the same suffix; the file is not there yet
+def atomic_path(
+    path: str | os.PathLike,  # file to be written; its folder is made where it is missing
+    durable: bool = True,  # reaches the disk before it takes its name; False where a checksum is looked at later
+) -> Iterator[Path]:  # temporary path in the same folder, with the same suffix; the file is not there yet
     "Yield a temporary path that becomes `path` on success; on any error nothing is left. Raises `OutputError`."
     path = Path(path)
     temporary = path.with_name(f".part-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
@@ -129,180 +190,245 @@ def atomic_path(path: str | os.PathLike,  # file to be written; its folder is ma
             _check_regular(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            if durable: _flush(temporary)
+            if durable:
+                _flush(temporary)
             os.replace(temporary, path)
-            if not durable: return
-            with suppress(PermissionError): _flush(path.parent)  # a folder may be closed to reading
+            if not durable:
+                return
+            with suppress(PermissionError):
+                _flush(path.parent)  # a folder may be closed to reading
     finally:
         with suppress(OSError):
-            if temporary.is_dir() and not temporary.is_symlink(): shutil.rmtree(temporary)
-            else: temporary.unlink(missing_ok=True)
+            if temporary.is_dir() and not temporary.is_symlink():
+                shutil.rmtree(temporary)
+            else:
+                temporary.unlink(missing_ok=True)
+
 
 def _check_regular(path: Path) -> None:
     "Raise `OutputError` for a device, pipe or socket, which a file must not replace."
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OutputError(f"{path}: is a device, pipe or socket. Choose the name of a file.")
 
+
 # %% ../../nbs/01_data/10_files.ipynb #0b6e5d7c
-def check_output(path: str | os.PathLike,  # file or folder that is to be written in the end
-                 folder: bool = False  # it is a folder
-                 ) -> None:
+def check_output(
+    path: str | os.PathLike,  # file or folder that is to be written in the end
+    folder: bool = False,  # it is a folder
+) -> None:
     "Find out before the work, and leave nothing, whether its result can be written. Raises `OutputError`."
     path = Path(path)
-    if len(os.fsencode(path.name)) > MAX_NAME: raise _output_error(path, errno.ENAMETOOLONG, "")
+    if len(os.fsencode(path.name)) > MAX_NAME:
+        raise _output_error(path, errno.ENAMETOOLONG, "")
     there = next((each for each in (path, *path.parents) if os.path.exists(each)), Path("."))
     _check_regular(path)
-    if there == path and not folder: there = path.parent
-    if path.is_dir() and not folder: raise _output_error(path, errno.EISDIR, "")
-    if not there.is_dir(): raise _output_error(path, errno.ENOTDIR, "")
-    if not os.access(there, os.W_OK | os.X_OK): raise _output_error(path, errno.EACCES, "")
+    if there == path and not folder:
+        there = path.parent
+    if path.is_dir() and not folder:
+        raise _output_error(path, errno.EISDIR, "")
+    if not there.is_dir():
+        raise _output_error(path, errno.ENOTDIR, "")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _output_error(path, errno.EACCES, "")
+
 
 # %% ../../nbs/01_data/10_files.ipynb #6a195cda
 OUTPUT_MARKER = ".leukemia_nb-output"  # file name
-_MARKER_TEXT = ("Signature: leukemia_nb output\n# leukemia_nb wrote this folder, so its searches for images leave it out.\n"
-                "# Delete this file to use the images in here as data.\n")
+_MARKER_TEXT = (
+    "Signature: leukemia_nb output\n# leukemia_nb wrote this folder, so its searches for images leave it out.\n"
+    "# Delete this file to use the images in here as data.\n"
+)
 
-def mark_output_folder(folder: str | os.PathLike  # made where it is missing
-                       ) -> Path:  # the folder
+
+def mark_output_folder(
+    folder: str | os.PathLike,  # made where it is missing
+) -> Path:  # the folder
     "Mark a folder as written by leukemia_nb, so that no search takes its images for data. Raises `OutputError`."
     folder = Path(folder)
     if not is_output_folder(folder):
-        with atomic_path(folder / OUTPUT_MARKER) as temporary: temporary.write_text(_MARKER_TEXT, encoding="utf-8")
+        with atomic_path(folder / OUTPUT_MARKER) as temporary:
+            temporary.write_text(_MARKER_TEXT, encoding="utf-8")
     return folder
 
+
 # %% ../../nbs/01_data/10_files.ipynb #4d126b11
-def is_output_folder(folder: str | os.PathLike  # any folder
-                     ) -> bool:
+def is_output_folder(
+    folder: str | os.PathLike,  # any folder
+) -> bool:
     "Whether leukemia_nb wrote a folder, by its marker; folders inside a marked one are not looked up."
     return os.path.isfile(os.path.join(folder, OUTPUT_MARKER))
 
+
 # %% ../../nbs/01_data/10_files.ipynb #5363e697
-def _shortened(name: str,  # wanted file name without its ending
-               ending: str,  # kept whole
-               most: int = MAX_NAME  # bytes
-               ) -> str:  # the name with its ending, at most `most` bytes long
+def _shortened(
+    name: str,  # wanted file name without its ending
+    ending: str,  # kept whole
+    most: int = MAX_NAME,  # bytes
+) -> str:  # the name with its ending, at most `most` bytes long
     "A file name that fits: the end of one that is too long becomes a hash of the whole name."
-    if len(os.fsencode(name + ending)) <= most: return name + ending
+    if len(os.fsencode(name + ending)) <= most:
+        return name + ending
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:12]
     room = most - len(os.fsencode(ending)) - len(digest) - 1
     return f"{os.fsencode(name)[:room].decode('utf-8', 'ignore')}-{digest}{ending}"
 
+
 # %% ../../nbs/01_data/10_files.ipynb #b3c7a813
-def unique_names(names: Iterable[str],  # wanted file names without prefix and ending, such as the stems of the inputs
-                 most: int = 200  # bytes a name may have, so that prefixes and endings fit as well
-                 ) -> list[str]:  # as many, in order; no two the same, whatever the case, none over `most` bytes
+def unique_names(
+    names: Iterable[str],  # wanted file names without prefix and ending, such as the stems of the inputs
+    most: int = 200,  # bytes a name may have, so that prefixes and endings fit as well
+) -> list[str]:  # as many, in order; no two the same, whatever the case, none over `most` bytes
     "File names of which no two are the same on any disk: -2, -3 … where one is taken, a hash at the end of a long one."
     found, used = [], set()
     for wanted in names:
         first = name = _shortened(unicodedata.normalize("NFC", shown(wanted)), "", most)
         number = 1
-        while name.casefold() in used: name = _shortened(first, f"-{(number := number + 1)}", most)
+        while name.casefold() in used:
+            name = _shortened(first, f"-{(number := number + 1)}", most)
         used.add(name.casefold())
         found.append(name)
     return found
 
+
 # %% ../../nbs/01_data/10_files.ipynb #64128de3
 @contextmanager
-def exclusive(path: str | os.PathLike  # file or folder that is being written; need not exist yet
-              ) -> Iterator[None]:
+def exclusive(
+    path: str | os.PathLike,  # file or folder that is being written; need not exist yet
+) -> Iterator[None]:
     "Hold the only right to write a file or folder. Raises `OutputError` where another process holds it or it cannot be had."
     from filelock import FileLock, Timeout
+
     path = Path(path)
     check_output(path, folder=path.is_dir())
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = os.access(path.parent, os.W_OK) or not path.is_dir()  # a folder may be all that one may write to
     lock = FileLock((path.parent if beside else path) / _shortened(f".{path.name}", ".lock"), timeout=0)
-    try: lock.acquire()
+    try:
+        lock.acquire()
     except Timeout:
         raise OutputError(f"{path}: another leukemia_nb is writing it. Wait until it ends, or choose another name.") from None
     except OSError as error:
         raise OutputError(f"{path}: cannot be locked: {error.strerror or error}. Choose another folder.") from None
-    try: yield
-    finally: lock.release()
+    try:
+        yield
+    finally:
+        lock.release()
+
 
 # %% ../../nbs/01_data/10_files.ipynb #9493eef2
-def file_sha256(path: str | os.PathLike  # any file
-                ) -> str:  # 64 hexadecimal digits
+def file_sha256(
+    path: str | os.PathLike,  # any file
+) -> str:  # 64 hexadecimal digits
     "sha256 of a file, read in pieces: memory does not depend on its size."
-    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
 
 # %% ../../nbs/01_data/10_files.ipynb #4fba9392
 _FORMULA = r"'*[=+\-@\t\r\n＝＋－＠]"
 _STARTS = r"(?:^|(?<=[;\t\r\n]))"  # of a cell; also behind a semicolon, where Excel in many countries splits
 
-def safe_cell(value: Any  # of one cell
-              ) -> Any:  # text with an apostrophe where a formula could start; anything else as it was
+
+def safe_cell(
+    value: Any,  # of one cell
+) -> Any:  # text with an apostrophe where a formula could start; anything else as it was
     "A cell that no spreadsheet takes for a formula, for whoever writes rows with `csv`; `restored_cell` takes it back."
     return re.sub(f"{_STARTS}(?={_FORMULA})", "'", _utf8(value).replace("\0", "\\x00")) if isinstance(value, str) else value
 
-def restored_cell(value: Any  # as a table holds it
-                  ) -> Any:
+
+def restored_cell(
+    value: Any,  # as a table holds it
+) -> Any:
     "A cell as it was before `safe_cell`."
     return re.sub(f"{_STARTS}'(?={_FORMULA})", "", value) if isinstance(value, str) else value
+
 
 def _changed(table: DataFrame, change: Callable[[Any], Any]) -> DataFrame:
     "A copy with every cell of the columns of text changed."
     from pandas.api.types import is_bool_dtype, is_numeric_dtype
+
     table = table.copy()
     for place, kind in enumerate(table.dtypes):
-        if not (is_numeric_dtype(kind) or is_bool_dtype(kind)): table.isetitem(place, table.iloc[:, place].map(change))
+        if not (is_numeric_dtype(kind) or is_bool_dtype(kind)):
+            table.isetitem(place, table.iloc[:, place].map(change))
     return table
+
 
 # %% ../../nbs/01_data/10_files.ipynb #e2d4a6f8
 _TEXT = ("pair", "class", "path", "sha256", "problem", "flip", "flag", "subset", "group", "original", "segmented")
 
-def write_table(path: str | os.PathLike,  # the CSV
-                table: DataFrame,  # its index is not written
-                excel: bool = False,  # people open it: with the mark by which Excel knows UTF-8, for umlauts
-                float_format: str | None = None  # of numbers, as pandas takes it; all digits where left out
-                ) -> None:
+
+def write_table(
+    path: str | os.PathLike,  # the CSV
+    table: DataFrame,  # its index is not written
+    excel: bool = False,  # people open it: with the mark by which Excel knows UTF-8, for umlauts
+    float_format: str | None = None,  # of numbers, as pandas takes it; all digits where left out
+) -> None:
     "Write a table as CSV, whole or not at all; names that are no UTF-8 are escaped. Raises `OutputError`."
     table = _changed(table, safe_cell)
     text = table.to_csv(index=False, float_format=float_format, lineterminator="\n")
     if "\r" in text:  # in a name: csv quotes it only where the lines end in it as well
         text = table.to_csv(index=False, float_format=float_format, lineterminator="\r\n")
-    with atomic_path(path) as temporary: temporary.write_bytes(text.encode("utf-8-sig" if excel else "utf-8"))
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8-sig" if excel else "utf-8"))
+
 
 # %% ../../nbs/01_data/10_files.ipynb #38bbdbc0
 class TableError(OSError):
     "A table that cannot be read: the message names it, what is wrong and the remedy."
-    def __str__(self) -> str: return shown(super().__str__())
 
-def read_table(path: str | os.PathLike  # a CSV of the study
-               ) -> DataFrame:  # text columns as text, '' where empty
+    def __str__(self) -> str:
+        return shown(super().__str__())
+
+
+def read_table(
+    path: str | os.PathLike,  # a CSV of the study
+) -> DataFrame:  # text columns as text, '' where empty
     "Read a table that `write_table` wrote. Raises `TableError` for one that is damaged, MemoryError where it does not fit."
     import pandas as pd
+
     text = {name: str for name in _TEXT}
-    try: table = pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
+    try:
+        table = pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
     except ValueError as error:
-        if "out of memory" in str(error): raise MemoryError(f"{path}: no memory left to read the table") from error
+        if "out of memory" in str(error):
+            raise MemoryError(f"{path}: no memory left to read the table") from error
         raise TableError(f"{path}: not a table, or damaged ({str(error).strip()}). Make it again, or remove it.") from error
     return _changed(table.fillna({name: "" for name in text if name in table}), restored_cell)
 
+
 # %% ../../nbs/01_data/10_files.ipynb #1dea5eed
-def shown_table(table: DataFrame  # any table
-                ) -> DataFrame:  # a copy
+def shown_table(
+    table: DataFrame,  # any table
+) -> DataFrame:  # a copy
     "A table for people to look at: every text as `shown`."
     return _changed(table, lambda value: shown(value) if isinstance(value, str) else value)
 
+
 # %% ../../nbs/01_data/10_files.ipynb #a9b8c7d6
-def write_json(path: str | os.PathLike,  # the file
-               content: Any  # what JSON can hold
-               ) -> None:
+def write_json(
+    path: str | os.PathLike,  # the file
+    content: Any,  # what JSON can hold
+) -> None:
     "Write JSON, whole or not at all; names that are no UTF-8 come back as they were. Raises `OutputError`."
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    with atomic_path(path) as temporary: temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+
 
 # %% ../../nbs/01_data/10_files.ipynb #e3cf1342
-def read_json(folder: str | os.PathLike,  # run folder
-              *names: str  # parts of the path below it
-              ) -> dict[str, Any]:
+def read_json(
+    folder: str | os.PathLike,  # run folder
+    *names: str,  # parts of the path below it
+) -> dict[str, Any]:
     "A JSON file of a study; empty where there is none."
     path = Path(folder).joinpath(*names)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
+
 # %% ../../nbs/01_data/10_files.ipynb #5a744fac
-def set_sha256(digests: Iterable[str]  # one for each image
-               ) -> str:  # 64 hexadecimal digits
+def set_sha256(
+    digests: Iterable[str],  # one for each image
+) -> str:  # 64 hexadecimal digits
     "SHA-256 over sorted digests, one a line."
     return hashlib.sha256("\n".join(sorted(map(str, digests))).encode()).hexdigest()

@@ -30,115 +30,170 @@ if TYPE_CHECKING:
     from PIL.ImageCms import ImageCmsTransform
 
 # %% auto #0
-__all__ = ['MAX_PIXELS', 'MAX_SIDE', 'MIN_SIDE', 'MAX_BYTES', 'MAX_SCANS', 'SUFFIXES', 'ImageError', 'read_image', 'as_rgb',
-           'read_grey', 'write_image']
+__all__ = [
+    "MAX_PIXELS",
+    "MAX_SIDE",
+    "MIN_SIDE",
+    "MAX_BYTES",
+    "MAX_SCANS",
+    "SUFFIXES",
+    "ImageError",
+    "read_image",
+    "as_rgb",
+    "read_grey",
+    "write_image",
+]
 
 # %% ../../nbs/01_data/20_images.ipynb #b45b7d59
-MAX_PIXELS = 50_000_000      # 150 MB unpacked; the largest images of the study have 5 million
-MAX_SIDE = 32_000            # pixels; OpenCV's resize and remap end at 32,767, JPEG at 65,535
-MIN_SIDE = 16                # pixels; a red cell is about 60 across in the study's images
-MAX_BYTES = 9 * MAX_PIXELS   # of a file: the largest image in 16 bits with transparency, and as much again for metadata
-MAX_SCANS = 100              # of a progressive JPEG; fewer for one of over 10 million pixels; encoders write about ten
+MAX_PIXELS = 50_000_000  # 150 MB unpacked; the largest images of the study have 5 million
+MAX_SIDE = 32_000  # pixels; OpenCV's resize and remap end at 32,767, JPEG at 65,535
+MIN_SIDE = 16  # pixels; a red cell is about 60 across in the study's images
+MAX_BYTES = 9 * MAX_PIXELS  # of a file: the largest image in 16 bits with transparency, and as much again for metadata
+MAX_SCANS = 100  # of a progressive JPEG; fewer for one of over 10 million pixels; encoders write about ten
+
 
 class ImageError(ValueError):
     "An image that cannot be used: the message names the file, what is wrong and the remedy."
-    def __str__(self) -> str: return shown(super().__str__())
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
+
 
 def _check_size(width: int, height: int) -> None:
     "Raise `ImageError` for a size outside the limits."
     if width * height > MAX_PIXELS:
-        raise ImageError(f"too large, {width} x {height} is over the limit of {MAX_PIXELS:,} pixels. "
-                           "Scale it down, or cut out the field.")
+        raise ImageError(
+            f"too large, {width} x {height} is over the limit of {MAX_PIXELS:,} pixels. Scale it down, or cut out the field."
+        )
     if max(width, height) > MAX_SIDE:
         raise ImageError(f"too large, {width} x {height}; {MAX_SIDE:,} pixels a side at most. Cut out the field.")
     if min(width, height) < MIN_SIDE:
         raise ImageError(f"too small, {width} x {height}; {MIN_SIDE} pixels a side at least. Remove it.")
 
+
 @contextmanager
-def _errors_about(name: str | os.PathLike  # what the user knows the image by
-                  ) -> Iterator[None]:
+def _errors_about(
+    name: str | os.PathLike,  # what the user knows the image by
+) -> Iterator[None]:
     "Whatever goes wrong inside becomes one line of `ImageError`: the name, the reason, the remedy."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's about metadata; what matters for the pixels is an error
             yield
-    except ImageError as error: raise ImageError(f"{name}: {error.args[0]}") from error.__cause__
+    except ImageError as error:
+        raise ImageError(f"{name}: {error.args[0]}") from error.__cause__
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and others
         reason = " ".join(str(error).split())
         if isinstance(error, MemoryError) or re.search(r"out of memory|decoder error -9", reason):
-            raise ImageError(f"{name}: there is not enough memory to read it; the file may be whole. "
-                               "Use fewer processes or close other programs, and try again.") from error
+            raise ImageError(
+                f"{name}: there is not enough memory to read it; the file may be whole. "
+                "Use fewer processes or close other programs, and try again."
+            ) from error
         if isinstance(error, SyntaxError):  # Pillow's word for a header that it does not understand
-            raise ImageError(f"{name}: damaged, or of a kind that is not read ({reason}). Copy it again, save it as PNG, "
-                               "or remove it.") from error
+            raise ImageError(
+                f"{name}: damaged, or of a kind that is not read ({reason}). Copy it again, save it as PNG, or remove it."
+            ) from error
         raise ImageError(f"{name}: the image is damaged or cut off ({reason}). Copy it again, or remove it.") from error
+
 
 # %% ../../nbs/01_data/20_images.ipynb #efcffcd4
 _TURN = Image.Transpose
-_TURNS = {2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM,  # by EXIF
-          5: _TURN.TRANSPOSE, 6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90}
+_TURNS = {
+    2: _TURN.FLIP_LEFT_RIGHT,
+    3: _TURN.ROTATE_180,
+    4: _TURN.FLIP_TOP_BOTTOM,  # by EXIF
+    5: _TURN.TRANSPOSE,
+    6: _TURN.ROTATE_270,
+    7: _TURN.TRANSVERSE,
+    8: _TURN.ROTATE_90,
+}
+
 
 def _upright(image: Image.Image) -> Image.Image:
     "Turned as its EXIF orientation says. Pillow's own `exif_transpose` writes the EXIF anew and fails on a damaged one."
-    try: turn = _TURNS.get(image.getexif().get(0x0112, 1))
-    except Exception: return image  # metadata that cannot be read says nothing
-    if turn is None: return image
+    try:
+        turn = _TURNS.get(image.getexif().get(0x0112, 1))
+    except Exception:
+        return image  # metadata that cannot be read says nothing
+    if turn is None:
+        return image
     turned = image.transpose(turn)
     turned.format = image.format
     return turned
 
-def _eight_bits(values: np.ndarray,  # uint16, any shape; or uint8, the upper halves of such
-                depth: int = 16  # bits that are used
-                ) -> np.ndarray:  # uint8
+
+def _eight_bits(
+    values: np.ndarray,  # uint16, any shape; or uint8, the upper halves of such
+    depth: int = 16,  # bits that are used
+) -> np.ndarray:  # uint8
     "The upper eight bits that are used. Refused where it cannot be known which ones these are."
-    if values.dtype == np.uint8: found = values
+    if values.dtype == np.uint8:
+        found = values
     elif int(values.max()) >> depth:
         raise ImageError(f"its numbers reach {values.max()}, but it says that they have {depth} bits. {_AS_PNG}")
-    else: found = (values >> (depth - 8)).astype(np.uint8)
+    else:
+        found = (values >> (depth - 8)).astype(np.uint8)
     if depth == 16 and np.count_nonzero(found >= 64) < 0.05 * found.size:
-        raise ImageError("its 16-bit numbers use less than a quarter of the range, as those of 10-, 12- or 14-bit cameras do, "
-                           f"and it does not say which. {_AS_PNG}")
+        raise ImageError(
+            "its 16-bit numbers use less than a quarter of the range, as those of 10-, 12- or 14-bit cameras do, "
+            f"and it does not say which. {_AS_PNG}"
+        )
     return found
+
 
 _AS_PNG = "Save it as 8-bit RGB PNG."
 
+
 # %% ../../nbs/01_data/20_images.ipynb #4cd70af1
 @lru_cache(maxsize=8)
-def _transform_to_srgb(profile: bytes  # an ICC profile
-                       ) -> tuple[str, ImageCmsTransform | None] | None:
+def _transform_to_srgb(
+    profile: bytes,  # an ICC profile
+) -> tuple[str, ImageCmsTransform | None] | None:
     "Mode of the images a profile is for, and what brings them to sRGB: None where it is sRGB. None for one that cannot be read."
     from PIL import ImageCms
+
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except (OSError, KeyError, ValueError, TypeError, ImageCms.PyCMSError): return None
-    if mode != "RGB": return mode, transform
+    except (OSError, KeyError, ValueError, TypeError, ImageCms.PyCMSError):
+        return None
+    if mode != "RGB":
+        return mode, transform
     some = Image.fromarray(np.mgrid[:256:17, :256:17, :256:17].astype(np.uint8).reshape(3, 64, 64).transpose(1, 2, 0))
     change = np.abs(np.asarray(transform.apply(some)).astype(int) - np.asarray(some)).max()
     return mode, (transform if change > 2 else None)
 
-def _to_srgb(image: Image.Image,  # mode L, RGB or CMYK
-             profile: bytes | None  # its ICC profile
-             ) -> Image.Image:  # mode RGB
+
+def _to_srgb(
+    image: Image.Image,  # mode L, RGB or CMYK
+    profile: bytes | None,  # its ICC profile
+) -> Image.Image:  # mode RGB
     "Colours as sRGB; without a profile, or with one that does not fit, they are taken for it."
     found = _transform_to_srgb(profile) if profile else None
     if found:
-        if found[0] == "RGB" and image.mode == "L": image = image.convert("RGB")  # grey photographs often carry sRGB
-        if found[0] == image.mode and found[1]: return found[1].apply(image)
+        if found[0] == "RGB" and image.mode == "L":
+            image = image.convert("RGB")  # grey photographs often carry sRGB
+        if found[0] == image.mode and found[1]:
+            return found[1].apply(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
 
 # %% ../../nbs/01_data/20_images.ipynb #ba98afc7
 _OPAQUE = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}  # mode without transparency and palette; RGB for all others
 
-def _to_rgb(image: Image.Image  # any mode
-            ) -> np.ndarray:  # uint8 (H, W, 3) sRGB
+
+def _to_rgb(
+    image: Image.Image,  # any mode
+) -> np.ndarray:  # uint8 (H, W, 3) sRGB
     "Upright sRGB of a Pillow image."
     image, profile = _upright(image), image.info.get("icc_profile")
-    if image.mode in ("I", "F"): raise ImageError(f"it holds 32-bit numbers, not colours. {_AS_PNG}")
+    if image.mode in ("I", "F"):
+        raise ImageError(f"it holds 32-bit numbers, not colours. {_AS_PNG}")
     if image.mode.startswith("I;16"):
         image = Image.fromarray(_eight_bits(np.asarray(image).astype(np.uint16), image.info.get("depth", 16)))
-    if image.mode in ("La", "RGBa"): image = image.convert(image.mode.upper())
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())
     mode = _OPAQUE.get(image.mode, "RGB")
     colours = _to_srgb(image if image.mode == mode else image.convert(mode), profile)
     if image.has_transparency_data:
@@ -146,22 +201,29 @@ def _to_rgb(image: Image.Image  # any mode
         most = int(np.asarray(alpha).max())
         if most < 255 and not (image.format == "BMP" and most == 0):
             raise ImageError("none of its pixels is opaque, so its colours cannot be known. Save it without transparency.")
-        if most: colours = Image.composite(colours, Image.new("RGB", colours.size, "white"), alpha)
+        if most:
+            colours = Image.composite(colours, Image.new("RGB", colours.size, "white"), alpha)
     return np.array(colours)
+
 
 # %% ../../nbs/01_data/20_images.ipynb #2d50a635
 _MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")  # of a JPEG, but for those inside a scan: stuffed zeros and restarts
+
 
 def _count_scans(jpeg: bytes) -> int:
     "Scans of a JPEG up to its end mark."
     scans = at = 0
     while found := _MARKER.search(jpeg, at):
         at, marker = found.end(), found[0][1]
-        if marker == 0xD8: continue  # start
-        if marker == 0xD9: break     # end
-        if marker == 0xDA: scans += 1
-        at += int.from_bytes(jpeg[at:at + 2], "big")  # over the segment: thumbnails and profiles in it are no scans
+        if marker == 0xD8:
+            continue  # start
+        if marker == 0xD9:
+            break  # end
+        if marker == 0xDA:
+            scans += 1
+        at += int.from_bytes(jpeg[at : at + 2], "big")  # over the segment: thumbnails and profiles in it are no scans
     return scans
+
 
 def _check_scans(jpeg: bytes, pixels: int) -> None:
     "Raise `ImageError` for a JPEG that would keep the decoder busy for long: each scan takes the time of a whole image."
@@ -169,52 +231,71 @@ def _check_scans(jpeg: bytes, pixels: int) -> None:
     if jpeg.count(b"\xff\xda") > most and (scans := _count_scans(jpeg)) > most:
         raise ImageError(f"a JPEG of {scans} scans, {most} at most: decoding takes too long. Save it as PNG, or remove it.")
 
+
 def _versions_of_png(data: bytes) -> Iterator[bytes]:
     "The file; where that fails without its texts; where that fails too, without all that is not needed for the pixels."
     at, view = 8, memoryview(data)
     chunks: list[tuple[bytes, memoryview]] = []
     while at < len(data) and len(chunks) < 1_000_000:
-        size, kind = int.from_bytes(view[at:at + 4], "big"), data[at + 4:at + 8]
+        size, kind = int.from_bytes(view[at : at + 4], "big"), data[at + 4 : at + 8]
         end = at + 12 + size
-        whole = zlib.crc32(view[at + 4:end - 4]) == int.from_bytes(view[end - 4:end], "big")
-        if kind == b"IEND": break
-        if not whole and kind in _PIXELS: raise ValueError(f"wrong checksum in {kind.decode()}, or cut off there")
-        if whole: chunks.append((kind, view[at:end]))
+        whole = zlib.crc32(view[at + 4 : end - 4]) == int.from_bytes(view[end - 4 : end], "big")
+        if kind == b"IEND":
+            break
+        if not whole and kind in _PIXELS:
+            raise ValueError(f"wrong checksum in {kind.decode()}, or cut off there")
+        if whole:
+            chunks.append((kind, view[at:end]))
         at = end
     yield data
     for needed in (_PIXELS + (b"iCCP", b"eXIf"), _PIXELS):
         yield data[:8] + b"".join(chunk for kind, chunk in chunks if kind in needed) + b"\0\0\0\0IEND\xaeB`\x82"
 
+
 _PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"acTL")  # acTL: it is an animation
 
 # %% ../../nbs/01_data/20_images.ipynb #66873efb
 _FORMATS: dict[bytes, tuple[str, Callable]] = {  # first bytes: name, Pillow's reader
-    b"\xff\xd8\xff": ("JPEG", JpegImagePlugin.JpegImageFile), b"\x89PNG\r\n\x1a\n": ("PNG", PngImagePlugin.PngImageFile),
-    b"BM": ("BMP", BmpImagePlugin.BmpImageFile), b"RIFF": ("WebP", WebPImagePlugin.WebPImageFile),
-    b"GIF8": ("GIF", GifImagePlugin.GifImageFile)}
+    b"\xff\xd8\xff": ("JPEG", JpegImagePlugin.JpegImageFile),
+    b"\x89PNG\r\n\x1a\n": ("PNG", PngImagePlugin.PngImageFile),
+    b"BM": ("BMP", BmpImagePlugin.BmpImageFile),
+    b"RIFF": ("WebP", WebPImagePlugin.WebPImageFile),
+    b"GIF8": ("GIF", GifImagePlugin.GifImageFile),
+}
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0")
 
-def _decode(data: bytes  # a whole file
-            ) -> Image.Image:  # of any mode, decoded
+
+def _decode(
+    data: bytes,  # a whole file
+) -> Image.Image:  # of any mode, decoded
     "Decode an image file, its format taken from its first bytes. Raises `ImageError` and decoders' errors."
-    if data[:4] in _TIFF: return _decode_tiff(data)
+    if data[:4] in _TIFF:
+        return _decode_tiff(data)
     found = next((known for start, known in _FORMATS.items() if data.startswith(start)), None)
-    if found is None: raise ImageError("not an image, or of an unknown kind. Save it as PNG or JPEG, or remove it.")
+    if found is None:
+        raise ImageError("not an image, or of an unknown kind. Save it as PNG or JPEG, or remove it.")
     name, reader = found
     problem: Exception | None = None
     for version in _versions_of_png(data) if name == "PNG" else (data,):
-        try: return _loaded(name, reader, version)
-        except (ImageError, MemoryError): raise
-        except Exception as error: problem = problem or error
+        try:
+            return _loaded(name, reader, version)
+        except (ImageError, MemoryError):
+            raise
+        except Exception as error:
+            problem = problem or error
     raise problem or ValueError("empty")
+
 
 def _size_of_webp(data: bytes) -> tuple[int, int]:
     "Width and height from the header of a WebP."
     kind = data[12:16]
-    if len(data) < 30: raise ValueError("its header is cut off")
-    if kind == b"VP8X": return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if len(data) < 30:
+        raise ValueError("its header is cut off")
+    if kind == b"VP8X":
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
     both = int.from_bytes(data[21:25] if kind == b"VP8L" else data[26:30], "little")
     return ((both & 0x3FFF) + 1, (both >> 14 & 0x3FFF) + 1) if kind == b"VP8L" else (both & 0x3FFF, both >> 16 & 0x3FFF)
+
 
 def _loaded(name: str, reader: Callable, data: bytes) -> Image.Image:
     "Decode with one of Pillow's readers, once size and frames are known to be right."
@@ -228,59 +309,99 @@ def _loaded(name: str, reader: Callable, data: bytes) -> Image.Image:
         raise ImageError("it holds several images (animation). Save the one that is meant as PNG.")
     if name == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
         raise ImageError(f"a JPEG in CMYK without Adobe's mark, which may be a negative. {_AS_PNG}")
-    if name == "JPEG": _check_scans(data, image.width * image.height)
+    if name == "JPEG":
+        _check_scans(data, image.width * image.height)
     image.load()
     if name == "PNG" and data[24] == 16 and image.mode in ("LA", "RGB", "RGBA"):
         colours = np.asarray(image.convert("L" if image.mode == "LA" else "RGB"))
         _eight_bits(colours)
     return image
 
+
 # %% ../../nbs/01_data/20_images.ipynb #3a3e92ce
-_NEEDED = (256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 281, 284, 317, 320, 322, 323, 324, 325, 332, 338, 339, 347,
-           529, 530, 531, 532, 34675)  # from ImageWidth to the colour profile; no remarks, no EXIF
+_NEEDED = (
+    256,
+    257,
+    258,
+    259,
+    262,
+    266,
+    273,
+    274,
+    277,
+    278,
+    279,
+    281,
+    284,
+    317,
+    320,
+    322,
+    323,
+    324,
+    325,
+    332,
+    338,
+    339,
+    347,
+    529,
+    530,
+    531,
+    532,
+    34675,
+)  # from ImageWidth to the colour profile; no remarks, no EXIF
+
 
 def _kinds_of_tiff(data: bytes) -> tuple[str, str, int]:
     "How a TIFF writes the number of tags and a place in the file (for struct), and the bytes of an entry."
     order = "<" if data[:2] == b"II" else ">"
     return (order + "Q", order + "Q", 20) if data[2] == 43 else (order + "H", order + "I", 12)
 
+
 def _pages(data: bytes) -> Iterator[tuple[int, dict[int, bytes]]]:
     "Each page of a TIFF: where its directory begins and the entries of its tags; of a repeated tag the first."
     count_kind, place_kind, width = _kinds_of_tiff(data)
-    at, = struct.unpack_from(place_kind, data, struct.calcsize(place_kind))
+    (at,) = struct.unpack_from(place_kind, data, struct.calcsize(place_kind))
     seen = {0}
     while at not in seen and at < len(data):
         seen.add(at)
-        count, = struct.unpack_from(count_kind, data, at)
+        (count,) = struct.unpack_from(count_kind, data, at)
         start = at + struct.calcsize(count_kind)
         end = start + count * width
-        if end > len(data) or count > 4096: raise ValueError("its list of tags is cut off")
-        entries = [data[place:place + width] for place in range(start, end, width)]
+        if end > len(data) or count > 4096:
+            raise ValueError("its list of tags is cut off")
+        entries = [data[place : place + width] for place in range(start, end, width)]
         yield at, {struct.unpack_from(count_kind[0] + "H", entry)[0]: entry for entry in reversed(entries)}
-        at, = struct.unpack_from(place_kind, data, end)
+        (at,) = struct.unpack_from(place_kind, data, end)
+
 
 def _number(data: bytes, entry: bytes | None) -> int:
     "The one whole number in an entry; 0 without one."
-    if entry is None: return 0
+    if entry is None:
+        return 0
     order, place = _kinds_of_tiff(data)[0][0], 12 if len(entry) == 20 else 8
     kind = {3: "H", 4: "I"}.get(struct.unpack_from(order + "H", entry, 2)[0])
     return struct.unpack_from(order + kind, entry, place)[0] if kind else 0
 
+
 def _text(data: bytes, entry: bytes | None) -> bytes:
     "The beginning of a long text in an entry."
-    if entry is None: return b""
+    if entry is None:
+        return b""
     _, place_kind, width = _kinds_of_tiff(data)
-    place, = struct.unpack_from(place_kind, entry, width - struct.calcsize(place_kind))
-    return data[place:place + 500]
+    (place,) = struct.unpack_from(place_kind, entry, width - struct.calcsize(place_kind))
+    return data[place : place + 500]
+
 
 _STACK = re.compile(rb'\AImageJ=[^\0]*?\bimages=(?!1\b)\d|\A\{[^\0]*"truncated": true')  # one directory for many images
+
 
 def _first_page(data: bytes) -> tuple[bytes, int]:
     "The file with only its first page and of that only `_NEEDED`, and the page's place. Refused if it is not the one image."
     (at, entries), *rest = itertools.islice(_pages(data), 50)
     kinds = [(_number(data, page.get(254)), _number(data, page.get(255))) for _, page in [(at, entries), *rest]]
     extra = [bool(new & 5) or old == 2 for new, old in kinds]  # thumbnails (1, or 2 in the old tag) and masks (4)
-    if extra[0]: raise ImageError("its first page is marked as a thumbnail or mask of another image. Save that one as PNG.")
+    if extra[0]:
+        raise ImageError("its first page is marked as a thumbnail or mask of another image. Save that one as PNG.")
     stack = _number(data, entries.get(32997)) > 1 or _STACK.search(_text(data, entries.get(270)))
     if stack or not all(extra[1:]) or len(extra) == 50:
         raise ImageError("it holds several images (pages or a stack). Save the one that is meant as PNG.")
@@ -289,35 +410,46 @@ def _first_page(data: bytes) -> tuple[bytes, int]:
     if any(struct.unpack_from(count_kind[0] + place_kind[1], entry, 4)[0] > 4_000_000 for entry in kept):
         raise ValueError("a tag of impossible length")
     directory = struct.pack(count_kind, len(kept)) + b"".join(kept) + struct.pack(place_kind, 0)
-    return data[:at] + directory + data[at + len(directory):], at
+    return data[:at] + directory + data[at + len(directory) :], at
+
 
 # %% ../../nbs/01_data/20_images.ipynb #ace63e35
 class _Tiff(NamedTuple):
     "What the tags say about a page; every one of its samples has the same number of bits."
+
     size: tuple[int, int]  # width, height
-    bits: int              # of a sample
-    depth: int             # bits of these that are used
-    samples: int           # of a pixel
-    photometric: int       # 0 grey, negative; 1 grey; 2 RGB; 3 palette; 5 CMYK; 6 YCbCr; 8 CIELab
-    extra: int             # of a sample that is no colour: 0 unknown, 1 premultiplied alpha, 2 alpha; -1: there is none
-    compression: int       # 1 none; 5 LZW; 7 JPEG; 8 and 32946 deflate; 32773 PackBits; 50000 Zstandard
-    planar: bool           # one channel after the other
-    turn: int              # as in EXIF
+    bits: int  # of a sample
+    depth: int  # bits of these that are used
+    samples: int  # of a pixel
+    photometric: int  # 0 grey, negative; 1 grey; 2 RGB; 3 palette; 5 CMYK; 6 YCbCr; 8 CIELab
+    extra: int  # of a sample that is no colour: 0 unknown, 1 premultiplied alpha, 2 alpha; -1: there is none
+    compression: int  # 1 none; 5 LZW; 7 JPEG; 8 and 32946 deflate; 32773 PackBits; 50000 Zstandard
+    planar: bool  # one channel after the other
+    turn: int  # as in EXIF
 
     @property
     def plain(self) -> bool:
         "Whether its samples lie as numbers in the file, in a layout that Pillow does not read or reads wrong."
-        return (self.compression == 1 and self.samples > 1 and self.photometric != 3
-                and (self.bits == 16 or (self.bits == 8 and self.planar)))
+        return (
+            self.compression == 1
+            and self.samples > 1
+            and self.photometric != 3
+            and (self.bits == 16 or (self.bits == 8 and self.planar))
+        )
+
 
 _COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # samples of a colour, by photometric interpretation
 
+
 def _tiff_of(tags: TiffImagePlugin.ImageFileDirectory_v2) -> _Tiff:
     "Values of the tags. Refused where they are of a kind that is not read."
+
     def values(tag: int, default: int | None = None) -> tuple[int, ...]:
         found = tags.get(tag, default)
-        if found is None: raise ValueError(f"without tag {tag}")
+        if found is None:
+            raise ValueError(f"without tag {tag}")
         return tuple(int(value) for value in (found if isinstance(found, tuple) else (found,)))
+
     size = values(256)[0], values(257)[0]
     _check_size(*size)
     samples, bits, photometric = values(277, 1)[0], set(values(258, 1)), values(262)[0]
@@ -327,23 +459,36 @@ def _tiff_of(tags: TiffImagePlugin.ImageFileDirectory_v2) -> _Tiff:
         raise ImageError(f"it holds {max(bits)}-bit {named}, not colours. {_AS_PNG}")
     if len(bits) != 1 or not bits <= {1, 2, 4, 8, 16}:
         raise ImageError(f"it holds {', '.join(map(str, sorted(bits)))}-bit numbers, not colours of 8 or 16 bits. {_AS_PNG}")
-    if photometric not in _COLOURS: raise ImageError(f"its photometric interpretation {photometric} is not read. {_AS_PNG}")
+    if photometric not in _COLOURS:
+        raise ImageError(f"its photometric interpretation {photometric} is not read. {_AS_PNG}")
     over = samples - _COLOURS[photometric]
     if not 0 <= over <= 1 or len(extra) > 1 or len(values(258, 1)) not in (1, samples) or (photometric == 5 and any(extra)):
         raise ImageError(f"it has {samples} channels where {_COLOURS[photometric]} are expected. {_AS_PNG}")
     most, top = set(values(281, 0)), max(bits)
-    declared = [n for n in range(9, 16) if most == {2 ** n - 1} and top == 16]
-    return _Tiff(size, top, declared[0] if declared else top, samples, photometric, (extra or (2,))[0] if over else -1,
-                 values(259, 1)[0], values(284, 1)[0] == 2, values(274, 1)[0])
+    declared = [n for n in range(9, 16) if most == {2**n - 1} and top == 16]
+    return _Tiff(
+        size,
+        top,
+        declared[0] if declared else top,
+        samples,
+        photometric,
+        (extra or (2,))[0] if over else -1,
+        values(259, 1)[0],
+        values(284, 1)[0] == 2,
+        values(274, 1)[0],
+    )
+
 
 # %% ../../nbs/01_data/20_images.ipynb #70668987
 _COMPRESSIONS = (1, 5, 7, 8, 32946, 32773, 50000)
 
+
 def _check_strips(data: bytes, tags: TiffImagePlugin.ImageFileDirectory_v2, tiff: _Tiff) -> None:
     "Raise for an unknown compression and for strips or tiles that are missing, cut off, or JPEGs of too many scans."
     if tiff.compression not in _COMPRESSIONS or (tiff.photometric == 6) > (tiff.compression == 7):
-        raise ImageError(f"its compression {tiff.compression} (photometric interpretation {tiff.photometric}) is not read. "
-                           f"{_AS_PNG}")
+        raise ImageError(
+            f"its compression {tiff.compression} (photometric interpretation {tiff.photometric}) is not read. {_AS_PNG}"
+        )
     if tiff.photometric == 3 and max(tags.get(320, (0,))) < 256:
         raise ImageError(f"its palette has 8 bits instead of 16. {_AS_PNG}")
     if tiff.photometric == 5 and tags.get(332, 1) != 1:
@@ -352,25 +497,34 @@ def _check_strips(data: bytes, tags: TiffImagePlugin.ImageFileDirectory_v2, tiff
         raise ImageError(f"its grey and its transparency lie one after the other. {_AS_PNG}")  # Pillow loses the second
     width, height = tiff.size
     tiled = 324 in tags
-    if tiled: across, down = tags[322], tags[323]
-    else: across, down = width, min(tags.get(278, height), height)
-    if across < 1 or down < 1 or across * down > 2 * MAX_PIXELS: raise ValueError("its strips or tiles have an impossible size")
+    if tiled:
+        across, down = tags[322], tags[323]
+    else:
+        across, down = width, min(tags.get(278, height), height)
+    if across < 1 or down < 1 or across * down > 2 * MAX_PIXELS:
+        raise ValueError("its strips or tiles have an impossible size")
     expected = math.ceil(width / across) * math.ceil(height / down) * (tiff.samples if tiff.planar else 1)
     places, sizes = (tags[324], tags[325]) if tiled else (tags[273], tags[279])
-    if min(len(places), len(sizes)) < expected: raise ValueError(f"{min(len(places), len(sizes))} of {expected} strips or tiles")
-    if sum(sizes) > 4 * len(data): raise ValueError("its strips or tiles overlap")
+    if min(len(places), len(sizes)) < expected:
+        raise ValueError(f"{min(len(places), len(sizes))} of {expected} strips or tiles")
+    if sum(sizes) > 4 * len(data):
+        raise ValueError("its strips or tiles overlap")
     for place, size in zip(places, sizes):
-        if size == 0 or place + size > len(data): raise ValueError("a strip or tile is not there")
-        if tiff.compression == 7: _check_scans(data[place:place + size], across * down)
+        if size == 0 or place + size > len(data):
+            raise ValueError("a strip or tile is not there")
+        if tiff.compression == 7:
+            _check_scans(data[place : place + size], across * down)
     if tiff.compression == 1 and sum(sizes) * 8 < width * height * tiff.samples * tiff.bits:
         raise ValueError("its strips are too short")
 
+
 # %% ../../nbs/01_data/20_images.ipynb #19e47187
-def _decode_tiff(data: bytes  # a whole file
-                 ) -> Image.Image:  # of any mode, decoded; mode I;16 with the bits used in info["depth"]
+def _decode_tiff(
+    data: bytes,  # a whole file
+) -> Image.Image:  # of any mode, decoded; mode I;16 with the bits used in info["depth"]
     "Decode the one image in a TIFF. Raises `ImageError` for all that is not read right, and decoders' errors."
     clean, at = _first_page(data)
-    tags, stream = TiffImagePlugin.ImageFileDirectory_v2(clean[:16 if clean[2] == 43 else 8]), BytesIO(clean)
+    tags, stream = TiffImagePlugin.ImageFileDirectory_v2(clean[: 16 if clean[2] == 43 else 8]), BytesIO(clean)
     stream.seek(at)
     tags.load(stream)
     tiff = _tiff_of(tags)
@@ -381,33 +535,43 @@ def _decode_tiff(data: bytes  # a whole file
         return image
     image = _loaded("TIFF", TiffImagePlugin.TiffImageFile, clean)
     image.info["depth"] = tiff.depth
-    if tiff.bits < 16: return image
-    if image.mode.startswith("I;16"): return _positive(image) if tiff.photometric == 0 else image
-    if tiff.depth < 16: raise ImageError(f"it is compressed and uses {tiff.depth} of 16 bits. Save it without compression.")
-    _eight_bits(np.asarray(image)[..., :_COLOURS[tiff.photometric]])
+    if tiff.bits < 16:
+        return image
+    if image.mode.startswith("I;16"):
+        return _positive(image) if tiff.photometric == 0 else image
+    if tiff.depth < 16:
+        raise ImageError(f"it is compressed and uses {tiff.depth} of 16 bits. Save it without compression.")
+    _eight_bits(np.asarray(image)[..., : _COLOURS[tiff.photometric]])
     return image
+
 
 def _positive(image: Image.Image) -> Image.Image:
     "A 16-bit grey TIFF whose zero is white, which Pillow reads as if it were black; mode L."
     return Image.fromarray(255 - _eight_bits(np.asarray(image).astype(np.uint16), image.info["depth"]))
 
+
 def _plain(data: bytes, tiff: _Tiff) -> Image.Image:
     "The samples as tifffile reads them."
     import tifffile
+
     with tifffile.TiffFile(BytesIO(data)) as file:
         (width, height), page = tiff.size, file.pages[0]
         shape = (tiff.samples, height, width) if tiff.planar else (height, width, tiff.samples)
-        if page.shape != shape: raise ValueError(f"its samples are {page.shape} instead of {shape}")
+        if page.shape != shape:
+            raise ValueError(f"its samples are {page.shape} instead of {shape}")
         values = page.asarray(maxworkers=1)
-    if tiff.planar: values = np.moveaxis(values, 0, 2)
+    if tiff.planar:
+        values = np.moveaxis(values, 0, 2)
     colours = _COLOURS[tiff.photometric]
     found = _eight_bits(values[..., :colours], tiff.depth)
-    if tiff.photometric == 0: found = 255 - found
+    if tiff.photometric == 0:
+        found = 255 - found
     mode = {1: "L", 3: "RGB", 4: "CMYK"}[colours]
     if tiff.extra > 0:
         mode += "a" if tiff.extra == 1 else "A"
         found = np.dstack([found, np.minimum(values[..., colours] >> (tiff.depth - 8), 255).astype(np.uint8)])
     return Image.frombytes(mode, tiff.size, found.tobytes())
+
 
 # %% ../../nbs/01_data/20_images.ipynb #33d5fe82
 def _content(path: str | os.PathLike) -> bytes:
@@ -416,26 +580,35 @@ def _content(path: str | os.PathLike) -> bytes:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
             raise ImageError("cannot be opened: it is a folder, a pipe or a device. Name an image file.")
-        if not found.st_size: raise ImageError("the file is empty. Copy it again, or remove it.")
+        if not found.st_size:
+            raise ImageError("the file is empty. Copy it again, or remove it.")
         if found.st_size > MAX_BYTES:
             raise ImageError(f"too large, {found.st_size:,} bytes; {MAX_BYTES:,} at most. Scale it down, or cut out the field.")
         return Path(path).read_bytes()
-    except FileNotFoundError: raise ImageError("there is no such file. Check the path.") from None
+    except FileNotFoundError:
+        raise ImageError("there is no such file. Check the path.") from None
     except (OSError, ValueError) as error:
-        if isinstance(error, ImageError): raise
+        if isinstance(error, ImageError):
+            raise
         reason = getattr(error, "strerror", error)
         raise ImageError(f"cannot be opened: {reason}. Check what it is and who may read it.") from None
 
-def read_image(path: str | os.PathLike  # JPEG, PNG, TIFF, BMP, WebP, GIF
-                 ) -> np.ndarray:  # uint8 (H, W, 3) RGB
+
+def read_image(
+    path: str | os.PathLike,  # JPEG, PNG, TIFF, BMP, WebP, GIF
+) -> np.ndarray:  # uint8 (H, W, 3) RGB
     "Read an image as uint8 (H, W, 3) RGB, upright, sRGB. Raises `ImageError`, naming the file and the remedy."
-    with _errors_about(path): return _to_rgb(_decode(_content(path)))
+    with _errors_about(path):
+        return _to_rgb(_decode(_content(path)))
+
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")  # that a search takes for images
 
+
 # %% ../../nbs/01_data/20_images.ipynb #5a35ee9e
-def as_rgb(image: Image.Image | np.ndarray  # any Pillow image; or uint8 (H, W, 3) RGB or (H, W) grey
-           ) -> np.ndarray:  # uint8 (H, W, 3) RGB
+def as_rgb(
+    image: Image.Image | np.ndarray,  # any Pillow image; or uint8 (H, W, 3) RGB or (H, W) grey
+) -> np.ndarray:  # uint8 (H, W, 3) RGB
     "An image in memory as uint8 (H, W, 3) RGB. Raises `ImageError` with what came instead and the remedy."
     if isinstance(image, Image.Image):
         with _errors_about(f"Pillow image of mode {image.mode}"):
@@ -448,46 +621,64 @@ def as_rgb(image: Image.Image | np.ndarray  # any Pillow image; or uint8 (H, W, 
     name = f"{image.dtype} array of shape {image.shape}"
     if remedy := _array_remedy(image):
         raise ImageError(f"{name}: an image is uint8 (height, width, 3) RGB or (height, width) grey. {remedy}.")
-    with _errors_about(name): _check_size(*image.shape[1::-1])
+    with _errors_about(name):
+        _check_size(*image.shape[1::-1])
     return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
+
 
 def _array_remedy(image: np.ndarray) -> str:
     "What to do with an array that is no image of ours; empty for one that is."
-    if image.ndim == 4: return "Pass the images one by one"
-    if image.ndim == 3 and image.shape[2] in (2, 4): return "Leave out the alpha channel"
-    if image.ndim == 3 and image.shape[2] == 1: return "Leave out the last axis: image[..., 0]"
-    if image.ndim == 3 and image.shape[2] != 3 and image.shape[0] == 3: return "Move the channels last: image.transpose(1, 2, 0)"
-    if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)): return "Bring it to this shape"
+    if image.ndim == 4:
+        return "Pass the images one by one"
+    if image.ndim == 3 and image.shape[2] in (2, 4):
+        return "Leave out the alpha channel"
+    if image.ndim == 3 and image.shape[2] == 1:
+        return "Leave out the last axis: image[..., 0]"
+    if image.ndim == 3 and image.shape[2] != 3 and image.shape[0] == 3:
+        return "Move the channels last: image.transpose(1, 2, 0)"
+    if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        return "Bring it to this shape"
     return "" if image.dtype == np.uint8 else "Scale its values to 0-255 and convert it with .astype(numpy.uint8)"
 
+
 # %% ../../nbs/01_data/20_images.ipynb #131614c9
-def read_grey(path: str | os.PathLike  # one-channel PNG or TIFF, such as a mask or a label map
-              ) -> np.ndarray:  # uint8 or uint16 (H, W), as stored
+def read_grey(
+    path: str | os.PathLike,  # one-channel PNG or TIFF, such as a mask or a label map
+) -> np.ndarray:  # uint8 or uint16 (H, W), as stored
     "Read a one-channel image with its numbers unchanged. Raises `ImageError`."
     with _errors_about(path):
         image = _decode(_content(path))
-        if image.mode == "1": image = image.convert("L")
+        if image.mode == "1":
+            image = image.convert("L")
         if image.mode != "L" and not image.mode.startswith("I;16"):
             raise ImageError(f"has {len(image.getbands())} channels ({image.mode}), where a mask has one. Check the path.")
         return np.array(image).astype(np.uint8 if image.mode == "L" else np.uint16, copy=False)
 
+
 # %% ../../nbs/01_data/20_images.ipynb #45f8c7d8
 _WRITTEN = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
-def write_image(path: str | os.PathLike,  # suffix .png, .jpg, .tif, .bmp or .webp
-                  image: np.ndarray,  # uint8 (H, W, 3) RGB; or uint8 or uint16 (H, W)
-                  quality: int = 95  # of JPEG, 0-100
-                  ) -> None:
+
+def write_image(
+    path: str | os.PathLike,  # suffix .png, .jpg, .tif, .bmp or .webp
+    image: np.ndarray,  # uint8 (H, W, 3) RGB; or uint8 or uint16 (H, W)
+    quality: int = 95,  # of JPEG, 0-100
+) -> None:
     "Write an image whole or not at all. Raises ValueError for other arrays and formats, `OutputError` for a full disk."
     path, suffix = Path(path), Path(path).suffix.lower()
     if image.dtype not in (np.uint8, np.uint16) or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
         raise ValueError(f"{path}: an image is uint8 (H, W, 3) or uint8/uint16 (H, W), not {image.dtype} {image.shape}")
-    if suffix not in _WRITTEN: raise ValueError(f"{path}: cannot write {suffix or 'without a suffix'}; use .png or .jpg")
+    if suffix not in _WRITTEN:
+        raise ValueError(f"{path}: cannot write {suffix or 'without a suffix'}; use .png or .jpg")
     if image.dtype == np.uint16 and suffix not in (".png", ".tif", ".tiff"):
         raise ValueError(f"{path}: {suffix} holds 8 bits, not uint16; use .png")
     jpeg = suffix in (".jpg", ".jpeg", ".jpe", ".jfif")
     bgr = np.ascontiguousarray(image[..., ::-1]) if image.ndim == 3 else image
-    try: done, data = cv2.imencode(".jpg" if jpeg else suffix, bgr, [cv2.IMWRITE_JPEG_QUALITY, quality] if jpeg else [])
-    except cv2.error: done = False  # an empty array, or a side over the limit of the format: JPEG 65,535, WebP 16,383
-    if not done: raise ValueError(f"{path}: {image.dtype} {image.shape} cannot be written as {suffix}; use .png")
-    with atomic_path(path) as temporary: temporary.write_bytes(data.tobytes())
+    try:
+        done, data = cv2.imencode(".jpg" if jpeg else suffix, bgr, [cv2.IMWRITE_JPEG_QUALITY, quality] if jpeg else [])
+    except cv2.error:
+        done = False  # an empty array, or a side over the limit of the format: JPEG 65,535, WebP 16,383
+    if not done:
+        raise ValueError(f"{path}: {image.dtype} {image.shape} cannot be written as {suffix}; use .png")
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.tobytes())

@@ -21,86 +21,133 @@ from .images import SUFFIXES, ImageError, read_image
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-else: DataFrame = Any  # loaded with the first table; the name is for the documentation
+else:
+    DataFrame = Any  # loaded with the first table; the name is for the documentation
 
 # %% auto #0
-__all__ = ['CLASSES', 'FOUR_CLASSES', 'IGNORED_FOLDERS', 'NO_IMAGES', 'ARCHIVES', 'COLUMNS', 'KAGGLE_SET', 'class_of',
-           'ImageSearch', 'check_folder', 'check_apart', 'search_images', 'find_images', 'build_manifest',
-           'check_manifest', 'fetch_kaggle']
+__all__ = [
+    "CLASSES",
+    "FOUR_CLASSES",
+    "IGNORED_FOLDERS",
+    "NO_IMAGES",
+    "ARCHIVES",
+    "COLUMNS",
+    "KAGGLE_SET",
+    "class_of",
+    "ImageSearch",
+    "check_folder",
+    "check_apart",
+    "search_images",
+    "find_images",
+    "build_manifest",
+    "check_manifest",
+    "fetch_kaggle",
+]
 
 # %% ../../nbs/01_data/30_manifest.ipynb #49895644
 CLASSES = ("Normal", "Pre-B", "Pro-B")
 FOUR_CLASSES = ("Normal", "Early Pre-B", "Pre-B", "Pro-B")
 
-_FOLDER_NAMES = {"normal": "Normal", "benign": "Normal", "hematogone": "Normal", "hematogones": "Normal",
-                 "early": "Early Pre-B", "earlypre": "Early Pre-B", "earlypreb": "Early Pre-B",
-                 "pre": "Pre-B", "preb": "Pre-B", "pro": "Pro-B", "prob": "Pro-B"}
+_FOLDER_NAMES = {
+    "normal": "Normal",
+    "benign": "Normal",
+    "hematogone": "Normal",
+    "hematogones": "Normal",
+    "early": "Early Pre-B",
+    "earlypre": "Early Pre-B",
+    "earlypreb": "Early Pre-B",
+    "pre": "Pre-B",
+    "preb": "Pre-B",
+    "pro": "Pro-B",
+    "prob": "Pro-B",
+}
 
-def class_of(folder_name: str  # name of one folder, such as `[Malignant] Pre-B`
-             ) -> str | None:  # one of `FOUR_CLASSES`, or None
+
+def class_of(
+    folder_name: str,  # name of one folder, such as `[Malignant] Pre-B`
+) -> str | None:  # one of `FOUR_CLASSES`, or None
     "Class that a folder's name means, or None for any other name."
     return _FOLDER_NAMES.get(re.sub(r"malignant|[\W_]", "", unicodedata.normalize("NFKC", folder_name).lower()))
+
 
 # %% ../../nbs/01_data/30_manifest.ipynb #af8d9c2f
 IGNORED_FOLDERS = ("truth", "segmented", "masks")  # folders, in any case
 NO_IMAGES = "no images in it. Name a folder with JPEG, PNG, BMP, TIFF or WebP files."
 
+
 @dataclass(frozen=True)
 class ImageSearch:
     "What a search found, left out and could not reach, each in an order that does not depend on the disk."
+
     folder: Path  # the searched one
     paths: list[Path] = field(default_factory=list)  # images, by suffix
     left_out: list[tuple[Path, str]] = field(default_factory=list)  # file or folder, and why it is left out
     unreachable: list[tuple[Path, str]] = field(default_factory=list)  # file or folder, and a line for its row
 
-    def summary(self,
-                most: int = 8  # reasons named, the commonest
-                ) -> str:
+    def summary(
+        self,
+        most: int = 8,  # reasons named, the commonest
+    ) -> str:
         "One line: how many images were found, how many files and folders left out and why, how many not reached."
         text = f"{self.folder}: {counted(len(self.paths), 'image')} found"
         if self.left_out:
             reasons = Counter(reason for _, reason in self.left_out).most_common()
             named = [f"{reason}: {number}" for reason, number in reasons[:most]]
-            if rest := sum(number for _, number in reasons[most:]): named.append(f"other reasons: {rest}")
+            if rest := sum(number for _, number in reasons[most:]):
+                named.append(f"other reasons: {rest}")
             text += f", {len(self.left_out)} left out ({'; '.join(named)})"
-        if self.unreachable: text += f", {len(self.unreachable)} could not be reached"
+        if self.unreachable:
+            text += f", {len(self.unreachable)} could not be reached"
         return shown(text)
+
 
 # %% ../../nbs/01_data/30_manifest.ipynb #b7a1c0de
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
-def check_folder(folder: str | os.PathLike  # said to hold images
-                 ) -> None:
+
+def check_folder(
+    folder: str | os.PathLike,  # said to hold images
+) -> None:
     "Raise `ImageError` where a folder cannot be searched: it is none, an archive, or one that leukemia_nb wrote."
-    if not os.path.lexists(folder): raise ImageError(f"{folder}: there is no such folder. Check the path.")
+    if not os.path.lexists(folder):
+        raise ImageError(f"{folder}: there is no such folder. Check the path.")
     if os.path.isfile(folder):
         archive = os.fspath(folder).lower().endswith(ARCHIVES)
         remedy = "is an archive. Unpack it and give the unpacked folder." if archive else "is a file. Give the folder it lies in."
         raise ImageError(f"{folder}: {remedy}")
     if marked := _marked(folder):
         where = "" if os.path.samefile(marked, folder) else f" lies in {marked}, which"
-        raise ImageError(f"{folder}:{where} was written by leukemia_nb, so its images are no data. "
-                           f"To use them as data, delete {marked / OUTPUT_MARKER}.")
+        raise ImageError(
+            f"{folder}:{where} was written by leukemia_nb, so its images are no data. "
+            f"To use them as data, delete {marked / OUTPUT_MARKER}."
+        )
 
-def check_apart(folder: str | os.PathLike,  # searched for images
-                out: str | os.PathLike  # folder of output, which will be marked as such
-                ) -> None:
+
+def check_apart(
+    folder: str | os.PathLike,  # searched for images
+    out: str | os.PathLike,  # folder of output, which will be marked as such
+) -> None:
     "Raise `OutputError` where results would go into the folder of the images or one around it, which then counts as output."
     images, results = Path(os.path.realpath(folder)), Path(os.path.realpath(out))
     if results in (images, *images.parents):
         raise OutputError(f"{out}: holds the images that are read ({folder}). Choose another folder for the results.")
 
+
 def _marked(folder: str | os.PathLike) -> Path | None:
     "The nearest folder around, or this one, that leukemia_nb wrote; synthetic smears are data wherever they lie."
     real = Path(os.path.realpath(folder))
     for each in (real, *real.parents):
-        if is_output_folder(each): return each
-        if (each / "truth" / "smears.csv").is_file(): return None
+        if is_output_folder(each):
+            return each
+        if (each / "truth" / "smears.csv").is_file():
+            return None
     return None
+
 
 # %% ../../nbs/01_data/30_manifest.ipynb #5ea7c4f1
 class _Walk:
     "Folders of a search: real ones first, then linked ones, so that what two ways lead to is found once, under its own name."
+
     def __init__(self, folder: Path, exclude: str | os.PathLike) -> None:
         self.search, self.folders = ImageSearch(folder), [folder]
         self.links: list[Path] = []
@@ -112,33 +159,46 @@ class _Walk:
         while self.folders or self.links:
             linked = not self.folders
             here = heapq.heappop(self.links) if linked else self.folders.pop()
-            try: reason = self._reason(here, linked) or self._read(here)
-            except OSError as error: self._missed(here, f"the folder cannot be read: {error.strerror}. Check who may read it.")
+            try:
+                reason = self._reason(here, linked) or self._read(here)
+            except OSError as error:
+                self._missed(here, f"the folder cannot be read: {error.strerror}. Check who may read it.")
             else:
-                if reason: self.search.left_out.append((here, reason))
-        for found in (self.search.paths, self.search.left_out, self.search.unreachable): found.sort()
+                if reason:
+                    self.search.left_out.append((here, reason))
+        for found in (self.search.paths, self.search.left_out, self.search.unreachable):
+            found.sort()
         return self.search
 
-    def _missed(self, path: Path, problem: str) -> None: self.search.unreachable.append((path, shown(f"{path}: {problem}")))
+    def _missed(self, path: Path, problem: str) -> None:
+        self.search.unreachable.append((path, shown(f"{path}: {problem}")))
 
     def _reason(self, here: Path, linked: bool) -> str:
         "Why a folder is left out; empty where it is searched."
         status, real = os.stat(here), Path(os.path.realpath(here))
-        if self.exclude in ((real, *real.parents) if linked else (real,)): return "folder of the results"
-        if here != self.search.folder and (is_output_folder(here) or linked and _marked(here)): return "written by leukemia_nb"
-        if linked and Path(os.path.realpath(here.parent)).is_relative_to(real): return "link to a folder around it"
-        if (status.st_dev, status.st_ino) in self.seen: return "folder found by another way"
+        if self.exclude in ((real, *real.parents) if linked else (real,)):
+            return "folder of the results"
+        if here != self.search.folder and (is_output_folder(here) or linked and _marked(here)):
+            return "written by leukemia_nb"
+        if linked and Path(os.path.realpath(here.parent)).is_relative_to(real):
+            return "link to a folder around it"
+        if (status.st_dev, status.st_ino) in self.seen:
+            return "folder found by another way"
         self.seen.add((status.st_dev, status.st_ino))
         return ""
 
     def _read(self, here: Path) -> str:
         "Enter what lies in a folder. Empty text, as a folder that is searched has no reason to be left out."
-        with os.scandir(here) as entries: found = sorted(entries, key=lambda entry: entry.name)
+        with os.scandir(here) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
         closed = ""
-        try: os.stat(os.path.join(here, os.curdir))
-        except OSError as error: closed = f"its folder may be listed, not entered: {error.strerror}. Check who may read it."
+        try:
+            os.stat(os.path.join(here, os.curdir))
+        except OSError as error:
+            closed = f"its folder may be listed, not entered: {error.strerror}. Check who may read it."
         for entry in found:
-            try: self._enter(entry, closed)
+            try:
+                self._enter(entry, closed)
             except OSError as error:
                 reason = f"the link leads nowhere ({error.strerror}). Restore what it leads to, or remove it."
                 self._missed(Path(entry.path), reason)
@@ -148,86 +208,121 @@ class _Walk:
         "One file or folder, or a link to either. Raises OSError for a link that leads nowhere."
         path, linked = Path(entry.path), entry.is_symlink()
         suffix, reason = path.suffix.lower(), ""
-        if entry.name.startswith("."): reason = "hidden"
-        elif linked and os.stat(path) and entry.is_dir() and entry.name.lower() not in IGNORED_FOLDERS: heapq.heappush(self.links, path)
-        elif entry.is_dir() and entry.name.lower() not in IGNORED_FOLDERS: self.folders.append(path)
-        elif entry.is_dir(): reason = f"named {', '.join(IGNORED_FOLDERS)}"
-        elif not entry.is_file(): reason = "devices or pipes"
-        elif suffix in ARCHIVES: reason = f"{suffix} archives, to be unpacked"
-        elif suffix not in SUFFIXES: reason = f"{suffix} files" if suffix else "files without a suffix"
-        elif closed: self._missed(path, closed)
-        else: self.search.paths.append(path)
-        if reason: self.search.left_out.append((path, reason))
+        if entry.name.startswith("."):
+            reason = "hidden"
+        elif linked and os.stat(path) and entry.is_dir() and entry.name.lower() not in IGNORED_FOLDERS:
+            heapq.heappush(self.links, path)
+        elif entry.is_dir() and entry.name.lower() not in IGNORED_FOLDERS:
+            self.folders.append(path)
+        elif entry.is_dir():
+            reason = f"named {', '.join(IGNORED_FOLDERS)}"
+        elif not entry.is_file():
+            reason = "devices or pipes"
+        elif suffix in ARCHIVES:
+            reason = f"{suffix} archives, to be unpacked"
+        elif suffix not in SUFFIXES:
+            reason = f"{suffix} files" if suffix else "files without a suffix"
+        elif closed:
+            self._missed(path, closed)
+        else:
+            self.search.paths.append(path)
+        if reason:
+            self.search.left_out.append((path, reason))
+
 
 # %% ../../nbs/01_data/30_manifest.ipynb #d3adb33f
-def search_images(folder: str | os.PathLike,  # searched with all that is below it
-                  exclude: str | os.PathLike = ""  # a folder left out where it lies in the other, say the one to write to
-                  ) -> ImageSearch:
+def search_images(
+    folder: str | os.PathLike,  # searched with all that is below it
+    exclude: str | os.PathLike = "",  # a folder left out where it lies in the other, say the one to write to
+) -> ImageSearch:
     "Search a folder for images, by suffix, and count what is left out. Raises `ImageError` as `check_folder` does."
     check_folder(folder)
     return _Walk(Path(folder), exclude).run()
 
+
 # %% ../../nbs/01_data/30_manifest.ipynb #decade01
-def find_images(folder: str | os.PathLike,  # searched with all that is below it
-                  exclude: str | os.PathLike = ""  # a folder left out where it lies in the other, say the one to write to
-                  ) -> list[Path]:  # in an order that does not depend on the disk
+def find_images(
+    folder: str | os.PathLike,  # searched with all that is below it
+    exclude: str | os.PathLike = "",  # a folder left out where it lies in the other, say the one to write to
+) -> list[Path]:  # in an order that does not depend on the disk
     "The images that `search_images` finds."
     return search_images(folder, exclude).paths
+
 
 def _class_of_path(path: Path, folder: Path) -> str | None:
     "Class of the nearest folder above an image, up to `folder` itself, whose name means one."
     names = [parent.name for parent in path.parents if parent == folder or folder in parent.parents]
     return next((found for found in map(class_of, names) if found), None)
 
+
 # %% ../../nbs/01_data/30_manifest.ipynb #b1d75bb6
 COLUMNS = ("pair", "class", "path", "sha256", "width", "height", "problem")
 
+
 def _examine(path: Path, missed: str) -> tuple[str, int, int, str]:
     "sha256, width, height and problem of one image, or of what could not be reached."
-    if missed: return "", 0, 0, missed
-    try: digest = file_sha256(path)
-    except OSError as error: return "", 0, 0, shown(f"{path}: cannot be opened: {error.strerror}. Check who may read it.")
-    try: height, width = read_image(path).shape[:2]
-    except ImageError as error: return digest, 0, 0, str(error)
+    if missed:
+        return "", 0, 0, missed
+    try:
+        digest = file_sha256(path)
+    except OSError as error:
+        return "", 0, 0, shown(f"{path}: cannot be opened: {error.strerror}. Check who may read it.")
+    try:
+        height, width = read_image(path).shape[:2]
+    except ImageError as error:
+        return digest, 0, 0, str(error)
     return digest, width, height, ""
+
 
 # %% ../../nbs/01_data/30_manifest.ipynb #dc56a53b
 def _name_pairs(labels: Sequence[str], paths: Sequence[Path]) -> list[str]:
     "A unique name for each image: class/stem, with -2, -3 … where it is taken (also by the same name in other case)."
     places = {label: [i for i, each in enumerate(labels) if each == label] for label in dict.fromkeys(labels)}
-    names = {i: f"{label}/{name}" if label else name for label, found in places.items()
-             for i, name in zip(found, unique_names(paths[i].stem for i in found))}
+    names = {
+        i: f"{label}/{name}" if label else name
+        for label, found in places.items()
+        for i, name in zip(found, unique_names(paths[i].stem for i in found))
+    }
     return [names[i] for i in range(len(names))]
+
 
 def _mark_two_classes(manifest: DataFrame) -> None:
     "Enter a problem, in place, for images whose sha256 occurs under more than one class."
     good = manifest[manifest["problem"] == ""]
     for _, same in good.groupby("sha256"):
-        if same["class"].nunique() < 2: continue
+        if same["class"].nunique() < 2:
+            continue
         for index, label, path in zip(same.index, same["class"], same["path"]):
             others = ", ".join(same.loc[same["class"] != label, "path"])
             problem = f"{path}: the same image lies under another class: {others}. Remove the wrong one."
             manifest.loc[index, "problem"] = shown(problem)
 
+
 # %% ../../nbs/01_data/30_manifest.ipynb #0dd72185
-def build_manifest(folder: str | os.PathLike,  # holds a folder for each class, at any depth
-                   classes: Sequence[str] = CLASSES,  # some of `FOUR_CLASSES`; others are passed by
-                   n_jobs: int = 1,  # images opened side by side, in threads
-                   exclude: str | os.PathLike = "",  # a folder that is passed by where it lies in the other
-                   log: Callable[[str], object] | None = None  # gets a line: found, left out, why; None: warn of unknown folders
-                   ) -> DataFrame:  # columns `COLUMNS`; path absolute; width and height upright, 0 where unreadable
+def build_manifest(
+    folder: str | os.PathLike,  # holds a folder for each class, at any depth
+    classes: Sequence[str] = CLASSES,  # some of `FOUR_CLASSES`; others are passed by
+    n_jobs: int = 1,  # images opened side by side, in threads
+    exclude: str | os.PathLike = "",  # a folder that is passed by where it lies in the other
+    log: Callable[[str], object] | None = None,  # gets a line: found, left out, why; None: warn of unknown folders
+) -> DataFrame:  # columns `COLUMNS`; path absolute; width and height upright, 0 where unreadable
     "Open every image once and describe it in a row. Raises `ImageError` where there is nothing to describe."
     import pandas as pd
     from joblib import Parallel, delayed
     from tqdm import tqdm
+
     folder = Path(folder).absolute()
     search, rows, unknown = _sort_by_class(search_images(folder, exclude), classes)
-    if not search.paths: raise ImageError(_nothing_found(search, unknown, classes))
-    if log: log(search.summary())
-    elif unknown: warnings.warn(f"{folder}: images in {', '.join(unknown)} left out: no class has that name", stacklevel=2)
+    if not search.paths:
+        raise ImageError(_nothing_found(search, unknown, classes))
+    if log:
+        log(search.summary())
+    elif unknown:
+        warnings.warn(f"{folder}: images in {', '.join(unknown)} left out: no class has that name", stacklevel=2)
     missed = dict(search.unreachable)
     jobs = Parallel(n_jobs=n_jobs, prefer="threads", return_as="generator")(
-        delayed(_examine)(path, missed.get(path, "")) for path, _ in rows)
+        delayed(_examine)(path, missed.get(path, "")) for path, _ in rows
+    )
     found = list(tqdm(jobs, total=len(rows), desc="reading images", disable=None))
     paths, labels = [path for path, _ in rows], [label for _, label in rows]
     manifest = pd.DataFrame(found, columns=["sha256", "width", "height", "problem"])
@@ -235,13 +330,17 @@ def build_manifest(folder: str | os.PathLike,  # holds a folder for each class, 
     _mark_two_classes(manifest)
     return manifest[list(COLUMNS)]
 
+
 def _sort_by_class(search: ImageSearch, classes: Sequence[str]) -> tuple[ImageSearch, list[tuple[Path, str]], list[str]]:
     "The search with only images of the classes, a row for each and for what was not reached, and the folders of no class."
     labels = {path: _class_of_path(path, search.folder) for path in search.paths}
     places = {path: _class_of_path(path / "inside", search.folder) for path, _ in search.unreachable}  # mostly folders
     unreachable = [each for each in search.unreachable if places[each[0]] in (None, *classes)]
-    others = [(path, f"of class {label}" if label else "in folders of no class")
-              for path, label in labels.items() if label not in classes]
+    others = [
+        (path, f"of class {label}" if label else "in folders of no class")
+        for path, label in labels.items()
+        if label not in classes
+    ]
     twice = _linked_twice({path: label for path, label in labels.items() if label in classes})
     paths = [path for path in search.paths if labels[path] in classes and path not in twice]
     rows = [(path, labels.get(path) or places.get(path) or "") for path in sorted([*paths, *(path for path, _ in unreachable)])]
@@ -249,21 +348,30 @@ def _sort_by_class(search: ImageSearch, classes: Sequence[str]) -> tuple[ImageSe
     left_out = sorted([*search.left_out, *others, *((path, "linked twice") for path in twice)])
     return ImageSearch(search.folder, paths, left_out, unreachable), rows, unknown
 
+
 def _linked_twice(labels: dict[Path, str | None]) -> set[Path]:
     "Links to an image that its class has already; under two classes both stay, as a problem."
     seen, twice = set(), set()
     for path in sorted(labels, key=lambda path: (path.is_symlink(), path)):
-        try: status = os.stat(path)
-        except OSError: continue  # gone since the search: its row will say so
+        try:
+            status = os.stat(path)
+        except OSError:
+            continue  # gone since the search: its row will say so
         file = (status.st_dev, status.st_ino, labels[path])
-        if file in seen: twice.add(path)
+        if file in seen:
+            twice.add(path)
         seen.add(file)
     return twice
 
-def _nothing_found(search: ImageSearch,  # sorted by class
-                   unknown: list[str], classes: Sequence[str]) -> str:
+
+def _nothing_found(
+    search: ImageSearch,  # sorted by class
+    unknown: list[str],
+    classes: Sequence[str],
+) -> str:
     "Why there is no manifest, and what to do."
-    if search.unreachable: return f"{search.summary()}. {search.unreachable[0][1]}"
+    if search.unreachable:
+        return f"{search.summary()}. {search.unreachable[0][1]}"
     others = sum(reason.startswith(("of class", "in folders")) for _, reason in search.left_out)
     if not others:
         more = f" {search.summary()}." if search.left_out else ""
@@ -272,33 +380,43 @@ def _nothing_found(search: ImageSearch,  # sorted by class
     names = f" (found: {', '.join(unknown[:8])})" if unknown else ""
     return f"{search.folder}: {there}{names}. Sort them into folders named after the classes, such as Benign, Pre, Pro."
 
+
 # %% ../../nbs/01_data/30_manifest.ipynb #15151153
-def check_manifest(manifest: DataFrame,  # as `build_manifest` makes it
-                   minimum: int = 20,  # usable images a class needs
-                   classes: Sequence[str] = CLASSES  # classes that must be there
-                   ) -> DataFrame:  # the usable rows
+def check_manifest(
+    manifest: DataFrame,  # as `build_manifest` makes it
+    minimum: int = 20,  # usable images a class needs
+    classes: Sequence[str] = CLASSES,  # classes that must be there
+) -> DataFrame:  # the usable rows
     "Usable rows of a manifest. Raises `ImageError` where a class has none or fewer than `minimum`."
     usable = manifest[manifest["problem"] == ""]
     for label in classes:
         there, good = (int((table["class"] == label).sum()) for table in (manifest, usable))
         bad = f" ({there - good} more cannot be used: see the manifest's column `problem`)" if there > good else ""
-        if not good: raise ImageError(f"class {label} is empty{bad}. Add images, or leave the class out.")
+        if not good:
+            raise ImageError(f"class {label} is empty{bad}. Add images, or leave the class out.")
         if good < minimum:
             need = f"has {counted(good, 'usable image')}, fewer than the {minimum} that a split needs"
             raise ImageError(f"class {label} {need}{bad}. Add images, or leave the class out.")
     return usable.reset_index(drop=True)
 
+
 # %% ../../nbs/01_data/30_manifest.ipynb #8bedeb9a
 KAGGLE_SET = "mohammadamireshraghi/blood-cell-cancer-all-4class"
 
-def fetch_kaggle(name: str = KAGGLE_SET  # owner/name of a Kaggle data set
-                 ) -> Path:  # folder with the images, for `build_manifest`
+
+def fetch_kaggle(
+    name: str = KAGGLE_SET,  # owner/name of a Kaggle data set
+) -> Path:  # folder with the images, for `build_manifest`
     "Download the public images with kagglehub, or find them in its cache. Raises ConnectionError with the way round."
-    by_hand = (f"Download https://www.kaggle.com/datasets/{name} with a browser, unpack it, "
-               "and give the unpacked folder instead (make study DATA=folder).")
-    try: import kagglehub
+    by_hand = (
+        f"Download https://www.kaggle.com/datasets/{name} with a browser, unpack it, "
+        "and give the unpacked folder instead (make study DATA=folder)."
+    )
+    try:
+        import kagglehub
     except ImportError:
         raise ConnectionError(f"{name}: kagglehub is not installed. pip install kagglehub, or: {by_hand}") from None
-    try: return Path(kagglehub.dataset_download(name))
+    try:
+        return Path(kagglehub.dataset_download(name))
     except Exception as error:  # no network, no such set, licence to be accepted, disk full: each has its own class
         raise ConnectionError(f"{name}: cannot be fetched from Kaggle ({type(error).__name__}). {by_hand}") from error

@@ -24,15 +24,49 @@ from ..data.manifest import CLASSES
 from ..data.files import counted, shown
 from ..data.images import ImageError, read_image
 from ..models.interface import ModelError
-from .predictor import (_data_uri, Predictor, calibration_text, confidence_text, exported_models, dummy_model_file,
-                                   open_predictors, overlay, saliency)
+from leukemia_nb.inference.predictor import (
+    _data_uri,
+    Predictor,
+    calibration_text,
+    confidence_text,
+    exported_models,
+    dummy_model_file,
+    open_predictors,
+    overlay,
+    saliency,
+)
 from ..processing.segmentation import find_cells
 
 # %% auto #0
-__all__ = ['LIMIT', 'STYLE', 'HEAD', 'LOOKS', 'MADE_UP', 'POLICY', 'KERNELS', 'read_upload', 'too_large', 'cells_svg',
-           'image_html', 'headline', 'answers_html', 'dummy_models', 'look_html', 'drop_zone', 'open_models',
-           'about_html', 'Panel', 'panel', 'page_notebook', 'server_settings', 'token_only', 'capped_kernels',
-           'page_server', 'own_python', 'serve']
+__all__ = [
+    "LIMIT",
+    "STYLE",
+    "HEAD",
+    "LOOKS",
+    "MADE_UP",
+    "POLICY",
+    "KERNELS",
+    "read_upload",
+    "too_large",
+    "cells_svg",
+    "image_html",
+    "headline",
+    "answers_html",
+    "dummy_models",
+    "look_html",
+    "drop_zone",
+    "open_models",
+    "about_html",
+    "Panel",
+    "panel",
+    "page_notebook",
+    "server_settings",
+    "token_only",
+    "capped_kernels",
+    "page_server",
+    "own_python",
+    "serve",
+]
 
 # %% ../../nbs/06_inference/30_app.ipynb #b9928003
 LIMIT = 64  # megabytes of one file; the server takes a little more
@@ -44,12 +78,15 @@ def read_upload(
 ) -> np.ndarray:  # uint8 (H, W, 3) RGB
     "Read an image that came as bytes; nothing is kept. Raises ImageError."
     name = shown(name)
-    if len(content) > LIMIT * 1e6: raise ImageError(too_large(name, len(content) / 1e6))
+    if len(content) > LIMIT * 1e6:
+        raise ImageError(too_large(name, len(content) / 1e6))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "image")
         file.write_bytes(content)
-        try: return read_image(file)
-        except ImageError as error: raise ImageError(str(error).replace(str(file), name)) from None
+        try:
+            return read_image(file)
+        except ImageError as error:
+            raise ImageError(str(error).replace(str(file), name)) from None
 
 
 def too_large(
@@ -58,6 +95,7 @@ def too_large(
 ) -> str:  # one line
     "What is said of a file over the limit."
     return f"{shown(name)}: {size:.0f} MB, over the limit of {LIMIT} MB. Save it as PNG, or scale it down."
+
 
 # %% ../../nbs/06_inference/30_app.ipynb #17ea4a61
 def cells_svg(
@@ -68,7 +106,8 @@ def cells_svg(
     drawn = []
     for label in range(1, int(cells.max(initial=0)) + 1):
         outlines = cv2.findContours((cells == label).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]
-        if not outlines: continue
+        if not outlines:
+            continue
         path = "".join("M" + " ".join(f"{x},{y}" for x, y in outline[:, 0]) + "Z" for outline in outlines)
         x, y = min(np.concatenate(outlines)[:, 0], key=lambda point: point[1])
         inside = min(max(x, width // 60), width - width // 60), max(y - height // 100, height // 30)
@@ -85,27 +124,35 @@ def image_html(
     name, number = shown(name), len(np.unique(cells[cells > 0]))
     found = f"{counted(number, 'white blood cell')} segmented" if number else "No white blood cells segmented"
     share = f", on {(cells > 0).mean():.0%} of the image" if number else ""
-    return (f'<figure class="app-image"><div><img src="{_data_uri(image, 1400, 88)}" alt="{html.escape(name)}: {found}">'
-            f'{cells_svg(cells)}</div><figcaption><div><b>{found}</b>{share}.</div>'
-            f'<label><input type="checkbox" checked> outlines</label>'
-            f'<span>{html.escape(name)}, {image.shape[1]} × {image.shape[0]} pixels</span></figcaption></figure>')
+    return (
+        f'<figure class="app-image"><div><img src="{_data_uri(image, 1400, 88)}" alt="{html.escape(name)}: {found}">'
+        f"{cells_svg(cells)}</div><figcaption><div><b>{found}</b>{share}.</div>"
+        f'<label><input type="checkbox" checked> outlines</label>'
+        f"<span>{html.escape(name)}, {image.shape[1]} × {image.shape[0]} pixels</span></figcaption></figure>"
+    )
+
 
 # %% ../../nbs/06_inference/30_app.ipynb #54e22fb5
 def headline(
     rows: Sequence[dict],  # an answer of each model, see `leukemia_nb.inference.predictor.row_columns`
 ) -> tuple[str, str]:  # a few words, a sentence
     "What the models say together."
-    if not rows: return "No models", "The cells are found without them."
+    if not rows:
+        return "No models", "The cells are found without them."
     number = len(rows)
     votes = Counter(row["class"] for row in rows if not row["abstain"]).most_common()
     reasons = Counter(row["why"] for row in rows if row["abstain"]).most_common()
     said = [f"{count} say{'s' * (count == 1)} {name}" for name, count in votes]
     silent = [f"{count} abstain{'s' * (count == 1)} ({why})" for why, count in reasons]
     sentence = f"{number} model{'s' * (number > 1)}: {', '.join(said + silent)}."
-    if 2 * sum("unlike" in row["why"] for row in rows) >= number: sentence += " What is outlined may not be cells."
-    if not votes: return "No answer", sentence
-    if 2 * sum(count for _, count in votes) < number: return "Most models abstain", sentence
-    if len(votes) > 1: return "The models disagree", sentence
+    if 2 * sum("unlike" in row["why"] for row in rows) >= number:
+        sentence += " What is outlined may not be cells."
+    if not votes:
+        return "No answer", sentence
+    if 2 * sum(count for _, count in votes) < number:
+        return "Most models abstain", sentence
+    if len(votes) > 1:
+        return "The models disagree", sentence
     name, count = votes[0]
     who = "The model says" if number == 1 else f"{'All' if count == number else f'{count} of'} {number} models say"
     return f"{who} {name}", f"{', '.join(silent)}." if silent else "None abstains."
@@ -114,10 +161,13 @@ def headline(
 def _bar(row: dict, name: str, colour: str) -> str:
     "A probability as a bar with its number."
     p = row.get(f"p_{name}")
-    if p is None: return "<span></span>"
+    if p is None:
+        return "<span></span>"
     chosen = ' class="app-chosen"' if name == row["class"] and not row["abstain"] else ""
-    return (f'<span{chosen} role="img" aria-label="{html.escape(name)}: {p:.0%}"><i><i style="width:{p:.1%};background:{colour}">'
-            f'</i></i><em>{p:.0%}</em></span>')
+    return (
+        f'<span{chosen} role="img" aria-label="{html.escape(name)}: {p:.0%}"><i><i style="width:{p:.1%};background:{colour}">'
+        f"</i></i><em>{p:.0%}</em></span>"
+    )
 
 
 def answers_html(
@@ -127,17 +177,23 @@ def answers_html(
 ) -> str:  # a block of HTML
     "What each model says: probabilities as bars, the confidence as a number."
     from leukemia_nb.evaluation.metrics import class_colours
+
     colours = class_colours(classes)
     heads = "".join(f'<span><i style="background:{c}"></i>{html.escape(name)}</span>' for name, c in zip(classes, colours))
     lines = []
     for row, title in zip(rows, titles):
         doubt = confidence_text(row).replace("The model abstains", "Abstains")
         bars = "".join(_bar(row, name, colour) for name, colour in zip(classes, colours))
-        lines.append(f'<div class="app-line{" app-silent" if row["abstain"] else ""}"><div><b>{html.escape(shown(title))}</b>'
-                     f'<small>{html.escape(doubt)}</small></div>{bars}</div>')
+        lines.append(
+            f'<div class="app-line{" app-silent" if row["abstain"] else ""}"><div><b>{html.escape(shown(title))}</b>'
+            f"<small>{html.escape(doubt)}</small></div>{bars}</div>"
+        )
     words, sentence = map(html.escape, headline(rows))
-    return (f'<section class="app-answers" style="--classes:{len(classes)}"><h2>{words}</h2><p>{sentence}</p>'
-            f'<div class="app-line app-heads"><div>Probability</div>{heads}</div>{"".join(lines)}</section>')
+    return (
+        f'<section class="app-answers" style="--classes:{len(classes)}"><h2>{words}</h2><p>{sentence}</p>'
+        f'<div class="app-line app-heads"><div>Probability</div>{heads}</div>{"".join(lines)}</section>'
+    )
+
 
 # %% ../../nbs/06_inference/30_app.ipynb #c69a46e9
 STYLE = """<style>
@@ -202,12 +258,16 @@ STYLE = """<style>
 @media(max-width:560px){.app{padding:14px 12px 28px}.app-drop{padding:16px 10px}
  .app-line{grid-template-columns:repeat(var(--classes),1fr)}.app-line>div{grid-column:1/-1;margin-bottom:5px}}
 </style>"""
-HEAD = ("<header><h1>What the models see in a blood smear</h1><p>For research only: this is not medical advice. "
-        "Your image is read on this computer, goes nowhere else, and is not kept.</p><p class='app-soft'>Is this a computer that "
-        "others use too? They can reach this page's port as well; what keeps them out is the token in the address. Keep the "
-        "address to yourself, and stop the page when you are done.</p></header>")
-LOOKS = ("<h3>Where each model looks</h3><p class='app-soft'>Bright: covering this part takes most away from the model's answer. "
-         "Bright parts off the cells are a warning: the model may be reading the background.</p>")
+HEAD = (
+    "<header><h1>What the models see in a blood smear</h1><p>For research only: this is not medical advice. "
+    "Your image is read on this computer, goes nowhere else, and is not kept.</p><p class='app-soft'>Is this a computer that "
+    "others use too? They can reach this page's port as well; what keeps them out is the token in the address. Keep the "
+    "address to yourself, and stop the page when you are done.</p></header>"
+)
+LOOKS = (
+    "<h3>Where each model looks</h3><p class='app-soft'>Bright: covering this part takes most away from the model's answer. "
+    "Bright parts off the cells are a warning: the model may be reading the background.</p>"
+)
 
 # %% ../../nbs/06_inference/30_app.ipynb #2694bc73
 MADE_UP = {"image": "Made-up, of images", "pair": "Made-up, of pairs", "cells": "Made-up, of cells"}
@@ -218,8 +278,10 @@ def dummy_models(
 ) -> list[Predictor]:
     "Three toy models of synthetic smears, to show how the page works where no study has been run. Needs `onnx`."
     models = [Predictor.load(dummy_model_file(Path(folder, f"{kind}.onnx"), kind)) for kind in MADE_UP]
-    for model, title in zip(models, MADE_UP.values()): model.info["title"] = title
+    for model, title in zip(models, MADE_UP.values()):
+        model.info["title"] = title
     return models
+
 
 # %% ../../nbs/06_inference/30_app.ipynb #12ce56b8
 def look_html(
@@ -229,12 +291,16 @@ def look_html(
 ) -> str:  # a <figure>
     "Where the model looks: the image in grey, bright where covering it changes the answer."
     from leukemia_nb.audit.saliency import energy_inside
+
     heat = saliency(model, image)[0]
     small = cv2.resize((cells > 0).astype(np.uint8), heat.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0
     energy, area, _ = energy_inside(heat, small)
     said = f"{energy:.0%} on the cells, by chance {area:.0%}" if heat.any() else "no part alone changes its answer"
-    return (f'<figure><img src="{_data_uri(overlay(image, "nucleus", heat), 480, 88)}" alt=""><figcaption>'
-            f'<b>{html.escape(shown(model.info["title"]))}</b><small>{said}</small></figcaption></figure>')
+    return (
+        f'<figure><img src="{_data_uri(overlay(image, "nucleus", heat), 480, 88)}" alt=""><figcaption>'
+        f"<b>{html.escape(shown(model.info['title']))}</b><small>{said}</small></figcaption></figure>"
+    )
+
 
 # %% ../../nbs/06_inference/30_app.ipynb #3a4af0f0
 _DROP = """
@@ -270,12 +336,18 @@ def drop_zone(
 ) -> Any:  # a widget
     "A place to drop an image in, or to choose one."
     from anywidget import AnyWidget
+
     zone = type("DropZone", (AnyWidget,), {"_esm": _DROP.replace("LIMIT", str(LIMIT))})()
+
     def arrived(_: Any, said: dict, buffers: list) -> None:
-        try: take(str(said.get("name", "image")), buffers[0] if buffers else None, said.get("size", 0) / 1e6)
-        finally: zone.send({"done": True})
+        try:
+            take(str(said.get("name", "image")), buffers[0] if buffers else None, said.get("size", 0) / 1e6)
+        finally:
+            zone.send({"done": True})
+
     zone.on_msg(arrived)
     return zone
+
 
 # %% ../../nbs/06_inference/30_app.ipynb #c7c5ad01
 def open_models(
@@ -284,7 +356,8 @@ def open_models(
     "Open the exported models of a run. Raises ModelError where there is none at all."
     problems: list[str] = []
     models = open_predictors(exported_models(run), problems.append)
-    if not models: raise ModelError(problems[0])
+    if not models:
+        raise ModelError(problems[0])
     return models, problems
 
 
@@ -295,18 +368,26 @@ def about_html(
     lines = []
     for info in (model.info for model in models):
         test, training = info.get("test", {}), info.get("training", {})
-        right = (f"right on {test['right']} of {test['images']} test images "
-                 f"(95 % interval {test['low']:.0%} to {test['high']:.0%})" if test.get("images") else "never tested")
+        right = (
+            f"right on {test['right']} of {test['images']} test images (95 % interval {test['low']:.0%} to {test['high']:.0%})"
+            if test.get("images")
+            else "never tested"
+        )
         said = f"{right}; trained on {training.get('images', 0)} images; {info['weights_source']}; licence {info['licence']}"
-        name, version, said, calibrated = (html.escape(shown(text)) for text in (
-            info["title"], info["version"], said, calibration_text(info)))
+        name, version, said, calibrated = (
+            html.escape(shown(text)) for text in (info["title"], info["version"], said, calibration_text(info))
+        )
         lines.append(f"<li><b>{name}</b>, version {version}: {said}. {calibrated}</li>")
-    if not lines: return ""
+    if not lines:
+        return ""
     whom = "the model" if len(lines) == 1 else f"the {len(lines)} models"
-    return (f'<details class="app-about"><summary>About {whom}</summary><ul>{"".join(lines)}</ul>'
-            '<p>A model abstains where its highest probability is low or its features are far from those of its training '
-            'images; the thresholds let 95 % of the validation images pass. Test images come from the same collection as '
-            'the training images: being right on them says little about images from elsewhere.</p></details>')
+    return (
+        f'<details class="app-about"><summary>About {whom}</summary><ul>{"".join(lines)}</ul>'
+        "<p>A model abstains where its highest probability is low or its features are far from those of its training "
+        "images; the thresholds let 95 % of the validation images pass. Test images come from the same collection as "
+        "the training images: being right on them says little about images from elsewhere.</p></details>"
+    )
+
 
 # %% ../../nbs/06_inference/30_app.ipynb #c6de2eb0
 def _note(text: str, wrong: bool = False) -> str:
@@ -323,6 +404,7 @@ class Panel:
         note: str = "",  # a remark that stays at the top
     ):
         from ipywidgets import HTML, Box, Button, HBox, VBox
+
         self.models, self.tries = list(models), 0
         self.classes = list(dict.fromkeys(str(name) for model in models for name in model.classes_))
         self.head, self.about = HTML(STYLE + HEAD + _note(note)), HTML(about_html(models))
@@ -330,7 +412,8 @@ class Panel:
         self.button = Button(description="Show where each model looks")
         self.button.add_class("app-go").on_click(lambda _: self.explain())
         tries = [Button(description=name) for name in CLASSES]
-        for button in tries: button.on_click(lambda button: self.look_at_drawn(button.description))
+        for button in tries:
+            button.on_click(lambda button: self.look_at_drawn(button.description))
         row = HBox([HTML("No image at hand? A smear drawn by the computer:"), *tries]).add_class("app-try")
         two = Box([self.seen, self.answers]).add_class("app-two")
         self.widget = VBox([self.head, drop_zone(self.look), row, self.message, two, self.button, self.looks, self.about])
@@ -340,7 +423,8 @@ class Panel:
     def _clear(self, message: str = "", wrong: bool = False) -> None:
         "Take everything about the last image away."
         self.shown: tuple[np.ndarray, np.ndarray] | None = None  # image and cells
-        for part in (self.seen, self.answers, self.looks): part.value = ""
+        for part in (self.seen, self.answers, self.looks):
+            part.value = ""
         self.message.value, self.button.layout.display = _note(message, wrong), "none"
 
     def look(
@@ -351,9 +435,11 @@ class Panel:
     ) -> None:
         "An image has arrived: show it with its cells, then each model's answer."
         try:
-            if content is None: raise ImageError(too_large(name, size))
+            if content is None:
+                raise ImageError(too_large(name, size))
             self.show(name, read_upload(name, content))
-        except ImageError as error: self._clear(str(error), wrong=True)
+        except ImageError as error:
+            self._clear(str(error), wrong=True)
         except Exception as error:  # a page that stays silent would be worse
             self._clear(f"{shown(name)}: the software failed ({type(error).__name__}: {error}). Try another image.", wrong=True)
 
@@ -363,6 +449,7 @@ class Panel:
     ) -> None:
         "Draw a smear, another one each time, and look at it."
         from leukemia_nb.data.synthetic import smear
+
         self.tries += 1
         self.show(f"drawn smear {self.tries} ({label})", smear(label, 1000 + self.tries).image)
 
@@ -383,7 +470,8 @@ class Panel:
 
     def explain(self) -> None:
         "Show where each model looks, one after the other."
-        if self.shown is None: return
+        if self.shown is None:
+            return
         words, found = self.button.description, []
         self.button.disabled = True
         try:
@@ -391,7 +479,8 @@ class Panel:
                 self.button.description = f"Asking {model.info['title']} ({number} of {len(self.models)}) …"
                 found.append(look_html(model, *self.shown))
                 self.looks.value = f'{LOOKS}<div class="app-looks">{"".join(found)}</div>'
-        finally: self.button.description, self.button.disabled = words, False
+        finally:
+            self.button.description, self.button.disabled = words, False
         self.button.layout.display = "none"
 
     def still(self) -> str:
@@ -401,6 +490,7 @@ class Panel:
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
+
         display(self.widget)
 
 
@@ -409,6 +499,7 @@ def _warm_up() -> None:
     from leukemia_nb.models import cell_model
     from leukemia_nb.evaluation import metrics as evaluation
     from leukemia_nb.audit import saliency  # noqa: F401
+
     find_cells(np.full((64, 64, 3), 240, np.uint8))
 
 
@@ -421,22 +512,37 @@ def panel(
     try:
         models, problems = open_models(run)
         return Panel(models, " ".join(problems))
-    except ModelError as error: missing = f"{error} Then open this page again; for another run: make app RUN=runs/name."
+    except ModelError as error:
+        missing = f"{error} Then open this page again; for another run: make app RUN=runs/name."
     try:
-        with tempfile.TemporaryDirectory() as folder: models = dummy_models(folder)
-    except ImportError: return Panel([], missing)
-    return Panel(models, f"{missing} Until then three made-up models answer, which know nothing but drawn smears: "
-                         "they show how the page works, and mean nothing for a real image.")
+        with tempfile.TemporaryDirectory() as folder:
+            models = dummy_models(folder)
+    except ImportError:
+        return Panel([], missing)
+    return Panel(
+        models,
+        f"{missing} Until then three made-up models answer, which know nothing but drawn smears: "
+        "they show how the page works, and mean nothing for a real image.",
+    )
+
 
 # %% ../../nbs/06_inference/30_app.ipynb #d0e3f62c
-POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-          "img-src 'self' data: blob:; font-src 'self' data:; frame-ancestors 'self'; base-uri 'self'; form-action 'self'")
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; frame-ancestors 'self'; base-uri 'self'; form-action 'self'"
+)
 
 
 def page_notebook() -> dict:  # a notebook, as JSON has it
     "The notebook that is served: one cell."
-    code: dict = {"cell_type": "code", "id": "page", "metadata": {}, "execution_count": None, "outputs": [],
-            "source": "from leukemia_nb.inference.app import panel\npanel()"}
+    code: dict = {
+        "cell_type": "code",
+        "id": "page",
+        "metadata": {},
+        "execution_count": None,
+        "outputs": [],
+        "source": "from leukemia_nb.inference.app import panel\npanel()",
+    }
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return {"cells": [code], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
 
@@ -446,10 +552,21 @@ def server_settings(
 ) -> dict:  # keyword settings of Voilà
     "How Voilà is to run: for this computer alone, with a token and a content policy, for files up to the limit."
     from jupyter_server import DEFAULT_STATIC_FILES_PATH
-    return {"ip": "127.0.0.1", "port": port, "auto_token": True, "config_file_paths": [], "tornado_settings": {
-        "allow_remote_access": False, "local_hostnames": ["localhost"], "static_path": DEFAULT_STATIC_FILES_PATH,
-        "headers": {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer"},
-        "websocket_max_message_size": (LIMIT + 1) * 1_000_000}}
+
+    return {
+        "ip": "127.0.0.1",
+        "port": port,
+        "auto_token": True,
+        "config_file_paths": [],
+        "tornado_settings": {
+            "allow_remote_access": False,
+            "local_hostnames": ["localhost"],
+            "static_path": DEFAULT_STATIC_FILES_PATH,
+            "headers": {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer"},
+            "websocket_max_message_size": (LIMIT + 1) * 1_000_000,
+        },
+    }
+
 
 # %% ../../nbs/06_inference/30_app.ipynb #5b7e01d2
 def token_only() -> type:  # a subclass of IdentityProvider
@@ -470,11 +587,13 @@ def token_only() -> type:  # a subclass of IdentityProvider
         def get_user(self, handler: Any) -> User:
             asset = isinstance(handler, FileFindHandler)  # a script of an installed package: the page asks without a token
             given = self.get_token(handler) or ""
-            if asset or secrets.compare_digest(given.encode(), self.token.encode()): return User("reader")
+            if asset or secrets.compare_digest(given.encode(), self.token.encode()):
+                return User("reader")
             handler.current_user = None
             raise HTTPError(403, reason="Open the whole address that make app printed, with its token")
 
     return TokenOnly
+
 
 # %% ../../nbs/06_inference/30_app.ipynb #5b7e01d4
 KERNELS = 4  # pages open at a time, a Python process each
@@ -500,11 +619,13 @@ def capped_kernels() -> type:  # a subclass of AsyncMappingKernelManager
                 running = self.list_kernels()
                 if len(running) >= KERNELS:
                     closed = [kernel["id"] for kernel in running if kernel["id"] in self.left and not kernel["connections"]]
-                    if not closed: raise HTTPError(503, reason=f"{KERNELS} pages are open: close one, or wait two minutes")
+                    if not closed:
+                        raise HTTPError(503, reason=f"{KERNELS} pages are open: close one, or wait two minutes")
                     await self.shutdown_kernel(closed[0], now=True)
                 return await super().start_kernel(**settings)
 
     return CappedKernels
+
 
 # %% ../../nbs/06_inference/30_app.ipynb #5b7e01d6
 def page_server() -> Any:  # a subclass of voila.app.Voila
@@ -527,7 +648,8 @@ def own_python() -> type:  # a subclass of KernelSpecManager
 
     class OwnPython(KernelSpecManager):
         @default("kernel_dirs")
-        def _no_others(self) -> list[str]: return []
+        def _no_others(self) -> list[str]:
+            return []
 
     return OwnPython
 
@@ -539,17 +661,26 @@ def serve(
 ) -> None:
     "Serve the page until interrupted; its address, with the token, is printed."
     from traitlets.config import Config
+
     os.environ["LEUKEMIA_NB_RUN"] = os.path.abspath(run)
-    def with_token(page, settings, **_): return {**page, "token": settings["identity_provider"].token, "appendToken": "true"}
+
+    def with_token(page, settings, **_):
+        return {**page, "token": settings["identity_provider"].token, "appendToken": "true"}
+
     config = Config(
         KernelManager={"transport": "ipc"},  # sockets in the user's own folder, not ports that all users of the machine can open
         MappingKernelManager={"cull_interval": 30, "cull_idle_timeout": 120},  # processes whose page was closed
-        VoilaConfiguration={"multi_kernel_manager_class": capped_kernels(), "kernel_spec_manager_class": own_python(),
-                            "page_config_hook": with_token})
+        VoilaConfiguration={
+            "multi_kernel_manager_class": capped_kernels(),
+            "kernel_spec_manager_class": own_python(),
+            "page_config_hook": with_token,
+        },
+    )
     with tempfile.TemporaryDirectory() as folder:
         for name in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):  # nothing from or to the home folder
             os.environ[name] = str(Path(folder, "home"))
         page = Path(folder, "Blood smear.ipynb")
         page.write_text(json.dumps(page_notebook()), encoding="utf-8")
-        page_server().launch_instance([str(page)], open_browser=browser, identity_provider_class=token_only(), config=config,
-                                      **server_settings(port))
+        page_server().launch_instance(
+            [str(page)], open_browser=browser, identity_provider_class=token_only(), config=config, **server_settings(port)
+        )

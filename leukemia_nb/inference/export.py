@@ -22,13 +22,36 @@ from .predictor import FORMAT, seal
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-else: DataFrame = Any  # loaded with the first table; the name is for the documentation
+else:
+    DataFrame = Any  # loaded with the first table; the name is for the documentation
 
 # %% auto #0
-__all__ = ['OPSET', 'GRAPHS', 'LICENCES', 'RESEARCH_USE', 'Nodes', 'output_shapes', 'keras_graph', 'torch_graph', 'cells_graph',
-           'network_graph', 'run_graph', 'image_shape', 'add_appearance', 'fit_distance', 'distance_to', 'add_answers',
-           'answers_table', 'safe_temperature', 'choose_thresholds', 'coverage', 'training_summary', 'weights_version',
-           'build_file', 'export_model']
+__all__ = [
+    "OPSET",
+    "GRAPHS",
+    "LICENCES",
+    "RESEARCH_USE",
+    "Nodes",
+    "output_shapes",
+    "keras_graph",
+    "torch_graph",
+    "cells_graph",
+    "network_graph",
+    "run_graph",
+    "image_shape",
+    "add_appearance",
+    "fit_distance",
+    "distance_to",
+    "add_answers",
+    "answers_table",
+    "safe_temperature",
+    "choose_thresholds",
+    "coverage",
+    "training_summary",
+    "weights_version",
+    "build_file",
+    "export_model",
+]
 
 # %% ../../nbs/06_inference/20_export.ipynb #7f925027
 OPSET = 18  # version of ONNX' operators
@@ -47,6 +70,7 @@ class Nodes:
 
     def __call__(self, operator: str, *inputs: Any, name: str = "", **attributes: Any) -> str:
         from onnx import helper, numpy_helper
+
         name = name or f"{self.prefix}_{len(self.nodes)}"
         names = []
         for place, value in enumerate(inputs):
@@ -64,6 +88,7 @@ class Nodes:
     ) -> None:
         "Append the operations to a graph."
         from onnx import TensorProto, helper
+
         graph.node.extend(self.nodes)
         graph.initializer.extend(self.constants)
         del graph.output[:]
@@ -76,6 +101,7 @@ def output_shapes(
     "The outputs of a graph."
     return {out.name: [d.dim_value or d.dim_param for d in out.type.tensor_type.shape.dim] for out in graph.output}
 
+
 # %% ../../nbs/06_inference/20_export.ipynb #03d71c89
 def keras_graph(
     model: Any,  # a trained `BackboneNetwork`: one image or a pair
@@ -83,6 +109,7 @@ def keras_graph(
     "A Keras model as ONNX, by tf2onnx; batch normalisation in inference mode, folded into the convolutions."
     import tensorflow as tf
     import tf2onnx
+
     for layer in model.maps_._flatten_layers():
         if type(layer).__name__ == "Normalization":  # loose tensors, which tf2onnx would take for inputs
             layer.mean, layer.variance = np.asarray(layer.mean), np.asarray(layer.variance)
@@ -93,7 +120,9 @@ def keras_graph(
     def ask(images):
         features = model.pooled(images)
         return {"logits": model.head_(features), "features": features}
+
     return tf2onnx.convert.from_function(ask, signature, opset=OPSET)[0]
+
 
 # %% ../../nbs/06_inference/20_export.ipynb #1a273e01
 def torch_graph(
@@ -112,14 +141,24 @@ def torch_graph(
             deep = self.body(images.permute(0, 3, 1, 2).float() / 255)
             features = self.head.pool(self.head.conv(deep)).flatten(1)
             return self.head.linear(features), features
+
     size, names = model.image_size, ["images", "logits", "features"]
     written: Any = io.BytesIO()
     some = torch.zeros((2, size, size, 3), dtype=torch.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # this exporter is the one that needs no further package
-        torch.onnx.export(Answers(model.network_.cpu()).eval(), (some,), written, input_names=names[:1], output_names=names[1:],
-                          opset_version=OPSET, dynamic_axes={name: {0: "n"} for name in names}, dynamo=False)
+        torch.onnx.export(
+            Answers(model.network_.cpu()).eval(),
+            (some,),
+            written,
+            input_names=names[:1],
+            output_names=names[1:],
+            opset_version=OPSET,
+            dynamic_axes={name: {0: "n"} for name in names},
+            dynamo=False,
+        )
     return onnx.load_model_from_string(written.getvalue())
+
 
 # %% ../../nbs/06_inference/20_export.ipynb #515af9d4
 def cells_graph(
@@ -127,6 +166,7 @@ def cells_graph(
 ) -> Any:  # onnx ModelProto: measures float32 (m, 39) of one image's cells, and that image -> logits (1, k), features (1, 78)
     "The model of single cells as ONNX, in double precision; an image without cells gets the training images' shares."
     from onnx import TensorProto, helper
+
     add, first = Nodes("cells"), np.array([0])
     number = add("Cast", add("Shape", "measures", end=1), to=TensorProto.DOUBLE)
     some = add("Max", number, np.ones(1))
@@ -146,6 +186,7 @@ def cells_graph(
             product = add("MatMul", add("Relu", values) if i else values, weights.astype(np.float64))
             values = add("Add", product, bias.astype(np.float64))
         return add("Log", add("Add", add("Softmax", values, axis=1), np.array(1e-4)))
+
     cells = add("Cast", "measures", to=TensorProto.DOUBLE)
     seen = scaled(aggregate_cells(cells), model.population_scale_)
     votes = aggregate_cells(opinion(scaled(cells, model.cell_scale_), model.cell_layers_))
@@ -160,6 +201,7 @@ def cells_graph(
     add.add_to(graph, {"logits": [1, len(model.classes_)], "features": [1, model.population_scale_.shape[1]]})
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
 
+
 # %% ../../nbs/06_inference/20_export.ipynb #df2d61e4
 GRAPHS: dict[str, Callable[[Any], Any]] = {"keras": keras_graph, "torch": torch_graph, "cells": cells_graph}  # by framework
 
@@ -170,14 +212,18 @@ def network_graph(
     "The network of any model as ONNX. Raises ModelError where a package is missing."
     framework = MODELS[model.name].framework
     if framework not in GRAPHS:
-        raise ModelError(f"{model.name} has no ONNX graph: framework {framework!r} is not one of {', '.join(GRAPHS)}. Add a "
-                         "function to leukemia_nb.inference.export.GRAPHS.")
+        raise ModelError(
+            f"{model.name} has no ONNX graph: framework {framework!r} is not one of {', '.join(GRAPHS)}. Add a "
+            "function to leukemia_nb.inference.export.GRAPHS."
+        )
     graph = GRAPHS[framework]
     try:
         return graph(model)
     except ImportError as error:
-        raise ModelError(f"{model.name} cannot be exported: {error}. Install what training needs: "
-                         "pip install '.[train]' in the checkout.") from error
+        raise ModelError(
+            f"{model.name} cannot be exported: {error}. Install what training needs: pip install '.[train]' in the checkout."
+        ) from error
+
 
 # %% ../../nbs/06_inference/20_export.ipynb #276e6a74
 def run_graph(
@@ -188,6 +234,7 @@ def run_graph(
 ) -> list[np.ndarray]:  # float32, a row an image
     "Answers of an ONNX model to images, which are read as the model itself reads them."
     import onnxruntime
+
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     if MODELS[model.name].framework == "cells":
         cells, owner, n = model.measure(images)  # type: ignore[attr-defined]
@@ -197,6 +244,7 @@ def run_graph(
         inputs = ({"images": batch} for batch in read_batches(images, model.image_size, 16, model.channels))
     parts = [session.run(list(outputs), given) for given in inputs]
     return [np.concatenate(column) for column in zip(*parts)]
+
 
 # %% ../../nbs/06_inference/20_export.ipynb #2e0895b6
 def image_shape(
@@ -230,6 +278,7 @@ def add_appearance(
         later = add("Slice", values, np.array([1]), np.array([2**31]), np.array([axis]))
         earlier = add("Slice", values, np.array([0]), np.array([-1]), np.array([axis]))
         return mean(add("Abs", add("Sub", later, earlier)))
+
     mixed = add("Conv", small, mixing)
     away = add("Sub", mixed, add("ReduceMean", mixed, np.array([2, 3]), keepdims=1))
     deviation = add("Sqrt", mean(add("Mul", away, away)))
@@ -239,6 +288,7 @@ def add_appearance(
     add("Concat", means, log(deviation, 1e-2), *strength, axis=1, name="appearance")
     add.add_to(graph, output_shapes(graph) | {"appearance": ["n", 15]})
 
+
 # %% ../../nbs/06_inference/20_export.ipynb #9d1e3c6d
 def fit_distance(
     values: np.ndarray,  # float (n, d) of the training images
@@ -247,6 +297,7 @@ def fit_distance(
 ) -> dict[str, np.ndarray]:  # float32: middle (d,), axes (d, r), weights (r, r), means (k, r), rest ()
     "The constants of the distance to the nearest class. Raises ModelError for values that are not finite."
     from sklearn.covariance import LedoitWolf
+
     if not np.isfinite(values).all():
         raise ModelError("features of the training images are not finite. Train the model again, with a lower learning_rate.")
     middle = values.mean(axis=0, dtype=np.float64)
@@ -274,6 +325,7 @@ def distance_to(
     away = (seen @ fitted["weights"])[:, None] - fitted["means"]
     return np.sqrt(((away**2).sum(axis=2).min(axis=1) + rest) / (len(fitted["weights"]) + 1))
 
+
 # %% ../../nbs/06_inference/20_export.ipynb #d9528ff8
 def add_answers(
     graph: Any,  # onnx GraphProto with `logits`, `features` and other values to judge by, changed in place
@@ -288,6 +340,7 @@ def add_answers(
 
     def square(values: str, axis: int) -> str:
         return add("ReduceSum", add("Mul", values, values), np.array([axis]), keepdims=0)
+
     for name, fitted in distances.items():
         centred = add("Sub", name, fitted["middle"])
         seen = add("MatMul", centred, fitted["axes"])
@@ -300,6 +353,7 @@ def add_answers(
     n, k = 1 if any(each.name == "measures" for each in graph.input) else "n", shapes["logits"][1]
     add.add_to(graph, {"probabilities": [n, k], "features": [n, shapes["features"][1]], "distance": [n]})
 
+
 # %% ../../nbs/06_inference/20_export.ipynb #cdffe9aa
 def answers_table(
     labels: Sequence[str] | np.ndarray,  # true class names
@@ -310,6 +364,7 @@ def answers_table(
     import pandas as pd
 
     from leukemia_nb.evaluation.metrics import predictions_table
+
     rows = pd.DataFrame({"pair": [f"{i}" for i in range(len(labels))], "subset": "validation", "class": labels})
     return predictions_table(rows, probabilities, list(classes))
 
@@ -320,10 +375,12 @@ def safe_temperature(
     "`fit_temperature`, or 1 where the validation images cannot tell."
     from leukemia_nb.evaluation.metrics import predicted_labels
     from leukemia_nb.evaluation.uncertainty import at_limit, fit_temperature
+
     temperature = fit_temperature(table)
     if at_limit(temperature) or (predicted_labels(table) == table["class"]).all():
         return 1.0, f"not calibrated: {len(table)} validation images cannot tell how sure the model should be"
     return temperature, ""
+
 
 # %% ../../nbs/06_inference/20_export.ipynb #19b223e6
 def choose_thresholds(
@@ -335,9 +392,12 @@ def choose_thresholds(
     sure, far = np.asarray(confidence, np.float64), np.asarray(distance, np.float64)
     chosen: dict[str, float] = {}
     for refused in range(len(far)):  # so many lowest confidences, and so many largest distances
-        found = {"confidence": round(float(np.floor(np.sort(sure)[refused] * 1e6) / 1e6), 6),
-                 "distance": round(float(np.ceil(np.sort(far)[::-1][refused] * 1e4) / 1e4), 4)}
-        if np.mean(coverage(confidence, distance, found)) < share: break
+        found = {
+            "confidence": round(float(np.floor(np.sort(sure)[refused] * 1e6) / 1e6), 6),
+            "distance": round(float(np.ceil(np.sort(far)[::-1][refused] * 1e4) / 1e4), 4),
+        }
+        if np.mean(coverage(confidence, distance, found)) < share:
+            break
         chosen = found
     return chosen
 
@@ -350,6 +410,7 @@ def coverage(
     "Whether a model answers: it is sure, and the image is like the training images."
     return (confidence >= thresholds["confidence"]) & (distance <= thresholds["distance"])
 
+
 # %% ../../nbs/06_inference/20_export.ipynb #e1951dec
 def training_summary(
     train: Any,  # a `Pairs` or `Images` with labels
@@ -357,10 +418,11 @@ def training_summary(
     "How many images of each class, and one digest over the digests of all of them."
     names, counts = np.unique(train.labels, return_counts=True)
     table = getattr(train, "table", None)
-    if table is not None and "sha256" in table: digests = list(table["sha256"])
-    else: digests = [hashlib.sha256(train.read([i]).tobytes()).hexdigest() for i in range(len(train))]
-    return {"images": len(train), "by_class": dict(zip(names.tolist(), counts.tolist())),
-            "data_sha256": set_sha256(digests)}
+    if table is not None and "sha256" in table:
+        digests = list(table["sha256"])
+    else:
+        digests = [hashlib.sha256(train.read([i]).tobytes()).hexdigest() for i in range(len(train))]
+    return {"images": len(train), "by_class": dict(zip(names.tolist(), counts.tolist())), "data_sha256": set_sha256(digests)}
 
 
 def weights_version(
@@ -372,7 +434,9 @@ def weights_version(
     def digest(values: np.ndarray) -> str:
         content = np.ascontiguousarray(values).tobytes()
         return f"{values.dtype} {values.shape} {hashlib.sha256(content).hexdigest()}"
+
     return set_sha256(digest(numpy_helper.to_array(tensor)) for tensor in graph.initializer)[:12]
+
 
 # %% ../../nbs/06_inference/20_export.ipynb #6dc9c2d6
 LICENCES = {"torch": "AGPL-3.0, as ultralytics' networks and weights are"}  # by framework; else Apache-2.0
@@ -390,7 +454,8 @@ def build_file(
     graph, framework = network_graph(model), MODELS[model.name].framework
     version, kinds = weights_version(graph.graph), ["features", "appearance"]
     add_appearance(graph.graph)
-    if framework != "cells": image_shape(graph.graph)[0].dim_param = "n"
+    if framework != "cells":
+        image_shape(graph.graph)[0].dim_param = "n"
     data, asked = graph.SerializeToString(), ["logits", *kinds]
     seen = dict(zip(kinds, run_graph(data, model, train, kinds)))
     logits, *held_out = run_graph(data, model, validation, asked)
@@ -407,14 +472,27 @@ def build_file(
     thresholds = choose_thresholds(confidence, distance)
     kind = "cells" if framework == "cells" else "pair" if len(model.channels) == 2 else "image"
     return graph, {
-        "format": FORMAT, "name": model.name, "title": MODELS[model.name].title, "version": version,
-        "classes": model.classes_.tolist(), "input": kind, "image_size": model.image_size, "segmentation": segmentation,
-        "seed": model.seed, "temperature": temperature, "calibration": why, "thresholds": thresholds,
+        "format": FORMAT,
+        "name": model.name,
+        "title": MODELS[model.name].title,
+        "version": version,
+        "classes": model.classes_.tolist(),
+        "input": kind,
+        "image_size": model.image_size,
+        "segmentation": segmentation,
+        "seed": model.seed,
+        "temperature": temperature,
+        "calibration": why,
+        "thresholds": thresholds,
         "accepted": {"validation": float(coverage(confidence, distance, thresholds).mean())},
-        "training": training_summary(train) | {"validation": len(validation)}, "weights_source": model.weights_source_,
+        "training": training_summary(train) | {"validation": len(validation)},
+        "weights_source": model.weights_source_,
         "versions": versions("leukemia_nb", "numpy", "keras", "tensorflow", "torch", "ultralytics", "onnx", "tf2onnx"),
         "licence": LICENCES.get(framework, "Apache-2.0") + ". The terms of the training images apply as well.",
-        "research_use": RESEARCH_USE, "card": card}
+        "research_use": RESEARCH_USE,
+        "card": card,
+    }
+
 
 # %% ../../nbs/06_inference/20_export.ipynb #415c5533
 def export_model(
@@ -430,13 +508,16 @@ def export_model(
     "Write a model file. Raises ModelError where its answers are not the framework's, to 1e-4."
     from leukemia_nb.evaluation.metrics import clopper_pearson, probabilities_of
     from leukemia_nb.evaluation.uncertainty import scale_temperature
+
     graph, info = build_file(model, train, validation, segmentation, card)
     probabilities, distance = run_graph(graph.SerializeToString(), model, test, ["probabilities", "distance"])
     table = answers_table(test.labels, model.predict_proba(test), model.classes_)
     difference = float(np.abs(probabilities - probabilities_of(scale_temperature(table, info["temperature"]))).max())
     if not difference < 1e-4:
-        raise ModelError(f"{file}: not written, its probabilities differ by {difference:.1e} from those of {model.name}. "
-                         "Please report this, with the versions of the framework and of onnx.")
+        raise ModelError(
+            f"{file}: not written, its probabilities differ by {difference:.1e} from those of {model.name}. "
+            "Please report this, with the versions of the framework and of onnx."
+        )
     right = int((model.classes_[probabilities.argmax(axis=1)] == np.asarray(test.labels)).sum())
     low, high = clopper_pearson(right, len(test))
     info["test"] = {"right": right, "images": len(test), "low": low, "high": high, "split": split}

@@ -28,24 +28,81 @@ from PIL import Image
 
 from ..study.cluster import ClusterError, die_with_parent
 from ..data.manifest import NO_IMAGES, ImageSearch, check_apart, check_folder, search_images
-from ..data.files import (OutputError, atomic_path, check_output, counted, exclusive, file_sha256,
-                               mark_output_folder, safe_cell, shown, unique_names, writing)
+from leukemia_nb.data.files import (
+    OutputError,
+    atomic_path,
+    check_output,
+    counted,
+    exclusive,
+    file_sha256,
+    mark_output_folder,
+    safe_cell,
+    shown,
+    unique_names,
+    writing,
+)
 from ..data.images import ImageError, as_rgb, read_image, write_image
 from ..models.interface import ModelError, resize_square
-from ..processing.segmentation import METHODS, check_mask, count_cells, apply_mask, draw_outlines, find_cells, label_cells, segment
+from leukemia_nb.processing.segmentation import (
+    METHODS,
+    check_mask,
+    count_cells,
+    apply_mask,
+    draw_outlines,
+    find_cells,
+    label_cells,
+    segment,
+)
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-else: DataFrame = Any  # loaded with the first table; the name is for the documentation
+else:
+    DataFrame = Any  # loaded with the first table; the name is for the documentation
 
 # %% auto #0
-__all__ = ['FORMAT', 'SEAL', 'OUTPUTS', 'AT_ONCE', 'MAX_MODEL_BYTES', 'unseal', 'seal', 'dummy_model_file', 'open_model_file',
-           'find_inputs', 'list_images', 'image_list', 'row_columns', 'abstain_reasons', 'Predictions',
-           'confidence_text', 'row_text', 'calibration_text', 'PreparedImage', 'prepare_image', 'answer_row',
-           'Predictor', 'overlay', 'predictions_html', 'saliency', 'Task', 'model_of', 'overlay_file', 'answer_files',
-           'unfinished_file', 'read_unfinished', 'write_rows', 'check_inputs_apart', 'check_outputs', 'sole_writer',
-           'iter_answers', 'predict_files', 'exported_models', 'open_predictors', 'compare_models_on',
-           'comparison_text']
+__all__ = [
+    "FORMAT",
+    "SEAL",
+    "OUTPUTS",
+    "AT_ONCE",
+    "MAX_MODEL_BYTES",
+    "unseal",
+    "seal",
+    "dummy_model_file",
+    "open_model_file",
+    "find_inputs",
+    "list_images",
+    "image_list",
+    "row_columns",
+    "abstain_reasons",
+    "Predictions",
+    "confidence_text",
+    "row_text",
+    "calibration_text",
+    "PreparedImage",
+    "prepare_image",
+    "answer_row",
+    "Predictor",
+    "overlay",
+    "predictions_html",
+    "saliency",
+    "Task",
+    "model_of",
+    "overlay_file",
+    "answer_files",
+    "unfinished_file",
+    "read_unfinished",
+    "write_rows",
+    "check_inputs_apart",
+    "check_outputs",
+    "sole_writer",
+    "iter_answers",
+    "predict_files",
+    "exported_models",
+    "open_predictors",
+    "compare_models_on",
+    "comparison_text",
+]
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #9b8dcdba
 FORMAT = 2  # of model files; one of another number is refused
@@ -75,6 +132,7 @@ def seal(
     "Close a model file."
     return content + SEAL + hashlib.sha256(content).hexdigest().encode()
 
+
 # %% ../../nbs/06_inference/10_predictor.ipynb #3f1b73bb
 _READ = {  # from the input to the numbers of an image, as ONNX text
     "image": """green = Gather<axis=-1>(images, channel)
@@ -89,7 +147,8 @@ _READ = {  # from the input to the numbers of an image, as ONNX text
         count = Gather(shape, first)
         number = Cast<to=1>(count)
         some = Max(number, unit)
-        raw = Div(total, some)"""}
+        raw = Div(total, some)""",
+}
 _ANSWER = """features = Div(raw, scale)
         one = Unsqueeze(features, middle)
         away = Sub(one, means)
@@ -104,9 +163,13 @@ _ANSWER = """features = Div(raw, scale)
 def _nearest_mean_graph(kind: str, size: int, means: np.ndarray, scale: np.ndarray) -> Any:
     "ONNX model whose answer is the nearest of `means` (k, d); 'image', 'pair' or 'cells'."
     import onnx.parser
+
     k, d = means.shape
-    inputs = {"image": f"uint8[n, {size}, {size}, 3] images", "pair": f"uint8[n, 2, {size}, {size}, 3] images",
-              "cells": f"float[m, {d}] measures, uint8[1, {size}, {size}, 3] images"}[kind]
+    inputs = {
+        "image": f"uint8[n, {size}, {size}, 3] images",
+        "pair": f"uint8[n, 2, {size}, {size}, 3] images",
+        "cells": f"float[m, {d}] measures, uint8[1, {size}, {size}, 3] images",
+    }[kind]
     n = "1" if kind == "cells" else "n"
     numbers = lambda array: ", ".join(f"{value:.6g}" for value in np.ravel(array))
     return onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17]>
@@ -116,6 +179,7 @@ def _nearest_mean_graph(kind: str, size: int, means: np.ndarray, scale: np.ndarr
          float[1, {k}, {d}] means = {{{numbers(means / scale)}}}>
         {{ {_READ["cells" if kind == "cells" else "image"]}
         {_ANSWER} }}""")
+
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #b76d16d5
 def dummy_model_file(
@@ -127,23 +191,42 @@ def dummy_model_file(
 ) -> Path:  # the file
     "Write a small model file for examples and tests: the class whose synthetic smears are nearest. Needs `onnx`."
     from leukemia_nb.data.synthetic import smear
+
     drawn = [smear(label, seed, 192, 256).image for label in classes for seed in range(smears)]
     inputs = [_network_input(image, {"input": kind, "image_size": size, "segmentation": "kmeans"}) for image in drawn]
-    parts = [one[0].mean(axis=0) if kind == "cells" else
-             (one.reshape(-1, size * size, 3)[..., 1, None] < (90, 115, 140, 165)).mean(axis=1).ravel() for one in inputs]
+    parts = [
+        one[0].mean(axis=0)
+        if kind == "cells"
+        else (one.reshape(-1, size * size, 3)[..., 1, None] < (90, 115, 140, 165)).mean(axis=1).ravel()
+        for one in inputs
+    ]
     seen = np.reshape(parts, (len(classes), smears, -1))
     model = _nearest_mean_graph(kind, size, seen.mean(axis=1), seen.std(axis=1).mean(axis=0) + 1e-3)
-    info = {"format": FORMAT, "name": f"made_up_{kind}", "title": "Made-up model", "version": "000000000000",
-            "classes": list(classes), "input": kind, "image_size": size, "segmentation": "kmeans", "temperature": 1.0,
-            "calibration": "not calibrated: made up, no validation images",
-            "thresholds": {"confidence": 0.4, "distance": 4.0}, "training": {"images": len(drawn), "validation": 0},
-            "test": {}, "weights_source": "none: the nearest mean of synthetic smears", "licence": "Apache-2.0",
-            "research_use": "For research only, and not even for that: it is made up.", "card": "# A made-up model"}
+    info = {
+        "format": FORMAT,
+        "name": f"made_up_{kind}",
+        "title": "Made-up model",
+        "version": "000000000000",
+        "classes": list(classes),
+        "input": kind,
+        "image_size": size,
+        "segmentation": "kmeans",
+        "temperature": 1.0,
+        "calibration": "not calibrated: made up, no validation images",
+        "thresholds": {"confidence": 0.4, "distance": 4.0},
+        "training": {"images": len(drawn), "validation": 0},
+        "test": {},
+        "weights_source": "none: the nearest mean of synthetic smears",
+        "licence": "Apache-2.0",
+        "research_use": "For research only, and not even for that: it is made up.",
+        "card": "# A made-up model",
+    }
     entry = model.metadata_props.add()
     entry.key, entry.value = "leukemia_nb", json.dumps(info)
     with atomic_path(path) as temporary:
         temporary.write_bytes(seal(model.SerializeToString()))
     return Path(path)
+
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #5fd0ab13
 def _network_input(
@@ -154,13 +237,17 @@ def _network_input(
     "Bring an image to what the network was trained on."
     size = info["image_size"]
     square = resize_square(image, size)
-    if info["input"] == "image": return square
+    if info["input"] == "image":
+        return square
     if info["input"] == "cells":
         from leukemia_nb.models.cell_model import FEATURE_NAMES, SIDE, cell_crops, describe
+
         crops, masks = cell_crops(resize_square(square, SIDE), seed=info.get("seed", 0))
         return np.array([describe(*cell) for cell in zip(crops, masks)], np.float32).reshape(-1, len(FEATURE_NAMES)), square
-    if mask is None: mask = segment(image, info["segmentation"])
+    if mask is None:
+        mask = segment(image, info["segmentation"])
     return np.stack([square, resize_square(apply_mask(image, mask), size)])
+
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #f0d02d81
 OUTPUTS = ["probabilities", "features", "distance"]
@@ -184,10 +271,13 @@ def _model_bytes(file: str | os.PathLike) -> bytes:
             if not stat.S_ISREG(about.st_mode):
                 raise ModelError(f"{file}: a pipe or a device, where a model file is needed. Check the path of the model file.")
             if about.st_size > MAX_MODEL_BYTES:
-                raise ModelError(f"{file}: {about.st_size / 1e6:,.0f} MB, over the limit of {MAX_MODEL_BYTES / 1e6:,.0f} MB for "
-                                 "model files. Check the path of the model file.")
+                raise ModelError(
+                    f"{file}: {about.st_size / 1e6:,.0f} MB, over the limit of {MAX_MODEL_BYTES / 1e6:,.0f} MB for "
+                    "model files. Check the path of the model file."
+                )
         return Path(file).read_bytes()
-    except OSError as error: raise ModelError(f"{file}: {error.strerror}. Check the path of the model file.") from None
+    except OSError as error:
+        raise ModelError(f"{file}: {error.strerror}. Check the path of the model file.") from None
 
 
 def _start(data: bytes, name: str | os.PathLike, threads: int | None) -> tuple[Any, dict]:
@@ -195,6 +285,7 @@ def _start(data: bytes, name: str | os.PathLike, threads: int | None) -> tuple[A
     digest = unseal(data, name)
     _check_complete(data, name)
     import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads or 0
@@ -203,10 +294,13 @@ def _start(data: bytes, name: str | os.PathLike, threads: int | None) -> tuple[A
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         described = session.get_modelmeta().custom_metadata_map.get("leukemia_nb")
     except Exception as error:  # onnxruntime has a class of its own for each of its troubles
-        raise ModelError(f"{name}: cannot be started ({_first_line(error)}). "
-                         "Export the model again, or update onnxruntime.") from error
-    if described is None: raise ModelError(f"{name}: has no description of leukemia_nb in it. Export the model again.")
-    try: info = json.loads(described)
+        raise ModelError(
+            f"{name}: cannot be started ({_first_line(error)}). Export the model again, or update onnxruntime."
+        ) from error
+    if described is None:
+        raise ModelError(f"{name}: has no description of leukemia_nb in it. Export the model again.")
+    try:
+        info = json.loads(described)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{name}: its description is no JSON ({_first_line(error)}). Export the model again.") from None
     _check_info(info, name)
@@ -218,12 +312,18 @@ def _first_line(error: BaseException) -> str:
     "What an error says, in one line."
     return (str(error).splitlines() or [type(error).__name__])[0]
 
+
 # %% ../../nbs/06_inference/10_predictor.ipynb #c41a7e11
 _INSIDE = {  # ONNX message -> field -> the message in it, for all that can hold a tensor
-    "model": {7: "graph", 20: "training", 25: "function"}, "training": {1: "graph", 2: "graph"},
-    "graph": {1: "node", 5: "tensor", 15: "sparse tensor"}, "function": {7: "node", 11: "attribute"},
-    "node": {5: "attribute"}, "sparse tensor": {1: "tensor", 2: "tensor"}, "tensor": {},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse tensor", 23: "sparse tensor"}}
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse tensor"},
+    "function": {7: "node", 11: "attribute"},
+    "node": {5: "attribute"},
+    "sparse tensor": {1: "tensor", 2: "tensor"},
+    "tensor": {},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse tensor", 23: "sparse tensor"},
+}
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # fields of a tensor; a location that is not 0 is another file
 
 
@@ -233,7 +333,8 @@ def _whole_number(message: memoryview, place: int) -> tuple[int, int]:
     for shift in range(0, 70, 7):
         byte = message[place]
         value, place = value | (byte & 127) << shift, place + 1
-        if byte < 128: return value, place
+        if byte < 128:
+            return value, place
     raise ValueError("a number without an end")
 
 
@@ -247,10 +348,14 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
             value, place = _whole_number(message, place)
             yield key >> 3, value
             continue
-        if kind == 2: length, place = _whole_number(message, place)
-        elif kind in (1, 5): length = 8 if kind == 1 else 4
-        else: raise ValueError(f"a field of kind {kind}")
-        if place + length > len(message): raise ValueError("a field that is cut off")
+        if kind == 2:
+            length, place = _whole_number(message, place)
+        elif kind in (1, 5):
+            length = 8 if kind == 1 else 4
+        else:
+            raise ValueError(f"a field of kind {kind}")
+        if place + length > len(message):
+            raise ValueError("a field that is cut off")
         yield key >> 3, message[place : place + length]
         place += length
 
@@ -258,26 +363,33 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 def _refers_elsewhere(message: memoryview, kind: str = "model") -> bool:
     "Whether a tensor in an ONNX message has its numbers in another file. Raises ValueError, IndexError, RecursionError."
     for number, content in _fields(message):
-        if kind == "tensor" and (number == _EXTERNAL_DATA or number == _DATA_LOCATION and content): return True
+        if kind == "tensor" and (number == _EXTERNAL_DATA or number == _DATA_LOCATION and content):
+            return True
         inner = _INSIDE[kind].get(number)
-        if inner and isinstance(content, memoryview) and _refers_elsewhere(content, inner): return True
+        if inner and isinstance(content, memoryview) and _refers_elsewhere(content, inner):
+            return True
     return False
 
 
 def _check_complete(data: bytes, name: str | os.PathLike) -> None:
     "Raise ModelError for a network that is none, or whose numbers lie in other files, before anything opens those."
-    try: elsewhere = _refers_elsewhere(memoryview(data))
+    try:
+        elsewhere = _refers_elsewhere(memoryview(data))
     except (ValueError, IndexError, RecursionError) as error:
         raise ModelError(f"{name}: cannot be started (no ONNX network: {_first_line(error)}). Export the model again.") from None
     if elsewhere:
-        raise ModelError(f"{name}: refers to other files for its weights, and is refused. A model file holds them all: "
-                         "export the model again.")
+        raise ModelError(
+            f"{name}: refers to other files for its weights, and is refused. A model file holds them all: export the model again."
+        )
+
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #c41a7e13
-def _is_text(value: Any) -> bool: return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
-def _is_line(value: Any) -> bool: return _is_text(value) and value.isprintable() and value.strip() != ""
+def _is_line(value: Any) -> bool:
+    return _is_text(value) and value.isprintable() and value.strip() != ""
 
 
 def _is_number(value: Any, least: float = -1e300, most: float = 1e300) -> bool:
@@ -293,8 +405,10 @@ def _are_classes(value: Any) -> bool:
 
 
 def _is_test(value: Any) -> bool:
-    if value == {}: return True
-    if not isinstance(value, dict) or not _is_whole(value.get("images"), 1): return False
+    if value == {}:
+        return True
+    if not isinstance(value, dict) or not _is_whole(value.get("images"), 1):
+        return False
     interval = all(_is_number(value.get(each), 0, 1) for each in ("low", "high"))
     return interval and _is_whole(value.get("right"), 0, value["images"])
 
@@ -307,10 +421,13 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # entry of a descripti
     "image_size": ("a whole number from 1 to 4096", lambda value: _is_whole(value, 1, 4096)),
     "segmentation": (f"one of {', '.join(METHODS)}", lambda value: _is_text(value) and value in METHODS),
     "temperature": ("a number above 0", lambda value: _is_number(value, 1e-9)),
-    "thresholds": ("numbers for confidence (0 to 1) and distance (from 0)", lambda value: isinstance(value, dict)
-                   and _is_number(value.get("confidence"), 0, 1) and _is_number(value.get("distance"), 0)),
-    "training": ("entries, with the number of images", lambda value: isinstance(value, dict)
-                 and _is_whole(value.get("images"))),
+    "thresholds": (
+        "numbers for confidence (0 to 1) and distance (from 0)",
+        lambda value: (
+            isinstance(value, dict) and _is_number(value.get("confidence"), 0, 1) and _is_number(value.get("distance"), 0)
+        ),
+    ),
+    "training": ("entries, with the number of images", lambda value: isinstance(value, dict) and _is_whole(value.get("images"))),
     "test": ("empty, or the numbers right, images, low, high", _is_test),
 }
 _OPTIONAL_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -321,7 +438,8 @@ _OPTIONAL_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 def _check_info(info: Any, file: str | os.PathLike) -> None:
     "Raise ModelError for a description that is of another format, or has an entry that breaks its rule."
-    if not isinstance(info, dict): raise ModelError(f"{file}: its description is {_brief(info)}, no entries. {_AGAIN}")
+    if not isinstance(info, dict):
+        raise ModelError(f"{file}: its description is {_brief(info)}, no entries. {_AGAIN}")
     _check_format(info, file)
     for entry, (wanted, fits) in {**_RULES, **_OPTIONAL_RULES}.items():
         if entry in info and not fits(info[entry]):
@@ -342,14 +460,18 @@ def _brief(value: Any, most: int = 60) -> str:
 def _check_format(info: dict, file: str | os.PathLike) -> None:
     "Raise ModelError for a file of another format, older or newer."
     made = info.get("format")
-    if made == FORMAT: return
-    if not isinstance(made, int): raise ModelError(f"{file}: its description says format = {_brief(made)}. {_AGAIN}")
+    if made == FORMAT:
+        return
+    if not isinstance(made, int):
+        raise ModelError(f"{file}: its description says format = {_brief(made)}. {_AGAIN}")
     numbers = f"format {made}, this one reads {FORMAT}"
     if made > FORMAT:
         raise ModelError(f"{file}: made by a newer version of leukemia_nb ({numbers}). Update leukemia_nb.")
     name = info.get("name", "")
-    raise ModelError(f"{file}: made by an older version of leukemia_nb ({numbers}). Export it again: `leukemia_nb study … "
-                     f"--redo export-{name if isinstance(name, str) and name.isidentifier() else 'NAME'}`.")
+    raise ModelError(
+        f"{file}: made by an older version of leukemia_nb ({numbers}). Export it again: `leukemia_nb study … "
+        f"--redo export-{name if isinstance(name, str) and name.isidentifier() else 'NAME'}`."
+    )
 
 
 def _check_network(info: dict, session: Any, file: str | os.PathLike) -> None:
@@ -357,10 +479,14 @@ def _check_network(info: dict, session: Any, file: str | os.PathLike) -> None:
     size, outputs = info["image_size"], {each.name: each.shape for each in session.get_outputs()}
     image: list[int | None] = [None, *[2][: info["input"] == "pair"], size, size, 3]
     wanted = {"images": ("tensor(uint8)", image)}
-    if info["input"] == "cells": wanted["measures"] = ("tensor(float)", [None, None])
+    if info["input"] == "cells":
+        wanted["measures"] = ("tensor(float)", [None, None])
     found = {each.name: (each.type, each.shape) for each in session.get_inputs()}
-    fits = found.keys() == wanted.keys() and list(outputs) == OUTPUTS and all(
-        found[name][0] == kind and _same_shape(found[name][1], shape) for name, (kind, shape) in wanted.items())
+    fits = (
+        found.keys() == wanted.keys()
+        and list(outputs) == OUTPUTS
+        and all(found[name][0] == kind and _same_shape(found[name][1], shape) for name, (kind, shape) in wanted.items())
+    )
     if not fits or not _same_shape(outputs["probabilities"], [None, len(info["classes"])]):
         said = f"{len(info['classes'])} classes, input {info['input']} of {size} x {size}"
         has = {name: shape for name, (_, shape) in found.items()} | outputs
@@ -369,37 +495,46 @@ def _check_network(info: dict, session: Any, file: str | os.PathLike) -> None:
 
 def _same_shape(found: Sequence[Any], wanted: Sequence[int | None]) -> bool:
     "Whether shapes agree where both have numbers."
-    return len(found) == len(wanted) and all(not isinstance(one, int) or other is None or one == other
-                                             for one, other in zip(found, wanted))
+    return len(found) == len(wanted) and all(
+        not isinstance(one, int) or other is None or one == other for one, other in zip(found, wanted)
+    )
+
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #b3990125
 def _step(folder: str, part: str) -> list[str]:
     "What one part of a pattern means in a folder: the name itself, else brackets as brackets, else as sets of letters."
-    if os.path.lexists(os.path.join(folder, part)): return [os.path.join(folder, part)]
-    if part == "**": return _folders_below(folder)
+    if os.path.lexists(os.path.join(folder, part)):
+        return [os.path.join(folder, part)]
+    if part == "**":
+        return _folders_below(folder)
     for pattern in (part.replace("[", "[[]"), part):
-        if names := sorted(glob(pattern, root_dir=folder or None)): return [os.path.join(folder, name) for name in names]
+        if names := sorted(glob(pattern, root_dir=folder or None)):
+            return [os.path.join(folder, name) for name in names]
     return []
 
 
 def _folders_below(folder: str) -> list[str]:
     "A folder and all below it but hidden ones; links are not followed."
     below = [here if folder else here[2:] for here, _, _ in os.walk(folder or os.curdir)]
-    return [here for here in below if not any(part.startswith(".") for part in here[len(folder):].split(os.sep))]
+    return [here for here in below if not any(part.startswith(".") for part in here[len(folder) :].split(os.sep))]
 
 
 def _expand(pattern: str, exclude: str | os.PathLike = "") -> ImageSearch:
     "Files that a pattern means, and images in the folders that it means; none of a folder that leukemia_nb wrote."
     drive, path = os.path.splitdrive(pattern)
     places = [drive + os.sep if path.startswith(os.sep) else drive]
-    for part in filter(None, path.split(os.sep)): places = [found for place in places for found in _step(place, part)]
+    for part in filter(None, path.split(os.sep)):
+        places = [found for place in places for found in _step(place, part)]
     found, ours = ImageSearch(Path(pattern)), functools.cache(_is_ours)
     searches = [found]
     for place in dict.fromkeys(place or os.curdir for place in places):
         folder = place if os.path.isdir(place) else os.path.dirname(place)
-        if ours(folder or os.curdir): found.left_out.append((Path(place), "written by leukemia_nb"))
-        elif folder != place: found.paths.append(Path(place))
-        else: searches.append(search_images(place, exclude))
+        if ours(folder or os.curdir):
+            found.left_out.append((Path(place), "written by leukemia_nb"))
+        elif folder != place:
+            found.paths.append(Path(place))
+        else:
+            searches.append(search_images(place, exclude))
     return _joined(searches, pattern)
 
 
@@ -413,9 +548,12 @@ def _joined(searches: Sequence[ImageSearch], name: str) -> ImageSearch:
 
 def _is_ours(folder: str) -> bool:
     "Whether leukemia_nb wrote a folder, or one around it."
-    try: check_folder(folder)
-    except ImageError: return True
+    try:
+        check_folder(folder)
+    except ImageError:
+        return True
     return False
+
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #c41a7e14
 def find_inputs(
@@ -427,8 +565,10 @@ def find_inputs(
     found: list[str] = []
     searches: list[ImageSearch] = []
     for each in map(os.fsdecode, given):
-        if os.path.isdir(each): search = ImageSearch(Path(each)) if _is_ours(each) else search_images(each, exclude)
-        elif has_magic(each) and not os.path.lexists(each): search = _expand(each, exclude)
+        if os.path.isdir(each):
+            search = ImageSearch(Path(each)) if _is_ours(each) else search_images(each, exclude)
+        elif has_magic(each) and not os.path.lexists(each):
+            search = _expand(each, exclude)
         else:
             found.append(each)
             continue
@@ -455,20 +595,41 @@ def image_list(
     images: Any,  # a path, folder, pattern, Pillow image, uint8 (H, W, 3), (H, W), (n, H, W, 3) or (n, 2, H, W, 3), or several
 ) -> list:  # paths, arrays and Pillow images, one an image
     "Paths, arrays and Pillow images of whatever may be asked about."
-    if isinstance(images, np.ndarray): return list(images) if images.ndim in (4, 5) else [images]
-    if isinstance(images, str | os.PathLike): return list_images(images)
-    if isinstance(images, Image.Image) or not isinstance(images, Iterable): return [images]
+    if isinstance(images, np.ndarray):
+        return list(images) if images.ndim in (4, 5) else [images]
+    if isinstance(images, str | os.PathLike):
+        return list_images(images)
+    if isinstance(images, Image.Image) or not isinstance(images, Iterable):
+        return [images]
     found: list = []
-    for each in images: found += list_images(each) if isinstance(each, str | os.PathLike) else [each]
+    for each in images:
+        found += list_images(each) if isinstance(each, str | os.PathLike) else [each]
     return found
+
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #8c3d157d
 def row_columns(
     classes: Sequence[str],  # class names
 ) -> list[str]:
     "Columns of an answer, in order."
-    return ["path", "class", *(f"p_{name}" for name in classes), "confidence", "distance", "abstain", "why",
-            "n_cells", "cell_area", "cell_pixels", "mask_flag", "sha256", "model", "model_version", "model_sha256", "error"]
+    return [
+        "path",
+        "class",
+        *(f"p_{name}" for name in classes),
+        "confidence",
+        "distance",
+        "abstain",
+        "why",
+        "n_cells",
+        "cell_area",
+        "cell_pixels",
+        "mask_flag",
+        "sha256",
+        "model",
+        "model_version",
+        "model_sha256",
+        "error",
+    ]
 
 
 def abstain_reasons(
@@ -478,9 +639,13 @@ def abstain_reasons(
     thresholds: dict,  # `confidence` and `distance`, from the model file
 ) -> str:  # "" where the answer stands, else why not, joined by "; "
     "Why a model should not be believed about an image."
-    doubts = {"unlike the training images": not distance <= thresholds["distance"],
-              "not sure": not confidence >= thresholds["confidence"], "no cells found": n_cells == 0}
+    doubts = {
+        "unlike the training images": not distance <= thresholds["distance"],
+        "not sure": not confidence >= thresholds["confidence"],
+        "no cells found": n_cells == 0,
+    }
     return "; ".join(text for text, true in doubts.items() if true)
+
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #be6ce029
 class Predictions:
@@ -498,9 +663,11 @@ class Predictions:
     def table(self) -> DataFrame:
         "The rows as a pandas table."
         import pandas as pd
+
         return pd.DataFrame(self.rows, columns=row_columns(self.info["classes"]))
 
-    def __len__(self) -> int: return len(self.rows)
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def __getitem__(self, index: int | slice) -> Predictions:
         index = slice(index, index + 1 or None) if isinstance(index, int) else index
@@ -509,17 +676,22 @@ class Predictions:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array([row["class"] for row in self.rows], dtype=dtype or str)
 
-    def __repr__(self) -> str: return "\n".join(row_text(row) for row in self.rows)
+    def __repr__(self) -> str:
+        return "\n".join(row_text(row) for row in self.rows)
 
-    def _repr_html_(self) -> str: return predictions_html(self)
+    def _repr_html_(self) -> str:
+        return predictions_html(self)
+
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #92f25425
 def confidence_text(
     row: dict,  # an answer
 ) -> str:  # one sentence
     "How sure the model is of its prediction: its numbers, without a verdict on them."
-    if not row["class"]: return f"Not answered: {row['error']}"
-    if row["abstain"]: return f"The model abstains: {row['why']}."
+    if not row["class"]:
+        return f"Not answered: {row['error']}"
+    if row["abstain"]:
+        return f"The model abstains: {row['why']}."
     others = {name[2:]: p for name, p in row.items() if name.startswith("p_") and name[2:] != row["class"]}
     second = max(others, key=lambda name: others[name])
     return f"Confidence {row['confidence']:.1%}; next is {second}, {others[second]:.1%}."
@@ -529,9 +701,11 @@ def row_text(
     row: dict,  # an answer
 ) -> str:  # one line
     "An answer as a line of text."
-    if not row["class"]: return shown(f"not answered: {row['error']}")
+    if not row["class"]:
+        return shown(f"not answered: {row['error']}")
     found = f"{row['class']} {row['confidence']:.1%}"
-    if row["abstain"]: found = f"abstains: {row['why']} (nearest: {found})"
+    if row["abstain"]:
+        found = f"abstains: {row['why']} (nearest: {found})"
     cells = "" if row["n_cells"] is None else f"; {counted(row['n_cells'], 'cell')} on {row['cell_area']:.1%} of the image"
     problem = f" (not all is done: {row['error']})" if row["error"] else ""
     return shown(f"{row['path']}: {found}{cells}{_mask_text(row)}{problem}")
@@ -541,17 +715,21 @@ def _mask_text(row: dict) -> str:
     "What is suspicious about the mask, in brackets; that it is empty, the number of cells says already."
     return f" (doubtful mask: {flag})" if (flag := row.get("mask_flag")) and row["n_cells"] else ""
 
+
 def calibration_text(
     info: dict,  # what a model file says about itself
 ) -> str:  # a sentence
     "Whether a model's probabilities are calibrated, as its file says."
     said, temperature = info.get("calibration", ""), info["temperature"]
-    if said or temperature == 1: return f"Probabilities are {said or 'not calibrated: their temperature is 1'}."
+    if said or temperature == 1:
+        return f"Probabilities are {said or 'not calibrated: their temperature is 1'}."
     return f"Probabilities are calibrated with temperature {temperature:.3g}, fitted on validation images."
+
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #4809b6f6
 class PreparedImage(NamedTuple):
     "An image as it was looked at, before the network is asked."
+
     row: dict  # what is known of the image: path, sha256, cells, error
     ready: Any  # what the network sees; None where the image could not be read
 
@@ -560,14 +738,20 @@ def _prepared(image: Any, info: dict, count: bool, row: dict) -> np.ndarray:
     "What the network sees of an image; number and area of its cells go into the row."
     if isinstance(image, np.ndarray) and image.ndim == 4 and len(image) == 2:  # with its segmented twin
         pair = [as_rgb(one) for one in image]
-        if info["input"] != "pair": return _network_input(pair[0], info)
+        if info["input"] != "pair":
+            return _network_input(pair[0], info)
         return np.stack([resize_square(one, info["image_size"]) for one in pair])
     pixels = as_rgb(image)
-    if not count: return _network_input(pixels, info)
+    if not count:
+        return _network_input(pixels, info)
     cells = find_cells(pixels) if info["segmentation"] == "nucleus" else segment(pixels, info["segmentation"])
     mask = cells > 0
-    row.update(n_cells=count_cells(cells), cell_area=round(float(mask.mean()), 5), cell_pixels=int(mask.sum()),
-               mask_flag=check_mask(mask))
+    row.update(
+        n_cells=count_cells(cells),
+        cell_area=round(float(mask.mean()), 5),
+        cell_pixels=int(mask.sum()),
+        mask_flag=check_mask(mask),
+    )
     return _network_input(pixels, info, mask)
 
 
@@ -577,13 +761,21 @@ def prepare_image(
     count: bool = True,  # segment the image and count its cells
 ) -> PreparedImage:
     "Read an image, count its cells and bring it to what the network sees; what is wrong with it goes into the row."
-    row: dict[str, Any] = {"path": "", "sha256": "", "n_cells": None, "cell_area": None, "cell_pixels": None, "mask_flag": "",
-                           "error": ""}
+    row: dict[str, Any] = {
+        "path": "",
+        "sha256": "",
+        "n_cells": None,
+        "cell_area": None,
+        "cell_pixels": None,
+        "mask_flag": "",
+        "error": "",
+    }
     pixels: Any = image
     try:
         if isinstance(image, str | os.PathLike):
             row["path"] = os.fspath(image)
-            if os.path.isdir(image) or has_magic(row["path"]): _check_any(row["path"])
+            if os.path.isdir(image) or has_magic(row["path"]):
+                _check_any(row["path"])
             pixels = read_image(image)
             row["sha256"] = file_sha256(image)
         return PreparedImage(row, _prepared(pixels, info, count, row))
@@ -602,13 +794,17 @@ def _check_any(path: str) -> None:
 
 def _problem(path: str, error: Exception) -> str:
     "What is said of an image that something failed on, in one line: the error's own words where they are meant for people."
-    if isinstance(error, ImageError | ModelError | OutputError): return str(error)
+    if isinstance(error, ImageError | ModelError | OutputError):
+        return str(error)
     where = f"{path}: " if path else ""
-    if isinstance(error, OSError): return f"{where}cannot be read: {error.strerror or error}. Check the file and its disk."
+    if isinstance(error, OSError):
+        return f"{where}cannot be read: {error.strerror or error}. Check the file and its disk."
     if isinstance(error, MemoryError) or "Insufficient memory" in str(error):
         return f"{where}memory ran out. Scale the image down, or take fewer images at a time (--batch-size, --n-jobs)."
-    return (f"{where}the software failed on this image ({type(error).__name__}: {_first_line(error)}). "
-            "Save it anew as PNG, or report this.")
+    return (
+        f"{where}the software failed on this image ({type(error).__name__}: {_first_line(error)}). "
+        "Save it anew as PNG, or report this."
+    )
 
 
 def answer_row(
@@ -627,9 +823,18 @@ def answer_row(
     p, distance = answer[0], float(answer[2])
     confidence = round(float(p.max()), 6)
     why = abstain_reasons(confidence, distance, known["n_cells"], info["thresholds"])
-    return about | {name: round(float(value), 6) for name, value in zip(names, p)} | {
-        "class": info["classes"][int(p.argmax())], "confidence": confidence,
-        "distance": round(distance, 4) if np.isfinite(distance) else None, "abstain": bool(why), "why": why}
+    return (
+        about
+        | {name: round(float(value), 6) for name, value in zip(names, p)}
+        | {
+            "class": info["classes"][int(p.argmax())],
+            "confidence": confidence,
+            "distance": round(distance, 4) if np.isfinite(distance) else None,
+            "abstain": bool(why),
+            "why": why,
+        }
+    )
+
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #3d4cf12c
 class Predictor:
@@ -661,7 +866,8 @@ class Predictor:
         return cls(*_start(data, file, threads), count, data, threads)
 
     def __getstate__(self) -> dict[str, Any]:
-        if not self._data: raise TypeError("a Predictor that was not made by Predictor.load cannot be pickled")
+        if not self._data:
+            raise TypeError("a Predictor that was not made by Predictor.load cannot be pickled")
         return {"data": self._data, "info": self.info, "count": self.count, "threads": self._threads}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -676,20 +882,26 @@ class Predictor:
         ready: Sequence[Any],  # what the network sees of each image
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # probabilities (n, k), features (n, d), distance (n,), float32
         "Run the network. Raises ModelError where it gives other columns than there are classes."
-        if self.info["input"] == "cells": given = [{"measures": cells, "images": square[None]} for cells, square in ready]
-        else: given = [{"images": np.stack(ready[start : start + AT_ONCE])} for start in range(0, len(ready), AT_ONCE)]
+        if self.info["input"] == "cells":
+            given = [{"measures": cells, "images": square[None]} for cells, square in ready]
+        else:
+            given = [{"images": np.stack(ready[start : start + AT_ONCE])} for start in range(0, len(ready), AT_ONCE)]
         answers = [self.session.run(OUTPUTS, inputs) for inputs in given]
         probabilities, features, distance = (np.concatenate(parts) for parts in zip(*answers))
         if probabilities.shape != (len(ready), len(self.classes_)):
-            raise ModelError(f"{self.info['name']}: gives probabilities of shape {probabilities.shape}, not "
-                             f"{(len(ready), len(self.classes_))}. {_AGAIN}")
+            raise ModelError(
+                f"{self.info['name']}: gives probabilities of shape {probabilities.shape}, not "
+                f"{(len(ready), len(self.classes_))}. {_AGAIN}"
+            )
         return probabilities, features, distance
 
     def _rows(self, looks: Sequence[PreparedImage]) -> list[dict]:
         good = [look.ready for look in looks if look.ready is not None]
-        try: answers = zip(*self.ask(good)) if good else iter(())
+        try:
+            answers = zip(*self.ask(good)) if good else iter(())
         except Exception as error:  # of one of them: each is asked alone
-            if len(looks) > 1: return [row for look in looks for row in self._rows([look])]
+            if len(looks) > 1:
+                return [row for look in looks for row in self._rows([look])]
             known = looks[0].row
             return [answer_row(known | {"error": _problem(known["path"], error)}, None, self.info)]
         return [answer_row(look.row, None if look.ready is None else next(answers), self.info) for look in looks]
@@ -713,8 +925,11 @@ class Predictor:
         with ThreadPoolExecutor(threads) as pool:
             for start in range(0, len(every), batch_size):
                 batch = every[start : start + batch_size]
-                looks = [prepare_image(batch[0], self.info, self.count)] if len(batch) == 1 else list(
-                    pool.map(prepare_image, batch, repeat(self.info), repeat(self.count)))
+                looks = (
+                    [prepare_image(batch[0], self.info, self.count)]
+                    if len(batch) == 1
+                    else list(pool.map(prepare_image, batch, repeat(self.info), repeat(self.count)))
+                )
                 yield Predictions(self._rows(looks), self.info, batch)
 
     def predict(
@@ -728,12 +943,14 @@ class Predictor:
 
     def _numbers(self, images: Any, which: int, batch_size: int = 32) -> np.ndarray:
         every = image_list(images)
-        if not every: raise ModelError("no images. Give paths, folders, patterns or arrays.")
+        if not every:
+            raise ModelError("no images. Give paths, folders, patterns or arrays.")
         found = []
         for start in range(0, len(every), batch_size):
             looks = [prepare_image(image, self.info, count=False) for image in every[start : start + batch_size]]
             for look in looks:
-                if look.row["error"]: raise ImageError(look.row["error"])
+                if look.row["error"]:
+                    raise ImageError(look.row["error"])
             found.append(self.ask([look.ready for look in looks if look.ready is not None])[which])
         return np.concatenate(found)
 
@@ -749,6 +966,7 @@ class Predictor:
         "Share of right answers, abstaining or not; Raises ImageError."
         return float(np.mean(self.classes_[self.predict_proba(images).argmax(axis=1)] == np.asarray(labels)))
 
+
 # %% ../../nbs/06_inference/10_predictor.ipynb #b7c020a0
 def overlay(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
@@ -758,12 +976,14 @@ def overlay(
     "The image with each of its cells outlined, and where it mattered to the model, if that is given."
     cells = find_cells(image) if method == "nucleus" else label_cells(segment(image, method))
     width = max(1, round(max(image.shape) / 220))
-    if heat is None: return draw_outlines(image, cells, (0, 205, 90), width)
+    if heat is None:
+        return draw_outlines(image, cells, (0, 205, 90), width)
     grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     strength = cv2.resize(heat.astype(np.float32), image.shape[1::-1], interpolation=cv2.INTER_LINEAR)[..., None]
     glow = cv2.applyColorMap((255 * strength[..., 0]).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
     mixed = grey + (glow - grey.astype(np.float32)) * (0.1 + 0.7 * strength)
     return draw_outlines(np.clip(mixed, 0, 255).astype(np.uint8), cells, (25, 211, 224), width)
+
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #bc0f5989
 _STYLE = """<style>
@@ -800,26 +1020,33 @@ def _data_uri(image: np.ndarray, width: int = 560, quality: int = 85) -> str:
 def _bars_html(row: dict, classes: Sequence[str]) -> str:
     "A bar for each class; pale where the model abstains."
     from leukemia_nb.evaluation.metrics import class_colours
+
     bars, strength = [], 0.45 if row["abstain"] else 1
     for name, colour in zip(classes, class_colours(classes)):
         share = f"{row[f'p_{name}']:.1%}"
         track = f'<i style="width:{share};background:{colour};opacity:{strength}"></i>'
-        bars.append(f'<div class="lnb-bar"><span>{html.escape(name)}</span><span class="lnb-track">{track}</span>'
-                    f'<span class="lnb-num">{share}</span></div>')
+        bars.append(
+            f'<div class="lnb-bar"><span>{html.escape(name)}</span><span class="lnb-track">{track}</span>'
+            f'<span class="lnb-num">{share}</span></div>'
+        )
     return "".join(bars)
 
 
 def _found_html(row: dict) -> str:
     "Number and area of the cells found."
-    if row["n_cells"] is None: return ""
+    if row["n_cells"] is None:
+        return ""
     number, what = counted(row["n_cells"], "white blood cell").split(" ", 1)
-    return (f'<div class="lnb-found"><b>{number}</b> {what} segmented, <b>{row["cell_area"]:.1%}</b> of the image '
-            f'({row["cell_pixels"]:,} pixels){_mask_text(row)}</div>')
+    return (
+        f'<div class="lnb-found"><b>{number}</b> {what} segmented, <b>{row["cell_area"]:.1%}</b> of the image '
+        f"({row['cell_pixels']:,} pixels){_mask_text(row)}</div>"
+    )
 
 
 def _pixels(image: Any) -> np.ndarray:
     "uint8 (H, W, 3) RGB of a path, an image in memory or a pair. Raises ImageError."
-    if isinstance(image, str | os.PathLike): return read_image(image)
+    if isinstance(image, str | os.PathLike):
+        return read_image(image)
     return as_rgb(image[0] if isinstance(image, np.ndarray) and image.ndim == 4 else image)
 
 
@@ -829,12 +1056,16 @@ def _card_html(row: dict, info: dict, image: Any) -> str:
     doubt = f'<div class="lnb-doubt{" no" if row["abstain"] else ""}">{html.escape(shown(confidence_text(row)))}</div>'
     if not row["class"]:
         return f'<div class="lnb-card"><div class="lnb-say"><div class="lnb-name">{name}</div>{doubt}</div></div>'
-    try: drawn = _data_uri(overlay(_pixels(image), info["segmentation"]))
-    except Exception: drawn = "data:,"  # the file is gone, say: the numbers are shown all the same
-    answer = f'No answer <small>nearest: {html.escape(row["class"])}</small>' if row["abstain"] else html.escape(row["class"])
-    return (f'<div class="lnb-card"><img class="lnb-pic" alt="{name}, its cells outlined" src="{drawn}"><div class="lnb-say">'
-            f'<div class="lnb-name">{name}</div><div class="lnb-class">{answer}</div>{doubt}'
-            f'{_bars_html(row, info["classes"])}{_found_html(row)}</div></div>')
+    try:
+        drawn = _data_uri(overlay(_pixels(image), info["segmentation"]))
+    except Exception:
+        drawn = "data:,"  # the file is gone, say: the numbers are shown all the same
+    answer = f"No answer <small>nearest: {html.escape(row['class'])}</small>" if row["abstain"] else html.escape(row["class"])
+    return (
+        f'<div class="lnb-card"><img class="lnb-pic" alt="{name}, its cells outlined" src="{drawn}"><div class="lnb-say">'
+        f'<div class="lnb-name">{name}</div><div class="lnb-class">{answer}</div>{doubt}'
+        f"{_bars_html(row, info['classes'])}{_found_html(row)}</div></div>"
+    )
 
 
 def predictions_html(
@@ -847,9 +1078,11 @@ def predictions_html(
     rest = f"{len(predictions) - len(first)} more in .table. " if len(predictions) > len(first) else ""
     cards = "".join(_card_html(row, info, image) for row, image in first)
     test = f", right on {info['test']['right']} of {info['test']['images']} test images" if info["test"] else ""
-    foot = (f"{rest}{info['title']}, version {info['version']}{test}. {calibration_text(info)} "
-            "Research use only: not medical advice.")
+    foot = (
+        f"{rest}{info['title']}, version {info['version']}{test}. {calibration_text(info)} Research use only: not medical advice."
+    )
     return f'{_STYLE}<div class="lnb">{cards}<div class="lnb-foot">{html.escape(foot)}</div></div>'
+
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #b36e17e3
 def saliency(
@@ -859,12 +1092,15 @@ def saliency(
 ) -> np.ndarray:  # float32 (n, S, S), 0..1
     "Occlusion maps of the model's answers, see `leukemia_nb.audit.saliency.occlusion_map`. Raises ImageError."
     from leukemia_nb.audit.saliency import occlusion_map
+
     pixels = [each if isinstance(each, np.ndarray) and each.ndim == 4 else _pixels(each) for each in image_list(images)]
     return occlusion_map(model, pixels, grid=grid)
+
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #a4d61305
 class Task(NamedTuple):
     "What a worker needs to know to answer a batch of files; plain values, so that it can be sent anywhere."
+
     model: str  # the model file
     overlays: str = ""  # folder for images with outlines; "": none
     saliency: bool = False  # save saliency maps there too
@@ -911,11 +1147,16 @@ def answer_files(
     model = model_of(task)
     rows = [row for part in model.answer_each(paths, max(1, len(paths))) for row in part.rows]
     for row in rows:
-        if not task.overlays or row["error"]: continue
-        try: _write_overlays(task, model, row)
-        except OutputError: raise  # a full disk, say: it would be so for all that follow
-        except Exception as error: row["error"] = _problem(row["path"], error)
+        if not task.overlays or row["error"]:
+            continue
+        try:
+            _write_overlays(task, model, row)
+        except OutputError:
+            raise  # a full disk, say: it would be so for all that follow
+        except Exception as error:
+            row["error"] = _problem(row["path"], error)
     return rows
+
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #1de08255
 def unfinished_file(
@@ -931,18 +1172,23 @@ _TEXTS = ("path", "class", "why", "mask_flag", "sha256", "model", "model_version
 
 def _row_of(line: bytes) -> dict | None:
     "The row that a line holds; None where it holds none."
-    try: row = json.loads(line)
-    except (ValueError, RecursionError): return None
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
     return row if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in _TEXTS) else None
 
 
 def _misfit(row: dict | None, info: dict, wanted: Container[str]) -> str:
     "Why a row is none of a model and of the files that are wanted; empty where it is one."
-    if row is None: return "no rows"
+    if row is None:
+        return "no rows"
     if (row["model"], row["model_version"], row["model_sha256"]) != (info["name"], info["version"], info["sha256"]):
         return "of another model file"
-    if row["path"] not in wanted: return "of other images"
-    if row.keys() != set(row_columns(info["classes"])) or not isinstance(row["abstain"], bool): return "no rows"
+    if row["path"] not in wanted:
+        return "of other images"
+    if row.keys() != set(row_columns(info["classes"])) or not isinstance(row["abstain"], bool):
+        return "no rows"
     numbers = [row[name] for name in row_columns(info["classes"]) if name not in (*_TEXTS, "abstain")]
     return "" if all(number is None or _is_number(number) for number in numbers) else "no rows"
 
@@ -952,17 +1198,23 @@ def read_unfinished(
     version: str = "",  # rows of other versions of a model are passed by; "": all are taken
 ) -> Iterator[dict]:  # rows without errors
     "Rows of a run that was stopped; lines that are none, such as a last one that was cut off, are passed by."
-    if not os.path.exists(file): return
+    if not os.path.exists(file):
+        return
     with open(file, "rb") as lines:
         for row in map(_row_of, lines):
-            if row and not row["error"] and version in ("", row["model_version"]): yield row
+            if row and not row["error"] and version in ("", row["model_version"]):
+                yield row
 
 
 def _still_holds(row: dict, task: Task) -> bool:
     "Whether a row's image is as it was, and its overlays are there, whole."
     kinds = ["cells", "saliency"][: 1 + task.saliency] if task.overlays else []
-    return (not row["error"] and all(_is_whole_jpeg(overlay_file(row, task.overlays, kind)) for kind in kinds)
-            and os.path.isfile(row["path"]) and file_sha256(row["path"]) == row["sha256"])
+    return (
+        not row["error"]
+        and all(_is_whole_jpeg(overlay_file(row, task.overlays, kind)) for kind in kinds)
+        and os.path.isfile(row["path"])
+        and file_sha256(row["path"]) == row["sha256"]
+    )
 
 
 def _is_whole_jpeg(file: Path) -> bool:
@@ -971,7 +1223,8 @@ def _is_whole_jpeg(file: Path) -> bool:
         with open(file, "rb") as content:
             content.seek(-2, os.SEEK_END)
             return content.read() == b"\xff\xd9"
-    except OSError: return False
+    except OSError:
+        return False
 
 
 def _keep_finished(journal: Path, wanted: Sequence[str], info: dict, task: Task, tell: Callable[[str], Any]) -> list[str]:
@@ -982,8 +1235,10 @@ def _keep_finished(journal: Path, wanted: Sequence[str], info: dict, task: Task,
         for line in lines:
             row = _row_of(line)
             misfit = _misfit(row, info, left)
-            if misfit and line.endswith(b"\n"): passed_over[misfit] += 1  # else it is where the run was stopped
-            if misfit or row is None or not _still_holds(row, task): continue
+            if misfit and line.endswith(b"\n"):
+                passed_over[misfit] += 1  # else it is where the run was stopped
+            if misfit or row is None or not _still_holds(row, task):
+                continue
             kept.write(json.dumps(row).encode() + b"\n")
             left.pop(row["path"])
     if passed_over:
@@ -991,13 +1246,15 @@ def _keep_finished(journal: Path, wanted: Sequence[str], info: dict, task: Task,
         tell(f"{journal}: {counted(passed_over.total(), 'line')} of a stopped run passed over ({reasons}).")
     return list(left)
 
+
 # %% ../../nbs/06_inference/10_predictor.ipynb #dde6410d
 def _append_rows(journal: Path, rows: Sequence[dict]) -> None:
     "Add rows to a journal, so that they outlast the computer's crash. Raises OutputError, with the journal as it was before."
     with writing(journal), open(journal, "ab", buffering=0) as lines:
         before, left = lines.tell(), memoryview(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
         try:
-            while left: left = left[lines.write(left) :]
+            while left:
+                left = left[lines.write(left) :]
             os.fsync(lines.fileno())
         except OSError:
             lines.truncate(before)
@@ -1011,12 +1268,15 @@ def _places(journal: str | os.PathLike, paths: Sequence[str], info: dict) -> lis
         place = 0
         for line in lines:
             row = _row_of(line)
-            if row is not None and not _misfit(row, info, wanted): places[row["path"]] = place
+            if row is not None and not _misfit(row, info, wanted):
+                places[row["path"]] = place
             place, number = place + len(line), number + 1
-    if number == len(places) == len(wanted): return [places[path] for path in paths]
+    if number == len(places) == len(wanted):
+        return [places[path] for path in paths]
     found = f"{counted(number, 'row')}, {len(places)} of them right, for {counted(len(wanted), 'file')}"
-    raise OutputError(f"{journal}: {found}: it or the model file was changed meanwhile. Nothing else was written. "
-                      "Give the same command again.")
+    raise OutputError(
+        f"{journal}: {found}: it or the model file was changed meanwhile. Nothing else was written. Give the same command again."
+    )
 
 
 def write_rows(
@@ -1036,6 +1296,7 @@ def write_rows(
                 row = json.loads(lines.readline())
                 path = os.fsencode(row["path"]).decode("utf-8", "backslashreplace")
                 yield {name: row[name] for name in columns} | {"path": path}
+
     if out:
         with atomic_path(out) as temporary, open(temporary, "w", encoding="utf-8-sig", newline="") as target:
             table = csv.writer(target)
@@ -1048,13 +1309,15 @@ def write_rows(
             target.writelines(f"{',' if place else ''}{text}\n" for place, text in enumerate(texts))
             target.write("]\n")
 
+
 # %% ../../nbs/06_inference/10_predictor.ipynb #a212271e
 def check_inputs_apart(
     paths: Sequence[str],  # files that are asked about
     folder: str | os.PathLike,  # to be written, and marked as such
 ) -> None:
     "Raise OutputError where files lie in the folder for the results, which no search would find from then on."
-    for place in dict.fromkeys(map(os.path.dirname, paths)): check_apart(place or os.curdir, folder)
+    for place in dict.fromkeys(map(os.path.dirname, paths)):
+        check_apart(place or os.curdir, folder)
 
 
 def check_outputs(
@@ -1068,15 +1331,19 @@ def check_outputs(
         check_output(task.overlays, folder=True)
         check_inputs_apart(paths, task.overlays)
     files = [file for file in (out, json_file) if file]
-    if files: files.append(unfinished_file(out, json_file))
-    for file in files: check_output(file)
+    if files:
+        files.append(unfinished_file(out, json_file))
+    for file in files:
+        check_output(file)
     if len({os.path.realpath(file) for file in files}) < len(files):
         raise OutputError(f"{files[-2]}: two files of that name are wanted. Choose another name for one of them.")
     _check_not_read(paths, task, [file for file in files if os.path.exists(file)])
     for wanted, suffix, kind in ((out, ".csv", "CSV"), (json_file, ".json", "JSON")):
         if wanted and Path(wanted).suffix.lower() != suffix:
-            raise OutputError(f"{wanted}: is to be written as {kind}, and must end in {suffix}. Choose such a name"
-                              f"{'; Excel opens CSV files' if kind == 'CSV' else ''}.")
+            raise OutputError(
+                f"{wanted}: is to be written as {kind}, and must end in {suffix}. Choose such a name"
+                f"{'; Excel opens CSV files' if kind == 'CSV' else ''}."
+            )
 
 
 def _check_not_read(paths: Sequence[str], task: Task, files: Sequence[str | os.PathLike]) -> None:
@@ -1096,9 +1363,12 @@ def sole_writer(
     "Hold the only right to write a run's files; the folder of overlays is marked as written. Raises OutputError."
     with ExitStack() as held:
         for path in (out, json_file, task.overlays):
-            if path: held.enter_context(exclusive(path))
-        if task.overlays: mark_output_folder(task.overlays)
+            if path:
+                held.enter_context(exclusive(path))
+        if task.overlays:
+            mark_output_folder(task.overlays)
         yield
+
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #8e6ce0c3
 def iter_answers(
@@ -1109,17 +1379,22 @@ def iter_answers(
 ) -> Iterator[list[dict]]:  # rows of a batch, batches in order
     "Answer many files, here or in worker processes, each of which opens the model once."
     batches = [paths[:1], *(paths[start : start + batch_size] for start in range(1, len(paths), batch_size))]
-    if n_jobs == 1: return (answer_files(task, batch) for batch in batches)
+    if n_jobs == 1:
+        return (answer_files(task, batch) for batch in batches)
     return _in_workers(task._replace(threads=1), batches, n_jobs)
 
 
 def _in_workers(task: Task, batches: Sequence[Sequence[str]], n_jobs: int | None) -> Iterator[list[dict]]:
     "Rows of batches from joblib's workers, in order. Raises ClusterError where a worker was killed."
     from joblib import Parallel, delayed
-    try: yield from Parallel(n_jobs=n_jobs, return_as="generator")(delayed(answer_files)(task, batch) for batch in batches)
+
+    try:
+        yield from Parallel(n_jobs=n_jobs, return_as="generator")(delayed(answer_files)(task, batch) for batch in batches)
     except BrokenExecutor:
-        raise ClusterError("a worker process was killed; memory may have run out. Give the same command with a smaller "
-                           "--batch-size or fewer --n-jobs.") from None
+        raise ClusterError(
+            "a worker process was killed; memory may have run out. Give the same command with a smaller "
+            "--batch-size or fewer --n-jobs."
+        ) from None
 
 
 def predict_files(
@@ -1149,6 +1424,7 @@ def predict_files(
         journal.unlink()
     return len(paths) - len(left)
 
+
 # %% ../../nbs/06_inference/10_predictor.ipynb #56e17e85
 def exported_models(
     run: str | os.PathLike,  # a study's run folder
@@ -1157,10 +1433,14 @@ def exported_models(
     if not os.path.isdir(run):
         raise ModelError(f"{run}: there is no such folder. Check the path, or run a study: `leukemia_nb study --run {run}`.")
     from leukemia_nb.models.interface import MODELS
+
     order = {name: place for place, name in enumerate(MODELS)}
     files = sorted(Path(run, "exported").glob("*.onnx"), key=lambda file: (order.get(file.stem, len(order)), file.stem))
-    if not files: raise ModelError(f"{run}: no exported models in it (exported/*.onnx). A study writes them when its models are "
-                                   f"trained; the same command goes on from where it stopped: `leukemia_nb study … --run {run}`.")
+    if not files:
+        raise ModelError(
+            f"{run}: no exported models in it (exported/*.onnx). A study writes them when its models are "
+            f"trained; the same command goes on from where it stopped: `leukemia_nb study … --run {run}`."
+        )
     return files
 
 
@@ -1171,8 +1451,10 @@ def open_predictors(
     "The models that can be opened; one that cannot does not stop the others."
     opened = []
     for file in files:
-        try: opened.append(Predictor.load(file))
-        except ModelError as error: log(str(error))
+        try:
+            opened.append(Predictor.load(file))
+        except ModelError as error:
+            log(str(error))
     return opened
 
 
@@ -1185,32 +1467,41 @@ def compare_models_on(
     import pandas as pd
 
     from leukemia_nb.data.manifest import class_of
+
     opened = open_predictors(models, log)
-    if not opened: raise ModelError("No model file can be opened. Copy them again, or export the models again.")
+    if not opened:
+        raise ModelError("No model file can be opened. Copy them again, or export the models again.")
     paths = list(dict.fromkeys(paths))
-    tables = {title: Predictions([row for part in model.answer_each(paths) for row in part.rows], model.info).table
-              for title, model in zip(_titles(opened), opened)}
+    tables = {
+        title: Predictions([row for part in model.answer_each(paths) for row in part.rows], model.info).table
+        for title, model in zip(_titles(opened), opened)
+    }
     known = {str(name) for model in opened for name in model.classes_}
     labels = [class_of(Path(path).parent.name) or "" for path in paths]
-    compared = pd.DataFrame({"image": list(map(shown, paths)), "path": paths,
-                             "true label": [label if label in known else "" for label in labels]})
+    compared = pd.DataFrame(
+        {"image": list(map(shown, paths)), "path": paths, "true label": [label if label in known else "" for label in labels]}
+    )
     errors = pd.DataFrame({title: table["error"] for title, table in tables.items()})
     for title, table in tables.items():
         confidence = table["confidence"].astype(float)
         compared = compared.assign(**{title: table["class"], f"{title} confidence": confidence, f"{title} doubt": table["why"]})
     compared["error"] = [next(filter(None, row), "") for row in errors.itertuples(index=False)]
     for error in compared["error"]:
-        if error: log(error)
-    if all(compared["error"] != ""): raise ImageError("No image can be read. Check the paths.")
+        if error:
+            log(error)
+    if all(compared["error"] != ""):
+        raise ImageError("No image can be read. Check the paths.")
     return compared
 
 
 def _titles(models: Sequence[Predictor]) -> list[str]:
     "Names of models for people; those that would be the same are told apart by their versions."
     from leukemia_nb.evaluation.metrics import model_title
+
     plain = [model_title(model.info["name"]) for model in models]
-    return unique_names(f"{title} {model.info['version']}" if plain.count(title) > 1 else title
-                        for title, model in zip(plain, models))
+    return unique_names(
+        f"{title} {model.info['version']}" if plain.count(title) > 1 else title for title, model in zip(plain, models)
+    )
 
 
 def comparison_text(
@@ -1218,6 +1509,7 @@ def comparison_text(
 ) -> str:  # a line an image, a column a model
     "The comparison as text: answers with their confidence, in brackets where the model abstains, - where there is none."
     from leukemia_nb.evaluation.metrics import distinct_paths, model_names
+
     names = model_names(table)
     lines = [["image", "true label", *names]]
     for image, (_, row) in zip(distinct_paths(table["image"]), table.iterrows()):

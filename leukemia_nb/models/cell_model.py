@@ -16,8 +16,20 @@ from .interface import ImageClassifier, open_images, resize_square
 from ..processing.segmentation import a_channel, find_cells, two_means
 
 # %% auto #0
-__all__ = ['SIDE', 'WINDOW', 'COLOURS', 'FEATURE_NAMES', 'refine_mask', 'cell_crops', 'recolour', 'cell_colours',
-           'exchange_colours', 'describe', 'aggregate_cells', 'CellModel']
+__all__ = [
+    "SIDE",
+    "WINDOW",
+    "COLOURS",
+    "FEATURE_NAMES",
+    "refine_mask",
+    "cell_crops",
+    "recolour",
+    "cell_colours",
+    "exchange_colours",
+    "describe",
+    "aggregate_cells",
+    "CellModel",
+]
 
 # %% ../../nbs/03_models/50_cell_model.ipynb #d28608d5
 SIDE, WINDOW = 224, 48  # every image is brought to this side; a cell is seen in a window of this many pixels of it
@@ -34,16 +46,19 @@ def refine_mask(
     mask: np.ndarray,  # bool (S, S), the cell
 ) -> np.ndarray:  # bool (S, S)
     "The part of a mask that is stained like the cell, without holes; the mask itself if hardly anything would be left."
-    if mask.all() or not mask.any(): return mask
+    if mask.all() or not mask.any():
+        return mask
     red, inner, ring = a_channel(crop).astype(np.float32), _grow(mask, -3), _grow(mask, 4) & ~_grow(mask, 1)
     cell = np.median(red[inner]) if inner.sum() > 20 else np.percentile(red[mask], 75)
     around = np.percentile(red[ring], 25) if ring.any() else 128
     stained = (mask & (red > (cell + around) / 2)).astype(np.uint8)
     stained = cv2.morphologyEx(stained, cv2.MORPH_OPEN, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5)))
     outlines = cv2.findContours(stained, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
-    if not outlines: return mask
+    if not outlines:
+        return mask
     tight = cv2.drawContours(np.zeros(mask.shape, np.uint8), [max(outlines, key=cv2.contourArea)], -1, 1, -1) > 0
     return tight if tight.sum() >= 60 else mask
+
 
 # %% ../../nbs/03_models/50_cell_model.ipynb #a32508ff
 def _usable(image: np.ndarray, cells: np.ndarray, smallest: int) -> list[tuple[int, int, int]]:
@@ -56,10 +71,12 @@ def _usable(image: np.ndarray, cells: np.ndarray, smallest: int) -> list[tuple[i
     medians = np.array([np.median(red[cells == k]) for k in found]).round().astype(np.uint8)
     if len(found) > 1:  # red cells that an image with few white cells brings along
         limit, (low, high) = two_means(medians)
-        if high - low >= 8 and low < 144: found = [k for k, m in zip(found, medians) if m > limit]
+        if high - low >= 8 and low < 144:
+            found = [k for k, m in zip(found, medians) if m > limit]
     for k in found:
         x, y, w, h = cv2.boundingRect((cells == k).astype(np.uint8))
-        if y + h > SIDE - 30 and x + w > SIDE - 44: continue
+        if y + h > SIDE - 30 and x + w > SIDE - 44:
+            continue
         inside = x > 0 and y > 0 and x + w < SIDE and y + h < SIDE
         (whole if inside else cut).append((k, (2 * y + h) // 2, (2 * x + w) // 2))
     return whole or cut
@@ -74,7 +91,8 @@ def cell_crops(
     "Windows around the white cells of an image, all at the same magnification. Cells cut by the border only if all are."
     cells = find_cells(image) if cells is None else cells
     use, half = _usable(image, cells, 80), WINDOW // 2
-    if len(use) > most: use = [use[i] for i in np.sort(np.random.default_rng(seed).choice(len(use), most, replace=False))]
+    if len(use) > most:
+        use = [use[i] for i in np.sort(np.random.default_rng(seed).choice(len(use), most, replace=False))]
     padded = np.pad(image, ((half, half), (half, half), (0, 0)), mode="edge")
     numbers = np.pad(cells, half)
     crops, masks = np.zeros((len(use), WINDOW, WINDOW, 3), np.uint8), np.zeros((len(use), WINDOW, WINDOW), bool)
@@ -83,6 +101,7 @@ def cell_crops(
         crops[i] = padded[window]
         masks[i] = refine_mask(crops[i], numbers[window] == k)
     return crops, masks
+
 
 # %% ../../nbs/03_models/50_cell_model.ipynb #743cbd4d
 COLOURS = ("own", "jitter", "matched", "grey")
@@ -97,16 +116,21 @@ def recolour(
     random: np.random.Generator | None = None,  # for "jitter"
 ) -> np.ndarray:  # uint8 (S, S, 3)
     "The cell in disturbed colours, in the reference's (CIELAB means and deviations), or in grey. Raises ValueError."
-    if colours not in COLOURS: raise ValueError(f"unknown colours '{colours}': choose among {', '.join(COLOURS)}.")
-    if colours == "own" or not mask.any(): return crop
+    if colours not in COLOURS:
+        raise ValueError(f"unknown colours '{colours}': choose among {', '.join(COLOURS)}.")
+    if colours == "own" or not mask.any():
+        return crop
     lab = cv2.cvtColor(crop, cv2.COLOR_RGB2LAB).astype(np.float32)
     mean, deviation = lab[mask].mean(axis=0), lab[mask].std(axis=0) + 1e-3
-    if colours == "matched": lab = (lab - mean) * np.clip(_DEVIATION / deviation, 0.3, 4) + _MEAN
-    elif colours == "grey": lab[..., 1:] = 128
+    if colours == "matched":
+        lab = (lab - mean) * np.clip(_DEVIATION / deviation, 0.3, 4) + _MEAN
+    elif colours == "grey":
+        lab[..., 1:] = 128
     else:
         random = random or np.random.default_rng()
         lab = (lab - mean) * np.exp(random.normal(0, 0.3, 3)) + mean + random.normal(0, 1, 3) * (15, 8, 8)
     return cv2.cvtColor(np.clip(lab, 0, 255).astype(np.uint8), cv2.COLOR_LAB2RGB)
+
 
 # %% ../../nbs/03_models/50_cell_model.ipynb #2e342f3a
 def cell_colours(
@@ -129,11 +153,28 @@ def exchange_colours(
     moved = [(cv2.cvtColor(crop, cv2.COLOR_RGB2LAB) - mean) * scale + colours[0] for crop in crops]
     return np.stack([cv2.cvtColor(np.clip(np.rint(lab), 0, 255).astype(np.uint8), cv2.COLOR_LAB2RGB) for lab in moved])
 
+
 # %% ../../nbs/03_models/50_cell_model.ipynb #e85a27fa
-FEATURE_NAMES = ("log area", "axis ratio", "solidity", "extent", "roughness", "length", "width", "dark share", "skewness", "kurtosis",
-            *(f"{what} {scale}" for scale in (0.7, 1, 2, 4) for what in ("contrast", "slope")), "middle", "rim", "grain",
-            *(f"pattern {i}" for i in range(10)), "L with A", "L with B",
-            *(f"{what} {channel}" for what in ("mean", "deviation") for channel in "LAB"))
+FEATURE_NAMES = (
+    "log area",
+    "axis ratio",
+    "solidity",
+    "extent",
+    "roughness",
+    "length",
+    "width",
+    "dark share",
+    "skewness",
+    "kurtosis",
+    *(f"{what} {scale}" for scale in (0.7, 1, 2, 4) for what in ("contrast", "slope")),
+    "middle",
+    "rim",
+    "grain",
+    *(f"pattern {i}" for i in range(10)),
+    "L with A",
+    "L with B",
+    *(f"{what} {channel}" for what in ("mean", "deviation") for channel in "LAB"),
+)
 
 
 def _shape(mask: np.ndarray) -> list[float]:
@@ -165,6 +206,7 @@ def describe(
 ) -> np.ndarray:  # float32 (39,), in the order of `FEATURE_NAMES`
     "Measure one cell: 7 numbers of shape, 26 of texture and how colours go together, 6 of colour."
     from skimage.feature import local_binary_pattern
+
     lab = cv2.cvtColor(crop, cv2.COLOR_RGB2LAB).astype(np.float32)
     core = _grow(mask, -1) if _grow(mask, -1).sum() >= 30 else mask
     light, values = lab[..., 0], lab[core]
@@ -175,19 +217,31 @@ def describe(
     flat = np.where(core, light, mean[0]).astype(np.uint8)
     patterns = np.bincount(local_binary_pattern(flat, 8, 1, "uniform").astype(int)[core], minlength=10) / core.sum()
     together = [(normal[:, 0] * normal[:, i]).mean() for i in (1, 2)]
-    numbers = [*_shape(mask), dark, (normal[:, 0] ** 3).mean(), (normal[:, 0] ** 4).mean(), *_texture(z, mask, core), *patterns,
-               *together, *mean, *deviation]
+    numbers = [
+        *_shape(mask),
+        dark,
+        (normal[:, 0] ** 3).mean(),
+        (normal[:, 0] ** 4).mean(),
+        *_texture(z, mask, core),
+        *patterns,
+        *together,
+        *mean,
+        *deviation,
+    ]
     return np.nan_to_num(np.array(numbers, dtype=np.float32))
+
 
 # %% ../../nbs/03_models/50_cell_model.ipynb #3f531936
 def _softmax(logits: np.ndarray) -> np.ndarray:
-    if logits.shape[1] == 1: logits = np.c_[np.zeros_like(logits), logits]  # scikit-learn's form for two classes
+    if logits.shape[1] == 1:
+        logits = np.c_[np.zeros_like(logits), logits]  # scikit-learn's form for two classes
     odds = np.exp(logits - logits.max(axis=1, keepdims=True))
     return odds / odds.sum(axis=1, keepdims=True)
 
 
 def _log_probabilities(layers: list[tuple[np.ndarray, np.ndarray]], values: np.ndarray) -> np.ndarray:
-    for weights, bias in layers[:-1]: values = np.maximum(values @ weights + bias, 0)
+    for weights, bias in layers[:-1]:
+        values = np.maximum(values @ weights + bias, 0)
     return np.log(_softmax(values @ layers[-1][0] + layers[-1][1]) + 1e-4)
 
 
@@ -204,9 +258,11 @@ def aggregate_cells(
     np.add.at(spread, owner, (cells - mean[owner]) ** 2)
     return np.hstack([mean, np.sqrt(spread / count)])
 
+
 # %% ../../nbs/03_models/50_cell_model.ipynb #b7ab8580
 class CellModel(ImageClassifier):
     "White cells measured one by one, with the background left out; the cells of an image vote."
+
     name = "cells"
 
     def measure(
@@ -235,7 +291,9 @@ class CellModel(ImageClassifier):
 
     def decision_function(self, cells: np.ndarray, owner: np.ndarray, n: int) -> np.ndarray:
         "Log-probabilities (n, k) before the temperature; an image without cells gets the training part's class shares."
-        votes = aggregate_cells(_log_probabilities(self.cell_layers_, (cells - self.cell_scale_[0]) / self.cell_scale_[1]), owner, n)
+        votes = aggregate_cells(
+            _log_probabilities(self.cell_layers_, (cells - self.cell_scale_[0]) / self.cell_scale_[1]), owner, n
+        )
         seen = (aggregate_cells(cells, owner, n) - self.population_scale_[0]) / self.population_scale_[1]
         total = votes[:, : len(self.classes_)] + _log_probabilities(self.population_layers_, seen)
         none = np.bincount(owner, minlength=n) == 0
@@ -246,15 +304,20 @@ class CellModel(ImageClassifier):
         "Probabilities (n, k) from given cells, or from recoloured ones: how much of the answer is colour?"
         return _softmax(self.decision_function(*self.measure(images, cells, colours)) / self.temperature_).astype(np.float32)
 
-    def _predict(self, batch): return self.predict_cells(batch)
+    def _predict(self, batch):
+        return self.predict_cells(batch)
 
-    def _features(self, batch): return aggregate_cells(*self.measure(batch))
+    def _features(self, batch):
+        return aggregate_cells(*self.measure(batch))
 
     def _fit(self, train, validation, history):
         self.weights_source_ = "39 measurements of each cell, no pretrained network"
         table = getattr(train, "table", None)
-        rows = np.arange(len(train)) if table is None or "pair" not in table else np.unique(
-            table["pair"].to_numpy(dtype=str), return_index=True)[1]
+        rows = (
+            np.arange(len(train))
+            if table is None or "pair" not in table
+            else np.unique(table["pair"].to_numpy(dtype=str), return_index=True)[1]
+        )
         y = self.targets(train)[rows]
         self.shares_ = np.bincount(y, minlength=len(self.classes_)) / len(y)
         history.log(f"{self.name}: measuring the cells of {len(rows)} images in their own and in other colours")
@@ -269,13 +332,15 @@ class CellModel(ImageClassifier):
         filled = np.array([len(crops) > 0 for crops, _ in seen])
         for k in range(len(self.classes_)):
             donors = np.flatnonzero(filled & (y == k))
-            if not len(donors): continue
+            if not len(donors):
+                continue
             given = [cell_colours(*seen[i]) for i in random.choice(donors, len(seen))]
             found.append(self._describe((exchange_colours(c, m, g) if len(c) else c, m) for (c, m), g in zip(few, given)))
         return found
 
     def _learn_population(self, found, y):
         from sklearn.linear_model import LogisticRegression
+
         parts = [(aggregate_cells(cells, owner, n), np.isin(np.arange(n), owner)) for cells, owner, n in found]
         seen, target = np.concatenate([p[keep] for p, keep in parts]), np.concatenate([y[keep] for _, keep in parts])
         self.population_scale_ = np.stack([seen.mean(axis=0), seen.std(axis=0) + 1e-6])
@@ -285,20 +350,25 @@ class CellModel(ImageClassifier):
 
     def _learn_cells(self, found, y, held_out, y_held_out, history):
         from sklearn.neural_network import MLPClassifier
+
         cells, target = np.concatenate([f[0] for f in found]), np.concatenate([y[f[1]] for f in found])
         self.cell_scale_ = np.stack([cells.mean(axis=0), cells.std(axis=0) + 1e-6])
         cells = (cells - self.cell_scale_[0]) / self.cell_scale_[1]
-        network = MLPClassifier((96, 48), alpha=0.3, batch_size=min(200, len(cells)), learning_rate_init=self.learning_rate,
-                                random_state=self.seed)
+        network = MLPClassifier(
+            (96, 48), alpha=0.3, batch_size=min(200, len(cells)), learning_rate_init=self.learning_rate, random_state=self.seed
+        )
         self.temperature_, best = 1.0, None
         for _ in range(self.epochs):
             start = time.perf_counter()
             network.partial_fit(cells, target, classes=np.arange(len(self.classes_)))
             self.cell_layers_ = list(zip(network.coefs_, network.intercepts_))
-            scores = [self._scores(self.decision_function(*part), truth) for part, truth in ((found[0], y), (held_out, y_held_out))]
+            scores = [
+                self._scores(self.decision_function(*part), truth) for part, truth in ((found[0], y), (held_out, y_held_out))
+            ]
             if history.add(*scores[0], *scores[1], time.perf_counter() - start):
                 best = [(w.copy(), b.copy()) for w, b in self.cell_layers_]
-            if history.stop: break
+            if history.stop:
+                break
         self.cell_layers_ = best
         opinions = self.decision_function(*held_out)
         self.temperature_ = float(min(np.geomspace(0.5, 8, 41), key=lambda t: self._scores(opinions / t, y_held_out)[1]))
@@ -308,13 +378,24 @@ class CellModel(ImageClassifier):
         return float((p.argmax(axis=1) == truth).mean()), float(-np.log(p[np.arange(len(truth)), truth] + 1e-12).mean())
 
     def _save(self, folder: Path) -> None:
-        layers = {f"{which}_{i}_{part}": array for which in ("cell", "population")
-                  for i, layer in enumerate(getattr(self, f"{which}_layers_")) for part, array in zip(("weights", "bias"), layer)}
-        np.savez(folder / "cells.npz", cell_scale=self.cell_scale_, population_scale=self.population_scale_, shares=self.shares_,
-                 temperature=self.temperature_, **layers)
+        layers = {
+            f"{which}_{i}_{part}": array
+            for which in ("cell", "population")
+            for i, layer in enumerate(getattr(self, f"{which}_layers_"))
+            for part, array in zip(("weights", "bias"), layer)
+        }
+        np.savez(
+            folder / "cells.npz",
+            cell_scale=self.cell_scale_,
+            population_scale=self.population_scale_,
+            shares=self.shares_,
+            temperature=self.temperature_,
+            **layers,
+        )
 
     def _load(self, folder: Path) -> None:
-        with np.load(folder / "cells.npz", allow_pickle=False) as file: arrays = dict(file)
+        with np.load(folder / "cells.npz", allow_pickle=False) as file:
+            arrays = dict(file)
         for which in ("cell", "population"):
             count = sum(key.startswith(f"{which}_") and key.endswith("_bias") for key in arrays)
             layers = [(arrays[f"{which}_{i}_weights"], arrays[f"{which}_{i}_bias"]) for i in range(count)]
@@ -326,8 +407,11 @@ class CellModel(ImageClassifier):
 class _Rows:
     "Some rows of a source, as a source."
 
-    def __init__(self, source: Any, rows: np.ndarray): self.source, self.rows = source, rows
+    def __init__(self, source: Any, rows: np.ndarray):
+        self.source, self.rows = source, rows
 
-    def __len__(self) -> int: return len(self.rows)
+    def __len__(self) -> int:
+        return len(self.rows)
 
-    def read(self, index, channel: str = "original") -> np.ndarray: return self.source.read(self.rows[index], channel)
+    def read(self, index, channel: str = "original") -> np.ndarray:
+        return self.source.read(self.rows[index], channel)

@@ -10,11 +10,13 @@ from typing import Any
 from .transfer import BackboneClassifier
 
 # %% auto #0
-__all__ = ['DualChannel']
+__all__ = ["DualChannel"]
+
 
 # %% ../../nbs/03_models/30_dual_channel.ipynb #c169a527
 class DualChannel(BackboneClassifier):
     "Original and segmented image through one MobileNetV2; head 512, 256 (ReLU, dropout 0.5), softmax, as in the original study."
+
     name, backbone = "dual_channel", "mobilenet_v2"
     channels = ("original", "segmented")
 
@@ -30,7 +32,9 @@ class DualChannel(BackboneClassifier):
     def head_layers(self, keras: Any) -> list[Any]:
         "Keras layers from the features (n, 2 * 1280), original first, to logits (n, k)."
         return [
-            self.dense(keras, 512, 0, "relu"), keras.layers.Dropout(0.5, seed=self.seed),
-            self.dense(keras, 256, 1, "relu"), keras.layers.Dropout(0.5, seed=self.seed + 1),
+            self.dense(keras, 512, 0, "relu"),
+            keras.layers.Dropout(0.5, seed=self.seed),
+            self.dense(keras, 256, 1, "relu"),
+            keras.layers.Dropout(0.5, seed=self.seed + 1),
             self.dense(keras, len(self.classes_), 2),
         ]

@@ -26,21 +26,43 @@ from ..data.files import file_sha256
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-else: DataFrame = Any  # loaded with the first table; the name is for the documentation
+else:
+    DataFrame = Any  # loaded with the first table; the name is for the documentation
 
 # %% auto #0
-__all__ = ['MODELS', 'ModelError', 'ModelEntry', 'register', 'make_model', 'kept_environment', 'Keywords', 'Settings',
-           'resize_square', 'Images', 'open_images', 'read_batches', 'History', 'collapsed_to', 'ImagePredictor',
-           'ImageClassifier', 'versions', 'save_model', 'load_model']
+__all__ = [
+    "MODELS",
+    "ModelError",
+    "ModelEntry",
+    "register",
+    "make_model",
+    "kept_environment",
+    "Keywords",
+    "Settings",
+    "resize_square",
+    "Images",
+    "open_images",
+    "read_batches",
+    "History",
+    "collapsed_to",
+    "ImagePredictor",
+    "ImageClassifier",
+    "versions",
+    "save_model",
+    "load_model",
+]
+
 
 # %% ../../nbs/03_models/10_interface.ipynb #c415bbd2
 class ModelError(ValueError):
     "A model that cannot be made, trained, saved or loaded: one line that says what is wrong and what to do."
 
+
 # %% ../../nbs/03_models/10_interface.ipynb #fd763fdd
 @dataclass(frozen=True)
 class ModelEntry:
     "Where a model lives and what people call it."
+
     title: str  # name in tables and figures
     module: str  # module that defines the class
     class_name: str  # the class itself
@@ -58,6 +80,7 @@ MODELS: dict[str, ModelEntry] = {
     "cells": ModelEntry("Cell-centred (ours)", "leukemia_nb.models.cell_model", "CellModel", "cells"),
 }
 
+
 # %% ../../nbs/03_models/10_interface.ipynb #50f345db
 def register(
     name: str,  # name of the new model: lower case, no spaces
@@ -71,6 +94,7 @@ def register(
     if MODELS.setdefault(name, entry) != entry:
         raise ModelError(f"model '{name}' is registered already as {MODELS[name]}. Choose another name.")
     return entry
+
 
 # %% ../../nbs/03_models/10_interface.ipynb #199c5dae
 def make_model(
@@ -87,6 +111,7 @@ def make_model(
         raise ModelError(f"{name}: unknown setting '{unknown[0]}'. It has: {', '.join(known)}.")
     return model_class(**settings).check_settings()
 
+
 # %% ../../nbs/03_models/10_interface.ipynb #5b7e02a2
 @contextmanager
 def kept_environment(
@@ -99,7 +124,9 @@ def kept_environment(
     finally:
         for name, value in before.items():
             os.environ.pop(name, None)
-            if value is not None: os.environ[name] = value
+            if value is not None:
+                os.environ[name] = value
+
 
 # %% ../../nbs/03_models/10_interface.ipynb #61e19801
 class Keywords:
@@ -119,17 +146,26 @@ class Keywords:
     def set_params(self, **settings: Any):
         "Change settings; Raises ModelError for a name that is not one."
         for name, value in settings.items():
-            if name not in self.setting_names(): raise ModelError(f"'{name}' is not a setting of {type(self).__name__}.")
+            if name not in self.setting_names():
+                raise ModelError(f"'{name}' is not a setting of {type(self).__name__}.")
             setattr(self, name, value)
         return self
 
     def __sklearn_tags__(self):
         from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
-        return Tags(estimator_type="classifier", target_tags=TargetTags(required=True), transformer_tags=None,
-                    classifier_tags=ClassifierTags(), regressor_tags=None, input_tags=InputTags(three_d_array=True))
+
+        return Tags(
+            estimator_type="classifier",
+            target_tags=TargetTags(required=True),
+            transformer_tags=None,
+            classifier_tags=ClassifierTags(),
+            regressor_tags=None,
+            input_tags=InputTags(three_d_array=True),
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.get_params().items())})"
+
 
 # %% ../../nbs/03_models/10_interface.ipynb #44f83e4a
 class Settings(Keywords):
@@ -156,8 +192,11 @@ class Settings(Keywords):
 
     def check_settings(self):
         "Return self, or raise ModelError naming the setting, its value, and what is allowed."
-        allowed = {"preprocessing": ("native", "rescale"), "weights": ("imagenet", "local", "random"),
-                   "fine_tune": (None, True, False)}
+        allowed = {
+            "preprocessing": ("native", "rescale"),
+            "weights": ("imagenet", "local", "random"),
+            "fine_tune": (None, True, False),
+        }
         for key, values in allowed.items():
             if getattr(self, key) not in values:
                 raise ModelError(f"{key}={getattr(self, key)!r} is not one of {', '.join(map(repr, values))}.")
@@ -171,6 +210,7 @@ class Settings(Keywords):
             raise ModelError(f"classes={self.classes!r} is not a list of different names.")
         return self
 
+
 # %% ../../nbs/03_models/10_interface.ipynb #f8a6b8dc
 def resize_square(
     image: np.ndarray,  # uint8 (H, W, 3) RGB, 0..255
@@ -178,12 +218,15 @@ def resize_square(
 ) -> np.ndarray:  # uint8 (size, size, 3)
     "Squash an image to a square; area averaging when it shrinks, so that thin cell borders do not alias."
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ModelError(f"an image must be uint8 RGB (height, width, 3), not {image.dtype} {image.shape}. "
-                         "Read it with leukemia_nb.data.images.read_image.")
+        raise ModelError(
+            f"an image must be uint8 RGB (height, width, 3), not {image.dtype} {image.shape}. "
+            "Read it with leukemia_nb.data.images.read_image."
+        )
     if image.shape[:2] == (size, size):
         return image
     shrinks = image.shape[0] >= size and image.shape[1] >= size
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
 
 # %% ../../nbs/03_models/10_interface.ipynb #96086262
 class Images(Sequence):
@@ -204,7 +247,8 @@ class Images(Sequence):
         if self.labels is not None and len(self.labels) != len(images):
             raise ModelError(f"{len(images)} images but {len(self.labels)} labels.")
 
-    def __len__(self) -> int: return len(self.images)
+    def __len__(self) -> int:
+        return len(self.images)
 
     def _square(self, row: int, channel: str) -> np.ndarray:
         image = np.asarray(self.images[row])
@@ -212,6 +256,7 @@ class Images(Sequence):
             image = image[0 if channel == "original" else 1]
         elif channel == "segmented":
             from leukemia_nb.processing.segmentation import apply_mask, segment
+
             image = apply_mask(image, segment(image, self.method))
         return resize_square(image, self.size)
 
@@ -224,6 +269,7 @@ class Images(Sequence):
     def __getitem__(self, index):
         pairs = np.stack([self.read(index, "original"), self.read(index, "segmented")], axis=1)
         return pairs[0] if np.ndim(index) == 0 and not isinstance(index, slice) else pairs
+
 
 # %% ../../nbs/03_models/10_interface.ipynb #18d595e0
 def open_images(
@@ -249,6 +295,7 @@ def read_batches(
         read = [np.stack([resize_square(p, size) for p in source.read(index, channel)]) for channel in channels]
         yield read[0] if len(read) == 1 else np.stack(read, axis=1)
 
+
 # %% ../../nbs/03_models/10_interface.ipynb #e0dc25e9
 class History:
     "Rows of training, one an epoch; `best` is the epoch of the lowest validation loss and `stop` tells when to end."
@@ -267,13 +314,24 @@ class History:
     def add(self, accuracy: float, loss: float, val_accuracy: float, val_loss: float, seconds: float) -> bool:
         "Take the numbers of an epoch; True if it is the best so far, whose weights are to be kept."
         epoch = len(self.rows) + 1
-        self.rows.append(dict(epoch=epoch, accuracy=float(accuracy), loss=float(loss), val_accuracy=float(val_accuracy),
-                              val_loss=float(val_loss), seconds=float(seconds)))
+        self.rows.append(
+            dict(
+                epoch=epoch,
+                accuracy=float(accuracy),
+                loss=float(loss),
+                val_accuracy=float(val_accuracy),
+                val_loss=float(val_loss),
+                seconds=float(seconds),
+            )
+        )
         improved = bool(val_loss < self.best_loss) or epoch == 1
-        if improved: self.best, self.best_loss = epoch, float(val_loss)
+        if improved:
+            self.best, self.best_loss = epoch, float(val_loss)
         self.stop = epoch - self.best >= self.patience or epoch >= self.epochs
-        self.log(f"{self.name}: epoch {epoch}/{self.epochs}  accuracy {accuracy:.3f}  loss {loss:.3f}  "
-                 f"validation {val_accuracy:.3f}  loss {val_loss:.3f}  {seconds:.1f} s{'  *' if improved else ''}")
+        self.log(
+            f"{self.name}: epoch {epoch}/{self.epochs}  accuracy {accuracy:.3f}  loss {loss:.3f}  "
+            f"validation {val_accuracy:.3f}  loss {val_loss:.3f}  {seconds:.1f} s{'  *' if improved else ''}"
+        )
         return improved
 
     @property
@@ -282,13 +340,16 @@ class History:
         return {name: getattr(self, name) for name in ("rows", "best", "best_loss", "stop")}
 
     @state.setter
-    def state(self, state: dict[str, Any]) -> None: vars(self).update(state)
+    def state(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
     @property
     def table(self) -> DataFrame:
         "The rows as a table [epoch, accuracy, loss, val_accuracy, val_loss, seconds]."
         import pandas as pd
+
         return pd.DataFrame(self.rows, columns=["epoch", "accuracy", "loss", "val_accuracy", "val_loss", "seconds"])
+
 
 # %% ../../nbs/03_models/10_interface.ipynb #8d784fdf
 def collapsed_to(
@@ -298,17 +359,23 @@ def collapsed_to(
     share: float = 0.95,  # this share of answers in one class is a collapse, unless the truth is like that too
 ) -> str:  # "" if the model has not collapsed
     "One line that names the class a model gives to (nearly) everything, or an empty text."
-    if not len(probabilities): return ""
+    if not len(probabilities):
+        return ""
     answers = np.bincount(np.argmax(probabilities, axis=1), minlength=len(classes)) / len(probabilities)
     winner = int(answers.argmax())
     true_share = float(np.mean(np.asarray(labels) == classes[winner]))
-    if answers[winner] < share or true_share >= 0.9 * share: return ""
-    return (f"collapsed: answers '{classes[winner]}' to {answers[winner]:.0%} of {len(probabilities)} validation "
-            f"images; {true_share:.0%} are that. Its accuracy means nothing: train longer, or check the input range.")
+    if answers[winner] < share or true_share >= 0.9 * share:
+        return ""
+    return (
+        f"collapsed: answers '{classes[winner]}' to {answers[winner]:.0%} of {len(probabilities)} validation "
+        f"images; {true_share:.0%} are that. Its accuracy means nothing: train longer, or check the input range."
+    )
+
 
 # %% ../../nbs/03_models/10_interface.ipynb #42e91f74
 class ImagePredictor(Settings):
     "Asks a trained network: `predict_proba`, `predict`, `features`. Subclasses implement the hooks."
+
     name = "model"  # key in `MODELS`
     channels: tuple[str, ...] = ("original",)  # what the network sees: ("original",) or ("original", "segmented")
     classes_: np.ndarray  # str (k,), once trained: the order of the columns
@@ -358,6 +425,7 @@ class ImagePredictor(Settings):
         "What the last layer sees, float32 (n, d): for shortcuts, neighbours and out-of-domain measures."
         return self._ask(images, self._features, 0)
 
+
 # %% ../../nbs/03_models/10_interface.ipynb #f5773cb1
 class ImageClassifier(ImagePredictor):
     "Base of all models: `fit`, and the answers of `ImagePredictor`. Subclasses implement `_fit` too."
@@ -384,8 +452,9 @@ class ImageClassifier(ImagePredictor):
         "Train, keep the weights of the lowest validation loss, warn (RuntimeWarning) if the model has collapsed."
         self.check_settings()
         if not len(train) or not len(validation):
-            raise ModelError(f"{self.name}: {len(train)} training and {len(validation)} validation images. "
-                             "Both need at least one.")
+            raise ModelError(
+                f"{self.name}: {len(train)} training and {len(validation)} validation images. Both need at least one."
+            )
         found = sorted(set(map(str, train.labels if train.labels is not None else ())))
         self.classes_ = np.array(found if self.classes is None else list(self.classes), dtype=str)
         if missing := [name for name in self.classes_ if name not in found]:
@@ -395,12 +464,14 @@ class ImageClassifier(ImagePredictor):
         self._fit(train, validation, history)
         self.history_, self.best_epoch_ = history.table, history.best
         self.collapsed_ = collapsed_to(self.predict_proba(validation), validation.labels, self.classes_)
-        if self.collapsed_: warnings.warn(f"{self.name} {self.collapsed_}", RuntimeWarning, stacklevel=2)
+        if self.collapsed_:
+            warnings.warn(f"{self.name} {self.collapsed_}", RuntimeWarning, stacklevel=2)
         return self.history_
 
     def save(self, folder: str | os.PathLike) -> Path:
         "Write the model into a folder, whole or not at all; see `save_model`."
         return save_model(self, folder)
+
 
 # %% ../../nbs/03_models/10_interface.ipynb #dc73066a
 def versions(
@@ -417,8 +488,10 @@ def versions(
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray | np.generic): return value.tolist()
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
     return list(value) if isinstance(value, tuple) else value
+
 
 # %% ../../nbs/03_models/10_interface.ipynb #c0e7bdb3
 def save_model(
@@ -437,12 +510,14 @@ def save_model(
         model._save(unfinished)
         model.history_.to_csv(unfinished / "history.csv", index=False)
         facts = dict(
-            name=model.name, classes=model.classes_.tolist(), weights_source=model.weights_source_,
-            collapsed=model.collapsed_, best_epoch=int(model.best_epoch_),
+            name=model.name,
+            classes=model.classes_.tolist(),
+            weights_source=model.weights_source_,
+            collapsed=model.collapsed_,
+            best_epoch=int(model.best_epoch_),
             settings={key: _plain(value) for key, value in model.get_params().items()},
             versions=versions("leukemia_nb", "numpy", "keras", "tensorflow", "torch", "ultralytics"),
-            files={p.relative_to(unfinished).as_posix(): file_sha256(p)
-                   for p in sorted(unfinished.rglob("*")) if p.is_file()},
+            files={p.relative_to(unfinished).as_posix(): file_sha256(p) for p in sorted(unfinished.rglob("*")) if p.is_file()},
         )
         (unfinished / "model.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
         os.chmod(unfinished, 0o755)
@@ -457,6 +532,7 @@ def save_model(
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return folder
+
 
 # %% ../../nbs/03_models/10_interface.ipynb #2607c347
 def load_model(
@@ -483,9 +559,11 @@ def load_model(
         model.weights_source_, model.collapsed_ = facts["weights_source"], facts["collapsed"]
         model.best_epoch_ = facts["best_epoch"]
         import pandas as pd
+
         model.history_ = pd.read_csv(folder / "history.csv")
         model._load(folder)
-    except (ModelError, ImportError, MemoryError): raise
+    except (ModelError, ImportError, MemoryError):
+        raise
     except Exception as error:  # whatever a framework says of files that somebody has changed, their checksums included
         reason = (str(error).splitlines() or [""])[0][:120]
         raise ModelError(f"{folder} does not hold a whole model ({type(error).__name__}: {reason}). Train it again.") from error

@@ -25,16 +25,41 @@ from .interface import History, ModelError, ImageClassifier, kept_environment, r
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's start-up messages, not its errors in Python
 
 # %% auto #0
-__all__ = ['BACKBONES', 'KERAS_SETTINGS', 'WEIGHTS_FOLDER', 'Backbone', 'input_scaling', 'check_keras', 'start_quietly',
-           'find_weight_file', 'download_weights', 'choose_weights', 'values_sha256', 'weights_source',
-           'normalise_as_imagenet', 'seeded', 'build_backbone', 'statistics_measurer', 'epoch_batches', 'variant_rows',
-           'BackboneNetwork', 'sharing_strategy', 'train_step', 'score_logits', 'BackboneClassifier', 'EfficientNetB0',
-           'MobileNetV2', 'NASNetMobile']
+__all__ = [
+    "BACKBONES",
+    "KERAS_SETTINGS",
+    "WEIGHTS_FOLDER",
+    "Backbone",
+    "input_scaling",
+    "check_keras",
+    "start_quietly",
+    "find_weight_file",
+    "download_weights",
+    "choose_weights",
+    "values_sha256",
+    "weights_source",
+    "normalise_as_imagenet",
+    "seeded",
+    "build_backbone",
+    "statistics_measurer",
+    "epoch_batches",
+    "variant_rows",
+    "BackboneNetwork",
+    "sharing_strategy",
+    "train_step",
+    "score_logits",
+    "BackboneClassifier",
+    "EfficientNetB0",
+    "MobileNetV2",
+    "NASNetMobile",
+]
+
 
 # %% ../../nbs/03_models/20_transfer.ipynb #c5dd3f41
 @dataclass(frozen=True)
 class Backbone:
     "An ImageNet network without its last layer, as Keras publishes it."
+
     application: str  # name in keras.applications
     features: int  # length of the feature vector of an image
     low: float  # what the backbone wants to see for a pixel of 0
@@ -49,15 +74,34 @@ _KERAS = "https://storage.googleapis.com/"
 _MOBILENET = "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5"
 BACKBONES: dict[str, Backbone] = {
     "efficientnet_b0": Backbone(
-        "EfficientNetB0", 1280, 0, 255, _KERAS + "keras-applications/efficientnetb0_notop.h5",
-        ("efficientnetb0_notop.h5",), md5="50bc09e76180e00e4465e1a485ddc09d"),
+        "EfficientNetB0",
+        1280,
+        0,
+        255,
+        _KERAS + "keras-applications/efficientnetb0_notop.h5",
+        ("efficientnetb0_notop.h5",),
+        md5="50bc09e76180e00e4465e1a485ddc09d",
+    ),
     "mobilenet_v2": Backbone(
-        "MobileNetV2", 1280, -1, 1, _KERAS + "tensorflow/keras-applications/mobilenet_v2/" + _MOBILENET,
-        (_MOBILENET,), values="c009b1f1262c1f55420ed4f95d0f338acb97548930c6f6c8f3383b79544088a8"),
+        "MobileNetV2",
+        1280,
+        -1,
+        1,
+        _KERAS + "tensorflow/keras-applications/mobilenet_v2/" + _MOBILENET,
+        (_MOBILENET,),
+        values="c009b1f1262c1f55420ed4f95d0f338acb97548930c6f6c8f3383b79544088a8",
+    ),
     "nasnet_mobile": Backbone(
-        "NASNetMobile", 1056, -1, 1, _KERAS + "tensorflow/keras-applications/nasnet/NASNet-mobile-no-top.h5",
-        ("NASNet-mobile-no-top.h5", "nasnet_mobile_no_top.h5"), md5="1ed92395b5b598bdda52abe5c0dbfd63"),
+        "NASNetMobile",
+        1056,
+        -1,
+        1,
+        _KERAS + "tensorflow/keras-applications/nasnet/NASNet-mobile-no-top.h5",
+        ("NASNet-mobile-no-top.h5", "nasnet_mobile_no_top.h5"),
+        md5="1ed92395b5b598bdda52abe5c0dbfd63",
+    ),
 }
+
 
 # %% ../../nbs/03_models/20_transfer.ipynb #d0e258e5
 def input_scaling(
@@ -65,43 +109,59 @@ def input_scaling(
     preprocessing: str,  # "native" or "rescale"
 ) -> tuple[float, float]:  # scale and offset of the Rescaling layer: seen = pixel * scale + offset
     "How a uint8 pixel becomes what the backbone is given: its own range, or the original study's 0..1 for all."
-    if preprocessing == "rescale": return 1 / 255, 0.0
+    if preprocessing == "rescale":
+        return 1 / 255, 0.0
     return (backbone.high - backbone.low) / 255, float(backbone.low)
 
+
 # %% ../../nbs/03_models/20_transfer.ipynb #58c10bcc
-KERAS_SETTINGS: dict[str, Any] = {"backend": "tensorflow", "image_data_format": "channels_last", "floatx": "float32",
-                                  "epsilon": 1e-7, "dtype_policy": "float32"}
+KERAS_SETTINGS: dict[str, Any] = {
+    "backend": "tensorflow",
+    "image_data_format": "channels_last",
+    "floatx": "float32",
+    "epsilon": 1e-7,
+    "dtype_policy": "float32",
+}
 
 
 def check_keras() -> None:
     "Raises ModelError, one line, where Keras runs in this process with other settings than the models need."
     import keras
+
     for name, value in KERAS_SETTINGS.items():
         found = getattr(keras.config, name)()
         found = getattr(found, "name", found)
         if found != value:
-            raise ModelError(f"Keras is loaded in this process with {name}={found!r}, and the models need {value!r}. "
-                             "Start Python anew and do not import keras first: leukemia_nb imports it as it needs it.")
+            raise ModelError(
+                f"Keras is loaded in this process with {name}={found!r}, and the models need {value!r}. "
+                "Start Python anew and do not import keras first: leukemia_nb imports it as it needs it."
+            )
 
 
 def start_quietly() -> None:
     "Import Keras as the models need it, whatever the user's settings, without native start-up messages. Raises ModelError."
-    if "keras" in sys.modules: check_keras()
-    if {"keras", "tensorflow"} <= sys.modules.keys(): return
+    if "keras" in sys.modules:
+        check_keras()
+    if {"keras", "tensorflow"} <= sys.modules.keys():
+        return
     others = [name for name in os.environ if name.startswith("KERAS_")]
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     with tempfile.TemporaryDirectory() as no_settings, kept_environment("KERAS_HOME", "KERAS_BACKEND", *others):
-        for name in others: del os.environ[name]
+        for name in others:
+            del os.environ[name]
         os.environ.update(KERAS_HOME=no_settings, KERAS_BACKEND=KERAS_SETTINGS["backend"])
         try:
             os.dup2(nothing, 2)  # they say that there is no GPU, six times
             import keras
             import tensorflow as tf
+
             keras.ops.zeros(1), tf.config.list_physical_devices()
         finally:
             os.dup2(kept, 2)
-            for handle in (kept, nothing): os.close(handle)
+            for handle in (kept, nothing):
+                os.close(handle)
+
 
 # %% ../../nbs/03_models/20_transfer.ipynb #d56fbdee
 WEIGHTS_FOLDER = "LEUKEMIA_NB_WEIGHTS"
@@ -111,10 +171,13 @@ def find_weight_file(
     backbone: Backbone,  # one of `BACKBONES`
 ) -> Path | None:
     "The backbone's file in the folder `LEUKEMIA_NB_WEIGHTS`, None if it is not there; Raises ModelError for no folder."
-    if not os.environ.get(WEIGHTS_FOLDER): return None
+    if not os.environ.get(WEIGHTS_FOLDER):
+        return None
     folder = Path(os.environ[WEIGHTS_FOLDER]).expanduser()
-    if not folder.is_dir(): raise ModelError(f"{WEIGHTS_FOLDER}={folder} is not a folder. Correct it, or unset it.")
+    if not folder.is_dir():
+        raise ModelError(f"{WEIGHTS_FOLDER}={folder} is not a folder. Correct it, or unset it.")
     return next((folder / file for file in backbone.files if (folder / file).is_file()), None)
+
 
 # %% ../../nbs/03_models/20_transfer.ipynb #747bd238
 def download_weights(
@@ -123,16 +186,23 @@ def download_weights(
     "Keras' own download of the ImageNet weights. Raises ModelError that says which file to put where."
     start_quietly()
     import keras
+
     cache = os.environ.get("KERAS_HOME") or os.path.expanduser("~/.keras")
     try:
         os.makedirs(cache, exist_ok=True)
-        return Path(keras.utils.get_file(backbone.files[-1], backbone.url, cache_dir=cache, cache_subdir="models",
-                                         file_hash=backbone.md5 or None))
+        return Path(
+            keras.utils.get_file(
+                backbone.files[-1], backbone.url, cache_dir=cache, cache_subdir="models", file_hash=backbone.md5 or None
+            )
+        )
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0].rsplit("-- ", 1)[-1][:100]
-        raise ModelError(f"ImageNet weights of {backbone.application} could not be downloaded ({reason}). Put "
-                         f"{backbone.files[0]} from {backbone.url} into a folder and set {WEIGHTS_FOLDER} to it, or ask for "
-                         f"weights='random'.") from error
+        raise ModelError(
+            f"ImageNet weights of {backbone.application} could not be downloaded ({reason}). Put "
+            f"{backbone.files[0]} from {backbone.url} into a folder and set {WEIGHTS_FOLDER} to it, or ask for "
+            f"weights='random'."
+        ) from error
+
 
 # %% ../../nbs/03_models/20_transfer.ipynb #58c0c712
 def choose_weights(
@@ -140,9 +210,11 @@ def choose_weights(
     weights: str,  # "imagenet": the folder's file, else download; "local": the folder's file, else random; "random"
 ) -> Path | None:  # None: random initialisation
     "The file to start from. Never downloads for `local` and `random`. Raises ModelError."
-    if weights == "random": return None
+    if weights == "random":
+        return None
     file = find_weight_file(backbone)
     return download_weights(backbone) if file is None and weights == "imagenet" else file
+
 
 # %% ../../nbs/03_models/20_transfer.ipynb #c4585d8c
 def values_sha256(
@@ -150,8 +222,10 @@ def values_sha256(
 ) -> str:
     "Checksum of the numbers themselves (float32), whatever file format they came in."
     digest = hashlib.sha256()
-    for array in arrays: digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
     return digest.hexdigest()
+
 
 # %% ../../nbs/03_models/20_transfer.ipynb #fbe1435c
 def weights_source(
@@ -160,13 +234,21 @@ def weights_source(
     arrays: list[np.ndarray],  # what the network holds after loading
 ) -> str:
     "One line for every row of results: which weights, and whether their checksum is the published one."
-    if file is None: return "random initialisation"
+    if file is None:
+        return "random initialisation"
     if backbone.md5:
         md5 = hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()
-        return f"ImageNet ({file.name}, md5 as published)" if md5 == backbone.md5 else (
-            f"unconfirmed ({file.name}, md5 {md5} is not the published {backbone.md5})")
-    return f"ImageNet ({file.name}, values as known)" if values_sha256(arrays) == backbone.values else (
-        f"unconfirmed ({file.name}, values differ from the known ImageNet ones)")
+        return (
+            f"ImageNet ({file.name}, md5 as published)"
+            if md5 == backbone.md5
+            else (f"unconfirmed ({file.name}, md5 {md5} is not the published {backbone.md5})")
+        )
+    return (
+        f"ImageNet ({file.name}, values as known)"
+        if values_sha256(arrays) == backbone.values
+        else (f"unconfirmed ({file.name}, values differ from the known ImageNet ones)")
+    )
+
 
 # %% ../../nbs/03_models/20_transfer.ipynb #0644992e
 def normalise_as_imagenet(
@@ -177,11 +259,14 @@ def normalise_as_imagenet(
     layer = next(layer for layer in network.layers if type(layer).__name__ == "Normalization")
     deviation = np.array([0.229, 0.224, 0.225], dtype=np.float32)
     mean, variance = (np.ravel(w.numpy()) for w in (layer.adapt_mean, layer.adapt_variance))
-    if loaded: variance = variance * deviation
-    else: mean, variance = np.array([0.485, 0.456, 0.406], dtype=np.float32), deviation**2
+    if loaded:
+        variance = variance * deviation
+    else:
+        mean, variance = np.array([0.485, 0.456, 0.406], dtype=np.float32), deviation**2
     layer.adapt_mean.assign(mean)
     layer.adapt_variance.assign(variance)
     layer.finalize_state()
+
 
 # %% ../../nbs/03_models/20_transfer.ipynb #6a5ec35b
 @contextmanager
@@ -191,6 +276,7 @@ def seeded(
     "Seed Keras, and give Python's and NumPy's global generators back as they were."
     start_quietly()
     import keras
+
     states = random.getstate(), np.random.get_state()
     try:
         keras.utils.set_random_seed(seed)
@@ -198,6 +284,7 @@ def seeded(
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+
 
 # %% ../../nbs/03_models/20_transfer.ipynb #cfe17607
 def build_backbone(
@@ -210,6 +297,7 @@ def build_backbone(
     "The network with its rescaling in front. Raises ModelError for a file that is damaged or of another network."
     start_quietly()
     import keras
+
     shape = (image_size, image_size, 3)
     with seeded(seed), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*input_shape.*")  # "weights for 224 loaded": there are none yet
@@ -219,13 +307,17 @@ def build_backbone(
             network.load_weights(file)
         except Exception as error:  # HDF5 files can be wrong in many ways
             reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-            raise ModelError(f"{file}: not the weights of {backbone.application} without top ({reason}). "
-                             f"Get {backbone.files[0]} again from {backbone.url}.") from error
+            raise ModelError(
+                f"{file}: not the weights of {backbone.application} without top ({reason}). "
+                f"Get {backbone.files[0]} again from {backbone.url}."
+            ) from error
     source = weights_source(backbone, file, network.get_weights())
-    if backbone.application.startswith("EfficientNet"): normalise_as_imagenet(network, loaded=file is not None)
+    if backbone.application.startswith("EfficientNet"):
+        normalise_as_imagenet(network, loaded=file is not None)
     scale, offset = input_scaling(backbone, preprocessing)
     pixels = keras.Input(shape, name="pixels")
     return keras.Model(pixels, network(keras.layers.Rescaling(scale, offset, name=preprocessing)(pixels))), source
+
 
 # %% ../../nbs/03_models/20_transfer.ipynb #583e8a48
 def statistics_measurer(
@@ -234,18 +326,23 @@ def statistics_measurer(
 ) -> Callable[[Any], None]:  # call with an iterable of batches of one shape
     "A function that replaces the running statistics of BatchNorm by their plain average over batches."
     import tensorflow as tf
+
     momentum = tf.Variable(0.0, trainable=False, dtype=tf.float32)
     for layer in network._flatten_layers():
-        if type(layer).__name__ == "BatchNormalization": layer.momentum = momentum
+        if type(layer).__name__ == "BatchNormalization":
+            layer.momentum = momentum
 
     @tf.function(reduce_retracing=True)
-    def see(batch): forward(batch)
+    def see(batch):
+        forward(batch)
 
     def measure(batches):
         for seen, batch in enumerate(batches):
             momentum.assign(seen / (seen + 1))
             see(batch)
+
     return measure
+
 
 # %% ../../nbs/03_models/20_transfer.ipynb #522961f4
 def epoch_batches(
@@ -259,20 +356,24 @@ def epoch_batches(
     steps = -(-n // batch_size)
     return np.resize(np.random.default_rng([seed, epoch]).permutation(n), (steps, batch_size))
 
+
 # %% ../../nbs/03_models/20_transfer.ipynb #f7724cec
 def variant_rows(
     source: Any,  # a `Pairs` (its table has `pair` and `flip`) or `Images`
 ) -> tuple[np.ndarray, np.ndarray]:  # rows to read, and for every row of the source its position among them
     "One row for each different image variant (pair, flip)."
     table = getattr(source, "table", None)
-    if table is None or "pair" not in table or "flip" not in table: return np.arange(len(source)), np.arange(len(source))
+    if table is None or "pair" not in table or "flip" not in table:
+        return np.arange(len(source)), np.arange(len(source))
     keys = table["pair"].astype(str) + "\n" + table["flip"].astype(str)
     _, rows, place = np.unique(keys.to_numpy(dtype=str), return_index=True, return_inverse=True)
     return rows, place
 
+
 # %% ../../nbs/03_models/20_transfer.ipynb #95dc7537
 class BackboneNetwork(ImageClassifier):
     "The network itself: build, forward pass, answers, files. `BackboneClassifier` trains it."
+
     name, backbone = "mobilenet_v2", "mobilenet_v2"
 
     def head_layers(self, keras: Any) -> list[Any]:
@@ -288,6 +389,7 @@ class BackboneNetwork(ImageClassifier):
         start_quietly()
         import keras
         import tensorflow as tf
+
         backbone = BACKBONES[self.backbone]
         self.maps_, source = build_backbone(backbone, self.image_size, self.preprocessing, file, self.seed)
         inputs = keras.Input((backbone.features * len(self.channels),))
@@ -301,6 +403,7 @@ class BackboneNetwork(ImageClassifier):
     def pooled(self, images: Any, training: bool = False) -> Any:
         "Tensor (n, d) of features: feature maps averaged over the image, the channels side by side."
         import tensorflow as tf
+
         shape = tf.shape(images)
         single = tf.reshape(tf.cast(images, tf.float32), [-1, self.image_size, self.image_size, 3])
         means = tf.reduce_mean(self.maps_(single, training=training), axis=[1, 2])
@@ -310,7 +413,8 @@ class BackboneNetwork(ImageClassifier):
         "Tensor (n, k) before the softmax, of pixels 0..255 (uint8 or float32); differentiable."
         return self.head_(self.pooled(images, training and train_backbone), training=training)
 
-    def _features(self, batch): return self._pooled(batch).numpy()
+    def _features(self, batch):
+        return self._pooled(batch).numpy()
 
     def _predict(self, batch):
         scores = self._scores(self._pooled(batch)).numpy().astype(np.float64)
@@ -326,6 +430,7 @@ class BackboneNetwork(ImageClassifier):
         self.maps_.load_weights(folder / "backbone.weights.h5")
         self.head_.load_weights(folder / "head.weights.h5")
 
+
 # %% ../../nbs/03_models/20_transfer.ipynb #167cf764
 def sharing_strategy(
     gpus: int,  # that share each batch
@@ -333,7 +438,9 @@ def sharing_strategy(
     "TensorFlow's strategy for one device, or for several GPUs in step. Raises ModelError where there are not so many."
     start_quietly()
     import tensorflow as tf
-    if gpus == 1: return tf.distribute.get_strategy()
+
+    if gpus == 1:
+        return tf.distribute.get_strategy()
     found = [device.name for device in tf.config.list_logical_devices("GPU")]
     if len(found) < gpus:
         raise ModelError(f"gpus={gpus}, but TensorFlow sees {len(found)} GPUs here. Use gpus=1, which takes one if there is one.")
@@ -349,6 +456,7 @@ def train_step(
     start_quietly()
     import keras
     import tensorflow as tf
+
     optimizer = keras.optimizers.Adam(learning_rate)
     optimizer.build(variables)
     strategy = tf.distribute.get_strategy()
@@ -361,15 +469,25 @@ def train_step(
         return tf.stack([loss, tf.reduce_sum(tf.cast(tf.argmax(logits, 1) == targets, tf.float32)) / n])
 
     @tf.function(reduce_retracing=True)
-    def together(*dealt): return strategy.reduce("SUM", strategy.run(learn, dealt), axis=None)
+    def together(*dealt):
+        return strategy.reduce("SUM", strategy.run(learn, dealt), axis=None)
 
     def step(batch, targets):
         n, parts = tf.constant(len(targets), tf.float32), strategy.num_replicas_in_sync
-        if parts == 1: return together(batch, targets, n)
-        return together(*(strategy.experimental_distribute_values_from_function(
-            lambda place, values=values: tf.convert_to_tensor(values[place.replica_id_in_sync_group :: parts]))
-            for values in (batch, targets)), n)
+        if parts == 1:
+            return together(batch, targets, n)
+        return together(
+            *(
+                strategy.experimental_distribute_values_from_function(
+                    lambda place, values=values: tf.convert_to_tensor(values[place.replica_id_in_sync_group :: parts])
+                )
+                for values in (batch, targets)
+            ),
+            n,
+        )
+
     return step
+
 
 # %% ../../nbs/03_models/20_transfer.ipynb #413c57ef
 def score_logits(
@@ -382,9 +500,11 @@ def score_logits(
     log_p = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
     return float(np.mean(wide.argmax(axis=1) == targets)), float(-log_p[np.arange(len(targets)), targets].mean())
 
+
 # %% ../../nbs/03_models/20_transfer.ipynb #07da55c2
 class BackboneClassifier(BackboneNetwork):
     "A head on an ImageNet backbone; frozen, fine-tuned, or trained from random weights."
+
     cache_features = True  # False: the long way through a frozen backbone, the same weights in the end
     statistics_images = 256  # training images for BatchNorm's statistics of a random backbone; 0: Keras' own
     fine_tune_rate = 0.1  # share of the learning rate with which a pretrained backbone is fine-tuned
@@ -396,7 +516,8 @@ class BackboneClassifier(BackboneNetwork):
         return np.concatenate([self._features(batch) for batch in batches])[place]
 
     def _statistics(self, train: Any) -> Callable[[], None] | None:
-        if not self.statistics_images: return None
+        if not self.statistics_images:
+            return None
         measure = statistics_measurer(self.maps_, lambda batch: self.pooled(batch, True))
         rows = epoch_batches(len(train), self.batch_size, self.seed, 0)
         rows = rows[: -(-self.statistics_images // rows.shape[1])]
@@ -404,7 +525,8 @@ class BackboneClassifier(BackboneNetwork):
         return lambda: measure(map(read, rows))
 
     def _fit(self, train: Any, validation: Any, history: History) -> None:
-        with sharing_strategy(self.gpus).scope(): self._fit_here(train, validation, history)
+        with sharing_strategy(self.gpus).scope():
+            self._fit_here(train, validation, history)
 
     def _fit_here(self, train: Any, validation: Any, history: History) -> None:
         start = time.perf_counter()
@@ -413,20 +535,31 @@ class BackboneClassifier(BackboneNetwork):
         whole = (file is None) if self.fine_tune is None else self.fine_tune
         scratch = whole and file is None
         measure = self._statistics(train) if file is None else None
-        if measure and not whole: measure()
+        if measure and not whole:
+            measure()
         self.trained_ = "whole network" if whole else "head"
         if not whole and self.cache_features:
             seen = self._cached(train, history), self._cached(validation, history)
             self.feature_seconds_ = time.perf_counter() - start
 
-            def read(which, rows): return seen[which][rows]
-            def forward(batch): return self.head_(batch, training=True)
+            def read(which, rows):
+                return seen[which][rows]
+
+            def forward(batch):
+                return self.head_(batch, training=True)
+
             ask = self._scores
         else:
+
             def read(which, rows):
                 return next(read_batches((train, validation)[which], self.image_size, len(rows), self.channels, rows))
-            def forward(batch): return self.logits(batch, True, scratch)
-            def ask(batch): return self._scores(self._pooled(batch))
+
+            def forward(batch):
+                return self.logits(batch, True, scratch)
+
+            def ask(batch):
+                return self._scores(self._pooled(batch))
+
         rate = self.learning_rate * (self.fine_tune_rate if whole and not scratch else 1)
         self._learn(self.targets(train), self.targets(validation), history, read, forward, ask, whole, rate, measure)
 
@@ -439,24 +572,33 @@ class BackboneClassifier(BackboneNetwork):
             start = time.perf_counter()
             batches = epoch_batches(len(y_train), self.batch_size, self.seed, epoch)
             loss, accuracy = np.mean([step(read(0, rows), y_train[rows]).numpy() for rows in batches], axis=0)
-            if measure and whole: measure()
+            if measure and whole:
+                measure()
             val = score_logits(np.concatenate([ask(read(1, rows)).numpy() for rows in val_rows]), y_val)
             if history.add(accuracy, loss, *val, time.perf_counter() - start):
                 best = [part.get_weights() for part in parts]
-            if history.stop: break
-        for part, weights in zip(parts, best, strict=True): part.set_weights(weights)
+            if history.stop:
+                break
+        for part, weights in zip(parts, best, strict=True):
+            part.set_weights(weights)
+
 
 # %% ../../nbs/03_models/20_transfer.ipynb #50517ff9
 class EfficientNetB0(BackboneClassifier):
     "EfficientNet-B0 (Tan and Le 2019) with the original study's head."
+
     name = backbone = "efficientnet_b0"
+
 
 # %% ../../nbs/03_models/20_transfer.ipynb #e423d241
 class MobileNetV2(BackboneClassifier):
     "MobileNetV2 (Sandler et al. 2018) with the original study's head."
+
     name = backbone = "mobilenet_v2"
+
 
 # %% ../../nbs/03_models/20_transfer.ipynb #eb3f9f09
 class NASNetMobile(BackboneClassifier):
     "NASNet-A Mobile (Zoph et al. 2018) with the original study's head."
+
     name = backbone = "nasnet_mobile"

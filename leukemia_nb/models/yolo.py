@@ -27,20 +27,41 @@ import numpy as np
 from .interface import History, ModelError, ImageClassifier, kept_environment, resize_square
 
 # %% auto #0
-__all__ = ['INTEGRATIONS', 'YOLO_FILES', 'YOLO_DOWNLOADS', 'yolo_framework', 'training_transforms', 'YoloImages', 'download_yolo',
-           'pretrained_file', 'load_matching_weights', 'new_network', 'measure_statistics', 'pairs_trainer',
-           'counting_loss', 'left_as_found', 'training_settings', 'YoloClassifier', 'YOLOv8', 'YOLO11', 'YOLO12']
+__all__ = [
+    "INTEGRATIONS",
+    "YOLO_FILES",
+    "YOLO_DOWNLOADS",
+    "yolo_framework",
+    "training_transforms",
+    "YoloImages",
+    "download_yolo",
+    "pretrained_file",
+    "load_matching_weights",
+    "new_network",
+    "measure_statistics",
+    "pairs_trainer",
+    "counting_loss",
+    "left_as_found",
+    "training_settings",
+    "YoloClassifier",
+    "YOLOv8",
+    "YOLO11",
+    "YOLO12",
+]
 
 # %% ../../nbs/03_models/40_yolo.ipynb #a7d79c7e
 INTEGRATIONS = ("clearml", "comet", "dvc", "mlflow", "raytune", "tensorboard", "wandb")
+
 
 # %% ../../nbs/03_models/40_yolo.ipynb #cf8a255f
 def yolo_framework() -> ModuleType:  # the package ultralytics
     "Import torch and ultralytics: offline, silent, nothing sent, no file outside a temporary folder. Raises ModelError."
     missing = {"torch", "torchvision", "ultralytics"} - sys.modules.keys()
     if missing and "tensorflow" in sys.modules:
-        raise ModelError("TensorFlow is loaded in this process, and loading torch after it would abort the process. "
-                         "Use the YOLO models in a process, or a notebook kernel, of their own.")
+        raise ModelError(
+            "TensorFlow is loaded in this process, and loading torch after it would abort the process. "
+            "Use the YOLO models in a process, or a notebook kernel, of their own."
+        )
     os.environ.update(YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false")
     if missing and "YOLO_CONFIG_DIR" not in os.environ:
         os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp(prefix="leukemia_nb_yolo_")
@@ -50,13 +71,16 @@ def yolo_framework() -> ModuleType:  # the package ultralytics
         try:
             import torch, torchvision, ultralytics  # noqa: E401, F401  (torch first, see above)
         except ImportError as error:
-            raise ModelError(f"YOLO models need ultralytics, torch and torchvision ({error}). "
-                             "Install them: pip install ultralytics.") from error
+            raise ModelError(
+                f"YOLO models need ultralytics, torch and torchvision ({error}). Install them: pip install ultralytics."
+            ) from error
     from ultralytics.utils import SETTINGS
     from ultralytics.utils.events import events
+
     events.enabled = False
     dict.update(SETTINGS, sync=False, api_key="", **dict.fromkeys(INTEGRATIONS, False))  # in memory, not in the file
     return ultralytics
+
 
 # %% ../../nbs/03_models/40_yolo.ipynb #118d71f6
 def training_transforms(
@@ -67,12 +91,32 @@ def training_transforms(
     yolo_framework()
     from ultralytics.data.augment import classify_augmentations
     from ultralytics.utils import DEFAULT_CFG as default
+
     if preprocessing == "rescale":
-        return classify_augmentations(size, scale=(1 - default.scale, 1.0), hflip=default.fliplr, vflip=default.flipud,
-                                      erasing=default.erasing, auto_augment=default.auto_augment, hsv_h=default.hsv_h,
-                                      hsv_s=default.hsv_s, hsv_v=default.hsv_v)
-    return classify_augmentations(size, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.5, vflip=0.5, erasing=0.0,
-                                  auto_augment=None, hsv_h=0.0, hsv_s=0.0, hsv_v=0.0)
+        return classify_augmentations(
+            size,
+            scale=(1 - default.scale, 1.0),
+            hflip=default.fliplr,
+            vflip=default.flipud,
+            erasing=default.erasing,
+            auto_augment=default.auto_augment,
+            hsv_h=default.hsv_h,
+            hsv_s=default.hsv_s,
+            hsv_v=default.hsv_v,
+        )
+    return classify_augmentations(
+        size,
+        scale=(1.0, 1.0),
+        ratio=(1.0, 1.0),
+        hflip=0.5,
+        vflip=0.5,
+        erasing=0.0,
+        auto_augment=None,
+        hsv_h=0.0,
+        hsv_s=0.0,
+        hsv_v=0.0,
+    )
+
 
 # %% ../../nbs/03_models/40_yolo.ipynb #8673d65b
 class YoloImages:
@@ -93,9 +137,11 @@ class YoloImages:
     def __getitem__(self, row: int) -> dict[str, Any]:
         import torch
         from PIL import Image
+
         image = resize_square(self.source.read([row])[0], self.size)
         plain = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
         return {"img": (self.transform or plain)(Image.fromarray(image)), "cls": int(self.targets[row])}
+
 
 # %% ../../nbs/03_models/40_yolo.ipynb #bc2eb474
 YOLO_FILES: dict[str, tuple[str, str]] = {  # classifier's file, detector's file
@@ -113,14 +159,19 @@ def download_yolo(
     "Ultralytics' own download, written whole or not at all. Raises ModelError if there is no network."
     yolo_framework()
     from ultralytics.utils.downloads import attempt_download_asset
+
     try:
         attempt_download_asset(folder / file, retry=0, progress=False)
-        if not (folder / file).is_file(): raise OSError("nothing arrived")
+        if not (folder / file).is_file():
+            raise OSError("nothing arrived")
     except Exception as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise ModelError(f"{file} is not here and could not be downloaded ({reason}). Put it, from {YOLO_DOWNLOADS}, into "
-                         "the folder that LEUKEMIA_NB_WEIGHTS names, or choose weights='local' or 'random'.") from error
+        raise ModelError(
+            f"{file} is not here and could not be downloaded ({reason}). Put it, from {YOLO_DOWNLOADS}, into "
+            "the folder that LEUKEMIA_NB_WEIGHTS names, or choose weights='local' or 'random'."
+        ) from error
     return folder / file
+
 
 # %% ../../nbs/03_models/40_yolo.ipynb #5c0c1916
 def pretrained_file(
@@ -128,17 +179,21 @@ def pretrained_file(
     weights: str,  # "imagenet", "local" or "random"
 ) -> Path | None:  # None: random initialisation
     "The weight file a model starts from; only `imagenet` may download. Raises ModelError."
-    if weights == "random": return None
+    if weights == "random":
+        return None
     classifier, detector = YOLO_FILES[name]
     folder = Path(os.environ["LEUKEMIA_NB_WEIGHTS"]) if os.environ.get("LEUKEMIA_NB_WEIGHTS") else None
     if folder is not None and not folder.is_dir():
         raise ModelError(f"LEUKEMIA_NB_WEIGHTS is {folder}, which is not a folder. Correct or unset it.")
-    if folder and classifier and (folder / classifier).is_file(): return folder / classifier
+    if folder and classifier and (folder / classifier).is_file():
+        return folder / classifier
     if weights == "imagenet" and classifier:
         import torch
+
         cache = folder or Path(torch.hub.get_dir()) / "checkpoints"
         return cache / classifier if (cache / classifier).is_file() else download_yolo(classifier, cache)
     return folder / detector if folder and (folder / detector).is_file() else None
+
 
 # %% ../../nbs/03_models/40_yolo.ipynb #47fdcb31
 def load_matching_weights(
@@ -149,6 +204,7 @@ def load_matching_weights(
     import torch
     from ultralytics.data import augment
     from ultralytics.nn.tasks import torch_safe_load
+
     old = "ultralytics.yolo.data.augment."
     old_names: list[Any] = [(augment.CenterCrop, old + "CenterCrop"), (augment.ToTensor, old + "ToTensor")]
     try:
@@ -156,18 +212,23 @@ def load_matching_weights(
             checkpoint, _ = torch_safe_load(str(file), safe_only=True)
         donors = (checkpoint.get("ema") or checkpoint["model"]).float().model
     except Exception as error:
-        raise ModelError(f"{file}: not a whole ultralytics weight file ({type(error).__name__}). "
-                         f"Get it again from {YOLO_DOWNLOADS}, or choose weights='random'.") from error
+        raise ModelError(
+            f"{file}: not a whole ultralytics weight file ({type(error).__name__}). "
+            f"Get it again from {YOLO_DOWNLOADS}, or choose weights='random'."
+        ) from error
     own, taken, start = network.state_dict(), {}, 0
     for number, layer in enumerate(network.model):
         same = [place for place in range(start, len(donors)) if type(donors[place]) is type(layer)]
-        if not same: continue
+        if not same:
+            continue
         start = same[0] + 1
         for key, tensor in donors[same[0]].state_dict().items():
             mine = own.get(f"model.{number}.{key}")
-            if mine is not None and mine.shape == tensor.shape: taken[f"model.{number}.{key}"] = tensor
+            if mine is not None and mine.shape == tensor.shape:
+                taken[f"model.{number}.{key}"] = tensor
     network.load_state_dict(taken, strict=False)
     return len(taken)
+
 
 # %% ../../nbs/03_models/40_yolo.ipynb #ef6db50f
 def new_network(
@@ -180,6 +241,7 @@ def new_network(
     yolo_framework()
     import torch
     from ultralytics.nn.tasks import ClassificationModel
+
     torch.manual_seed(seed)
     network = ClassificationModel(f"{name}n-cls.yaml", ch=3, nc=classes, verbose=False)
     file = pretrained_file(name, weights)
@@ -187,10 +249,13 @@ def new_network(
         none_published = weights == "imagenet" and not YOLO_FILES[name][0]
         return network, "random initialisation" + none_published * " (no ImageNet classifier is published for YOLO12)"
     taken, total = load_matching_weights(network, file), len(network.state_dict())
-    if not taken: raise ModelError(f"{file} holds no tensor that fits {name}. It is another model's file.")
-    with open(file, "rb") as opened: digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if not taken:
+        raise ModelError(f"{file} holds no tensor that fits {name}. It is another model's file.")
+    with open(file, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
     kind = "ImageNet classifier" if file.name == YOLO_FILES[name][0] else "COCO detector's backbone"
     return network, f"{kind} ({file.name}, sha256 {digest[:12]}, {taken} of {total} tensors)"
+
 
 # %% ../../nbs/03_models/40_yolo.ipynb #69b5244d
 def measure_statistics(
@@ -201,17 +266,22 @@ def measure_statistics(
 ) -> None:
     "Replace the running means and variances of batch normalisation by plain averages over training images."
     import torch
+
     layers = [layer for layer in network.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
     momenta, device = [layer.momentum for layer in layers], next(network.parameters()).device
     rows = np.linspace(0, len(images) - 1, min(number, len(images))).round().astype(int)
     mixed = np.random.default_rng(0).permutation(rows)
-    for layer in layers: layer.reset_running_stats(); layer.momentum = None
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None
     network.train()
     with torch.no_grad():
         for some in np.array_split(mixed, max(1, len(mixed) // max(batch_size, 2))):
             network(torch.stack([images[row]["img"] for row in some]).to(device))
-    for layer, momentum in zip(layers, momenta): layer.momentum = momentum
+    for layer, momentum in zip(layers, momenta):
+        layer.momentum = momentum
     network.eval()
+
 
 # %% ../../nbs/03_models/40_yolo.ipynb #297ec94b
 def pairs_trainer(
@@ -226,6 +296,7 @@ def pairs_trainer(
     from ultralytics.data import build_dataloader
     from ultralytics.models.yolo.classify import ClassificationTrainer
     from ultralytics.utils import LOGGER
+
     names = dict(enumerate(map(str, classes)))
 
     class PairsTrainer(ClassificationTrainer):
@@ -240,32 +311,51 @@ def pairs_trainer(
         def get_dataloader(self, dataset_path, batch_size=16, rank=0, mode="train"):
             data = images[mode]
             own = -(-len(data) // max(self.world_size, 1))  # a last batch of one image has no batch statistics: dropped
-            return build_dataloader(data, batch_size, self.args.workers, shuffle=mode == "train", rank=rank,
-                                    drop_last=mode == "train" and own % batch_size == 1, device=self.device)
+            return build_dataloader(
+                data,
+                batch_size,
+                self.args.workers,
+                shuffle=mode == "train",
+                rank=rank,
+                drop_last=mode == "train" and own % batch_size == 1,
+                device=self.device,
+            )
 
         def run_callbacks(self, event):
-            if os.environ.get("RANK", "0") != "0": return  # the first of several processes keeps the books
+            if os.environ.get("RANK", "0") != "0":
+                return  # the first of several processes keeps the books
             if event == "on_train_epoch_end" and measure:
                 measure_statistics(self.ema.ema, images["train"], measure, self.batch_size)
-            if event == "on_fit_epoch_end": self.record()
-            if event == "on_train_end": found.write_bytes(pickle.dumps((history.state, self.best_state)))
+            if event == "on_fit_epoch_end":
+                self.record()
+            if event == "on_train_end":
+                found.write_bytes(pickle.dumps((history.state, self.best_state)))
 
         def record(self):
             right, seen = getattr(self.model, "module", self.model).criterion.counted()
-            if history.add(right / max(seen, 1), float(self.tloss["loss"]), self.metrics["metrics/accuracy_top1"],
-                           self.metrics["val/loss"], self.epoch_time):
+            if history.add(
+                right / max(seen, 1),
+                float(self.tloss["loss"]),
+                self.metrics["metrics/accuracy_top1"],
+                self.metrics["val/loss"],
+                self.epoch_time,
+            ):
                 self.best_state = {key: tensor.detach().cpu().clone() for key, tensor in self.ema.ema.state_dict().items()}
             self.stop = self.stop or history.stop
 
         def _handle_nan_recovery(self, epoch):
-            if self.loss is None or self.loss.isfinite(): return False
+            if self.loss is None or self.loss.isfinite():
+                return False
             raise ModelError(f"the training loss is not a number in epoch {epoch + 1}. Use a lower learning_rate.")
 
-        def save_model(self): return False
+        def save_model(self):
+            return False
 
-        def final_eval(self): pass
+        def final_eval(self):
+            pass
 
     return PairsTrainer
+
 
 # %% ../../nbs/03_models/40_yolo.ipynb #3872022d
 @functools.cache
@@ -288,12 +378,14 @@ def counting_loss() -> type:
 
     return CountingLoss
 
+
 # %% ../../nbs/03_models/40_yolo.ipynb #dec75752
 @contextmanager
 def left_as_found() -> Iterator[None]:
     "Keep random states, two environment variables and the loudness of ultralytics' log as they were."
     import torch
     from ultralytics.utils import LOGGER
+
     states, level = (random.getstate(), np.random.get_state(), torch.get_rng_state()), LOGGER.level
     with kept_environment("PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG"):
         LOGGER.setLevel("ERROR")
@@ -305,6 +397,7 @@ def left_as_found() -> Iterator[None]:
             np.random.set_state(states[1])
             torch.set_rng_state(states[2])
 
+
 # %% ../../nbs/03_models/40_yolo.ipynb #337b4a52
 def training_settings(
     model: ImageClassifier,  # a model with its settings
@@ -312,24 +405,42 @@ def training_settings(
 ) -> dict[str, Any]:
     "A model's settings in ultralytics' words; what is not named here keeps ultralytics' default. Raises ModelError."
     import torch
+
     if model.gpus > max(1, torch.cuda.device_count()):
-        raise ModelError(f"gpus={model.gpus}, but torch sees {torch.cuda.device_count()} GPUs here. Use gpus=1, which takes one "
-                         "if there is one.")
+        raise ModelError(
+            f"gpus={model.gpus}, but torch sees {torch.cuda.device_count()} GPUs here. Use gpus=1, which takes one "
+            "if there is one."
+        )
     settings: dict[str, Any] = dict(
-        model=f"{model.name}n-cls.yaml", epochs=model.epochs, batch=model.batch_size, imgsz=model.image_size,
-        seed=model.seed, patience=0,  # the study's `History` decides when to stop
-        amp=False, plots=False, save=False, verbose=False, workers=4, cache=False, exist_ok=True,
+        model=f"{model.name}n-cls.yaml",
+        epochs=model.epochs,
+        batch=model.batch_size,
+        imgsz=model.image_size,
+        seed=model.seed,
+        patience=0,  # the study's `History` decides when to stop
+        amp=False,
+        plots=False,
+        save=False,
+        verbose=False,
+        workers=4,
+        cache=False,
+        exist_ok=True,
     )
     if model.preprocessing == "native":
-        settings.update(optimizer="AdamW", lr0=model.learning_rate, momentum=0.9, nbs=model.batch_size,
-                        warmup_epochs=1.0, warmup_bias_lr=0.0)
-    if model.fine_tune is False: settings["freeze"] = layers - 1
-    if model.gpus > 1: settings["device"] = ",".join(map(str, range(model.gpus)))
+        settings.update(
+            optimizer="AdamW", lr0=model.learning_rate, momentum=0.9, nbs=model.batch_size, warmup_epochs=1.0, warmup_bias_lr=0.0
+        )
+    if model.fine_tune is False:
+        settings["freeze"] = layers - 1
+    if model.gpus > 1:
+        settings["device"] = ",".join(map(str, range(model.gpus)))
     return settings
+
 
 # %% ../../nbs/03_models/40_yolo.ipynb #9ed331f1
 class YoloClassifier(ImageClassifier):
     "A YOLO nano classifier; `name` says which. Trains whole unless `fine_tune=False`; a GPU is used if there is one."
+
     name = "yolo"
 
     def check_settings(self) -> YoloClassifier:
@@ -348,15 +459,18 @@ class YoloClassifier(ImageClassifier):
             network.criterion = counting_loss()()
             rows = 256 if self.preprocessing == "native" else 0
             images = {
-                "train": YoloImages(train, self.targets(train), self.image_size,
-                                      training_transforms(self.preprocessing, self.image_size)),
+                "train": YoloImages(
+                    train, self.targets(train), self.image_size, training_transforms(self.preprocessing, self.image_size)
+                ),
                 "val": YoloImages(validation, self.targets(validation), self.image_size),
             }
             settings, found = training_settings(self, len(network.model)), Path(work) / "found"
             trainer = pairs_trainer(images, self.classes_, history, found, rows)(
-                overrides=dict(settings, save_dir=str(Path(work) / "run")))
+                overrides=dict(settings, save_dir=str(Path(work) / "run"))
+            )
             trainer.model = network
-            try: trainer.train()
+            try:
+                trainer.train()
             except CalledProcessError:
                 raise ModelError(f"{self.name}: training on {self.gpus} GPUs stopped; its processes said why, above.") from None
             history.state, best = pickle.loads(found.read_bytes())
@@ -365,6 +479,7 @@ class YoloClassifier(ImageClassifier):
     def _use(self, state: dict[str, Any]) -> None:
         "Put weights into a fresh network and make it ready to answer."
         import torch
+
         with left_as_found():
             self.network_, _ = new_network(self.name, len(self.classes_))
         self.network_.load_state_dict(state)
@@ -373,16 +488,19 @@ class YoloClassifier(ImageClassifier):
 
     def _tensor(self, batch: np.ndarray) -> Any:
         import torch
+
         device = next(self.network_.parameters()).device
         return torch.from_numpy(batch).to(device).permute(0, 3, 1, 2).float() / 255
 
     def _predict(self, batch: np.ndarray) -> np.ndarray:
         import torch
+
         with torch.inference_mode():
             return self.network_(self._tensor(batch))[0].cpu().numpy()
 
     def _features(self, batch: np.ndarray) -> np.ndarray:
         import torch
+
         head = self.network_.model[-1]
         with torch.inference_mode():
             deep = self.network_.model[:-1](self._tensor(batch))
@@ -390,24 +508,30 @@ class YoloClassifier(ImageClassifier):
 
     def _save(self, folder: Path) -> None:
         import torch
+
         torch.save({key: tensor.cpu() for key, tensor in self.network_.state_dict().items()}, folder / "network.pt")
 
     def _load(self, folder: Path) -> None:
         yolo_framework()
         import torch
+
         self._use(torch.load(folder / "network.pt", map_location="cpu", weights_only=True))
+
 
 # %% ../../nbs/03_models/40_yolo.ipynb #1d872d7a
 class YOLOv8(YoloClassifier):
     "YOLOv8n-cls: the C2f backbone of 2023."
+
     name = "yolov8"
 
 
 class YOLO11(YoloClassifier):
     "YOLO11n-cls: C3k2 blocks and one attention layer."
+
     name = "yolo11"
 
 
 class YOLO12(YoloClassifier):
     "YOLO12n-cls: area attention in the deep layers; no official pretrained classifier exists."
+
     name = "yolo12"

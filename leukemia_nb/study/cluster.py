@@ -22,8 +22,18 @@ from urllib.parse import urlsplit
 from ..data.files import OutputError, counted
 
 # %% auto #0
-__all__ = ['ClusterError', 'cluster_backend', 'Workers', 'parallel', 'die_with_parent', 'run_tasks', 'KernelStartError',
-           'python_kernel', 'end_kernels']
+__all__ = [
+    "ClusterError",
+    "cluster_backend",
+    "Workers",
+    "parallel",
+    "die_with_parent",
+    "run_tasks",
+    "KernelStartError",
+    "python_kernel",
+    "end_kernels",
+]
+
 
 # %% ../../nbs/07_study/10_cluster.ipynb #969b4609
 class ClusterError(OSError):
@@ -38,8 +48,11 @@ def _check_reachable(
         parts = urlsplit(address if "://" in address else f"tcp://{address}")
         socket.create_connection((parts.hostname, parts.port or 8786), timeout=10).close()
     except (OSError, ValueError) as error:
-        raise ClusterError(f"{address}: no Dask scheduler answers there ({error}). "
-                           "Start one with `dask scheduler`, or correct the address (tcp://host:8786).") from None
+        raise ClusterError(
+            f"{address}: no Dask scheduler answers there ({error}). "
+            "Start one with `dask scheduler`, or correct the address (tcp://host:8786)."
+        ) from None
+
 
 # %% ../../nbs/07_study/10_cluster.ipynb #29786c35
 @functools.cache
@@ -58,9 +71,11 @@ def cluster_backend() -> type:
 
     return ClusterBackend
 
+
 # %% ../../nbs/07_study/10_cluster.ipynb #8a2cf73e
 class Workers(NamedTuple):
     "Who does the work."
+
     n_jobs: int  # for joblib.Parallel; -1: all workers of the cluster
     beside: int  # tasks at a time on one machine, at most
 
@@ -75,9 +90,11 @@ def parallel(
         yield Workers(n_jobs, n_jobs)
         return
     import joblib
+
     with _connected(cluster) as client, joblib.parallel_config(backend=cluster_backend()(client=client)):
         threads: Counter[str | None] = Counter()
-        for worker, number in client.nthreads().items(): threads[urlsplit(worker).hostname] += number
+        for worker, number in client.nthreads().items():
+            threads[urlsplit(worker).hostname] += number
         yield Workers(-1, max(threads.values()))
 
 
@@ -88,21 +105,30 @@ def _connected(address: str) -> Iterator[Any]:
         from concurrent.futures import CancelledError
         from distributed import Client, KilledWorker
     except ImportError as error:
-        raise ClusterError(f"a cluster needs Dask ({error}). Install it: pip install '.[train]' in the checkout, "
-                           "or pip install 'dask[distributed]'.") from None
+        raise ClusterError(
+            f"a cluster needs Dask ({error}). Install it: pip install '.[train]' in the checkout, "
+            "or pip install 'dask[distributed]'."
+        ) from None
     _check_reachable(address)
     try:
         with Client(address, set_as_default=False) as client:
-            try: client.wait_for_workers(1, timeout=60)
-            except TimeoutError: raise ClusterError(f"{address}: no worker has come in a minute. "
-                                                    f"Start some: dask worker {address} --nthreads 1.") from None
+            try:
+                client.wait_for_workers(1, timeout=60)
+            except TimeoutError:
+                raise ClusterError(
+                    f"{address}: no worker has come in a minute. Start some: dask worker {address} --nthreads 1."
+                ) from None
             yield client
     except KilledWorker as error:
-        raise ClusterError(f"{address}: a task was given up, because all {error.allowed_failures + 1} workers that had it "
-                           f"died, the last one at {error.last_worker.address}. Give the workers more memory.") from error
+        raise ClusterError(
+            f"{address}: a task was given up, because all {error.allowed_failures + 1} workers that had it "
+            f"died, the last one at {error.last_worker.address}. Give the workers more memory."
+        ) from error
     except CancelledError as error:
-        raise ClusterError(f"{address}: the scheduler is gone. What is finished stays finished; start it and give the "
-                           "same command again.") from error
+        raise ClusterError(
+            f"{address}: the scheduler is gone. What is finished stays finished; start it and give the same command again."
+        ) from error
+
 
 # %% ../../nbs/07_study/10_cluster.ipynb #3775740c
 @functools.cache
@@ -114,13 +140,16 @@ def die_with_parent() -> None:
     worker ends as joblib has it.
     """
     parent = multiprocessing.parent_process()
-    if parent is None: return
+    if parent is None:
+        return
 
     def watch() -> None:
-        while os.getppid() == parent.pid: time.sleep(0.2)
+        while os.getppid() == parent.pid:
+            time.sleep(0.2)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="watch the parent").start()
+
 
 # %% ../../nbs/07_study/10_cluster.ipynb #df5c3de4
 def _call(place: int, function: Callable[..., Any], arguments: tuple) -> tuple[int, Any]:
@@ -141,20 +170,27 @@ def run_tasks(
 
     from joblib import Parallel, delayed
     from tqdm import tqdm
+
     results: dict[int, Any] = {}
-    def kept() -> str: return f"{len(results)} of {counted(len(calls), what)} are done and kept: run again to go on"
+
+    def kept() -> str:
+        return f"{len(results)} of {counted(len(calls), what)} are done and kept: run again to go on"
+
     try:
         tasks = (delayed(_call)(place, function, each) for place, each in enumerate(calls))
         done = Parallel(n_jobs=n_jobs, return_as="generator_unordered")(tasks)
         results.update(tqdm(done, what, len(calls), unit="image", disable=None if progress else True))
     except BrokenProcessPool:
-        raise ClusterError(f"{out}: a worker process was killed; memory may have run out. {kept()}, "
-                           "with fewer processes (--n-jobs).") from None
+        raise ClusterError(
+            f"{out}: a worker process was killed; memory may have run out. {kept()}, with fewer processes (--n-jobs)."
+        ) from None
     except OSError as error:
         reason = str(error) if isinstance(error, OutputError) else f"{out}: {error.strerror or error}."
         raise OutputError(f"{reason} {kept()}.") from None
-    except KeyboardInterrupt: raise KeyboardInterrupt(f"{out}: stopped. {kept()}.") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{out}: stopped. {kept()}.") from None
     return [results[place] for place in range(len(calls))]
+
 
 # %% ../../nbs/07_study/10_cluster.ipynb #b1695421
 class KernelStartError(RuntimeError):
@@ -167,9 +203,14 @@ def _kernel_environment(
 ) -> dict[str, str]:
     "The environment of this process, without what would let a folder or a user's start-up file into a kernel."
     paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    fixed = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths), "IPYTHONDIR": own,
-             "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    fixed = {
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
+        "IPYTHONDIR": own,
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    }
     return {**os.environ, **fixed, **dict.fromkeys(("PYTHONSTARTUP", "PYTHONWARNINGS", "PYTHONOPTIMIZE"), ""), **more}
+
 
 # %% ../../nbs/07_study/10_cluster.ipynb #ab14a60e
 _kernels: set[int] = set()  # process numbers of the kernels that this process has started
@@ -199,9 +240,12 @@ def python_kernel(
     from jupyter_client.kernelspec import KernelSpecManager
 
     with tempfile.TemporaryDirectory(prefix="leukemia_nb-kernel-", ignore_cleanup_errors=True) as own:
-        manager = _kernel_manager()(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),  # this Python's
-                                    connection_file=os.path.join(own, "kernel.json"),
-                                    client_class="jupyter_client.asynchronous.AsyncKernelClient")
+        manager = _kernel_manager()(
+            kernel_name="python3",
+            kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),  # this Python's
+            connection_file=os.path.join(own, "kernel.json"),
+            client_class="jupyter_client.asynchronous.AsyncKernelClient",
+        )
         try:
             variables = _kernel_environment(own, environment or {})
             _start(manager, own, cwd=os.fspath(folder), env=variables, pass_fds=tuple(inherited))
@@ -209,8 +253,10 @@ def python_kernel(
         except BaseException:
             manager.shutdown_kernel(now=True)
             raise
-        else: manager.shutdown_kernel()
-        finally: _end(manager)
+        else:
+            manager.shutdown_kernel()
+        finally:
+            _end(manager)
 
 
 def _start(manager: Any, own: str, **process: Any) -> None:
@@ -221,31 +267,39 @@ def _start(manager: Any, own: str, **process: Any) -> None:
     log = os.path.join(own, "kernel.log")
     arguments = ["--InteractiveShellApp.ignore_cwd=True", "--HistoryManager.hist_file=:memory:", "--log-level=CRITICAL"]
     try:
-        with open(log, "w") as file: manager.start_kernel(extra_arguments=arguments, stdout=file, stderr=file, **process)
+        with open(log, "w") as file:
+            manager.start_kernel(extra_arguments=arguments, stdout=file, stderr=file, **process)
         _kernels.add(manager.provisioner.pid)
         client = manager.client()
         client.start_channels()
-        try: run_sync(client.wait_for_ready)(timeout=600)
-        finally: client.stop_channels()
+        try:
+            run_sync(client.wait_for_ready)(timeout=600)
+        finally:
+            client.stop_channels()
     except (RuntimeError, ZMQError) as error:
-        with open(log, encoding="utf-8", errors="replace") as file: said = file.read().split("\n")
+        with open(log, encoding="utf-8", errors="replace") as file:
+            said = file.read().split("\n")
         raise KernelStartError(next((line for line in reversed(said) if line.strip()), str(error))) from error
 
 
 def _end(manager: Any) -> None:
     "End what is left of a kernel and of the processes it has started."
-    for client in getattr(manager, "clients", []): client.stop_channels()
+    for client in getattr(manager, "clients", []):
+        client.stop_channels()
     pid = getattr(manager.provisioner, "pid", None)
-    if pid is None: return
+    if pid is None:
+        return
     _kill_group(pid)
     _kernels.discard(pid)
 
 
 def _kill_group(pid: int) -> None:
     "Kill a kernel, which leads a process group, and its group."
-    with suppress(OSError, AttributeError): os.killpg(pid, signal.SIGKILL)  # Windows has no groups; it was ended with `now`
+    with suppress(OSError, AttributeError):
+        os.killpg(pid, signal.SIGKILL)  # Windows has no groups; it was ended with `now`
 
 
 def end_kernels() -> None:
     "Kill the kernels that are at work; whoever waits for one is told that it died."
-    for pid in list(_kernels): _kill_group(pid)
+    for pid in list(_kernels):
+        _kill_group(pid)
