@@ -204,13 +204,7 @@ def test_collapse_is_named():
 def test_figures_for_any_number_of_models(count, tmp_path):
     models = {f"m{i}": dummy_predictions(0.8, seed=i) for i in range(count)}
     history = pd.DataFrame(
-        {
-            "epoch": [1, 2],
-            "accuracy": [0.5, 0.6],
-            "loss": [1, 0.9],
-            "val_accuracy": [0.4, np.nan],
-            "val_loss": [1.1, 1.0],
-        }
+        {"epoch": [1, 2], "accuracy": [0.5, 0.6], "loss": [1, 0.9], "val_accuracy": [0.4, np.nan], "val_loss": [1.1, 1.0]}
     )
     for figure in (
         accuracy_figure(compare_models(models)),

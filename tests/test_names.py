@@ -16,7 +16,6 @@ from leukemia_nb.study.cards import classes_of_run, dummy_measurements, model_ca
 from leukemia_nb.data.files import shown
 from leukemia_nb.evaluation.metrics import (
     accuracy_figure,
-    plot_style,
     compare_models,
     confusion_figure,
     curves_figure,
@@ -27,6 +26,7 @@ from leukemia_nb.evaluation.metrics import (
     unseen_html,
     unseen_table,
 )
+from leukemia_nb.plotting import plot_style
 from leukemia_nb.data.images import write_image
 from leukemia_nb.inference.predictor import dummy_model_file
 from leukemia_nb.study.report import build_report, dummy_run, prose

@@ -195,15 +195,11 @@ def test_one_model_and_a_test_set_without_every_class(tmp_path):
 
 @pytest.mark.parametrize(
     "partners, said",
-    [
-        ((5, 40), "5 of 16 validation images and 40 of 111 test images show"),
-        ((0, 0), "No image has a related one"),
-    ],
+    [((5, 40), "5 of 16 validation images and 40 of 111 test images show"), ((0, 0), "No image has a related one")],
 )
 def test_leakage_is_told(tmp_path, partners, said):
     write_table(tmp_path / "split.csv", pd.DataFrame({"pair": ["a"], "class": ["Normal"], "subset": ["train"], "sha256": "x"}))
     write_table(
-        tmp_path / "leakage.csv",
-        pd.DataFrame({"subset": ["validation", "test"], "images": [16, 111], "with_partner": partners}),
+        tmp_path / "leakage.csv", pd.DataFrame({"subset": ["validation", "test"], "images": [16, 111], "with_partner": partners})
     )
     assert said in split_section(tmp_path)

@@ -7,13 +7,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.stats import binomtest, f, t
 from sklearn.metrics import brier_score_loss, log_loss
 
-from leukemia_nb.evaluation.metrics import (
-    PredictionsError,
-    predicted_labels,
-    classes_of,
-    dummy_predictions,
-    probabilities_of,
-)
+from leukemia_nb.evaluation.metrics import PredictionsError, predicted_labels, classes_of, dummy_predictions, probabilities_of
 from leukemia_nb.evaluation.uncertainty import (
     TEMPERATURES,
     average_precisions,
@@ -161,10 +155,7 @@ def test_holm_is_monotone_and_between_the_raw_and_bonferroni(values):
 
 def test_pairs_are_matched_by_name_not_by_row():
     one, two = dummy_predictions(0.9, seed=1), dummy_predictions(0.8, seed=2)
-    plain, mixed = (
-        compare_pairs({"a": one, "b": two}),
-        compare_pairs({"a": one, "b": two.sample(frac=1, random_state=3)}),
-    )
+    plain, mixed = (compare_pairs({"a": one, "b": two}), compare_pairs({"a": one, "b": two.sample(frac=1, random_state=3)}))
     pd.testing.assert_frame_equal(plain, mixed)
     right = [predicted_labels(t) == t["class"] for t in (one, two)]
     assert plain.loc[0, "only_first_right"] == (right[0] & ~right[1]).sum()

@@ -16,20 +16,8 @@ from ..evaluation.metrics import clopper_pearson
 from ..processing.segmentation import a_channel, find_cells
 
 # %% auto #0
-__all__ = [
-    "KINDS",
-    "find_bar",
-    "removal_mask",
-    "inpaint_background",
-    "paste_cells",
-    "colour_statistics",
-    "match_colours",
-    "erase_bar",
-    "move_bar",
-    "make_composites",
-    "cue_conflict_rates",
-]
-
+__all__ = ['KINDS', 'find_bar', 'removal_mask', 'inpaint_background', 'paste_cells', 'colour_statistics', 'match_colours',
+           'erase_bar', 'move_bar', 'make_composites', 'cue_conflict_rates']
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #f5967427
 def _corner(shape: tuple[int, ...], rows: float = 0.15, columns: float = 0.23) -> tuple[slice, slice]:
@@ -73,7 +61,6 @@ def find_bar(
         mask[corner] = cv2.dilate(letters.astype(np.uint8), _ellipse(image.shape[0] / 75)) > 0
     return mask
 
-
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #81d855aa
 def removal_mask(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
@@ -92,7 +79,6 @@ def removal_mask(
     pale = cv2.morphologyEx((pale | strong).astype(np.uint8), cv2.MORPH_OPEN, _ellipse(4 * size)) > 0
     everything = cv2.dilate(((cells | pale) & ~bar).view(np.uint8), _ellipse(2 * margin * image.shape[0]))
     return (everything > 0) & ~bar
-
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #7ed19c3c
 def _next_window(unknown: np.ndarray, size: int) -> tuple[slice, slice]:
@@ -132,7 +118,6 @@ def _blend(template: np.ndarray, piece: np.ndarray, known: np.ndarray, soft: flo
     alpha = np.clip(1 - cv2.distanceTransform(1 - unknown, cv2.DIST_L2, 5) / soft, 0, 1)[..., None]
     return alpha * piece + (1 - alpha) * template
 
-
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #3df8b8f2
 def inpaint_background(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
@@ -163,7 +148,6 @@ def inpaint_background(
         unknown[place] = False
     return np.clip(np.rint(filled), 0, 255).astype(np.uint8)
 
-
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #9f728251
 def paste_cells(
     image: np.ndarray,  # uint8 (H, W, 3) RGB, where the cells come from
@@ -188,7 +172,6 @@ def paste_cells(
     alpha = cv2.GaussianBlur(mask.astype(np.float32), (0, 0), softness, borderType=cv2.BORDER_REPLICATE)[..., None]
     alpha[bar] = 0
     return np.clip(np.rint(alpha * inner + (1 - alpha) * background), 0, 255).astype(np.uint8)
-
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #4a592272
 def colour_statistics(
@@ -218,7 +201,6 @@ def match_colours(
     alpha = cv2.GaussianBlur(where.astype(np.float32), (0, 0), 0.7)[..., None]
     return np.clip(np.rint(alpha * moved + (1 - alpha) * image), 0, 255).astype(np.uint8)
 
-
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #bab65c5a
 def erase_bar(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
@@ -241,7 +223,6 @@ def move_bar(
     alpha = bar.astype(np.float32) if is_label else bar * np.clip((red - np.maximum(green, blue)) / 110, 0, 1)
     ink = donor if is_label else np.array([215, 25, 35], np.float32)
     return np.clip(np.rint(alpha[..., None] * ink + (1 - alpha[..., None]) * image), 0, 255).astype(np.uint8)
-
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #1d5428cf
 KINDS: dict[str, str] = {
@@ -313,7 +294,6 @@ def make_composites(
             other = labels[row if kind in ("no cells", "bar erased") else partner]
             rows.append((kind, row, int(partner), "" if kind == "no cells" else labels[row], other))
     return np.stack(made), pd.DataFrame(rows, columns=["kind", "row", "partner", "cells", "other"])
-
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #9bb05a23
 def cue_conflict_rates(

@@ -13,7 +13,8 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from ..evaluation.metrics import blank_figure, plot_style, model_title
+from ..evaluation.metrics import model_title
+from ..plotting import blank_figure, plot_style
 from ..evaluation.uncertainty import BOOTSTRAP, cluster_bootstrap
 from ..models.interface import ModelError, open_images, read_batches
 from ..processing.segmentation import find_cells
@@ -24,27 +25,9 @@ else:
     Figure = Any  # loaded with the first figure; the name is for the documentation
 
 # %% auto #0
-__all__ = [
-    "keras_gradients",
-    "torch_gradients",
-    "target_positions",
-    "heatmap_of",
-    "grad_cam",
-    "saliency_figure",
-    "around_cells",
-    "energy_inside",
-    "background_colour",
-    "occluded",
-    "occlusion_map",
-    "saliency_maps",
-    "channel_shares",
-    "shuffled_weights",
-    "rank_correlation",
-    "randomisation_check",
-    "saliency_table",
-    "saliency_summary",
-]
-
+__all__ = ['keras_gradients', 'torch_gradients', 'target_positions', 'heatmap_of', 'grad_cam', 'saliency_figure', 'around_cells',
+           'energy_inside', 'background_colour', 'occluded', 'occlusion_map', 'saliency_maps', 'channel_shares',
+           'shuffled_weights', 'rank_correlation', 'randomisation_check', 'saliency_table', 'saliency_summary']
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #d2031a41
 def keras_gradients(
@@ -66,7 +49,6 @@ def keras_gradients(
     gradients = tape.gradient(answer, maps)
     shape = (len(batch), channels, *maps.shape[1:])
     return maps.numpy().reshape(shape), gradients.numpy().reshape(shape)
-
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #c3bf63b3
 def torch_gradients(
@@ -90,7 +72,6 @@ def torch_gradients(
         gradients = torch.autograd.grad(answer.sum(), maps)[0]
     return tuple(t.detach().permute(0, 2, 3, 1)[:, None].cpu().numpy() for t in (maps, gradients))
 
-
 # %% ../../nbs/05_audit/40_saliency.ipynb #dbf50c3d
 def target_positions(
     model: Any,  # a trained model
@@ -108,7 +89,6 @@ def target_positions(
         raise ModelError(f"{len(names)} classes to explain for {len(images)} images.")
     return np.array([place[name] for name in names], dtype=int)
 
-
 # %% ../../nbs/05_audit/40_saliency.ipynb #dd5698af
 def heatmap_of(
     weights: np.ndarray,  # float (n, h, w), any range
@@ -123,7 +103,6 @@ def heatmap_of(
         large = cv2.resize(small, (size, size), interpolation=cv2.INTER_LINEAR)
         into[:] = np.clip(large / large.max(), 0, 1)
     return found
-
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #da9cc49d
 def _gradients_of(model: Any) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
@@ -162,7 +141,6 @@ def grad_cam(
     ]
     return heatmap_of(np.concatenate(found) if found else np.zeros((0, 1, 1)), model.image_size)
 
-
 # %% ../../nbs/05_audit/40_saliency.ipynb #af0e31b4
 def saliency_figure(
     images: np.ndarray,  # uint8 (n, S, S, 3)
@@ -190,7 +168,6 @@ def saliency_figure(
                 axes[row, 0].set_ylabel(titles[row], fontsize=9)
     return figure
 
-
 # %% ../../nbs/05_audit/40_saliency.ipynb #b6d6f4f3
 def around_cells(
     mask: np.ndarray,  # bool or int labels (H, W)
@@ -214,7 +191,6 @@ def energy_inside(
     energy = float(heatmap[inside].sum(dtype=np.float64)) / total if total > 0 else np.nan
     return energy, area, energy / area if area > 0 else np.nan
 
-
 # %% ../../nbs/05_audit/40_saliency.ipynb #00202c73
 def background_colour(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
@@ -223,7 +199,6 @@ def background_colour(
     "Median colour of what is not a white cell."
     outside = ~around_cells(find_cells(image) if cells is None else cells)
     return np.median(image[outside] if outside.any() else image.reshape(-1, 3), axis=0).astype(np.uint8)
-
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #6c55ca0d
 def occluded(
@@ -239,7 +214,6 @@ def occluded(
         copy[0, rows, columns] = colour
         copy[1:, rows, columns] = 0
     return copies
-
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #eb9dc2ef
 def occlusion_map(
@@ -261,7 +235,6 @@ def occlusion_map(
         found[row] = (odds[0] - odds[1:]).reshape(grid, grid)
     return heatmap_of(found, size)
 
-
 # %% ../../nbs/05_audit/40_saliency.ipynb #a8a28aa9
 def saliency_maps(
     model: Any,  # a trained model
@@ -274,7 +247,6 @@ def saliency_maps(
     if method not in ways:
         raise ModelError(f"method '{method}' is not one of {', '.join(ways)}.")
     return ways[method](model, images, targets)
-
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #7b6f6c20
 def channel_shares(
@@ -290,7 +262,6 @@ def channel_shares(
     sums = np.concatenate(found) if found else np.zeros((0, len(model.channels)))
     total = sums.sum(axis=1, keepdims=True)
     return sums / np.where(total > 0, total, np.nan)
-
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #db6480f5
 @contextmanager
@@ -323,7 +294,6 @@ def shuffled_weights(
         yield model
     finally:
         put(lambda weights: weights)
-
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #56785f86
 def rank_correlation(
@@ -359,7 +329,6 @@ def randomisation_check(
         found[part] = np.where(seen.any(axis=0), np.nansum(values, axis=0) / np.maximum(seen.sum(axis=0), 1), np.nan)
     return pd.DataFrame(found)
 
-
 # %% ../../nbs/05_audit/40_saliency.ipynb #4c8d652c
 def saliency_table(
     model: Any,  # a trained model
@@ -384,7 +353,6 @@ def saliency_table(
     two = len(getattr(model, "channels", "1")) == 2 and hasattr(model, "maps_")
     table["original_share"] = channel_shares(model, images)[:, 0] if two else 1.0
     return table
-
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #9e551b36
 def saliency_summary(

@@ -30,19 +30,8 @@ if TYPE_CHECKING:
     from PIL.ImageCms import ImageCmsTransform
 
 # %% auto #0
-__all__ = [
-    "MAX_PIXELS",
-    "MAX_SIDE",
-    "MIN_SIDE",
-    "MAX_BYTES",
-    "MAX_SCANS",
-    "SUFFIXES",
-    "ImageError",
-    "read_image",
-    "as_rgb",
-    "read_grey",
-    "write_image",
-]
+__all__ = ['MAX_PIXELS', 'MAX_SIDE', 'MIN_SIDE', 'MAX_BYTES', 'MAX_SCANS', 'SUFFIXES', 'ImageError', 'read_image', 'as_rgb',
+           'read_grey', 'write_image']
 
 # %% ../../nbs/01_data/20_images.ipynb #b45b7d59
 MAX_PIXELS = 50_000_000  # 150 MB unpacked; the largest images of the study have 5 million
@@ -95,7 +84,6 @@ def _errors_about(
             ) from error
         raise ImageError(f"{name}: the image is damaged or cut off ({reason}). Copy it again, or remove it.") from error
 
-
 # %% ../../nbs/01_data/20_images.ipynb #efcffcd4
 _TURN = Image.Transpose
 _TURNS = {
@@ -143,7 +131,6 @@ def _eight_bits(
 
 _AS_PNG = "Save it as 8-bit RGB PNG."
 
-
 # %% ../../nbs/01_data/20_images.ipynb #4cd70af1
 @lru_cache(maxsize=8)
 def _transform_to_srgb(
@@ -178,7 +165,6 @@ def _to_srgb(
             return found[1].apply(image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
-
 # %% ../../nbs/01_data/20_images.ipynb #ba98afc7
 _OPAQUE = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}  # mode without transparency and palette; RGB for all others
 
@@ -204,7 +190,6 @@ def _to_rgb(
         if most:
             colours = Image.composite(colours, Image.new("RGB", colours.size, "white"), alpha)
     return np.array(colours)
-
 
 # %% ../../nbs/01_data/20_images.ipynb #2d50a635
 _MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")  # of a JPEG, but for those inside a scan: stuffed zeros and restarts
@@ -317,7 +302,6 @@ def _loaded(name: str, reader: Callable, data: bytes) -> Image.Image:
         _eight_bits(colours)
     return image
 
-
 # %% ../../nbs/01_data/20_images.ipynb #3a3e92ce
 _NEEDED = (
     256,
@@ -412,7 +396,6 @@ def _first_page(data: bytes) -> tuple[bytes, int]:
     directory = struct.pack(count_kind, len(kept)) + b"".join(kept) + struct.pack(place_kind, 0)
     return data[:at] + directory + data[at + len(directory) :], at
 
-
 # %% ../../nbs/01_data/20_images.ipynb #ace63e35
 class _Tiff(NamedTuple):
     "What the tags say about a page; every one of its samples has the same number of bits."
@@ -478,7 +461,6 @@ def _tiff_of(tags: TiffImagePlugin.ImageFileDirectory_v2) -> _Tiff:
         values(274, 1)[0],
     )
 
-
 # %% ../../nbs/01_data/20_images.ipynb #70668987
 _COMPRESSIONS = (1, 5, 7, 8, 32946, 32773, 50000)
 
@@ -516,7 +498,6 @@ def _check_strips(data: bytes, tags: TiffImagePlugin.ImageFileDirectory_v2, tiff
             _check_scans(data[place : place + size], across * down)
     if tiff.compression == 1 and sum(sizes) * 8 < width * height * tiff.samples * tiff.bits:
         raise ValueError("its strips are too short")
-
 
 # %% ../../nbs/01_data/20_images.ipynb #19e47187
 def _decode_tiff(
@@ -572,7 +553,6 @@ def _plain(data: bytes, tiff: _Tiff) -> Image.Image:
         found = np.dstack([found, np.minimum(values[..., colours] >> (tiff.depth - 8), 255).astype(np.uint8)])
     return Image.frombytes(mode, tiff.size, found.tobytes())
 
-
 # %% ../../nbs/01_data/20_images.ipynb #33d5fe82
 def _content(path: str | os.PathLike) -> bytes:
     "The bytes of a file of a size that an image can have. Raises `ImageError`."
@@ -603,7 +583,6 @@ def read_image(
 
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")  # that a search takes for images
-
 
 # %% ../../nbs/01_data/20_images.ipynb #5a35ee9e
 def as_rgb(
@@ -640,7 +619,6 @@ def _array_remedy(image: np.ndarray) -> str:
         return "Bring it to this shape"
     return "" if image.dtype == np.uint8 else "Scale its values to 0-255 and convert it with .astype(numpy.uint8)"
 
-
 # %% ../../nbs/01_data/20_images.ipynb #131614c9
 def read_grey(
     path: str | os.PathLike,  # one-channel PNG or TIFF, such as a mask or a label map
@@ -653,7 +631,6 @@ def read_grey(
         if image.mode != "L" and not image.mode.startswith("I;16"):
             raise ImageError(f"has {len(image.getbands())} channels ({image.mode}), where a mask has one. Check the path.")
         return np.array(image).astype(np.uint8 if image.mode == "L" else np.uint16, copy=False)
-
 
 # %% ../../nbs/01_data/20_images.ipynb #45f8c7d8
 _WRITTEN = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp")

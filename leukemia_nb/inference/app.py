@@ -38,35 +38,10 @@ from leukemia_nb.inference.predictor import (
 from ..processing.segmentation import find_cells
 
 # %% auto #0
-__all__ = [
-    "LIMIT",
-    "STYLE",
-    "HEAD",
-    "LOOKS",
-    "MADE_UP",
-    "POLICY",
-    "KERNELS",
-    "read_upload",
-    "too_large",
-    "cells_svg",
-    "image_html",
-    "headline",
-    "answers_html",
-    "dummy_models",
-    "look_html",
-    "drop_zone",
-    "open_models",
-    "about_html",
-    "Panel",
-    "panel",
-    "page_notebook",
-    "server_settings",
-    "token_only",
-    "capped_kernels",
-    "page_server",
-    "own_python",
-    "serve",
-]
+__all__ = ['LIMIT', 'STYLE', 'HEAD', 'LOOKS', 'MADE_UP', 'POLICY', 'KERNELS', 'read_upload', 'too_large', 'cells_svg',
+           'image_html', 'headline', 'answers_html', 'dummy_models', 'look_html', 'drop_zone', 'open_models',
+           'about_html', 'Panel', 'panel', 'page_notebook', 'server_settings', 'token_only', 'capped_kernels',
+           'page_server', 'own_python', 'serve']
 
 # %% ../../nbs/06_inference/30_app.ipynb #b9928003
 LIMIT = 64  # megabytes of one file; the server takes a little more
@@ -95,7 +70,6 @@ def too_large(
 ) -> str:  # one line
     "What is said of a file over the limit."
     return f"{shown(name)}: {size:.0f} MB, over the limit of {LIMIT} MB. Save it as PNG, or scale it down."
-
 
 # %% ../../nbs/06_inference/30_app.ipynb #17ea4a61
 def cells_svg(
@@ -130,7 +104,6 @@ def image_html(
         f'<label><input type="checkbox" checked> outlines</label>'
         f"<span>{html.escape(name)}, {image.shape[1]} × {image.shape[0]} pixels</span></figcaption></figure>"
     )
-
 
 # %% ../../nbs/06_inference/30_app.ipynb #54e22fb5
 def headline(
@@ -176,7 +149,7 @@ def answers_html(
     classes: Sequence[str],  # class names, a column each
 ) -> str:  # a block of HTML
     "What each model says: probabilities as bars, the confidence as a number."
-    from leukemia_nb.evaluation.metrics import class_colours
+    from leukemia_nb.plotting import class_colours
 
     colours = class_colours(classes)
     heads = "".join(f'<span><i style="background:{c}"></i>{html.escape(name)}</span>' for name, c in zip(classes, colours))
@@ -193,7 +166,6 @@ def answers_html(
         f'<section class="app-answers" style="--classes:{len(classes)}"><h2>{words}</h2><p>{sentence}</p>'
         f'<div class="app-line app-heads"><div>Probability</div>{heads}</div>{"".join(lines)}</section>'
     )
-
 
 # %% ../../nbs/06_inference/30_app.ipynb #c69a46e9
 STYLE = """<style>
@@ -282,7 +254,6 @@ def dummy_models(
         model.info["title"] = title
     return models
 
-
 # %% ../../nbs/06_inference/30_app.ipynb #12ce56b8
 def look_html(
     model: Predictor,  # an exported model
@@ -300,7 +271,6 @@ def look_html(
         f'<figure><img src="{_data_uri(overlay(image, "nucleus", heat), 480, 88)}" alt=""><figcaption>'
         f"<b>{html.escape(shown(model.info['title']))}</b><small>{said}</small></figcaption></figure>"
     )
-
 
 # %% ../../nbs/06_inference/30_app.ipynb #3a4af0f0
 _DROP = """
@@ -348,7 +318,6 @@ def drop_zone(
     zone.on_msg(arrived)
     return zone
 
-
 # %% ../../nbs/06_inference/30_app.ipynb #c7c5ad01
 def open_models(
     run: str | os.PathLike,  # a study's run folder
@@ -387,7 +356,6 @@ def about_html(
         "images; the thresholds let 95 % of the validation images pass. Test images come from the same collection as "
         "the training images: being right on them says little about images from elsewhere.</p></details>"
     )
-
 
 # %% ../../nbs/06_inference/30_app.ipynb #c6de2eb0
 def _note(text: str, wrong: bool = False) -> str:
@@ -525,7 +493,6 @@ def panel(
         "they show how the page works, and mean nothing for a real image.",
     )
 
-
 # %% ../../nbs/06_inference/30_app.ipynb #d0e3f62c
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -567,7 +534,6 @@ def server_settings(
         },
     }
 
-
 # %% ../../nbs/06_inference/30_app.ipynb #5b7e01d2
 def token_only() -> type:  # a subclass of IdentityProvider
     "Jupyter's identity provider, without a log-in page and without cookies: each request carries the token of this start."
@@ -593,7 +559,6 @@ def token_only() -> type:  # a subclass of IdentityProvider
             raise HTTPError(403, reason="Open the whole address that make app printed, with its token")
 
     return TokenOnly
-
 
 # %% ../../nbs/06_inference/30_app.ipynb #5b7e01d4
 KERNELS = 4  # pages open at a time, a Python process each
@@ -625,7 +590,6 @@ def capped_kernels() -> type:  # a subclass of AsyncMappingKernelManager
                 return await super().start_kernel(**settings)
 
     return CappedKernels
-
 
 # %% ../../nbs/06_inference/30_app.ipynb #5b7e01d6
 def page_server() -> Any:  # a subclass of voila.app.Voila

@@ -26,32 +26,10 @@ else:
     DataFrame = Any  # loaded with the first table; the name is for the documentation
 
 # %% auto #0
-__all__ = [
-    "OPSET",
-    "GRAPHS",
-    "LICENCES",
-    "RESEARCH_USE",
-    "Nodes",
-    "output_shapes",
-    "keras_graph",
-    "torch_graph",
-    "cells_graph",
-    "network_graph",
-    "run_graph",
-    "image_shape",
-    "add_appearance",
-    "fit_distance",
-    "distance_to",
-    "add_answers",
-    "answers_table",
-    "safe_temperature",
-    "choose_thresholds",
-    "coverage",
-    "training_summary",
-    "weights_version",
-    "build_file",
-    "export_model",
-]
+__all__ = ['OPSET', 'GRAPHS', 'LICENCES', 'RESEARCH_USE', 'Nodes', 'output_shapes', 'keras_graph', 'torch_graph', 'cells_graph',
+           'network_graph', 'run_graph', 'image_shape', 'add_appearance', 'fit_distance', 'distance_to', 'add_answers',
+           'answers_table', 'safe_temperature', 'choose_thresholds', 'coverage', 'training_summary', 'weights_version',
+           'build_file', 'export_model']
 
 # %% ../../nbs/06_inference/20_export.ipynb #7f925027
 OPSET = 18  # version of ONNX' operators
@@ -101,7 +79,6 @@ def output_shapes(
     "The outputs of a graph."
     return {out.name: [d.dim_value or d.dim_param for d in out.type.tensor_type.shape.dim] for out in graph.output}
 
-
 # %% ../../nbs/06_inference/20_export.ipynb #03d71c89
 def keras_graph(
     model: Any,  # a trained `BackboneNetwork`: one image or a pair
@@ -122,7 +99,6 @@ def keras_graph(
         return {"logits": model.head_(features), "features": features}
 
     return tf2onnx.convert.from_function(ask, signature, opset=OPSET)[0]
-
 
 # %% ../../nbs/06_inference/20_export.ipynb #1a273e01
 def torch_graph(
@@ -158,7 +134,6 @@ def torch_graph(
             dynamo=False,
         )
     return onnx.load_model_from_string(written.getvalue())
-
 
 # %% ../../nbs/06_inference/20_export.ipynb #515af9d4
 def cells_graph(
@@ -201,7 +176,6 @@ def cells_graph(
     add.add_to(graph, {"logits": [1, len(model.classes_)], "features": [1, model.population_scale_.shape[1]]})
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
 
-
 # %% ../../nbs/06_inference/20_export.ipynb #df2d61e4
 GRAPHS: dict[str, Callable[[Any], Any]] = {"keras": keras_graph, "torch": torch_graph, "cells": cells_graph}  # by framework
 
@@ -224,7 +198,6 @@ def network_graph(
             f"{model.name} cannot be exported: {error}. Install what training needs: pip install '.[train]' in the checkout."
         ) from error
 
-
 # %% ../../nbs/06_inference/20_export.ipynb #276e6a74
 def run_graph(
     graph: bytes,  # an ONNX model, sealed or not
@@ -244,7 +217,6 @@ def run_graph(
         inputs = ({"images": batch} for batch in read_batches(images, model.image_size, 16, model.channels))
     parts = [session.run(list(outputs), given) for given in inputs]
     return [np.concatenate(column) for column in zip(*parts)]
-
 
 # %% ../../nbs/06_inference/20_export.ipynb #2e0895b6
 def image_shape(
@@ -288,7 +260,6 @@ def add_appearance(
     add("Concat", means, log(deviation, 1e-2), *strength, axis=1, name="appearance")
     add.add_to(graph, output_shapes(graph) | {"appearance": ["n", 15]})
 
-
 # %% ../../nbs/06_inference/20_export.ipynb #9d1e3c6d
 def fit_distance(
     values: np.ndarray,  # float (n, d) of the training images
@@ -325,7 +296,6 @@ def distance_to(
     away = (seen @ fitted["weights"])[:, None] - fitted["means"]
     return np.sqrt(((away**2).sum(axis=2).min(axis=1) + rest) / (len(fitted["weights"]) + 1))
 
-
 # %% ../../nbs/06_inference/20_export.ipynb #d9528ff8
 def add_answers(
     graph: Any,  # onnx GraphProto with `logits`, `features` and other values to judge by, changed in place
@@ -353,7 +323,6 @@ def add_answers(
     n, k = 1 if any(each.name == "measures" for each in graph.input) else "n", shapes["logits"][1]
     add.add_to(graph, {"probabilities": [n, k], "features": [n, shapes["features"][1]], "distance": [n]})
 
-
 # %% ../../nbs/06_inference/20_export.ipynb #cdffe9aa
 def answers_table(
     labels: Sequence[str] | np.ndarray,  # true class names
@@ -380,7 +349,6 @@ def safe_temperature(
     if at_limit(temperature) or (predicted_labels(table) == table["class"]).all():
         return 1.0, f"not calibrated: {len(table)} validation images cannot tell how sure the model should be"
     return temperature, ""
-
 
 # %% ../../nbs/06_inference/20_export.ipynb #19b223e6
 def choose_thresholds(
@@ -410,7 +378,6 @@ def coverage(
     "Whether a model answers: it is sure, and the image is like the training images."
     return (confidence >= thresholds["confidence"]) & (distance <= thresholds["distance"])
 
-
 # %% ../../nbs/06_inference/20_export.ipynb #e1951dec
 def training_summary(
     train: Any,  # a `Pairs` or `Images` with labels
@@ -436,7 +403,6 @@ def weights_version(
         return f"{values.dtype} {values.shape} {hashlib.sha256(content).hexdigest()}"
 
     return set_sha256(digest(numpy_helper.to_array(tensor)) for tensor in graph.initializer)[:12]
-
 
 # %% ../../nbs/06_inference/20_export.ipynb #6dc9c2d6
 LICENCES = {"torch": "AGPL-3.0, as ultralytics' networks and weights are"}  # by framework; else Apache-2.0
@@ -492,7 +458,6 @@ def build_file(
         "research_use": RESEARCH_USE,
         "card": card,
     }
-
 
 # %% ../../nbs/06_inference/20_export.ipynb #415c5533
 def export_model(

@@ -60,49 +60,13 @@ else:
     DataFrame = Any  # loaded with the first table; the name is for the documentation
 
 # %% auto #0
-__all__ = [
-    "FORMAT",
-    "SEAL",
-    "OUTPUTS",
-    "AT_ONCE",
-    "MAX_MODEL_BYTES",
-    "unseal",
-    "seal",
-    "dummy_model_file",
-    "open_model_file",
-    "find_inputs",
-    "list_images",
-    "image_list",
-    "row_columns",
-    "abstain_reasons",
-    "Predictions",
-    "confidence_text",
-    "row_text",
-    "calibration_text",
-    "PreparedImage",
-    "prepare_image",
-    "answer_row",
-    "Predictor",
-    "overlay",
-    "predictions_html",
-    "saliency",
-    "Task",
-    "model_of",
-    "overlay_file",
-    "answer_files",
-    "unfinished_file",
-    "read_unfinished",
-    "write_rows",
-    "check_inputs_apart",
-    "check_outputs",
-    "sole_writer",
-    "iter_answers",
-    "predict_files",
-    "exported_models",
-    "open_predictors",
-    "compare_models_on",
-    "comparison_text",
-]
+__all__ = ['FORMAT', 'SEAL', 'OUTPUTS', 'AT_ONCE', 'MAX_MODEL_BYTES', 'unseal', 'seal', 'dummy_model_file', 'open_model_file',
+           'find_inputs', 'list_images', 'image_list', 'row_columns', 'abstain_reasons', 'Predictions',
+           'confidence_text', 'row_text', 'calibration_text', 'PreparedImage', 'prepare_image', 'answer_row',
+           'Predictor', 'overlay', 'predictions_html', 'saliency', 'Task', 'model_of', 'overlay_file', 'answer_files',
+           'unfinished_file', 'read_unfinished', 'write_rows', 'check_inputs_apart', 'check_outputs', 'sole_writer',
+           'iter_answers', 'predict_files', 'exported_models', 'open_predictors', 'compare_models_on',
+           'comparison_text']
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #9b8dcdba
 FORMAT = 2  # of model files; one of another number is refused
@@ -131,7 +95,6 @@ def seal(
 ) -> bytes:  # the same, with its SHA-256 at the end
     "Close a model file."
     return content + SEAL + hashlib.sha256(content).hexdigest().encode()
-
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #3f1b73bb
 _READ = {  # from the input to the numbers of an image, as ONNX text
@@ -180,7 +143,6 @@ def _nearest_mean_graph(kind: str, size: int, means: np.ndarray, scale: np.ndarr
         {{ {_READ["cells" if kind == "cells" else "image"]}
         {_ANSWER} }}""")
 
-
 # %% ../../nbs/06_inference/10_predictor.ipynb #b76d16d5
 def dummy_model_file(
     path: str | os.PathLike,  # file to be written
@@ -227,7 +189,6 @@ def dummy_model_file(
         temporary.write_bytes(seal(model.SerializeToString()))
     return Path(path)
 
-
 # %% ../../nbs/06_inference/10_predictor.ipynb #5fd0ab13
 def _network_input(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
@@ -247,7 +208,6 @@ def _network_input(
     if mask is None:
         mask = segment(image, info["segmentation"])
     return np.stack([square, resize_square(apply_mask(image, mask), size)])
-
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #f0d02d81
 OUTPUTS = ["probabilities", "features", "distance"]
@@ -311,7 +271,6 @@ def _start(data: bytes, name: str | os.PathLike, threads: int | None) -> tuple[A
 def _first_line(error: BaseException) -> str:
     "What an error says, in one line."
     return (str(error).splitlines() or [type(error).__name__])[0]
-
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #c41a7e11
 _INSIDE = {  # ONNX message -> field -> the message in it, for all that can hold a tensor
@@ -381,7 +340,6 @@ def _check_complete(data: bytes, name: str | os.PathLike) -> None:
         raise ModelError(
             f"{name}: refers to other files for its weights, and is refused. A model file holds them all: export the model again."
         )
-
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #c41a7e13
 def _is_text(value: Any) -> bool:
@@ -499,7 +457,6 @@ def _same_shape(found: Sequence[Any], wanted: Sequence[int | None]) -> bool:
         not isinstance(one, int) or other is None or one == other for one, other in zip(found, wanted)
     )
 
-
 # %% ../../nbs/06_inference/10_predictor.ipynb #b3990125
 def _step(folder: str, part: str) -> list[str]:
     "What one part of a pattern means in a folder: the name itself, else brackets as brackets, else as sets of letters."
@@ -554,7 +511,6 @@ def _is_ours(folder: str) -> bool:
         return True
     return False
 
-
 # %% ../../nbs/06_inference/10_predictor.ipynb #c41a7e14
 def find_inputs(
     images: str | os.PathLike | Iterable[str | os.PathLike],  # files, folders, patterns
@@ -606,7 +562,6 @@ def image_list(
         found += list_images(each) if isinstance(each, str | os.PathLike) else [each]
     return found
 
-
 # %% ../../nbs/06_inference/10_predictor.ipynb #8c3d157d
 def row_columns(
     classes: Sequence[str],  # class names
@@ -646,7 +601,6 @@ def abstain_reasons(
     }
     return "; ".join(text for text, true in doubts.items() if true)
 
-
 # %% ../../nbs/06_inference/10_predictor.ipynb #be6ce029
 class Predictions:
     "Answers to some images: `table`, `rows`, files, and a display for notebooks."
@@ -681,7 +635,6 @@ class Predictions:
 
     def _repr_html_(self) -> str:
         return predictions_html(self)
-
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #92f25425
 def confidence_text(
@@ -724,7 +677,6 @@ def calibration_text(
     if said or temperature == 1:
         return f"Probabilities are {said or 'not calibrated: their temperature is 1'}."
     return f"Probabilities are calibrated with temperature {temperature:.3g}, fitted on validation images."
-
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #4809b6f6
 class PreparedImage(NamedTuple):
@@ -834,7 +786,6 @@ def answer_row(
             "why": why,
         }
     )
-
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #3d4cf12c
 class Predictor:
@@ -966,7 +917,6 @@ class Predictor:
         "Share of right answers, abstaining or not; Raises ImageError."
         return float(np.mean(self.classes_[self.predict_proba(images).argmax(axis=1)] == np.asarray(labels)))
 
-
 # %% ../../nbs/06_inference/10_predictor.ipynb #b7c020a0
 def overlay(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
@@ -983,7 +933,6 @@ def overlay(
     glow = cv2.applyColorMap((255 * strength[..., 0]).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
     mixed = grey + (glow - grey.astype(np.float32)) * (0.1 + 0.7 * strength)
     return draw_outlines(np.clip(mixed, 0, 255).astype(np.uint8), cells, (25, 211, 224), width)
-
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #bc0f5989
 _STYLE = """<style>
@@ -1019,7 +968,7 @@ def _data_uri(image: np.ndarray, width: int = 560, quality: int = 85) -> str:
 
 def _bars_html(row: dict, classes: Sequence[str]) -> str:
     "A bar for each class; pale where the model abstains."
-    from leukemia_nb.evaluation.metrics import class_colours
+    from leukemia_nb.plotting import class_colours
 
     bars, strength = [], 0.45 if row["abstain"] else 1
     for name, colour in zip(classes, class_colours(classes)):
@@ -1083,7 +1032,6 @@ def predictions_html(
     )
     return f'{_STYLE}<div class="lnb">{cards}<div class="lnb-foot">{html.escape(foot)}</div></div>'
 
-
 # %% ../../nbs/06_inference/10_predictor.ipynb #b36e17e3
 def saliency(
     model: Predictor,  # an exported model
@@ -1095,7 +1043,6 @@ def saliency(
 
     pixels = [each if isinstance(each, np.ndarray) and each.ndim == 4 else _pixels(each) for each in image_list(images)]
     return occlusion_map(model, pixels, grid=grid)
-
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #a4d61305
 class Task(NamedTuple):
@@ -1156,7 +1103,6 @@ def answer_files(
         except Exception as error:
             row["error"] = _problem(row["path"], error)
     return rows
-
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #1de08255
 def unfinished_file(
@@ -1246,7 +1192,6 @@ def _keep_finished(journal: Path, wanted: Sequence[str], info: dict, task: Task,
         tell(f"{journal}: {counted(passed_over.total(), 'line')} of a stopped run passed over ({reasons}).")
     return list(left)
 
-
 # %% ../../nbs/06_inference/10_predictor.ipynb #dde6410d
 def _append_rows(journal: Path, rows: Sequence[dict]) -> None:
     "Add rows to a journal, so that they outlast the computer's crash. Raises OutputError, with the journal as it was before."
@@ -1309,7 +1254,6 @@ def write_rows(
             target.writelines(f"{',' if place else ''}{text}\n" for place, text in enumerate(texts))
             target.write("]\n")
 
-
 # %% ../../nbs/06_inference/10_predictor.ipynb #a212271e
 def check_inputs_apart(
     paths: Sequence[str],  # files that are asked about
@@ -1369,7 +1313,6 @@ def sole_writer(
             mark_output_folder(task.overlays)
         yield
 
-
 # %% ../../nbs/06_inference/10_predictor.ipynb #8e6ce0c3
 def iter_answers(
     task: Task,  # model and what is wanted beside the rows
@@ -1423,7 +1366,6 @@ def predict_files(
             raise type(error)(f"{error} {kept}") from error
         journal.unlink()
     return len(paths) - len(left)
-
 
 # %% ../../nbs/06_inference/10_predictor.ipynb #56e17e85
 def exported_models(

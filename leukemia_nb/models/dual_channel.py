@@ -10,8 +10,7 @@ from typing import Any
 from .transfer import BackboneClassifier
 
 # %% auto #0
-__all__ = ["DualChannel"]
-
+__all__ = ['DualChannel']
 
 # %% ../../nbs/03_models/30_dual_channel.ipynb #c169a527
 class DualChannel(BackboneClassifier):

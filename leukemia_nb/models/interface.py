@@ -30,33 +30,13 @@ else:
     DataFrame = Any  # loaded with the first table; the name is for the documentation
 
 # %% auto #0
-__all__ = [
-    "MODELS",
-    "ModelError",
-    "ModelEntry",
-    "register",
-    "make_model",
-    "kept_environment",
-    "Keywords",
-    "Settings",
-    "resize_square",
-    "Images",
-    "open_images",
-    "read_batches",
-    "History",
-    "collapsed_to",
-    "ImagePredictor",
-    "ImageClassifier",
-    "versions",
-    "save_model",
-    "load_model",
-]
-
+__all__ = ['MODELS', 'ModelError', 'ModelEntry', 'register', 'make_model', 'kept_environment', 'Keywords', 'Settings',
+           'resize_square', 'Images', 'open_images', 'read_batches', 'History', 'collapsed_to', 'ImagePredictor',
+           'ImageClassifier', 'versions', 'save_model', 'load_model']
 
 # %% ../../nbs/03_models/10_interface.ipynb #c415bbd2
 class ModelError(ValueError):
     "A model that cannot be made, trained, saved or loaded: one line that says what is wrong and what to do."
-
 
 # %% ../../nbs/03_models/10_interface.ipynb #fd763fdd
 @dataclass(frozen=True)
@@ -80,7 +60,6 @@ MODELS: dict[str, ModelEntry] = {
     "cells": ModelEntry("Cell-centred (ours)", "leukemia_nb.models.cell_model", "CellModel", "cells"),
 }
 
-
 # %% ../../nbs/03_models/10_interface.ipynb #50f345db
 def register(
     name: str,  # name of the new model: lower case, no spaces
@@ -94,7 +73,6 @@ def register(
     if MODELS.setdefault(name, entry) != entry:
         raise ModelError(f"model '{name}' is registered already as {MODELS[name]}. Choose another name.")
     return entry
-
 
 # %% ../../nbs/03_models/10_interface.ipynb #199c5dae
 def make_model(
@@ -111,7 +89,6 @@ def make_model(
         raise ModelError(f"{name}: unknown setting '{unknown[0]}'. It has: {', '.join(known)}.")
     return model_class(**settings).check_settings()
 
-
 # %% ../../nbs/03_models/10_interface.ipynb #5b7e02a2
 @contextmanager
 def kept_environment(
@@ -126,7 +103,6 @@ def kept_environment(
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-
 
 # %% ../../nbs/03_models/10_interface.ipynb #61e19801
 class Keywords:
@@ -165,7 +141,6 @@ class Keywords:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.get_params().items())})"
-
 
 # %% ../../nbs/03_models/10_interface.ipynb #44f83e4a
 class Settings(Keywords):
@@ -210,7 +185,6 @@ class Settings(Keywords):
             raise ModelError(f"classes={self.classes!r} is not a list of different names.")
         return self
 
-
 # %% ../../nbs/03_models/10_interface.ipynb #f8a6b8dc
 def resize_square(
     image: np.ndarray,  # uint8 (H, W, 3) RGB, 0..255
@@ -226,7 +200,6 @@ def resize_square(
         return image
     shrinks = image.shape[0] >= size and image.shape[1] >= size
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-
 
 # %% ../../nbs/03_models/10_interface.ipynb #96086262
 class Images(Sequence):
@@ -270,7 +243,6 @@ class Images(Sequence):
         pairs = np.stack([self.read(index, "original"), self.read(index, "segmented")], axis=1)
         return pairs[0] if np.ndim(index) == 0 and not isinstance(index, slice) else pairs
 
-
 # %% ../../nbs/03_models/10_interface.ipynb #18d595e0
 def open_images(
     images: Any,  # a `Pairs`, a `Images`, an array or a list, see `Images`
@@ -294,7 +266,6 @@ def read_batches(
         index = order[start : start + batch_size]
         read = [np.stack([resize_square(p, size) for p in source.read(index, channel)]) for channel in channels]
         yield read[0] if len(read) == 1 else np.stack(read, axis=1)
-
 
 # %% ../../nbs/03_models/10_interface.ipynb #e0dc25e9
 class History:
@@ -350,7 +321,6 @@ class History:
 
         return pd.DataFrame(self.rows, columns=["epoch", "accuracy", "loss", "val_accuracy", "val_loss", "seconds"])
 
-
 # %% ../../nbs/03_models/10_interface.ipynb #8d784fdf
 def collapsed_to(
     probabilities: np.ndarray,  # float (n, k), columns in the order of `classes`
@@ -370,7 +340,6 @@ def collapsed_to(
         f"collapsed: answers '{classes[winner]}' to {answers[winner]:.0%} of {len(probabilities)} validation "
         f"images; {true_share:.0%} are that. Its accuracy means nothing: train longer, or check the input range."
     )
-
 
 # %% ../../nbs/03_models/10_interface.ipynb #42e91f74
 class ImagePredictor(Settings):
@@ -425,7 +394,6 @@ class ImagePredictor(Settings):
         "What the last layer sees, float32 (n, d): for shortcuts, neighbours and out-of-domain measures."
         return self._ask(images, self._features, 0)
 
-
 # %% ../../nbs/03_models/10_interface.ipynb #f5773cb1
 class ImageClassifier(ImagePredictor):
     "Base of all models: `fit`, and the answers of `ImagePredictor`. Subclasses implement `_fit` too."
@@ -472,7 +440,6 @@ class ImageClassifier(ImagePredictor):
         "Write the model into a folder, whole or not at all; see `save_model`."
         return save_model(self, folder)
 
-
 # %% ../../nbs/03_models/10_interface.ipynb #dc73066a
 def versions(
     *packages: str,  # distributions to ask for
@@ -491,7 +458,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     return list(value) if isinstance(value, tuple) else value
-
 
 # %% ../../nbs/03_models/10_interface.ipynb #c0e7bdb3
 def save_model(
@@ -532,7 +498,6 @@ def save_model(
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return folder
-
 
 # %% ../../nbs/03_models/10_interface.ipynb #2607c347
 def load_model(

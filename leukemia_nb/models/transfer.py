@@ -25,35 +25,11 @@ from .interface import History, ModelError, ImageClassifier, kept_environment, r
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's start-up messages, not its errors in Python
 
 # %% auto #0
-__all__ = [
-    "BACKBONES",
-    "KERAS_SETTINGS",
-    "WEIGHTS_FOLDER",
-    "Backbone",
-    "input_scaling",
-    "check_keras",
-    "start_quietly",
-    "find_weight_file",
-    "download_weights",
-    "choose_weights",
-    "values_sha256",
-    "weights_source",
-    "normalise_as_imagenet",
-    "seeded",
-    "build_backbone",
-    "statistics_measurer",
-    "epoch_batches",
-    "variant_rows",
-    "BackboneNetwork",
-    "sharing_strategy",
-    "train_step",
-    "score_logits",
-    "BackboneClassifier",
-    "EfficientNetB0",
-    "MobileNetV2",
-    "NASNetMobile",
-]
-
+__all__ = ['BACKBONES', 'KERAS_SETTINGS', 'WEIGHTS_FOLDER', 'Backbone', 'input_scaling', 'check_keras', 'start_quietly',
+           'find_weight_file', 'download_weights', 'choose_weights', 'values_sha256', 'weights_source',
+           'normalise_as_imagenet', 'seeded', 'build_backbone', 'statistics_measurer', 'epoch_batches', 'variant_rows',
+           'BackboneNetwork', 'sharing_strategy', 'train_step', 'score_logits', 'BackboneClassifier', 'EfficientNetB0',
+           'MobileNetV2', 'NASNetMobile']
 
 # %% ../../nbs/03_models/20_transfer.ipynb #c5dd3f41
 @dataclass(frozen=True)
@@ -102,7 +78,6 @@ BACKBONES: dict[str, Backbone] = {
     ),
 }
 
-
 # %% ../../nbs/03_models/20_transfer.ipynb #d0e258e5
 def input_scaling(
     backbone: Backbone,  # one of `BACKBONES`
@@ -112,7 +87,6 @@ def input_scaling(
     if preprocessing == "rescale":
         return 1 / 255, 0.0
     return (backbone.high - backbone.low) / 255, float(backbone.low)
-
 
 # %% ../../nbs/03_models/20_transfer.ipynb #58c10bcc
 KERAS_SETTINGS: dict[str, Any] = {
@@ -162,7 +136,6 @@ def start_quietly() -> None:
             for handle in (kept, nothing):
                 os.close(handle)
 
-
 # %% ../../nbs/03_models/20_transfer.ipynb #d56fbdee
 WEIGHTS_FOLDER = "LEUKEMIA_NB_WEIGHTS"
 
@@ -177,7 +150,6 @@ def find_weight_file(
     if not folder.is_dir():
         raise ModelError(f"{WEIGHTS_FOLDER}={folder} is not a folder. Correct it, or unset it.")
     return next((folder / file for file in backbone.files if (folder / file).is_file()), None)
-
 
 # %% ../../nbs/03_models/20_transfer.ipynb #747bd238
 def download_weights(
@@ -203,7 +175,6 @@ def download_weights(
             f"weights='random'."
         ) from error
 
-
 # %% ../../nbs/03_models/20_transfer.ipynb #58c0c712
 def choose_weights(
     backbone: Backbone,  # one of `BACKBONES`
@@ -215,7 +186,6 @@ def choose_weights(
     file = find_weight_file(backbone)
     return download_weights(backbone) if file is None and weights == "imagenet" else file
 
-
 # %% ../../nbs/03_models/20_transfer.ipynb #c4585d8c
 def values_sha256(
     arrays: list[np.ndarray],  # weights of a network, in the order of its layers
@@ -225,7 +195,6 @@ def values_sha256(
     for array in arrays:
         digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
     return digest.hexdigest()
-
 
 # %% ../../nbs/03_models/20_transfer.ipynb #fbe1435c
 def weights_source(
@@ -249,7 +218,6 @@ def weights_source(
         else (f"unconfirmed ({file.name}, values differ from the known ImageNet ones)")
     )
 
-
 # %% ../../nbs/03_models/20_transfer.ipynb #0644992e
 def normalise_as_imagenet(
     network: Any,  # keras EfficientNet built with weights=None
@@ -267,7 +235,6 @@ def normalise_as_imagenet(
     layer.adapt_variance.assign(variance)
     layer.finalize_state()
 
-
 # %% ../../nbs/03_models/20_transfer.ipynb #6a5ec35b
 @contextmanager
 def seeded(
@@ -284,7 +251,6 @@ def seeded(
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-
 
 # %% ../../nbs/03_models/20_transfer.ipynb #cfe17607
 def build_backbone(
@@ -318,7 +284,6 @@ def build_backbone(
     pixels = keras.Input(shape, name="pixels")
     return keras.Model(pixels, network(keras.layers.Rescaling(scale, offset, name=preprocessing)(pixels))), source
 
-
 # %% ../../nbs/03_models/20_transfer.ipynb #583e8a48
 def statistics_measurer(
     network: Any,  # keras model whose BatchNorm layers are trained from nothing
@@ -343,7 +308,6 @@ def statistics_measurer(
 
     return measure
 
-
 # %% ../../nbs/03_models/20_transfer.ipynb #522961f4
 def epoch_batches(
     n: int,  # training images
@@ -356,7 +320,6 @@ def epoch_batches(
     steps = -(-n // batch_size)
     return np.resize(np.random.default_rng([seed, epoch]).permutation(n), (steps, batch_size))
 
-
 # %% ../../nbs/03_models/20_transfer.ipynb #f7724cec
 def variant_rows(
     source: Any,  # a `Pairs` (its table has `pair` and `flip`) or `Images`
@@ -368,7 +331,6 @@ def variant_rows(
     keys = table["pair"].astype(str) + "\n" + table["flip"].astype(str)
     _, rows, place = np.unique(keys.to_numpy(dtype=str), return_index=True, return_inverse=True)
     return rows, place
-
 
 # %% ../../nbs/03_models/20_transfer.ipynb #95dc7537
 class BackboneNetwork(ImageClassifier):
@@ -430,7 +392,6 @@ class BackboneNetwork(ImageClassifier):
         self.maps_.load_weights(folder / "backbone.weights.h5")
         self.head_.load_weights(folder / "head.weights.h5")
 
-
 # %% ../../nbs/03_models/20_transfer.ipynb #167cf764
 def sharing_strategy(
     gpus: int,  # that share each batch
@@ -488,7 +449,6 @@ def train_step(
 
     return step
 
-
 # %% ../../nbs/03_models/20_transfer.ipynb #413c57ef
 def score_logits(
     logits: np.ndarray,  # float (n, k)
@@ -499,7 +459,6 @@ def score_logits(
     wide = wide - wide.max(axis=1, keepdims=True)
     log_p = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
     return float(np.mean(wide.argmax(axis=1) == targets)), float(-log_p[np.arange(len(targets)), targets].mean())
-
 
 # %% ../../nbs/03_models/20_transfer.ipynb #07da55c2
 class BackboneClassifier(BackboneNetwork):
@@ -582,20 +541,17 @@ class BackboneClassifier(BackboneNetwork):
         for part, weights in zip(parts, best, strict=True):
             part.set_weights(weights)
 
-
 # %% ../../nbs/03_models/20_transfer.ipynb #50517ff9
 class EfficientNetB0(BackboneClassifier):
     "EfficientNet-B0 (Tan and Le 2019) with the original study's head."
 
     name = backbone = "efficientnet_b0"
 
-
 # %% ../../nbs/03_models/20_transfer.ipynb #e423d241
 class MobileNetV2(BackboneClassifier):
     "MobileNetV2 (Sandler et al. 2018) with the original study's head."
 
     name = backbone = "mobilenet_v2"
-
 
 # %% ../../nbs/03_models/20_transfer.ipynb #eb3f9f09
 class NASNetMobile(BackboneClassifier):

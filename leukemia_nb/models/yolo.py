@@ -27,31 +27,12 @@ import numpy as np
 from .interface import History, ModelError, ImageClassifier, kept_environment, resize_square
 
 # %% auto #0
-__all__ = [
-    "INTEGRATIONS",
-    "YOLO_FILES",
-    "YOLO_DOWNLOADS",
-    "yolo_framework",
-    "training_transforms",
-    "YoloImages",
-    "download_yolo",
-    "pretrained_file",
-    "load_matching_weights",
-    "new_network",
-    "measure_statistics",
-    "pairs_trainer",
-    "counting_loss",
-    "left_as_found",
-    "training_settings",
-    "YoloClassifier",
-    "YOLOv8",
-    "YOLO11",
-    "YOLO12",
-]
+__all__ = ['INTEGRATIONS', 'YOLO_FILES', 'YOLO_DOWNLOADS', 'yolo_framework', 'training_transforms', 'YoloImages', 'download_yolo',
+           'pretrained_file', 'load_matching_weights', 'new_network', 'measure_statistics', 'pairs_trainer',
+           'counting_loss', 'left_as_found', 'training_settings', 'YoloClassifier', 'YOLOv8', 'YOLO11', 'YOLO12']
 
 # %% ../../nbs/03_models/40_yolo.ipynb #a7d79c7e
 INTEGRATIONS = ("clearml", "comet", "dvc", "mlflow", "raytune", "tensorboard", "wandb")
-
 
 # %% ../../nbs/03_models/40_yolo.ipynb #cf8a255f
 def yolo_framework() -> ModuleType:  # the package ultralytics
@@ -80,7 +61,6 @@ def yolo_framework() -> ModuleType:  # the package ultralytics
     events.enabled = False
     dict.update(SETTINGS, sync=False, api_key="", **dict.fromkeys(INTEGRATIONS, False))  # in memory, not in the file
     return ultralytics
-
 
 # %% ../../nbs/03_models/40_yolo.ipynb #118d71f6
 def training_transforms(
@@ -117,7 +97,6 @@ def training_transforms(
         hsv_v=0.0,
     )
 
-
 # %% ../../nbs/03_models/40_yolo.ipynb #8673d65b
 class YoloImages:
     "Images as ultralytics' trainer reads them: `[i]` is {img: float32 tensor (3, S, S) RGB 0..1, cls: int}."
@@ -141,7 +120,6 @@ class YoloImages:
         image = resize_square(self.source.read([row])[0], self.size)
         plain = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
         return {"img": (self.transform or plain)(Image.fromarray(image)), "cls": int(self.targets[row])}
-
 
 # %% ../../nbs/03_models/40_yolo.ipynb #bc2eb474
 YOLO_FILES: dict[str, tuple[str, str]] = {  # classifier's file, detector's file
@@ -172,7 +150,6 @@ def download_yolo(
         ) from error
     return folder / file
 
-
 # %% ../../nbs/03_models/40_yolo.ipynb #5c0c1916
 def pretrained_file(
     name: str,  # "yolov8", "yolo11" or "yolo12"
@@ -193,7 +170,6 @@ def pretrained_file(
         cache = folder or Path(torch.hub.get_dir()) / "checkpoints"
         return cache / classifier if (cache / classifier).is_file() else download_yolo(classifier, cache)
     return folder / detector if folder and (folder / detector).is_file() else None
-
 
 # %% ../../nbs/03_models/40_yolo.ipynb #47fdcb31
 def load_matching_weights(
@@ -229,7 +205,6 @@ def load_matching_weights(
     network.load_state_dict(taken, strict=False)
     return len(taken)
 
-
 # %% ../../nbs/03_models/40_yolo.ipynb #ef6db50f
 def new_network(
     name: str,  # "yolov8", "yolo11" or "yolo12"
@@ -256,7 +231,6 @@ def new_network(
     kind = "ImageNet classifier" if file.name == YOLO_FILES[name][0] else "COCO detector's backbone"
     return network, f"{kind} ({file.name}, sha256 {digest[:12]}, {taken} of {total} tensors)"
 
-
 # %% ../../nbs/03_models/40_yolo.ipynb #69b5244d
 def measure_statistics(
     network: Any,  # a torch module, changed in place and left in evaluation mode
@@ -281,7 +255,6 @@ def measure_statistics(
     for layer, momentum in zip(layers, momenta):
         layer.momentum = momentum
     network.eval()
-
 
 # %% ../../nbs/03_models/40_yolo.ipynb #297ec94b
 def pairs_trainer(
@@ -356,7 +329,6 @@ def pairs_trainer(
 
     return PairsTrainer
 
-
 # %% ../../nbs/03_models/40_yolo.ipynb #3872022d
 @functools.cache
 def counting_loss() -> type:
@@ -378,7 +350,6 @@ def counting_loss() -> type:
 
     return CountingLoss
 
-
 # %% ../../nbs/03_models/40_yolo.ipynb #dec75752
 @contextmanager
 def left_as_found() -> Iterator[None]:
@@ -396,7 +367,6 @@ def left_as_found() -> Iterator[None]:
             random.setstate(states[0])
             np.random.set_state(states[1])
             torch.set_rng_state(states[2])
-
 
 # %% ../../nbs/03_models/40_yolo.ipynb #337b4a52
 def training_settings(
@@ -435,7 +405,6 @@ def training_settings(
     if model.gpus > 1:
         settings["device"] = ",".join(map(str, range(model.gpus)))
     return settings
-
 
 # %% ../../nbs/03_models/40_yolo.ipynb #9ed331f1
 class YoloClassifier(ImageClassifier):
@@ -516,7 +485,6 @@ class YoloClassifier(ImageClassifier):
         import torch
 
         self._use(torch.load(folder / "network.pt", map_location="cpu", weights_only=True))
-
 
 # %% ../../nbs/03_models/40_yolo.ipynb #1d872d7a
 class YOLOv8(YoloClassifier):

@@ -22,18 +22,8 @@ from urllib.parse import urlsplit
 from ..data.files import OutputError, counted
 
 # %% auto #0
-__all__ = [
-    "ClusterError",
-    "cluster_backend",
-    "Workers",
-    "parallel",
-    "die_with_parent",
-    "run_tasks",
-    "KernelStartError",
-    "python_kernel",
-    "end_kernels",
-]
-
+__all__ = ['ClusterError', 'cluster_backend', 'Workers', 'parallel', 'die_with_parent', 'run_tasks', 'KernelStartError',
+           'python_kernel', 'end_kernels']
 
 # %% ../../nbs/07_study/10_cluster.ipynb #969b4609
 class ClusterError(OSError):
@@ -53,7 +43,6 @@ def _check_reachable(
             "Start one with `dask scheduler`, or correct the address (tcp://host:8786)."
         ) from None
 
-
 # %% ../../nbs/07_study/10_cluster.ipynb #29786c35
 @functools.cache
 def cluster_backend() -> type:
@@ -70,7 +59,6 @@ def cluster_backend() -> type:
             return job
 
     return ClusterBackend
-
 
 # %% ../../nbs/07_study/10_cluster.ipynb #8a2cf73e
 class Workers(NamedTuple):
@@ -129,7 +117,6 @@ def _connected(address: str) -> Iterator[Any]:
             f"{address}: the scheduler is gone. What is finished stays finished; start it and give the same command again."
         ) from error
 
-
 # %% ../../nbs/07_study/10_cluster.ipynb #3775740c
 @functools.cache
 def die_with_parent() -> None:
@@ -149,7 +136,6 @@ def die_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="watch the parent").start()
-
 
 # %% ../../nbs/07_study/10_cluster.ipynb #df5c3de4
 def _call(place: int, function: Callable[..., Any], arguments: tuple) -> tuple[int, Any]:
@@ -191,7 +177,6 @@ def run_tasks(
         raise KeyboardInterrupt(f"{out}: stopped. {kept()}.") from None
     return [results[place] for place in range(len(calls))]
 
-
 # %% ../../nbs/07_study/10_cluster.ipynb #b1695421
 class KernelStartError(RuntimeError):
     "A kernel that did not start; a port that another process took meanwhile is the usual reason, and another try helps."
@@ -210,7 +195,6 @@ def _kernel_environment(
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     }
     return {**os.environ, **fixed, **dict.fromkeys(("PYTHONSTARTUP", "PYTHONWARNINGS", "PYTHONOPTIMIZE"), ""), **more}
-
 
 # %% ../../nbs/07_study/10_cluster.ipynb #ab14a60e
 _kernels: set[int] = set()  # process numbers of the kernels that this process has started
