@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from tifffile import TiffFile, TiffPage
 
 # %% auto #0
-__all__ = ['MAX_PIXELS', 'MAX_SIDE', 'MIN_SIDE', 'SUFFIXES', 'ImageError', 'read_image', 'show_images', 'image_problem', 'as_rgb',
-           'resize_square', 'read_grey', 'write_image']
+__all__ = ['MAX_PIXELS', 'MAX_SIDE', 'MIN_SIDE', 'SCALE_BAR_CORNER', 'SUFFIXES', 'ImageError', 'read_image', 'show_images',
+           'image_problem', 'as_rgb', 'resize_square', 'read_grey', 'write_image']
 
 # %% ../../nbs/01_data/20_images.ipynb #b45b7d59
 MAX_PIXELS = 50_000_000  # 150 MB decoded; the largest images of the study have 5 million
@@ -69,7 +69,7 @@ def _errors_about(name: str | os.PathLike) -> Iterator[None]:
         raise ImageError(f"{name}: {error.args[0]}") from error.__cause__
     except Exception as error:
         reason = " ".join(str(error).split())
-        if isinstance(error, MemoryError) or re.search(r"out of memory|decoder error -9|could not create decoder", reason):
+        if isinstance(error, MemoryError) or re.search(r"out of memory|decoder error -9", reason):
             remedy = "Use fewer processes or close other programs, and try again."
             raise ImageError(f"{name}: not enough memory to read it; the file may be whole. {remedy}") from error
         raise ImageError(f"{name}: the image is damaged or cut off ({reason}). Copy it again, or remove it.") from error
@@ -315,6 +315,9 @@ def _content(path: str | os.PathLike) -> bytes:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)
         raise ImageError(f"cannot be opened: {reason}. Check what it is and who may read it.") from None
+
+# %% ../../nbs/01_data/20_images.ipynb #5ed88bf0
+SCALE_BAR_CORNER = (0.16, 0.22)  # height and width of the corner, as proportions of the image's
 
 # %% ../../nbs/01_data/20_images.ipynb #e5e92470
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")  # of images, for searches
