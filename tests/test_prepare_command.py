@@ -197,7 +197,7 @@ def test_ctrl_c_says_what_is_done(tmp_path, many):
 def test_the_prepare_notebook_goes_on_past_bad_images(tmp_path):
     """The step of the study, with bad files of every kind and all good masks of a class flagged or not."""
     papermill = pytest.importorskip("papermill")
-    bad = spoil(fill(tmp_path / "in", 20, 64, 80))
+    bad = spoil(fill(tmp_path / "in", 21, 64, 80))
     notebook = Path(__file__).parents[1] / "nbs/study/10_prepare.ipynb"
     parameters = {"run": str(tmp_path / "run"), "data": str(tmp_path / "in"), "image_size": 32}
     os.mkdir(tmp_path / "run")
@@ -205,7 +205,7 @@ def test_the_prepare_notebook_goes_on_past_bad_images(tmp_path):
         str(notebook), str(tmp_path / "done.ipynb"), parameters, progress_bar=False, cwd=str(tmp_path / "run")
     )
     table = check_pairs(tmp_path / "run")
-    assert (table.problem != "").sum() == bad and len(table) == 60 + bad - 1
+    assert (table.problem != "").sum() == bad and len(table) == 63 + bad - 1
     shown = "".join(str(output) for cell in nbformat.read(tmp_path / "done.ipynb", 4).cells for output in cell.get("outputs", []))
     assert "cut.png" in shown and "could not be reached" in shown
 
