@@ -6,6 +6,7 @@
 __all__ = ['dummy_dataset', 'dummy_predictions']
 
 # %% ../nbs/00_shared/30_testing.ipynb #d2a50001
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +34,6 @@ def dummy_dataset(
             rows.append({"pair": pair, "class": label, "subset": subsets[i % 4]})
     write_dataset(pd.DataFrame(rows), prepared, folder, seed)
     return folder
-
-# %% ../nbs/00_shared/30_testing.ipynb #33603273
-from collections.abc import Sequence
-
-import numpy as np
-import pandas as pd
 
 # %% ../nbs/00_shared/30_testing.ipynb #38775bce
 def dummy_predictions(

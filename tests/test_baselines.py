@@ -31,7 +31,7 @@ from leukemia_nb.evaluation.cross_validation import cross_validated_accuracy
 from leukemia_nb.evaluation.metrics import accuracy_figure, compare_models
 from leukemia_nb.evaluation.predictions import check_predictions, predicted_labels
 from leukemia_nb.evaluation.uncertainty import clopper_pearson
-from leukemia_nb.processing.segmentation import find_cells
+from leukemia_nb.processing.cells import find_cells
 from leukemia_nb.testing import dummy_predictions
 
 

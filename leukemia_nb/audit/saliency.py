@@ -7,7 +7,7 @@ __all__ = ['saliency_method', 'feature_maps', 'grad_cam', 'saliency_figure', 'wi
            'occlusion_map', 'channel_gradients', 'randomised_weights', 'randomisation_check', 'saliency_table',
            'saliency_summary']
 
-# %% ../../nbs/05_audit/40_saliency.ipynb #8fb14665
+# %% ../../nbs/05_audit/40_saliency.ipynb #fa71ce5b
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from ..evaluation.predictions import Classifier, model_title
 from ..evaluation.uncertainty import BOOTSTRAP, cluster_bootstrap
 from ..models.interface import ModelError
 from ..plotting import blank_figure, styled
-from ..processing.segmentation import find_cells
+from ..processing.cells import find_cells
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
