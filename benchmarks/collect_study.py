@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from leukemia_nb.data.files import read_table, write_table
-from leukemia_nb.evaluation.metrics import predicted_labels, read_all_predictions, take_subset
+from leukemia_nb.evaluation.predictions import predicted_labels, read_all_predictions, take_subset
 
 RESULTS = Path(__file__).parent / "results"
 TABLES = (
