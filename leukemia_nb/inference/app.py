@@ -35,7 +35,7 @@ from leukemia_nb.inference.predictor import (
     overlay,
     saliency,
 )
-from ..processing.segmentation import find_cells
+from ..processing.cells import find_cells
 
 # %% auto #0
 __all__ = ['LIMIT', 'STYLE', 'HEAD', 'LOOKS', 'MADE_UP', 'POLICY', 'KERNELS', 'read_upload', 'too_large', 'cells_svg',

@@ -43,16 +43,8 @@ from leukemia_nb.data.files import (
 )
 from ..data.images import ImageError, as_rgb, read_image, write_image
 from ..models.interface import ModelError, resize_square
-from leukemia_nb.processing.segmentation import (
-    METHODS,
-    check_mask,
-    count_cells,
-    apply_mask,
-    draw_outlines,
-    find_cells,
-    label_cells,
-    segment,
-)
+from ..processing.cells import count_cells, find_cells, label_cells
+from ..processing.segmentation import SEGMENTATION_METHODS, check_mask, apply_mask, draw_outlines, segment
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -377,7 +369,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # entry of a descripti
     "classes": ("a list of two or more different names", _are_classes),
     "input": ("image, pair or cells", lambda value: value in ("image", "pair", "cells")),
     "image_size": ("a whole number from 1 to 4096", lambda value: _is_whole(value, 1, 4096)),
-    "segmentation": (f"one of {', '.join(METHODS)}", lambda value: _is_text(value) and value in METHODS),
+    "segmentation": (f"one of {', '.join(SEGMENTATION_METHODS)}", lambda value: _is_text(value) and value in SEGMENTATION_METHODS),
     "temperature": ("a number above 0", lambda value: _is_number(value, 1e-9)),
     "thresholds": (
         "numbers for confidence (0 to 1) and distance (from 0)",

@@ -35,8 +35,7 @@ from leukemia_nb.data.manifest import (
     CLASSES,
     FOUR_CLASSES,
     NO_IMAGES,
-    _nothing_found,
-    _sort_by_class,
+    select_classes,
     check_apart,
     check_folder,
     find_images,
@@ -47,7 +46,7 @@ from ..models import interface as models
 from ..data.images import ImageError, read_image
 from ..models.interface import MODELS
 from ..processing.dataset import Pairs
-from ..processing.segmentation import METHODS
+from ..processing.segmentation import SEGMENTATION_METHODS
 from ..processing.splitting import SplitError, image_groups, read_groups, read_split, smallest_class
 
 # %% ../../nbs/07_study/20_driver.ipynb #509aca9b
@@ -136,7 +135,7 @@ class StudySettings:
             "split": ("random", "grouped"),
             "preprocessing": ("native", "rescale"),
             "weights": ("imagenet", "local", "random"),
-            "segmentation": tuple(METHODS),
+            "segmentation": tuple(SEGMENTATION_METHODS),
         }.items():
             if getattr(self, name) not in allowed:
                 raise StudyError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(str, allowed))}.")
@@ -695,11 +694,10 @@ def _check_run_folder(settings: StudySettings, run: Run) -> None:
 
 def _check_images(settings: StudySettings, run: Run) -> list[Path]:
     "The images of the classes, unopened. Raises ImageError where a class has none or too few for the split."
-    search, rows, unknown = _sort_by_class(search_images(settings.data, run.folder), names := class_names(settings.classes))
-    if not search.paths:
-        raise ImageError(_nothing_found(search, unknown, names))
-    found = set(search.paths)
-    counts = Counter(label for path, label in rows if path in found)
+    names = class_names(settings.classes)
+    selection = select_classes(search_images(settings.data, run.folder), names)
+    search, found = selection.search, set(selection.search.paths)
+    counts = Counter(label for path, label in selection.rows if path in found)
     for name in names:
         if counts[name] < (least := smallest_class()):
             few = f"class {name} has {counted(counts[name], 'image')}, and the split needs {least} of each class"
