@@ -60,6 +60,14 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def torch_before_tensorflow() -> None:
     """All test modules share a process: torch must be loaded first, the other order aborts it."""
-    from leukemia_nb.models.yolo import yolo_framework
+    from leukemia_nb.models.yolo import import_ultralytics
 
-    yolo_framework()
+    import_ultralytics()
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset folder of 24 synthetic smears, 64 x 64; for reading only."""
+    from leukemia_nb.testing import dummy_dataset
+
+    return dummy_dataset(tmp_path_factory.mktemp("run") / "dataset", per_class=8, size=64)
