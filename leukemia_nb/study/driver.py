@@ -38,10 +38,12 @@ import re
 import shutil
 import sys
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -234,164 +236,69 @@ class Step:
     writes: tuple[str, ...] = ()  # files and folders that this step writes: all of them, and no others
 
 
-_PREPARED = ("manifest.csv", "pairs.csv", "cell_features.csv", "prepared")
-_SPLIT = ("split.csv", "near_duplicates.csv", "left_out.csv", "leakage.csv", "dataset.csv", "dataset")
-_CUE_CONFLICT = ("audit/cue_conflict.csv", "audit/cue_conflict.npy")
-
-
-def _some(settings: StudySettings, *names: str, **more: Any) -> dict[str, Any]:
-    "Settings by name, and more parameters, for a step."
-    return {name: getattr(settings, name) for name in names} | more
-
-
-def _paths(folder: str, *names: str, ending: str = ".csv") -> tuple[str, ...]:
-    "Files of one folder of the run."
-    return tuple(f"{folder}/{name}{ending}" for name in names)
-
-
-def _written(steps: Iterable[Step]) -> tuple[str, ...]:
-    "All that some steps write."
-    return tuple(path for step in steps for path in step.writes)
-
-
-# %% ../../nbs/07_study/20_driver.ipynb #356fee7a
-def _preparation(settings: StudySettings) -> list[Step]:
-    "From images to a dataset."
-    prepare = _some(settings, "data", "classes", "per_class", "segmentation", "image_size", "seed", "n_jobs")
-    split = _some(settings, "split", "groups", "split_file", "seed", "n_jobs")
-    images = () if settings.data else ("images",)
-    given = tuple(filter(None, (settings.groups, settings.split_file)))
-    return [
-        Step(
-            "prepare",
-            "10_prepare.ipynb",
-            prepare,
-            tuple(filter(None, [settings.data])),
-            (*_PREPARED, *images, "figures/segmentation.png"),
-        ),
-        Step("split", "15_split.ipynb", split, (*_PREPARED, *given), _SPLIT),
-        Step("overview", "16_overview.ipynb", {}, (*_PREPARED, *_SPLIT), ("figures/classes.png",)),
-    ]
-
-
-def _features(settings: StudySettings, backbone: str) -> Step:
-    "Features of a frozen backbone."
-    parameters = _some(settings, "image_size", "weights", "preprocessing", "seed", backbone=backbone)
-    return Step(f"features-{backbone}", "18_features.ipynb", parameters, _SPLIT, (f"features/{backbone}.npz",))
-
-
-def _training(settings: StudySettings, model: str, features: Mapping[str, Step]) -> Step:
-    "One model, trained, and its predictions."
-    parameters = {"model": model, "settings": settings.model_settings(model), "unseen": settings.unseen}
-    backbone = features.get(MODELS[model].backbone)
-    reads = (*_SPLIT, *(backbone.writes if backbone else ()), *filter(None, [settings.unseen]))
-    return Step(
-        f"train-{model}",
-        "20_train.ipynb",
-        parameters,
-        reads,
-        (f"models/{model}", *_paths("predictions", model), *_paths("unseen", model)),
-    )
-
-
-def _audit(settings: StudySettings, model: str) -> Step:
-    "Cue reliance, robustness and saliency of one model."
-    parameters = _some(
-        settings, "image_size", model=model, images=min(60, settings.audit), explained=min(30, settings.audit // 2)
-    )
-    tables = [f"audit/{kind}{model}.csv" for kind in ("", "robustness/", "saliency/", "randomisation/")]
-    reads = (*_PREPARED, *_SPLIT, *_CUE_CONFLICT, f"models/{model}")
-    return Step(f"audit-{model}", "28_audit.ipynb", parameters, reads, (*tables, f"audit/saliency/{model}.npy"))
-
-
-def _export(settings: StudySettings, model: str, features: Mapping[str, Step]) -> Step:
-    "One trained model as one file that needs no framework."
-    backbone = features.get(MODELS[model].backbone)
-    reads = (*_SPLIT, *(backbone.writes if backbone else ()), f"models/{model}", f"predictions/{model}.csv", f"cards/{model}.md")
-    return Step(
-        f"export-{model}",
-        "38_export.ipynb",
-        _some(settings, "image_size", model=model),
-        reads,
-        (f"exported/{model}.onnx", f"exported/{model}.json"),
-    )
-
-
-# %% ../../nbs/07_study/20_driver.ipynb #ebc641c0
-def _without_models(settings: StudySettings, features: Mapping[str, Step]) -> list[Step]:
-    "What needs no trained model: cue-conflict images, cross-validation, EfficientNet's preprocessing two by two."
-    images = _some(settings, "image_size", "seed", images=settings.audit)
-    folds = _some(settings, "image_size", "seed", folds=5, repeats=settings.repeats)
-    reads = (*_PREPARED, *_SPLIT)
-    steps = [
-        Step("cue-conflict", "25_cue_conflict.ipynb", images, reads, (*_CUE_CONFLICT, "figures/cue_conflict.png")),
-        Step(
-            "cross-validate",
-            "32_cross_validate.ipynb",
-            folds,
-            (*reads, *_written(features.values())),
-            ("metrics/cross_validation.csv", "figures/cross_validation.png"),
-        ),
-    ]
-    if "efficientnet_b0" in settings.models:
-        small = {"image_size": min(96, settings.image_size), "per_class": settings.audit // 2, "epochs": 8}
-        writes = ("metrics/efficientnet.csv", "metrics/efficientnet_last.csv", "figures/efficientnet.png")
-        steps.append(Step("efficientnet", "33_efficientnet.ipynb", _some(settings, "weights", "seed", **small), _SPLIT, writes))
+# %% ../../nbs/07_study/20_driver.ipynb #5351a480
+def study_steps(settings: StudySettings) -> list[Step]:
+    "The steps in an order in which they can run, from the images to the report."
+    declared = tomllib.loads((files("leukemia_nb") / "templates" / "steps.toml").read_text(encoding="utf-8"))
+    steps: list[Step] = []
+    for entry in declared["step"]:
+        if entry.get("needs", settings.models[0]) not in settings.models:
+            continue
+        key = match[1] if (match := re.search(r"{(\w+)}", entry["name"])) else ""
+        for value in {"model": list(settings.models), "backbone": _frozen_backbones(settings)}.get(key, [""]):
+            steps.append(_make_step(entry, declared["files"], settings, key, value, steps))
     return steps
 
 
-def _conclusions(
-    settings: StudySettings, trained: tuple[str, ...], folds: tuple[str, ...], audits: tuple[str, ...]
-) -> list[Step]:
-    "Comparison, shortcut audit and cards."
-    models = {"models": list(settings.models)}
-    metrics = ("models", "classes", "grouped_accuracy", "pairs_of_models", "calibration", "unseen")
-    figures = ("accuracy", "curves", "confusion", "roc", "precision_recall", "significance", "reliability")
-    reads = (*_SPLIT, *trained)
-    compare = Step(
-        "compare", "30_compare.ipynb", models, reads, (*_paths("metrics", *metrics), *_paths("figures", *figures, ending=".png"))
-    )
-    metrics = ("baselines", "cue_conflict", "cue_conflict_by_classes", "saliency", "robustness")
-    figures = ("baselines", "reliance", "saliency", "robustness")
-    audit = Step(
-        "shortcut-audit",
-        "35_shortcut_audit.ipynb",
-        models | _some(settings, "image_size", "seed"),
-        (*_PREPARED, *reads, *folds, *_CUE_CONFLICT, *audits),
-        ("baselines", *_paths("metrics", *metrics), *_paths("figures", *figures, ending=".png")),
-    )
-    cards = Step(
-        "cards",
-        "36_cards.ipynb",
-        models,
-        (*_PREPARED, *reads, *folds, *_CUE_CONFLICT, *compare.writes, *audit.writes),
-        ("metrics/reporting_items.csv", *_paths("cards", *settings.models, ending=".md")),
-    )
-    return [compare, audit, cards]
+def _make_step(
+    entry: dict[str, Any], groups: dict[str, list[str]], settings: StudySettings, key: str, value: str, before: list[Step]
+) -> Step:
+    "The step of an entry of steps.toml, for one model or backbone where its name holds one."
+    values = {"model": list(settings.models), "backbone": _frozen_backbones(settings)}
+    if key:
+        values[key] = [value]
+    if key == "model":
+        pretrained = settings.model_settings(value)["weights"] != "random"
+        values["backbone"] = [MODELS[value].backbone] if pretrained and MODELS[value].backbone else []
+
+    def paths(names: Sequence[str]) -> tuple[str, ...]:
+        found: list[str] = []
+        for name in (each for name in names for each in (groups[name[1:]] if name.startswith("$") else [name])):
+            if name == "*":
+                found += [path for step in before for path in step.writes]
+            elif name.startswith("@"):
+                found += filter(None, [getattr(settings, name[1:])])
+            else:
+                kind = match[1] if (match := re.search(r"{(\w+)}", name)) else ""
+                found += [name.replace(f"{{{kind}}}", each) for each in values.get(kind, [""])]
+        return tuple(found)
+
+    name = entry["name"].replace(f"{{{key}}}", value)
+    parameters = {setting: getattr(settings, setting) for setting in entry.get("settings", [])} | _derived(settings, name, value)
+    parameters |= {"models": list(settings.models)} if "models" in parameters else {}
+    parameters |= {key: value} if key else {}
+    writes = [*entry["writes"], *([] if settings.data else entry.get("writes_synthetic", []))]
+    return Step(name, entry["notebook"], parameters, paths(entry["reads"]), paths(writes))
 
 
-# %% ../../nbs/07_study/20_driver.ipynb #e16e0689
-def study_steps(settings: StudySettings) -> list[Step]:
-    "The steps in an order in which they can run, from the images to the report."
-    preparation = _preparation(settings)
-    features = {backbone: _features(settings, backbone) for backbone in _frozen_backbones(settings)}
-    trainings = [_training(settings, model, features) for model in settings.models]
-    without = _without_models(settings, features)
-    audits = [_audit(settings, model) for model in settings.models]
-    conclusions = _conclusions(settings, _written(trainings), _written(without), _written(audits))
-    exports = [_export(settings, model, features) for model in settings.models if MODELS[model].framework != "numpy"]
-    steps = [*preparation, *features.values(), *trainings, *without, *audits, *conclusions, *exports]
-    report = Step("report", "40_report.ipynb", {"models": list(settings.models)}, _written(steps), ("report.html",))
-    return [*steps, report]
+def _derived(settings: StudySettings, step: str, model: str) -> dict[str, Any]:
+    "Parameters of a step that are computed from the settings."
+    audit = settings.audit
+    if step.startswith("train-"):
+        return {"settings": settings.model_settings(model)}
+    if step.startswith("audit-"):
+        return {"images": min(60, audit), "explained": min(30, audit // 2)}
+    small = {"image_size": min(96, settings.image_size), "per_class": audit // 2, "epochs": 8}
+    return {"cue-conflict": {"images": audit}, "cross-validate": {"folds": 5}, "efficientnet": small}.get(step, {})
 
 
 def _frozen_backbones(settings: StudySettings) -> list[str]:
-    "Backbones whose features the study needs: MobileNetV2's for the baselines, and those of models that keep them frozen."
+    "Backbones whose features the study needs: MobileNetV2's for the baselines, and those of models that keep theirs frozen."
     frozen = [MODELS[name].backbone for name in settings.models if settings.model_settings(name)["weights"] != "random"]
     return list(dict.fromkeys(["mobilenet_v2", *filter(None, frozen)]))
 
 
-# %% ../../nbs/07_study/20_driver.ipynb #80b02b1a
+# %% ../../nbs/07_study/20_driver.ipynb #34f3a0c4
 def _dependencies(steps: Sequence[Step]) -> dict[str, set[str]]:
     "For each step the steps that write what it reads. Raises StudyError for a file that no step writes."
     writers = {path: step.name for step in steps for path in step.writes}
@@ -416,7 +323,7 @@ def generations(steps: Sequence[Step]) -> list[list[Step]]:
     return groups
 
 
-# %% ../../nbs/07_study/20_driver.ipynb #319f1a11
+# %% ../../nbs/07_study/20_driver.ipynb #b28c20ef
 def select_steps(
     steps: Sequence[Step],  # all steps of a study
     names: Sequence[str],  # steps, as "train-yolov8", or kinds of step, as "train"
@@ -441,7 +348,7 @@ def with_dependencies(
     return [step for step in steps if step.name in selected]
 
 
-# %% ../../nbs/07_study/20_driver.ipynb #54636476
+# %% ../../nbs/07_study/20_driver.ipynb #5af3725a
 def study_notebook(
     name: str,  # file name, as "20_train.ipynb"
 ) -> Path:
@@ -474,7 +381,7 @@ def check_parameters(
         raise StudyError(f"{notebook.name}: unknown parameter {', '.join(unknown)}; it knows {', '.join(known)}.")
 
 
-# %% ../../nbs/07_study/20_driver.ipynb #263a810a
+# %% ../../nbs/07_study/20_driver.ipynb #09f7bbf4
 _LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "__pycache__")  # what file managers and Python leave behind
 
 
@@ -517,7 +424,7 @@ def _listing(path: Path) -> str:
     return digest.hexdigest()
 
 
-# %% ../../nbs/07_study/20_driver.ipynb #d0f85b3e
+# %% ../../nbs/07_study/20_driver.ipynb #12a31236
 def fingerprint(
     step: Step,
     run: Run,
@@ -540,10 +447,10 @@ def _library_digest() -> str:
     "SHA-256 over the package's source files and templates."
     import leukemia_nb
 
-    files = sorted(
+    sources = [
         file for file in Path(str(leukemia_nb.__file__)).parent.rglob("*") if file.suffix in (".py", ".j2", ".css", ".toml")
-    )
-    return hashlib.sha256("\0".join(map(_digest, files)).encode()).hexdigest()
+    ]
+    return hashlib.sha256("\0".join(map(_digest, sorted(sources))).encode()).hexdigest()
 
 
 def _record(step: Step, run: Run) -> dict[str, Any]:
@@ -568,7 +475,7 @@ def is_up_to_date(
     return all(_digest(run.folder / path) == digest for path, digest in outputs.items())
 
 
-# %% ../../nbs/07_study/20_driver.ipynb #b173c629
+# %% ../../nbs/07_study/20_driver.ipynb #913be270
 def run_step(
     step: Step,
     run: Run,
@@ -603,14 +510,14 @@ def run_step(
     return {**record, "skipped": False, "outdated": False}
 
 
-# %% ../../nbs/07_study/20_driver.ipynb #92363852
+# %% ../../nbs/07_study/20_driver.ipynb #921cb52c
 _OF_THE_DRIVER = ("notebooks/", "steps/", "study.json")
 
 
 def _states(run: Run) -> dict[str, tuple[int, int]]:
     "Size and modification time of each file of the run that a step may have written."
-    files = {file.relative_to(run.folder).as_posix(): file for file in _files(run.folder)}
-    stats = {name: file.stat() for name, file in files.items() if not name.startswith(_OF_THE_DRIVER) and file.is_file()}
+    found = {file.relative_to(run.folder).as_posix(): file for file in _files(run.folder)}
+    stats = {name: file.stat() for name, file in found.items() if not name.startswith(_OF_THE_DRIVER) and file.is_file()}
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
@@ -626,7 +533,7 @@ def _check_written(step: Step, run: Run, before: Mapping[str, tuple[int, int]], 
     os.replace(partial, partial.with_name(f"{step.name}.ipynb"))
 
 
-# %% ../../nbs/07_study/20_driver.ipynb #88021a83
+# %% ../../nbs/07_study/20_driver.ipynb #15361a86
 _MEMORY = (
     "Memory may have run out: close other programs, or use a smaller --n-jobs, a smaller --image-size or "
     "--train MODEL:batch_size=8"
@@ -667,7 +574,7 @@ def _reason(name: str, text: str) -> str:
     return f"{name}: {text}"
 
 
-# %% ../../nbs/07_study/20_driver.ipynb #ac34a3b6
+# %% ../../nbs/07_study/20_driver.ipynb #2e3df9ae
 @contextmanager
 def _step_lock(
     run: Run,
@@ -703,7 +610,7 @@ def _wait_for_workers(run: Run) -> None:
             pass
 
 
-# %% ../../nbs/07_study/20_driver.ipynb #1af2efa5
+# %% ../../nbs/07_study/20_driver.ipynb #71817378
 def check_study(
     settings: StudySettings,  # what is to be done
     run: Run,  # where; need not exist yet
@@ -751,7 +658,7 @@ def _check_model(settings: StudySettings, model: str) -> None:
         raise StudyError(f"{model}: one of its settings is of the wrong kind: {', '.join(settings.train)} ({error}).") from None
 
 
-# %% ../../nbs/07_study/20_driver.ipynb #787dc81b
+# %% ../../nbs/07_study/20_driver.ipynb #3d08e5cc
 def _check_weights(settings: StudySettings) -> None:
     "Raise StudyError where local weights are asked for and there are none."
     folder = os.environ.get("LEUKEMIA_NB_WEIGHTS")
@@ -792,7 +699,7 @@ def _check_images(settings: StudySettings, run: Run) -> list[Path]:
     return search.paths
 
 
-# %% ../../nbs/07_study/20_driver.ipynb #a48fdeb4
+# %% ../../nbs/07_study/20_driver.ipynb #668e6f52
 def _check_unseen(settings: StudySettings, run: Run) -> None:
     "Raise ImageError where a folder of new images has none that can be read."
     problems = []
@@ -835,7 +742,7 @@ def _check_space(settings: StudySettings, run: Run, images: int) -> None:
         )
 
 
-# %% ../../nbs/07_study/20_driver.ipynb #a8f212bd
+# %% ../../nbs/07_study/20_driver.ipynb #01ffd426
 def check_prepared(
     settings: StudySettings,
     run: Run,  # its prepare step is finished
@@ -857,7 +764,7 @@ def check_prepared(
             )
 
 
-# %% ../../nbs/07_study/20_driver.ipynb #cbb7520b
+# %% ../../nbs/07_study/20_driver.ipynb #85710d94
 def run_study(
     settings: StudySettings,  # what to do
     folder: str | Path,  # the run folder; made if it is not there
@@ -890,7 +797,7 @@ def run_study(
     return run
 
 
-# %% ../../nbs/07_study/20_driver.ipynb #a3f4329f
+# %% ../../nbs/07_study/20_driver.ipynb #0c6b60df
 def _run_group(group: list[Step], run: Run, again: set[str], workers: Workers, log: Callable[[str], None]) -> list[str]:
     "Run steps side by side, each in a kernel of its own; gives the errors."
     at_a_time = min(workers.per_machine, len(group))
@@ -899,8 +806,9 @@ def _run_group(group: list[Step], run: Run, again: set[str], workers: Workers, l
     environment |= {"TF_NUM_INTRAOP_THREADS": threads, "TF_NUM_INTEROP_THREADS": "1"}
     if weights := os.environ.get("LEUKEMIA_NB_WEIGHTS"):
         environment["LEUKEMIA_NB_WEIGHTS"] = os.path.abspath(weights)
+    writes = [path for step in group for path in step.writes]
     errors = []
-    for record in workers.map(_attempt, [(step, run, step.name in again, environment, _written(group)) for step in group]):
+    for record in workers.map(_attempt, [(step, run, step.name in again, environment, writes) for step in group]):
         log(f"  {record['step']}: {_outcome(record)}")
         errors += [record["error"]] if "error" in record else []
     return errors
@@ -938,7 +846,7 @@ def _locked(run: Run) -> AbstractContextManager[Any]:
         raise StudyError(f"{run.folder}: cannot be written ({reason}). Name another folder with --run.") from None
 
 
-# %% ../../nbs/07_study/20_driver.ipynb #2b380659
+# %% ../../nbs/07_study/20_driver.ipynb #9b8b6c4b
 def versions() -> dict[str, str]:
     "Versions of Python and of the libraries that decide a study's figures, without importing them."
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
