@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 
-from ..study.cluster import die_with_parent
+from ..data.processes import die_with_parent
 from ..evaluation.metrics import CLOPPER_PEARSON, predicted_labels, model_title, predictions_table, take_subset
 from ..plotting import CLASS_COLOURS, GREY, INK, PALE, blank_figure, plot_style
 from ..processing.segmentation import study_mask, find_cells

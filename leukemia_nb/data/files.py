@@ -27,7 +27,7 @@ else:
 __all__ = ['MAX_NAME', 'OUTPUT_MARKER', 'shown', 'shown_lines', 'counted', 'OutputError', 'writing', 'atomic_path',
            'check_output', 'mark_output_folder', 'is_output_folder', 'unique_names', 'exclusive', 'file_sha256',
            'safe_cell', 'restored_cell', 'write_table', 'TableError', 'read_table', 'shown_table', 'write_json',
-           'read_json', 'set_sha256']
+           'read_json', 'set_sha256', 'finished_row', 'save_record', 'remove_files', 'remove_unfinished']
 
 # %% ../../nbs/01_data/10_files.ipynb #15819cb8
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
@@ -394,3 +394,43 @@ def set_sha256(
 ) -> str:  # 64 hexadecimal digits
     "SHA-256 over sorted digests, one a line."
     return hashlib.sha256("\n".join(sorted(map(str, digests))).encode()).hexdigest()
+
+# %% ../../nbs/01_data/10_files.ipynb #a1d1d4a9
+def finished_row(
+    record: str | os.PathLike,  # JSON file that `save_record` wrote
+    folder: str | os.PathLike,  # folder that the files of the record lie in
+    made_from: dict,  # source and settings wanted
+) -> dict | None:  # row of the table, or None
+    "Row of what is finished: its files are whole and made from the same source and settings. None for anything else."
+    try:
+        content = json.loads(Path(record).read_text(encoding="utf-8"))
+        whole = all(file_sha256(Path(folder) / name) == digest for name, digest in content["files"].items())
+        return dict(content["row"]) if content["made_from"] == made_from and whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def save_record(
+    record: str | os.PathLike,  # JSON file to be written
+    made_from: dict,  # source and settings
+    files: dict[str, str],  # SHA-256 by file name
+    row: dict,  # of the table
+) -> None:
+    "Write down that some files are finished, after they are. Raises `OutputError`."
+    text = json.dumps({"made_from": made_from, "files": files, "row": row}, indent=1)
+    with atomic_path(record, durable=False) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+# %% ../../nbs/01_data/10_files.ipynb #3652e6dc
+def remove_files(files: Iterable[Path]) -> None:
+    "Remove files, where they are there."
+    for path in files:
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def remove_unfinished(
+    folder: str | os.PathLike,  # that nobody else writes now
+) -> None:
+    "Remove what a killed run left half-written in a folder and below it."
+    remove_files(Path(folder).rglob(".part-*"))

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_SIDE', 'MIN_SIDE', 'MAX_BYTES', 'MAX_SCANS', 'SUFFIXES', 'ImageError', 'read_image', 'as_rgb',
-           'read_grey', 'write_image']
+           'read_grey', 'write_image', 'image_problem', 'resize_square', 'show_images']
 
 # %% ../../nbs/01_data/20_images.ipynb #b45b7d59
 MAX_PIXELS = 50_000_000  # 150 MB unpacked; the largest images of the study have 5 million
@@ -659,3 +659,50 @@ def write_image(
         raise ValueError(f"{path}: {image.dtype} {image.shape} cannot be written as {suffix}; use .png")
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.tobytes())
+
+# %% ../../nbs/01_data/20_images.ipynb #3652e6db
+def image_problem(
+    path: str | os.PathLike,  # the image
+    error: Exception,  # raised while it was read or worked on
+) -> str:  # one line
+    "What is wrong with one image, and the remedy, for the column `problem`."
+    if isinstance(error, ImageError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{path}: {error.strerror or error}. Put it back or remove it."
+    if isinstance(error, MemoryError) or getattr(error, "code", 0) == cv2.Error.StsNoMem:
+        return f"{path}: not enough memory for it. Use fewer processes (--n-jobs), or scale the image down."
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{path}: cannot be processed ({reason}). Cut out fields of it, or remove it."
+
+# %% ../../nbs/01_data/20_images.ipynb #dc9a425e
+def resize_square(
+    image: np.ndarray,  # uint8 (H, W) or (H, W, 3)
+    size: int = 224,  # side wanted, pixels
+) -> np.ndarray:  # uint8 (size, size) or (size, size, 3)
+    "Resize to a square, whatever the proportions."
+    if image.shape[:2] == (size, size):
+        return image
+    shrinks = min(image.shape[:2]) >= size
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+# %% ../../nbs/01_data/20_images.ipynb #dc9a425f
+def show_images(
+    images: dict[str, np.ndarray],  # title: (H, W) or (H, W, 3)
+    columns: int | None = None,  # images in a row; None: all
+    height: float = 2.2,  # of an image, inches
+) -> Any:  # matplotlib Figure
+    "Images side by side, each with its title."
+    from leukemia_nb.plotting import blank_figure, plot_style
+
+    columns = columns or len(images)
+    rows = -(-len(images) // columns)
+    ratio = max(image.shape[1] / image.shape[0] for image in images.values())
+    with plot_style():
+        figure, axes = blank_figure(rows, columns, (columns * height * ratio, rows * (height + 0.3)))
+        for axis in axes.flat:
+            axis.axis("off")
+        for axis, (title, image) in zip(axes.flat, images.items()):
+            axis.imshow(image, cmap="gray", interpolation="nearest")
+            axis.set_title(title)
+    return figure

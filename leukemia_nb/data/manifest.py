@@ -11,7 +11,7 @@ import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,13 +107,15 @@ def check_folder(
 
 
 def check_apart(
-    folder: str | os.PathLike,  # searched for images
-    out: str | os.PathLike,  # folder of output, which will be marked as such
+    images: str | os.PathLike | Iterable[str | os.PathLike],  # folder that is searched, or images that are read
+    out: str | os.PathLike,  # folder of results, which no search for images enters
 ) -> None:
-    "Raise `OutputError` where results would go into the folder of the images or one around it, which then counts as output."
-    images, results = Path(os.path.realpath(folder)), Path(os.path.realpath(out))
-    if results in (images, *images.parents):
-        raise OutputError(f"{out}: holds the images that are read ({folder}). Choose another folder for the results.")
+    "Raise `OutputError` where the images that are read lie in the folder of the results."
+    results = Path(os.path.realpath(out))
+    for path in [images] if isinstance(images, str | os.PathLike) else images:
+        real = Path(os.path.realpath(path))
+        if results in (real, *real.parents):
+            raise OutputError(f"{out}: holds the images that are read ({path}). Choose another folder for the results.")
 
 
 def _marked(folder: str | os.PathLike) -> Path | None:

@@ -26,7 +26,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ..study.cluster import ClusterError, die_with_parent
+from ..data.processes import ClusterError, die_with_parent
 from ..data.manifest import NO_IMAGES, ImageSearch, check_apart, check_folder, search_images
 from leukemia_nb.data.files import (
     OutputError,

@@ -16,19 +16,21 @@ from pathlib import Path, PurePath
 import numpy as np
 import pandas as pd
 
-from ..study.cluster import run_tasks
-from ..data.manifest import NO_IMAGES, ImageSearch, search_images
-from ..data.files import check_output, exclusive, file_sha256, mark_output_folder, shown, write_table
-from ..data.images import SUFFIXES, ImageError, read_image, write_image
-from leukemia_nb.processing.pairing import (
-    RECIPE,
-    check_no_input,
+from ..data.processes import run_tasks
+from ..data.manifest import NO_IMAGES, check_apart, ImageSearch, search_images
+from leukemia_nb.data.files import (
     finished_row,
-    image_problem,
     remove_files,
     remove_unfinished,
     save_record,
+    check_output,
+    exclusive,
+    file_sha256,
+    mark_output_folder,
+    shown,
+    write_table,
 )
+from ..data.images import SUFFIXES, ImageError, image_problem, read_image, write_image
 from .segmentation import check_mask, count_cells, draw_outlines, find_cells, segment
 
 # %% ../../nbs/02_processing/20_quality_control.ipynb #58b0821a
@@ -98,7 +100,7 @@ def segment_file(
 def _segmented(path: str | os.PathLike, out: str | os.PathLike, method: str, files: tuple[str, str], record: Path) -> dict:
     "Rest of the row of one image. Raises ImageError for the image, OutputError and OSError for what is written."
     try:
-        made_from = {"sha256": file_sha256(path), "method": method, "preprocessing": RECIPE}
+        made_from = {"sha256": file_sha256(path), "method": method, "version": 1}
         if done := finished_row(record, out, made_from):
             return done
         image = read_image(path)
@@ -147,7 +149,7 @@ def segment_folder(
     if not search.paths:
         raise ImageError(f"{root}: {NO_IMAGES} {search.summary()}.")
     check_output(out, folder=True)
-    check_no_input(search.paths, out)
+    check_apart(search.paths, out)
     names = [path.name if root.is_file() else path.relative_to(root).as_posix() for path in search.paths]
     table_file = Path(out) / "qc.csv"
     with exclusive(table_file):

@@ -19,17 +19,12 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from ..data.files import OutputError, counted
+from ..data.processes import ClusterError
 
 # %% auto #0
-__all__ = ['ClusterError', 'cluster_backend', 'Workers', 'parallel', 'die_with_parent', 'run_tasks', 'KernelStartError',
-           'python_kernel', 'end_kernels']
+__all__ = ['cluster_backend', 'Workers', 'parallel', 'KernelStartError', 'python_kernel', 'end_kernels']
 
 # %% ../../nbs/07_study/10_cluster.ipynb #969b4609
-class ClusterError(OSError):
-    "A cluster that cannot be used or was lost: one line that says what is wrong and what to do."
-
-
 def _check_reachable(
     address: str,  # of a Dask scheduler, as tcp://head:8786
 ) -> None:
@@ -116,66 +111,6 @@ def _connected(address: str) -> Iterator[Any]:
         raise ClusterError(
             f"{address}: the scheduler is gone. What is finished stays finished; start it and give the same command again."
         ) from error
-
-# %% ../../nbs/07_study/10_cluster.ipynb #3775740c
-@functools.cache
-def die_with_parent() -> None:
-    """End this worker process at once when the process that started it is gone, however that one ended.
-
-    Called first thing in a task: joblib's and Dask's workers are then watched, five times a second; in a main process, and
-    for the tasks that it does itself, nothing happens. Windows keeps the number of a parent that is gone, so there a
-    worker ends as joblib has it.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        while os.getppid() == parent.pid:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="watch the parent").start()
-
-# %% ../../nbs/07_study/10_cluster.ipynb #df5c3de4
-def _call(place: int, function: Callable[..., Any], arguments: tuple) -> tuple[int, Any]:
-    die_with_parent()
-    return place, function(*arguments)
-
-
-def run_tasks(
-    function: Callable[..., Any],  # of a module; an OSError that it raises ends the run
-    calls: Sequence[tuple],  # its arguments, once for each task
-    out: str | os.PathLike,  # folder that is written to, for messages
-    what: str = "image",  # what a task makes, for bar and messages
-    n_jobs: int | None = None,  # worker processes; None leaves it to joblib's configuration, 1 without one
-    progress: bool = True,  # show a bar, where there is a terminal
-) -> list[Any]:  # in the order of the calls
-    "Call a function many times. Raises OutputError, ClusterError and KeyboardInterrupt, all of which say what is done."
-    from concurrent.futures.process import BrokenProcessPool
-
-    from joblib import Parallel, delayed
-    from tqdm import tqdm
-
-    results: dict[int, Any] = {}
-
-    def kept() -> str:
-        return f"{len(results)} of {counted(len(calls), what)} are done and kept: run again to go on"
-
-    try:
-        tasks = (delayed(_call)(place, function, each) for place, each in enumerate(calls))
-        done = Parallel(n_jobs=n_jobs, return_as="generator_unordered")(tasks)
-        results.update(tqdm(done, what, len(calls), unit="image", disable=None if progress else True))
-    except BrokenProcessPool:
-        raise ClusterError(
-            f"{out}: a worker process was killed; memory may have run out. {kept()}, with fewer processes (--n-jobs)."
-        ) from None
-    except OSError as error:
-        reason = str(error) if isinstance(error, OutputError) else f"{out}: {error.strerror or error}."
-        raise OutputError(f"{reason} {kept()}.") from None
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{out}: stopped. {kept()}.") from None
-    return [results[place] for place in range(len(calls))]
 
 # %% ../../nbs/07_study/10_cluster.ipynb #b1695421
 class KernelStartError(RuntimeError):

@@ -257,12 +257,14 @@ def prepare(
     """
     from leukemia_nb.data.manifest import build_manifest, check_manifest, search_images
     from leukemia_nb.data.files import check_output, counted, exclusive, mark_output_folder
-    from leukemia_nb.processing.pairing import check_no_input, prepare_pairs, remove_unfinished
+    from leukemia_nb.data.manifest import check_apart
+    from leukemia_nb.data.files import remove_unfinished
+    from leukemia_nb.processing.dataset import prepare_pairs
     from leukemia_nb.study.driver import Run, class_names
 
     run, names = Run(out), class_names(classes)
     check_output(out, folder=True)
-    check_no_input(search_images(data).paths, out)
+    check_apart(search_images(data).paths, out)
     with _stoppable():
         manifest = build_manifest(data, classes=names, exclude=out, log=_report)
         with exclusive(out / "pairs.csv"):
@@ -270,7 +272,7 @@ def prepare(
             remove_unfinished(out)
             run.write_table(manifest, "manifest.csv")
             check_manifest(manifest, minimum=1, classes=names)
-            pairs = prepare_pairs(manifest, out / "pairs", size=size, method=method, n_jobs=n_jobs)
+            pairs = prepare_pairs(manifest, out / "prepared", size=size, segmentation=method, n_jobs=n_jobs)
             run.write_table(pairs, "pairs.csv")
     flagged, bad = int((pairs.flag != "").sum()), int((pairs.problem != "").sum())
     _say(f"{counted(len(pairs) - bad, 'pair')} in {out}, {flagged} flagged; {counted(bad, 'image')} with problems in pairs.csv")

@@ -46,7 +46,7 @@ from ..data.files import counted, file_sha256, is_output_folder, mark_output_fol
 from ..models import interface as models
 from ..data.images import ImageError, read_image
 from ..models.interface import MODELS
-from ..processing.pairing import Pairs
+from ..processing.dataset import Pairs
 from ..processing.segmentation import METHODS
 from ..processing.splitting import SplitError, image_groups, read_groups, read_split, smallest_class
 
