@@ -14,7 +14,7 @@ __all__ = [
     "reporting_items",
 ]
 
-# %% ../../nbs/07_study/30_cards.ipynb #12df00bb
+# %% ../../nbs/07_study/30_cards.ipynb #6dfaeb35
 import json
 import os
 import re
@@ -46,7 +46,7 @@ from ..models.interface import MODELS, ModelEntry
 from .driver import StudySettings, study_steps
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #4a07c96a
+# %% ../../nbs/07_study/30_cards.ipynb #bd8f1425
 def markdown_text(
     text: object,  # a name of a file, class, model or run; any text that is to be read as it is
 ) -> str:  # one line of Markdown
@@ -55,7 +55,7 @@ def markdown_text(
     return re.sub(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", line)
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #28aa5b4d
+# %% ../../nbs/07_study/30_cards.ipynb #89597075
 def _proportion(count: int, n: int) -> str:
     "A proportion with its Clopper-Pearson interval and its count."
     return format_proportion(count / n, *clopper_pearson(int(count), int(n)), int(count), int(n))
@@ -66,7 +66,7 @@ def _interval(low: float, high: float) -> str:
     return f"95 % CI {100 * low:.1f}–{100 * high:.1f}" if pd.notna(low) else "no 95 % CI: a single group"
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #d95db43b
+# %% ../../nbs/07_study/30_cards.ipynb #4b48e95e
 def markdown_table(
     table: pd.DataFrame,  # texts and whole numbers
 ) -> str:
@@ -76,7 +76,7 @@ def markdown_table(
     return "\n".join(f"| {' | '.join(map(escape, row))} |" for row in rows)
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #efe6b25c
+# %% ../../nbs/07_study/30_cards.ipynb #7554468f
 _STATUSES = ("Not known", "Not done", "Not in this run", "Does not apply", "In part")
 
 
@@ -86,7 +86,7 @@ def _split_status(text: str) -> tuple[str, str]:
     return (status, rest[:1].upper() + rest[1:]) if colon and status in _STATUSES else ("Answered", text)
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #a76efb14
+# %% ../../nbs/07_study/30_cards.ipynb #8654f9fa
 class MissingResultError(LeukemiaError, LookupError):
     "A file of the run is not there; the message names the step that writes it."
 
@@ -135,7 +135,7 @@ class StudyResults:
         return read_json(self.folder, *parts)
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #c624904f
+# %% ../../nbs/07_study/30_cards.ipynb #2f227221
 class _RunFacts(StudyResults):
     "What a run says of its images, split and models."
 
@@ -180,7 +180,7 @@ class _RunFacts(StudyResults):
         return json.dumps(f"{self.name}/models/{model}", ensure_ascii=False)
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #e582c421
+# %% ../../nbs/07_study/30_cards.ipynb #2a4f1d82
 _FACTS: dict[str, Callable[..., Any]] = {}
 
 
@@ -190,7 +190,7 @@ def _fact(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #20e2dbce
+# %% ../../nbs/07_study/30_cards.ipynb #a40de551
 @_fact
 def _leakage(run: StudyResults, subset: str) -> pd.Series:
     return run.table("leakage.csv").set_index("subset").loc[subset]
@@ -226,7 +226,7 @@ def _counts(run: StudyResults) -> str:
     return "; ".join(parts) + "."
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #33b33a2e
+# %% ../../nbs/07_study/30_cards.ipynb #f8e01eb1
 @_fact
 def _training_digest(run: StudyResults) -> str:
     split = run.table("split.csv")
@@ -260,7 +260,7 @@ def _external(run: StudyResults) -> str:
     return f"In part: {labelled} of {len(table)} new images lie in folders named after a class; no accuracy is claimed."
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #8284f8bb
+# %% ../../nbs/07_study/30_cards.ipynb #1a865a35
 @_fact
 def _input_kind(run: StudyResults, model: str) -> str:
     return run.entry(model).input
@@ -310,7 +310,7 @@ def _history(run: StudyResults, model: str) -> SimpleNamespace:
     )
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #a37cc2ff
+# %% ../../nbs/07_study/30_cards.ipynb #3ae5d0ba
 @_fact
 def _near_duplicate_free(run: StudyResults, model: str) -> tuple[int, int]:
     "Correct predictions and images among the test images without a near-duplicate in training."
@@ -347,12 +347,11 @@ def _significant(run: StudyResults, model: str) -> SimpleNamespace:
 def _class_table(run: StudyResults, model: str) -> pd.DataFrame:
     rows = []
     for row in run.table("metrics/classes.csv", model).to_dict("records"):
-        sensitivity, specificity = (
-            f"{row[name]:.1%} ({100 * row[f'{name}_low']:.1f}–{100 * row[f'{name}_high']:.1f})" if pd.notna(row[name]) else "–"
-            for name in ("sensitivity", "specificity")
-        )
-        rows.append([markdown_text(row["class"]), row["images"], sensitivity, specificity])
-    return pd.DataFrame(rows, columns=["Class", "Test images", "Sensitivity (95 % CI)", "Specificity (95 % CI)"])
+        values = [
+            format_proportion(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in ("sensitivity", "specificity")
+        ]
+        rows.append([markdown_text(row["class"]), row["images"], *values])
+    return pd.DataFrame(rows, columns=["Class", "Test images", "Sensitivity", "Specificity"])
 
 
 @_fact
@@ -389,7 +388,7 @@ def _step_times(run: StudyResults) -> list[dict[str, Any]]:
     return sorted(steps, key=lambda step: str(step.get("began", "")))
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #6395c00a
+# %% ../../nbs/07_study/30_cards.ipynb #67ab0853
 @_fact
 def _cue_conflict(run: StudyResults, model: str, kind: str, cue: str) -> pd.Series:
     rows = run.table("metrics/cue_conflict.csv", model)
@@ -467,7 +466,7 @@ def _unchanged(run: StudyResults, model: str) -> pd.Series:
     return table[table["unchanged"].astype(str) == "True"].iloc[0]
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #06db31d1
+# %% ../../nbs/07_study/30_cards.ipynb #022c57d8
 def render(
     template: str,  # a file of leukemia_nb/templates, or the text of a template
     folder: str | os.PathLike,  # run folder
@@ -509,7 +508,7 @@ def _part(start: str = "", caller: Callable[[], str] = str) -> str:
         return f"{start}{missing}"
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #1b3f6af8
+# %% ../../nbs/07_study/30_cards.ipynb #61c68e3c
 def model_card(
     folder: str | os.PathLike,  # run folder
     model: str,  # name of the model
@@ -519,7 +518,7 @@ def model_card(
     return re.sub(r"\n{3,}", "\n\n", text.lstrip())
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #85ad7a40
+# %% ../../nbs/07_study/30_cards.ipynb #d4f19df2
 def write_cards(
     folder: str | os.PathLike,  # run folder
     models: Sequence[str],  # names of models
@@ -532,7 +531,7 @@ def write_cards(
     return paths
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #2b6aabe9
+# %% ../../nbs/07_study/30_cards.ipynb #ebe860f3
 def reporting_items(
     folder: str | os.PathLike,  # run folder
 ) -> pd.DataFrame:  # a row a topic: Part, Topic, TRIPOD+AI, CLAIM, Status, Answer, Where
