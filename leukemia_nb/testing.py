@@ -214,24 +214,26 @@ def _dummy_model(folder: Path, name: str, accuracy: float, seed: int) -> None:
 
 def _dummy_audit(folder: Path, models: list[str]) -> None:
     "Tables of the shortcut audit."
-    rates = {"mixed-next": (0.3, 0.6), "background-only": (0.0, 0.9), "recoloured-foreground": (0.7, 0.2)}
+    rates = {"mixed_next": (0.3, 0.6), "only_bg": (0.0, 0.9), "cell_colour": (0.7, 0.2)}
     rows, n = [], 200
     for model in models:
-        for kind, (foreground, background) in rates.items():
-            for cue, p in {"foreground": foreground, "background": background, "neither": 1 - foreground - background}.items():
+        for kind, (foreground, other) in rates.items():
+            for cue, p in {"foreground": foreground, "other": other, "neither": 1 - foreground - other}.items():
                 low, high = clopper_pearson(round(n * p), n)
                 row = {"model": model, "title": model_title(model), "kind": kind, "cue": cue, "n": n, "count": round(n * p)}
                 rows.append(row | {"proportion": p, "low": low, "high": high})
     write_table(folder / "metrics" / "cue_conflict.csv", pd.DataFrame(rows))
-    levels = [(model, change, level, k) for model in models for change in ("hue", "blur") for level, k in ((0, 60), (2, 41))]
-    robustness = pd.DataFrame(levels, columns=["model", "change", "level", "n_correct"]).assign(images=60, chance=0.42)
-    robustness = robustness.assign(title=robustness["model"].map(model_title), unchanged=robustness["level"] == 0)
+    levels = [
+        (model, corruption, level, k) for model in models for corruption in ("hue", "blur") for level, k in ((0, 60), (2, 41))
+    ]
+    robustness = pd.DataFrame(levels, columns=["model", "corruption", "level", "n_correct"]).assign(images=60, chance=0.42)
+    robustness = robustness.assign(title=robustness["model"].map(model_title), clean=robustness["level"] == 0)
     write_table(folder / "metrics" / "robustness.csv", robustness.assign(accuracy=robustness["n_correct"] / 60))
     baseline = {"kind": "baseline", "name": "background_colour", "title": "Background colour", "sees": "colours outside of cells"}
     baseline |= {"images": 111, "groups": 104, "accuracy": 0.982, "low": 0.95, "high": 1.0, "interval": GROUPED}
     write_table(folder / "metrics" / "baselines.csv", pd.DataFrame([baseline]))
     made = ["Normal"] * 44 + ["Pre-B"] * 85 + ["Pro-B"] * 71
-    write_table(folder / "audit" / "cue_conflict.csv", pd.DataFrame({"kind": "background-only", "background": made}))
+    write_table(folder / "audit" / "cue_conflict.csv", pd.DataFrame({"kind": "only_bg", "other": made}))
 
 
 # %% ../nbs/00_shared/30_testing.ipynb #f2fec35b

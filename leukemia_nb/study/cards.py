@@ -14,7 +14,7 @@ __all__ = [
     "reporting_items",
 ]
 
-# %% ../../nbs/07_study/30_cards.ipynb #6dfaeb35
+# %% ../../nbs/07_study/30_cards.ipynb #12df00bb
 import json
 import os
 import re
@@ -30,6 +30,7 @@ from typing import Any
 import pandas as pd
 
 from ..audit.baselines import BACKGROUND_ONLY, BASELINES
+from ..audit.cue_conflict import KINDS
 from ..data.files import atomic_path, read_json, read_table, set_sha256, shown
 from ..data.near_duplicates import pairs_without_near_duplicates
 from ..errors import LeukemiaError
@@ -46,7 +47,7 @@ from ..models.interface import MODELS, ModelEntry
 from .driver import StudySettings, study_steps
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #bd8f1425
+# %% ../../nbs/07_study/30_cards.ipynb #4a07c96a
 def markdown_text(
     text: object,  # a name of a file, class, model or run; any text that is to be read as it is
 ) -> str:  # one line of Markdown
@@ -55,7 +56,7 @@ def markdown_text(
     return re.sub(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", line)
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #89597075
+# %% ../../nbs/07_study/30_cards.ipynb #28aa5b4d
 def _proportion(count: int, n: int) -> str:
     "A proportion with its Clopper-Pearson interval and its count."
     return format_proportion(count / n, *clopper_pearson(int(count), int(n)), int(count), int(n))
@@ -66,7 +67,7 @@ def _interval(low: float, high: float) -> str:
     return f"95 % CI {100 * low:.1f}–{100 * high:.1f}" if pd.notna(low) else "no 95 % CI: a single group"
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #4b48e95e
+# %% ../../nbs/07_study/30_cards.ipynb #d95db43b
 def markdown_table(
     table: pd.DataFrame,  # texts and whole numbers
 ) -> str:
@@ -76,7 +77,7 @@ def markdown_table(
     return "\n".join(f"| {' | '.join(map(escape, row))} |" for row in rows)
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #7554468f
+# %% ../../nbs/07_study/30_cards.ipynb #efe6b25c
 _STATUSES = ("Not known", "Not done", "Not in this run", "Does not apply", "In part")
 
 
@@ -86,7 +87,7 @@ def _split_status(text: str) -> tuple[str, str]:
     return (status, rest[:1].upper() + rest[1:]) if colon and status in _STATUSES else ("Answered", text)
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #8654f9fa
+# %% ../../nbs/07_study/30_cards.ipynb #a76efb14
 class MissingResultError(LeukemiaError, LookupError):
     "A file of the run is not there; the message names the step that writes it."
 
@@ -135,7 +136,7 @@ class StudyResults:
         return read_json(self.folder, *parts)
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #2f227221
+# %% ../../nbs/07_study/30_cards.ipynb #c624904f
 class _RunFacts(StudyResults):
     "What a run says of its images, split and models."
 
@@ -154,6 +155,10 @@ class _RunFacts(StudyResults):
         paths = self.table("manifest.csv")["path"].str.replace("\\", "/")
         named = ("/" + paths).str.contains(known["taleqani"]["file_names"], flags=re.I)
         return SimpleNamespace(**known["taleqani" if named.mean() >= 0.9 else "own"])
+
+    @property
+    def class_descriptions(self) -> dict[str, str]:
+        return tomllib.loads((files("leukemia_nb") / "templates" / "datasets.toml").read_text(encoding="utf-8"))["classes"]
 
     @cached_property
     def predictions(self) -> dict[str, pd.DataFrame]:
@@ -180,7 +185,7 @@ class _RunFacts(StudyResults):
         return json.dumps(f"{self.name}/models/{model}", ensure_ascii=False)
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #2a4f1d82
+# %% ../../nbs/07_study/30_cards.ipynb #e582c421
 _FACTS: dict[str, Callable[..., Any]] = {}
 
 
@@ -190,7 +195,7 @@ def _fact(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #a40de551
+# %% ../../nbs/07_study/30_cards.ipynb #20e2dbce
 @_fact
 def _leakage(run: StudyResults, subset: str) -> pd.Series:
     return run.table("leakage.csv").set_index("subset").loc[subset]
@@ -226,7 +231,7 @@ def _counts(run: StudyResults) -> str:
     return "; ".join(parts) + "."
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #f8e01eb1
+# %% ../../nbs/07_study/30_cards.ipynb #33b33a2e
 @_fact
 def _training_digest(run: StudyResults) -> str:
     split = run.table("split.csv")
@@ -260,7 +265,7 @@ def _external(run: StudyResults) -> str:
     return f"In part: {labelled} of {len(table)} new images lie in folders named after a class; no accuracy is claimed."
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #1a865a35
+# %% ../../nbs/07_study/30_cards.ipynb #8284f8bb
 @_fact
 def _input_kind(run: StudyResults, model: str) -> str:
     return run.entry(model).input
@@ -310,7 +315,7 @@ def _history(run: StudyResults, model: str) -> SimpleNamespace:
     )
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #3ae5d0ba
+# %% ../../nbs/07_study/30_cards.ipynb #a37cc2ff
 @_fact
 def _near_duplicate_free(run: StudyResults, model: str) -> tuple[int, int]:
     "Correct predictions and images among the test images without a near-duplicate in training."
@@ -388,7 +393,7 @@ def _step_times(run: StudyResults) -> list[dict[str, Any]]:
     return sorted(steps, key=lambda step: str(step.get("began", "")))
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #67ab0853
+# %% ../../nbs/07_study/30_cards.ipynb #6395c00a
 @_fact
 def _cue_conflict(run: StudyResults, model: str, kind: str, cue: str) -> pd.Series:
     rows = run.table("metrics/cue_conflict.csv", model)
@@ -406,21 +411,19 @@ def _cue_conflict_table(run: StudyResults, model: str) -> pd.DataFrame:
         rate = part.set_index("cue")
         rows.append(
             [
-                kind,
+                KINDS.get(str(kind), kind),
                 rate["n"].iloc[0],
                 *(
                     _proportion(rate.loc[cue, "count"], rate.loc[cue, "n"]) if cue in rate.index else "–"
-                    for cue in ("foreground", "background")
+                    for cue in ("foreground", "other")
                 ),
             ]
         )
-    return pd.DataFrame(
-        rows, columns=["Images", "n", "Class of the foreground predicted", "Class of the background, or of the change"]
-    )
+    return pd.DataFrame(rows, columns=["Images", "n", "Class of the foreground predicted", "Class of the rest, or of the change"])
 
 
 @_fact
-def _foreground_reliance(run: StudyResults, kind: str = "mixed-next") -> list[pd.Series]:
+def _foreground_reliance(run: StudyResults, kind: str = "mixed_next") -> list[pd.Series]:
     rows = run.table("metrics/cue_conflict.csv")
     rows = rows[(rows["kind"] == kind) & (rows["cue"] == "foreground")].sort_values("proportion", kind="stable")
     if rows.empty:
@@ -431,7 +434,7 @@ def _foreground_reliance(run: StudyResults, kind: str = "mixed-next") -> list[pd
 @_fact
 def _commonest_background(run: StudyResults) -> float:
     made = run.table("audit/cue_conflict.csv")
-    return float(made.loc[made["kind"] == "background-only", "background"].value_counts(normalize=True).max())
+    return float(made.loc[made["kind"] == "only_bg", "other"].value_counts(normalize=True).max())
 
 
 @_fact
@@ -452,10 +455,10 @@ def _cross_validated(run: StudyResults) -> list[pd.Series]:
 @_fact
 def _robustness_table(run: StudyResults, model: str) -> pd.DataFrame:
     table = run.table("metrics/robustness.csv", model)
-    changed = table[table["unchanged"].astype(str) != "True"]
-    worst = changed.loc[changed.groupby("change", sort=False)["accuracy"].idxmin()]
+    changed = table[table["clean"].astype(str) != "True"]
+    worst = changed.loc[changed.groupby("corruption", sort=False)["accuracy"].idxmin()]
     rows = [
-        [row.change.replace("_", " "), f"{row.level:g}", _proportion(row.n_correct, row.images)] for row in worst.itertuples()
+        [row.corruption.replace("_", " "), f"{row.level:g}", _proportion(row.n_correct, row.images)] for row in worst.itertuples()
     ]
     return pd.DataFrame(rows, columns=["Corruption", "Level of lowest accuracy", "Accuracy"])
 
@@ -463,10 +466,10 @@ def _robustness_table(run: StudyResults, model: str) -> pd.DataFrame:
 @_fact
 def _unchanged(run: StudyResults, model: str) -> pd.Series:
     table = run.table("metrics/robustness.csv", model)
-    return table[table["unchanged"].astype(str) == "True"].iloc[0]
+    return table[table["clean"].astype(str) == "True"].iloc[0]
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #022c57d8
+# %% ../../nbs/07_study/30_cards.ipynb #06db31d1
 def render(
     template: str,  # a file of leukemia_nb/templates, or the text of a template
     folder: str | os.PathLike,  # run folder
@@ -508,7 +511,7 @@ def _part(start: str = "", caller: Callable[[], str] = str) -> str:
         return f"{start}{missing}"
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #61c68e3c
+# %% ../../nbs/07_study/30_cards.ipynb #1b3f6af8
 def model_card(
     folder: str | os.PathLike,  # run folder
     model: str,  # name of the model
@@ -518,7 +521,7 @@ def model_card(
     return re.sub(r"\n{3,}", "\n\n", text.lstrip())
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #d4f19df2
+# %% ../../nbs/07_study/30_cards.ipynb #85ad7a40
 def write_cards(
     folder: str | os.PathLike,  # run folder
     models: Sequence[str],  # names of models
@@ -531,7 +534,7 @@ def write_cards(
     return paths
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #ebe860f3
+# %% ../../nbs/07_study/30_cards.ipynb #2b6aabe9
 def reporting_items(
     folder: str | os.PathLike,  # run folder
 ) -> pd.DataFrame:  # a row a topic: Part, Topic, TRIPOD+AI, CLAIM, Status, Answer, Where
