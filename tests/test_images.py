@@ -802,7 +802,6 @@ def test_short_memory_is_not_damage(tmp_path):
         "a.png": {},
         "a.jpg": {},
         "a.bmp": {},
-        "a.webp": {"lossless": True, "method": 0},
         "raw.tif": {},
         "lzw.tif": {"compression": "tiff_lzw"},
     }.items():
@@ -810,7 +809,7 @@ def test_short_memory_is_not_damage(tmp_path):
         names.append(str(tmp_path / name))
     (tmp_path / "16.tif").write_bytes(tiff(np.full((4000, 5000, 3), 50000, np.uint16), compression=None))
     found = run(READ_WITH_LITTLE_MEMORY, str(30_000_000), *names, str(tmp_path / "16.tif")).splitlines()
-    assert len(found) == 7
+    assert len(found) == 6
     for line in found:
         assert "not enough memory" in line and "damaged" not in line and "remove" not in line, line
 

@@ -47,7 +47,8 @@ from leukemia_nb.inference.predictor import (
     seal,
     unseal,
 )
-from leukemia_nb.processing.segmentation import check_mask, count_cells, apply_mask, segment
+from leukemia_nb.processing.cells import count_cells
+from leukemia_nb.processing.segmentation import check_mask, apply_mask, segment
 from leukemia_nb.data.synthetic import smear, write_smears
 
 CLASSES = ["Normal", "Pre-B", "Pro-B"]

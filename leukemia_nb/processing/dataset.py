@@ -22,7 +22,8 @@ import pandas as pd
 from ..data.files import atomic_path, file_sha256, finished_row, read_table, save_record, unique_names, write_table
 from ..data.images import ImageError, image_problem, read_image, resize_square
 from ..data.processes import run_tasks
-from .segmentation import apply_mask, check_mask, find_cells, segment
+from .cells import cell_table, find_cells
+from .segmentation import apply_mask, check_mask, segment
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #00db32e7
 CHANNELS = ("original", "segmented", "cells")
