@@ -382,7 +382,7 @@ def _interval_of(table: pd.DataFrame, groups: Mapping[str, object] | None, permu
     found = grouped_interval(correct, None if groups is None else [str(groups.get(x, f"alone:{x}")) for x in table["pair"]])
     return found if groups is not None else Interval(**vars(found) | {"method": CLOPPER_PEARSON})
 
-# %% ../../nbs/05_audit/10_baselines.ipynb #6a07c149
+# %% ../../nbs/05_audit/10_baselines.ipynb #d4a50d75
 def permuted_sentence(
     table: pd.DataFrame,  # from `baseline_table`
 ) -> str:  # "" without permuted labels
@@ -392,7 +392,7 @@ def permuted_sentence(
         return ""
     row, others = table[permuted].iloc[0], table[(table["kind"] == "baseline") & ~permuted]
     text = (
-        f"On shuffled labels a baseline reaches {format_proportion(row['accuracy'])} accuracy on {row['images']} images on average "
+        f"With shuffled labels the mean accuracy on {row['images']} images is {format_proportion(row['accuracy'])} "
         f"({row['interval']}: {100 * row['low']:.1f}–{100 * row['high']:.1f})."
     )
     if len(others) and others["accuracy"].max() <= row["high"]:

@@ -215,7 +215,7 @@ def _level_metrics(table: pd.DataFrame, same: int) -> dict[str, float]:
     chance = float(table["class"].value_counts(normalize=True).iloc[0])
     return found | {"confidence": float(table["confidence"].mean()), "chance": chance}
 
-# %% ../../nbs/05_audit/30_robustness.ipynb #67847907
+# %% ../../nbs/05_audit/30_robustness.ipynb #9b85da61
 @styled
 def robustness_figure(
     table: pd.DataFrame,  # from `robustness_table`
@@ -228,7 +228,7 @@ def robustness_figure(
     low, high = ("low", "high") if metric == "accuracy" else ("agreement_low", "agreement_high")
     columns = table["corruption"].map({name: f"{one.title}\n{one.unit}" for name, one in CORRUPTIONS.items()})
     shown = table.assign(column=columns, rank=table.groupby(["model", "corruption"])["level"].rank() - 1)
-    facets = {"sharex": False, "margin_titles": True, "height": 1.15, "aspect": 1.0, "ylim": (0, 1.02), "despine": True}
+    facets = {"sharex": False, "margin_titles": True, "height": 1.35, "aspect": 0.95, "ylim": (0, 1.02)}
     grid = sns.FacetGrid(shown, row="title", col="column", **facets)
     for (title, column), axis in grid.axes_dict.items():
         part = shown[(shown["title"] == title) & (shown["column"] == column)].sort_values("level")
@@ -240,5 +240,7 @@ def robustness_figure(
         axis.set_xticks(part["rank"], [f"{level:g}" for level in part["level"]], fontsize=7)
         axis.grid(axis="y", color=PALE)
         axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    grid.set_titles(row_template="{row_name}", col_template="{col_name}", fontsize=8).set_axis_labels("", metric)
+    grid.set_titles(row_template="", col_template="{col_name}", size=8).set_axis_labels("", "")
+    for title, axis in zip(grid.row_names, grid.axes[:, 0]):
+        axis.set_ylabel(f"{title}\n{metric}", fontsize=8)
     return grid.figure
