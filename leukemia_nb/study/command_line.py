@@ -18,7 +18,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -297,38 +297,35 @@ def predict(
     For research use only. A run that was stopped goes on where it was when the same command is given again.
     Only open model files from people you trust: their checksum shows damage, and is no signature.
     """
-    from leukemia_nb.inference.predictor import Task, calibration_text, find_inputs, model_of
+    from leukemia_nb.inference.batch import PredictionTask, find_inputs
+    from leukemia_nb.inference.predictor import describe_calibration
 
     if saliency and not overlays:
         raise typer.BadParameter("--saliency needs a folder: --overlays FOLDER")
     place: Any = os.path.abspath if cluster else str  # the workers are started in a folder of their own
-    task = Task(place(model), place(overlays) if overlays else "", saliency)
-    about = model_of(task).info
+    task = PredictionTask(place(model), place(overlays) if overlays else "", saliency)
+    info = task.predictor().info
     inputs, found = find_inputs(images, overlays or "")
-    paths = [place(path) for path in inputs]
-    outcomes = Counter({"answered": 0, "abstained": 0, "not read": 0})
-    if out or json:
-        _predict_into_files(paths, task, out, json, batch_size, n_jobs, cluster, outcomes)
-    else:
-        _predict_on_screen(paths, task, batch_size, n_jobs, cluster, outcomes)
+    outcomes = Counter({"predicted": 0, "abstained": 0, "not read": 0})
+    _predict([place(path) for path in inputs], task, out, json, batch_size, n_jobs, cluster, outcomes)
     if found:
         _say(found, err=True)
-    said = "; ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
-    _say(f"{said}. {calibration_text(about)} Research use only.", err=True)
+    summary = "; ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
+    _say(f"{summary}. {describe_calibration(info)} Research use only.", err=True)
     if outcomes["not read"] or outcomes["without overlay"]:
         raise typer.Exit(1)
 
 
 def _outcome(row: dict[str, Any]) -> str:
     "How the prediction of one image ended, for the summary."
-    if not row["class"]:
+    if not row["prediction"]:
         return "not read"
     if row["error"]:
         return "without overlay"
-    return "abstained" if row["abstain"] else "answered"
+    return "abstained" if row["abstains"] else "predicted"
 
 
-def _predict_into_files(
+def _predict(
     paths: list[str],
     task: Any,
     out: Path | None,
@@ -338,38 +335,34 @@ def _predict_into_files(
     cluster: str,
     outcomes: Counter[str],
 ) -> None:
-    "Predict with a progress bar; what is done stays when it is stopped."
+    "Predict into files with a progress bar, or onto the screen."
     from tqdm import tqdm
 
-    from leukemia_nb.study.cluster import parallel
     from leukemia_nb.data.files import counted
-    from leukemia_nb.inference.predictor import predict_files, unfinished_file
+    from leukemia_nb.inference.batch import predict_files, unfinished_file
+    from leukemia_nb.inference.predictor import format_row
+    from leukemia_nb.study.cluster import _connected
 
-    def count(rows: list[dict[str, Any]]) -> None:
-        outcomes.update(map(_outcome, rows))
-        bar.update(len(rows))
+    outputs = [str(file) for file in (out, json) if file]
+    with ExitStack() as stack:
+        client = stack.enter_context(_connected(cluster)) if cluster else None
+        bar = stack.enter_context(tqdm(total=len(paths), unit="image", disable=None if outputs else True))
 
-    try:
-        with parallel(n_jobs, cluster) as workers, tqdm(total=len(paths), unit="image", disable=None) as bar:
-            resumed = predict_files(paths, task, out, json, batch_size, workers.n_jobs, count, lambda line: _say(line, err=True))
-    except KeyboardInterrupt:
-        _say(f"stopped: predictions so far are in {unfinished_file(out, json)}; the same command goes on.", err=True)
-        raise typer.Exit(130) from None
-    kept = f" ({resumed} of them before)" if resumed else ""
-    _say(f"{counted(len(paths), 'image')} in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
-
-
-def _predict_on_screen(paths: list[str], task: Any, batch_size: int, n_jobs: int, cluster: str, outcomes: Counter[str]) -> None:
-    "Predict, and print a line for each image as soon as it is there."
-    from leukemia_nb.study.cluster import parallel
-    from leukemia_nb.inference.predictor import check_outputs, iter_answers, row_text, sole_writer
-
-    check_outputs(paths, task)  # as `predict_files` does
-    with sole_writer(task), parallel(n_jobs, cluster) as workers:
-        for rows in iter_answers(task, paths, batch_size, workers.n_jobs):
+        def count(rows: list[dict[str, Any]]) -> None:
             outcomes.update(map(_outcome, rows))
-            for row in rows:
-                _say(row_text(row))
+            bar.update(len(rows))
+            for row in rows if not outputs else ():
+                _say(format_row(row))
+
+        try:
+            resumed = predict_files(paths, task, out, json, batch_size, n_jobs, client, count)
+        except KeyboardInterrupt:
+            hint = f": predictions so far are in {unfinished_file(out, json)}; the same command resumes" if outputs else ""
+            _say(f"stopped{hint}.", err=True)
+            raise typer.Exit(130) from None
+    kept = f" ({resumed} of them before)" if resumed else ""
+    if outputs:
+        _say(f"{counted(len(paths), 'image')} in {' and '.join(outputs)}{kept}")
 
 # %% ../../nbs/07_study/50_command_line.ipynb #e5e2a040
 @app.command()
@@ -379,36 +372,17 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder for comparison.csv and comparison.png.")] = Path("comparison"),
 ) -> None:
     "Show what every exported model of a study predicts for new images: a table, a CSV file and a grid of the images."
-    from leukemia_nb.evaluation.metrics import unseen_figure
-    from leukemia_nb.data.files import atomic_path, check_output, exclusive, mark_output_folder, write_table
-    from leukemia_nb.inference.predictor import (
-        check_inputs_apart,
-        compare_models_on,
-        comparison_text,
-        exported_models,
-        find_inputs,
-    )
+    from leukemia_nb.inference.batch import compare_files, find_inputs, format_comparison
 
-    models = exported_models(study)
     paths, found = find_inputs(images, out)
-    for name in ("comparison.csv", "comparison.png"):
-        check_output(out / name)
-    check_inputs_apart(paths, out)
     problems: list[str] = []
 
-    def tell(problem: str) -> None:
+    def log(problem: str) -> None:
         problems.append(problem)
         _say(problem, err=True)
 
-    with exclusive(out):
-        table = compare_models_on(paths, models, tell)
-        for line in comparison_text(table).split("\n"):
-            _say(line)
-        mark_output_folder(out)
-        write_table(out / "comparison.csv", table, excel=True)
-        seen = table[table["error"] == ""]
-        with atomic_path(out / "comparison.png") as temporary:
-            unseen_figure(seen, most=12).savefig(temporary, dpi=160)
+    for line in format_comparison(compare_files(paths, study, out, log)).split("\n"):
+        _say(line)
     if found:
         _say(found, err=True)
     _say(f"comparison.csv and comparison.png in {out}. In brackets: the model abstains. Research use only.", err=True)
