@@ -14,42 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-<<<<<<< HEAD
-from leukemia_nb.data.files import OutputError
-from leukemia_nb.data.images import ImageError, read_image, write_image
-from leukemia_nb.models.interface import ModelError, resize_square
-from leukemia_nb.inference.predictor import (
-    FORMAT,
-    SEAL,
-    Predictor,
-    Task,
-    answer_files,
-    check_outputs,
-    compare_models_on,
-    comparison_text,
-    confidence_text,
-    calibration_text,
-    exported_models,
-    find_inputs,
-    list_images,
-    dummy_model_file,
-    open_model_file,
-    overlay_file,
-    predict_files,
-    predictions_html,
-    read_unfinished,
-    abstain_reasons,
-    row_columns,
-    row_text,
-    saliency,
-    seal,
-    unseal,
-)
-from leukemia_nb.processing.cells import count_cells
-from leukemia_nb.processing.segmentation import check_mask, apply_mask, segment
-=======
 from leukemia_nb.data.images import ImageError, read_image, resize_square, write_image
->>>>>>> h-h4
 from leukemia_nb.data.synthetic import smear, write_smears
 from leukemia_nb.inference.model_file import FORMAT, add_checksum, check_checksum, open_model_file
 from leukemia_nb.inference.ood import fit_distance, fit_ood, image_statistics, mahalanobis_distance, ood_distance

@@ -40,9 +40,21 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # %% auto #0
-__all__ = ['find_inputs', 'PredictionTask', 'predict_batch', 'check_inputs_apart', 'unfinished_file', 'read_unfinished',
-           'predict_files', 'exported_models', 'open_predictors', 'compare_models', 'format_comparison',
-           'compare_files']
+__all__ = [
+    "find_inputs",
+    "PredictionTask",
+    "predict_batch",
+    "check_inputs_apart",
+    "unfinished_file",
+    "read_unfinished",
+    "predict_files",
+    "exported_models",
+    "open_predictors",
+    "compare_models",
+    "format_comparison",
+    "compare_files",
+]
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #9a752a31
 def find_inputs(
@@ -64,6 +76,7 @@ def find_inputs(
         found += paths or [given]
         summaries.append(summary)
     return list(dict.fromkeys(found)), "\n".join(summaries)
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #32cacf13
 def _matches(pattern: str) -> list[str]:
@@ -98,6 +111,7 @@ def _is_output(folder: str | Path) -> bool:
         return True
     return False
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #ac59acf5
 @dataclass(frozen=True)
 class PredictionTask:
@@ -119,10 +133,12 @@ class PredictionTask:
         kinds = ["cells", "saliency"][: 1 + self.saliency] if self.overlays else []
         return {kind: Path(self.overlays, f"{name}-{kind}.jpg") for kind in kinds}
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #f37e0a4f
 @functools.lru_cache(maxsize=1)
 def _open_predictor(file: str, threads: int | None, modified: float) -> Predictor:
     return Predictor(file, threads=threads)
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #17c6333b
 def predict_batch(
@@ -144,6 +160,7 @@ def predict_batch(
             row["error"] = describe_error(row["path"], error)
     return rows
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #c59b18fe
 def _write_overlays(files: dict[str, Path], predictor: Predictor, path: str) -> None:
     "Save the overlays of one image. Raises OutputError, ImageError."
@@ -151,6 +168,7 @@ def _write_overlays(files: dict[str, Path], predictor: Predictor, path: str) -> 
     for kind, file in files.items():
         heat = saliency(predictor, [image])[0] if kind == "saliency" else None
         write_image(file, overlay(image, heat))
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #97a923ff
 def _check_outputs(
@@ -180,6 +198,7 @@ def check_inputs_apart(
     for parent in dict.fromkeys(map(os.path.dirname, paths)):
         check_apart(parent or os.curdir, folder)
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #8c1fdc5c
 def unfinished_file(
     out: str | os.PathLike | None,  # CSV file that is wanted
@@ -196,6 +215,7 @@ def _append(journal: Path, rows: Sequence[dict[str, Any]]) -> None:
         lines.flush()
         os.fsync(lines.fileno())
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #7e5be2b9
 def read_unfinished(
     journal: str | os.PathLike,  # rows, one JSON object a line
@@ -211,6 +231,7 @@ def read_unfinished(
         if isinstance(row, dict) and row.get("model_sha256") == model_sha256 and isinstance(row.get("path"), str):
             rows[row["path"]] = row
     return rows
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #f1985d7c
 def _resume(journal: Path, paths: Sequence[str], task: PredictionTask) -> set[str]:
@@ -229,6 +250,7 @@ def _still_holds(row: dict[str, Any], task: PredictionTask) -> bool:
         return False
     return all(file.is_file() for file in task.overlay_files(row).values())
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #a2d9f910
 def _write_tables(
     journal: Path, paths: Sequence[str], task: PredictionTask, out: str | os.PathLike | None, json_file: str | os.PathLike | None
@@ -246,24 +268,31 @@ def _write_tables(
         write_table(out, pd.DataFrame(ordered, columns=columns), excel=True)
     if json_file:
         write_json(json_file, ordered)
+    journal.unlink()
 
-# %% ../../nbs/06_inference/40_batch.ipynb #303557f0
-def _run_batches(paths: Sequence[str], task: PredictionTask, size: int, n_jobs: int | None, log: Callable[..., Any]) -> None:
-    "Predict batches here or by joblib's workers; the first file is a batch of its own, so that something is seen at once."
+
+# %% ../../nbs/06_inference/40_batch.ipynb #3e8db009
+def _run_batches(
+    paths: Sequence[str], task: PredictionTask, size: int, n_jobs: int, client: Any
+) -> Iterator[list[dict[str, Any]]]:
+    "Rows of batches as they are done; the first file is a batch of its own, so that something is seen at once."
     batches = [batch for batch in (paths[:1], *(paths[i : i + size] for i in range(1, len(paths), size))) if batch]
-    if n_jobs == 1:
-        for batch in batches:
-            log(predict_batch(task, batch))
-        return
-    from joblib import Parallel, delayed
-
-    single = replace(task, threads=1)
+    single = functools.partial(predict_batch, replace(task, threads=1))
     try:
-        for rows in Parallel(n_jobs=n_jobs, return_as="generator")(delayed(predict_batch)(single, batch) for batch in batches):
-            log(rows)
+        if client is not None:
+            from distributed import as_completed
+
+            yield from (future.result() for future in as_completed(client.map(single, batches, pure=False)))
+        elif n_jobs > 1:
+            from joblib import Parallel, delayed
+
+            yield from Parallel(n_jobs=n_jobs, return_as="generator_unordered")(delayed(single)(batch) for batch in batches)
+        else:
+            yield from (predict_batch(task, batch) for batch in batches)
     except BrokenExecutor:
         reason = "a worker process was killed; memory may have run out"
         raise ClusterError(f"{reason}. Give the same command with a smaller --batch-size or fewer --n-jobs.") from None
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #0a5dbd24
 @contextmanager
@@ -276,6 +305,7 @@ def _sole_writer(task: PredictionTask, outputs: Sequence[str | os.PathLike]) -> 
             mark_output_folder(task.overlays)
         yield
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #651a7b0f
 def predict_files(
     paths: Sequence[str],  # files, from `find_inputs`
@@ -283,7 +313,8 @@ def predict_files(
     out: str | os.PathLike | None = None,  # CSV file
     json_file: str | os.PathLike | None = None,  # JSON file
     batch_size: int = 32,  # files a batch
-    n_jobs: int | None = 1,  # worker processes; None: joblib's configuration, which may be a cluster
+    n_jobs: int = 1,  # worker processes
+    client: Any = None,  # a `distributed.Client`, whose workers are used instead
     log: Callable[[list[dict[str, Any]]], Any] = len,  # called with the rows of each batch as it is done
 ) -> int:  # files whose rows were kept from an interrupted run
     "Predict files into tables, or with neither only for `log`. Raises ModelError, OutputError, ClusterError."
@@ -291,24 +322,21 @@ def predict_files(
     task.predictor()  # an unusable model file is the first thing to be known
     _check_outputs(paths, task, out, json_file)
     with _sole_writer(task, outputs):
-        if not outputs:
-            _run_batches(paths, task, batch_size, n_jobs, log)
-            return 0
         journal = unfinished_file(out, json_file)
-        kept = _resume(journal, paths, task)
-
-        def append(rows: list[dict[str, Any]]) -> None:
-            _append(journal, rows)
-            log(rows)
-
+        kept = _resume(journal, paths, task) if outputs else set()
+        left = [path for path in paths if path not in kept]
         try:
-            _run_batches([path for path in paths if path not in kept], task, batch_size, n_jobs, append)
-            _write_tables(journal, paths, task, out, json_file)
+            for rows in _run_batches(left, task, batch_size, n_jobs, client):
+                if outputs:
+                    _append(journal, rows)
+                log(rows)
+            if outputs:
+                _write_tables(journal, paths, task, out, json_file)
         except (OutputError, ClusterError) as error:
-            hint = f"Predictions so far are kept in {journal}: the same command resumes from there."
-            raise type(error)(f"{error} {hint}") from error
-        journal.unlink()
+            hint = f"Predictions so far are kept in {journal}: the same command resumes from there." if outputs else ""
+            raise type(error)(f"{error} {hint}".strip()) from error
     return len(kept)
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #3fe6a331
 def exported_models(
@@ -324,6 +352,7 @@ def exported_models(
             f"{run}: no exported models in it (exported/*.onnx). Resume the study: `leukemia_nb study … --run {run}`."
         )
     return files
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #a1aa49f2
 def open_predictors(
@@ -346,6 +375,7 @@ def open_predictors(
     for predictor, title in zip(opened, unique_names(versions)):
         predictor.info["title"] = title
     return opened
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #746300a0
 def compare_models(
@@ -372,6 +402,7 @@ def compare_models(
         raise ImageError("No image can be read. Check the paths.")
     return compared[[name for name in compared if name != "error"] + ["error"]]
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #73a4dcd4
 def format_comparison(
     table: DataFrame,  # from `compare_models`
@@ -387,6 +418,7 @@ def format_comparison(
         lines.append([shown(image), row["true label"] or "-", *cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #109fabeb
 def compare_files(

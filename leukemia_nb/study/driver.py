@@ -66,7 +66,7 @@ from leukemia_nb.data.manifest import (
 from ..errors import LeukemiaError
 from ..models.interface import MODELS, ModelError, make_model, package_versions
 from ..processing.dataset import Pairs
-from ..processing.segmentation import METHODS as SEGMENTATION_METHODS
+from ..processing.segmentation import SEGMENTATION_METHODS
 from ..processing.splitting import SplitError, image_groups, read_groups, read_split, smallest_class
 from .cluster import Workers, parallel
 from .kernels import KernelStartError, end_kernels, python_kernel
