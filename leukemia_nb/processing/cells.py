@@ -25,6 +25,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from ..data.images import SCALE_BAR_CORNER
 from .segmentation import _smallest_area, _two_means_of, a_channel, two_means
 
 
@@ -402,7 +403,7 @@ def _usable_cells(image: np.ndarray, cells: np.ndarray) -> list[tuple[int, int, 
     whole, cut = [], []
     for label in labels:
         x, y, w, h = cv2.boundingRect((cells == label).astype(np.uint8))
-        if y + h > SIDE - 30 and x + w > SIDE - 44:
+        if y + h > SIDE * (1 - SCALE_BAR_CORNER[0]) and x + w > SIDE * (1 - SCALE_BAR_CORNER[1]):
             continue
         inside = x > 0 and y > 0 and x + w < SIDE and y + h < SIDE
         (whole if inside else cut).append((label, (2 * y + h) // 2, (2 * x + w) // 2))
