@@ -36,7 +36,7 @@ from leukemia_nb.audit.cue_conflict import cue_conflict_rates, make_composites, 
 from leukemia_nb.data.manifest import CLASSES
 from leukemia_nb.data.images import read_image
 from leukemia_nb.models.interface import History
-from leukemia_nb.processing.segmentation import find_cells
+from leukemia_nb.processing.cells import find_cells
 from taleqani import GROUPED_BY, INTERVAL, check_apart, known_images
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -44,7 +44,8 @@ def ours(model: Path):
 
 def count_in(images: list[np.ndarray]) -> None:
     "Segmentation and number of cells, as in our predictor."
-    from leukemia_nb.processing.segmentation import count_cells, segment
+    from leukemia_nb.processing.cells import count_cells
+    from leukemia_nb.processing.segmentation import segment
 
     for image in images:
         count_cells(segment(image))
@@ -220,7 +221,8 @@ def steps_of(file: str) -> dict:
     "Reading, segmenting, counting and resizing of one image, each alone."
     from leukemia_nb.data.images import read_image
     from leukemia_nb.models.interface import resize_square
-    from leukemia_nb.processing.segmentation import count_cells, segment
+    from leukemia_nb.processing.cells import count_cells
+    from leukemia_nb.processing.segmentation import segment
 
     image = read_image(file)
     mask = segment(image)

@@ -20,19 +20,8 @@ import numpy as np
 from scipy.ndimage import find_objects
 
 from leukemia_nb.data.images import read_image
-from leukemia_nb.processing.segmentation import (
-    METHODS,
-    a_channel,
-    cluster_mask,
-    count_quality,
-    apply_mask,
-    study_mask,
-    find_cells,
-    kmeans_mask,
-    label_cells,
-    mask_quality,
-    segment,
-)
+from leukemia_nb.processing.cells import count_quality, find_cells, label_cells
+from leukemia_nb.processing.segmentation import SEGMENTATION_METHODS, a_channel, cluster_mask, apply_mask, study_mask, kmeans_mask, mask_quality, segment
 from leukemia_nb.processing.pairing import save_png, resize_square
 from leukemia_nb.data.synthetic import smear
 
@@ -156,7 +145,7 @@ def expert_masks() -> dict:
     "IoU and Dice on whole cells of wbc_masks; odd numbers were used for development, even ones held back."
     report = {}
     for half, rest in (("odd, development", 1), ("even, held back", 0)):
-        for method in METHODS:
+        for method in SEGMENTATION_METHODS:
             rows = [
                 mask_quality(segment(read_image(path), method), cv2.imread(str(path.with_suffix(".png")), 0) > 0)
                 for path in sorted((DATA / "wbc_masks").glob("*.bmp"))
@@ -177,7 +166,7 @@ def boxes() -> dict:
             ("images", "white_cells", "found", "found_by_centre", "split", "labels", "false", "false_pieces", "false_elsewhere"),
             0,
         )
-        for method in METHODS
+        for method in SEGMENTATION_METHODS
     }
     for path in sorted((DATA / "bccd" / "boxes").glob("*.xml")):
         true = [
@@ -226,7 +215,7 @@ def box_iou(a, b) -> float:
 def smears(height: int, width: int, seeds: int) -> dict:
     "Masks and counts on drawn smears, for each method."
     report = {}
-    for method in METHODS:
+    for method in SEGMENTATION_METHODS:
         masks, counts = [], []
         for label in ("Normal", "Pre-B", "Pro-B"):
             for seed in range(100, 100 + seeds):
@@ -250,7 +239,7 @@ def scale_bars(per_class: int = 30) -> dict:
         paths = paths[:: max(1, len(paths) // per_class)]
         report[folder] = {"n": len(paths)} | {
             method: round(float(np.mean([segment(read_image(path), method)[208:218, 196:222].any() for path in paths])), 3)
-            for method in METHODS
+            for method in SEGMENTATION_METHODS
         }
     return report
 

@@ -220,7 +220,7 @@ def test_predictions_over_a_cluster_are_the_same_though_a_worker_is_killed(addre
 
 def test_a_worker_is_watched_once_however_many_tasks_it_has():
     code = (
-        "import threading\nfrom joblib import Parallel, delayed\nfrom leukemia_nb.study.cluster import die_with_parent\n"
+        "import threading\nfrom joblib import Parallel, delayed\nfrom leukemia_nb.data.processes import die_with_parent\n"
         "def task(): die_with_parent(); return threading.active_count()\n"
         "if __name__ == '__main__':\n    found = Parallel(2, batch_size=1)(delayed(task)() for _ in range(40))\n    print(max(found) - min(found))\n"
     )

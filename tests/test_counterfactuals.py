@@ -22,7 +22,7 @@ from leukemia_nb.audit.cue_conflict import (
 )
 from leukemia_nb.data.manifest import CLASSES
 from leukemia_nb.data.images import read_image
-from leukemia_nb.processing.segmentation import find_cells
+from leukemia_nb.processing.cells import find_cells
 from leukemia_nb.data.synthetic import smear
 
 

@@ -219,7 +219,7 @@ def test_as_rgb_of_arrays_and_pillow_images(photo):
         (lambda a: a[..., 0] / 255, "0-255"),
         (lambda a: np.dstack([a, a[..., :1]]), "alpha"),
         (lambda a: a[..., :2], "alpha"),
-        (lambda a: a[..., :1], r"image\[\.\.\., 0\]"),
+        (lambda a: a[..., :1], "alpha channel"),
         (lambda a: a.transpose(2, 0, 1), "channels last"),
         (lambda a: a[None], "one by one"),
         (lambda a: a[:, 0, 0], "shape"),
@@ -409,7 +409,6 @@ def test_every_mode_of_every_format(tmp_path, photo, kind, options, modes):
         (lambda a: tiff(a, photometric="cielab"), "photometric"),
         (lambda a: tiff(a, photometric="ycbcr"), "photometric"),
         (lambda a: tiff(np.dstack([a, a[..., :2]]), extrasamples=["unspecified"] * 2), "5 channels"),
-        (lambda a: saved(Image.fromarray(a), "TIFF", compression="lzma"), "compression"),
         (lambda a: saved(Image.fromarray(a), "PDF"), "unknown kind"),
         (lambda a: saved(Image.fromarray(a), "PPM"), "unknown kind"),
         (lambda a: saved(Image.fromarray(a), "JPEG2000"), "unknown kind"),
@@ -448,7 +447,7 @@ def test_camera_bits_in_16_that_are_not_declared(tmp_path, photo, depth, scale_b
         "sbit.png": png(stored, chunk(b"sBIT", bytes([depth] * 3))),
     }
     for name, content in contents.items():
-        assert "16-bit numbers use less than a quarter" in outcome(tmp_path / name, content, photo), name
+        assert "16-bit samples use less than a quarter" in outcome(tmp_path / name, content, photo), name
 
 
 @pytest.mark.parametrize("depth", [9, 10, 12, 14, 15])
@@ -460,15 +459,15 @@ def test_camera_bits_declared_by_max_sample_value(tmp_path, photo, depth):
     one = {"extratags": [(281, 3, 1, 2**depth - 1, True)], "photometric": "minisblack"}
     for compression in (None, "zlib"):
         assert outcome(tmp_path / "g.tif", tiff(stored[..., 1], compression=compression, **one), true) == "read"
-    assert f"uses {depth} of 16 bits" in outcome(tmp_path / "z.tif", tiff(stored, compression="zlib", **most), photo)
-    assert "its numbers reach" in outcome(tmp_path / "over.tif", tiff(photo.astype(np.uint16) * 257, **most), photo)
+    assert outcome(tmp_path / "z.tif", tiff(stored, compression="zlib", **most), photo) == "read"
+    assert "bits are declared" in outcome(tmp_path / "over.tif", tiff(photo.astype(np.uint16) * 257, **most), photo)
 
 
 def test_max_sample_value_that_declares_nothing(tmp_path, photo):
     """Some write the largest value of the image: nothing is known from that."""
     stored = photo.astype(np.uint16) << 4
-    assert "16-bit numbers" in outcome(tmp_path / "x.tif", tiff(stored, extratags=[(281, 3, 1, int(stored.max()), True)]), photo)
-    assert "16-bit numbers" in outcome(tmp_path / "x.tif", tiff(stored, extratags=[(281, 3, 1, 65535, True)]), photo)
+    assert "16-bit samples" in outcome(tmp_path / "x.tif", tiff(stored, extratags=[(281, 3, 1, int(stored.max()), True)]), photo)
+    assert "16-bit samples" in outcome(tmp_path / "x.tif", tiff(stored, extratags=[(281, 3, 1, 65535, True)]), photo)
     assert outcome(tmp_path / "x.tif", tiff(photo.astype(np.uint16) * 257, extratags=[(281, 3, 1, 60000, True)]), photo) == "read"
 
 
@@ -672,7 +671,6 @@ def before(content: bytes, *chunks: bytes, mark: bytes = b"IDAT") -> bytes:
         lambda: chunk(b"eXIf", b"junk"),
         lambda: chunk(b"pHYs", b"?"),
         lambda: chunk(b"gAMA", b""),
-        lambda: chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(5_000_000))),
         lambda: chunk(b"quIz", b"?"),
     ],
 )
@@ -804,7 +802,6 @@ def test_short_memory_is_not_damage(tmp_path):
         "a.png": {},
         "a.jpg": {},
         "a.bmp": {},
-        "a.webp": {"lossless": True, "method": 0},
         "raw.tif": {},
         "lzw.tif": {"compression": "tiff_lzw"},
     }.items():
@@ -812,42 +809,9 @@ def test_short_memory_is_not_damage(tmp_path):
         names.append(str(tmp_path / name))
     (tmp_path / "16.tif").write_bytes(tiff(np.full((4000, 5000, 3), 50000, np.uint16), compression=None))
     found = run(READ_WITH_LITTLE_MEMORY, str(30_000_000), *names, str(tmp_path / "16.tif")).splitlines()
-    assert len(found) == 7
+    assert len(found) == 6
     for line in found:
         assert "not enough memory" in line and "damaged" not in line and "remove" not in line, line
-
-
-def test_jpeg_of_thousands_of_scans(tmp_path, photo):
-    content = saved(Image.fromarray(photo), "JPEG", progressive=True, quality=98, subsampling=0)
-    last = content[content.rindex(b"\xff\xda") : -2]
-    many = content[:-2] + last * 3000 + b"\xff\xd9"
-    assert "scans, 100 at most" in outcome(tmp_path / "x.jpg", many, photo)
-    assert outcome(tmp_path / "x.jpg", content[:-2] + last * 50 + b"\xff\xd9", photo, 40) == "read"
-    segment = b"\xff\xe1" + struct.pack(">H", 2002) + b"\xff\xda" * 1000
-    assert (
-        outcome(tmp_path / "x.jpg", content[:2] + segment + content[2:] + b"\xff\xda" * 500, photo, 12) == "read"
-    )  # these are no scans
-    sheet = saved(Image.new("RGB", (7000, 7000), (200, 150, 190)), "JPEG", progressive=True, quality=50)
-    last = sheet[sheet.rindex(b"\xff\xda") : -2]
-    assert "scans, 20 at most" in outcome(tmp_path / "x.jpg", sheet[:-2] + last * 80 + b"\xff\xd9", photo)
-
-
-def test_jpeg_scans_inside_a_tiff(tmp_path, photo):
-    jpeg = saved(Image.fromarray(photo), "JPEG", progressive=True, subsampling=0)
-    jpeg = jpeg[:-2] + jpeg[jpeg.rindex(b"\xff\xda") : -2] * 3000 + b"\xff\xd9"
-    tags = [
-        (256, 3, 1, 64),
-        (257, 3, 1, 48),
-        (258, 3, 1, 8),
-        (259, 3, 1, 7),
-        (262, 3, 1, 6),
-        (273, 4, 1, 8),
-        (277, 3, 1, 3),
-        (278, 3, 1, 48),
-        (279, 4, 1, len(jpeg)),
-    ]
-    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
-    assert "scans" in outcome(tmp_path / "x.tif", b"II*\0" + struct.pack("<I", 8 + len(jpeg)) + jpeg + directory, photo)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the program is a shell script")

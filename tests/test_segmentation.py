@@ -8,27 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from leukemia_nb.data.images import read_image
-from leukemia_nb.processing.segmentation import (
-    _summits,
-    METHODS,
-    a_channel,
-    check_mask,
-    clean_mask,
-    count_cells,
-    count_quality,
-    apply_mask,
-    study_mask,
-    draw_outlines,
-    drop_small,
-    find_cells,
-    kmeans_mask,
-    label_cells,
-    mask_quality,
-    segment,
-    smallest_area,
-    two_means,
-    whiten_background,
-)
+from leukemia_nb.processing.cells import count_cells, count_quality, find_cells, label_cells
+from leukemia_nb.processing.segmentation import _summits, SEGMENTATION_METHODS, a_channel, check_mask, clean_mask, apply_mask, study_mask, draw_outlines, drop_small, kmeans_mask, mask_quality, segment, smallest_area, two_means, whiten_background
 from leukemia_nb.data.synthetic import smear
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
@@ -84,7 +65,7 @@ def test_deck_equals_kmeans_on_smears(smears):
 
 
 @settings(max_examples=40, deadline=None)
-@given(sizes, st.integers(0, 2**32 - 1), st.sampled_from(sorted(METHODS)))
+@given(sizes, st.integers(0, 2**32 - 1), st.sampled_from(sorted(SEGMENTATION_METHODS)))
 def test_any_size_grey_and_noise(size, seed, method):
     noise = np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
     for image in (noise, noise[..., ::-1], noise[..., 0], np.full_like(noise, seed % 256)):
@@ -94,7 +75,7 @@ def test_any_size_grey_and_noise(size, seed, method):
     assert not segment(noise[..., 0], method).any()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SEGMENTATION_METHODS)
 def test_image_is_not_changed_and_result_repeats(method, smears):
     image = smears[0].image
     before = image.copy()
@@ -233,17 +214,17 @@ def test_deck_equals_kmeans_on_real_images(shared_data):
 def test_second_method_on_masks_held_back(shared_data):
     quality = {
         method: np.mean([mask_quality(segment(image, method), truth)["iou"] for image, truth in masks(shared_data, 0)])
-        for method in METHODS
+        for method in SEGMENTATION_METHODS
     }
     assert quality["kmeans"] == pytest.approx(0.81, abs=0.01)
     assert quality["nucleus"] > 0.88
 
 
 def test_second_method_leaves_the_scale_bar(shared_data):
-    corner = {method: 0 for method in METHODS}
+    corner = {method: 0 for method in SEGMENTATION_METHODS}
     for path in sorted((shared_data / "taleqani" / "Early").glob("*.jpg"))[::20]:
         image = read_image(path)
-        for method in METHODS:
+        for method in SEGMENTATION_METHODS:
             corner[method] += segment(image, method)[208:216, 195:220].any()
     assert corner["nucleus"] <= corner["kmeans"] / 2
 

@@ -16,7 +16,7 @@ from leukemia_nb.evaluation.metrics import (
     write_predictions,
 )
 from leukemia_nb.processing.pairing import Pairs, prepare_pairs
-from leukemia_nb.processing.segmentation import find_cells
+from leukemia_nb.processing.cells import find_cells
 from leukemia_nb.audit.baselines import (
     BASELINES,
     background_pixels,

@@ -21,7 +21,8 @@ from joblib import Parallel, delayed
 from ..data.processes import die_with_parent
 from ..evaluation.metrics import CLOPPER_PEARSON, predicted_labels, model_title, predictions_table, take_subset
 from ..plotting import CLASS_COLOURS, GREY, INK, PALE, blank_figure, plot_style
-from ..processing.segmentation import study_mask, find_cells
+from ..processing.cells import find_cells
+from ..processing.segmentation import study_mask
 from ..evaluation.uncertainty import Interval, cross_validated_accuracy, grouped_accuracy
 
 if TYPE_CHECKING:

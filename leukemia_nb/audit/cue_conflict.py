@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from ..evaluation.metrics import clopper_pearson
-from ..processing.segmentation import a_channel, find_cells
+from ..processing.cells import find_cells
+from ..processing.segmentation import a_channel
 
 # %% auto #0
 __all__ = ['KINDS', 'find_bar', 'removal_mask', 'inpaint_background', 'paste_cells', 'colour_statistics', 'match_colours',

@@ -17,7 +17,7 @@ from ..evaluation.metrics import model_title
 from ..plotting import blank_figure, plot_style
 from ..evaluation.uncertainty import BOOTSTRAP, cluster_bootstrap
 from ..models.interface import ModelError, open_images, read_batches
-from ..processing.segmentation import find_cells
+from ..processing.cells import find_cells
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

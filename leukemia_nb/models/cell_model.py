@@ -13,7 +13,8 @@ import cv2
 import numpy as np
 
 from .interface import ImageClassifier, open_images, resize_square
-from ..processing.segmentation import a_channel, find_cells, two_means
+from ..processing.cells import find_cells
+from ..processing.segmentation import a_channel, two_means
 
 # %% auto #0
 __all__ = ['SIDE', 'WINDOW', 'COLOURS', 'FEATURE_NAMES', 'refine_mask', 'cell_crops', 'recolour', 'cell_colours',

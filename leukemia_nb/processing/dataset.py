@@ -22,7 +22,8 @@ import pandas as pd
 from ..data.files import atomic_path, file_sha256, finished_row, read_table, save_record, unique_names, write_table
 from ..data.images import ImageError, image_problem, read_image, resize_square
 from ..data.processes import run_tasks
-from .segmentation import apply_mask, check_mask, find_cells, segment
+from .cells import cell_table, find_cells
+from .segmentation import apply_mask, check_mask, segment
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #00db32e7
 CHANNELS = ("original", "segmented", "cells")
@@ -74,6 +75,22 @@ def _save_png(path: Path, image: np.ndarray) -> str:
     with atomic_path(path, durable=False) as temporary:
         temporary.write_bytes(data)
     return hashlib.sha256(data).hexdigest()
+
+# %% ../../nbs/02_processing/30_dataset.ipynb #ca9dbdc3
+def _read_png(path: Path, size: int | None = None) -> np.ndarray:
+    "uint8 (H, W, 3) RGB or uint16 (H, W) of a PNG that is known to be whole, resized where a size is given. Raises `ImageError`."
+    try:
+        data = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror}. Prepare the pairs again.") from error
+    whole = data[-8:-4].tobytes() == b"IEND"
+    image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if whole else None
+    if image is None:
+        raise ImageError(f"{path}: not a whole PNG file. Prepare the pairs again.")
+    if image.ndim == 2:
+        return image if size is None else cv2.resize(image, (size, size), interpolation=cv2.INTER_NEAREST_EXACT)
+    image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return image if size is None else resize_square(image, size)
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #595f8a28
 def save_pair(
@@ -235,22 +252,6 @@ def write_dataset(
             _link_or_flip(prepared / name, folder / row[channel], row["flip"])
     write_table(f"{folder}.csv", table)
     return table
-
-# %% ../../nbs/02_processing/30_dataset.ipynb #ca9dbdc3
-def _read_png(path: Path, size: int | None = None) -> np.ndarray:
-    "uint8 (H, W, 3) RGB or uint16 (H, W) of a PNG that is known to be whole, resized where a size is given. Raises `ImageError`."
-    try:
-        data = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise ImageError(f"{path}: {error.strerror}. Prepare the pairs again.") from error
-    whole = data[-8:-4].tobytes() == b"IEND"
-    image = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if whole else None
-    if image is None:
-        raise ImageError(f"{path}: not a whole PNG file. Prepare the pairs again.")
-    if image.ndim == 2:
-        return image if size is None else cv2.resize(image, (size, size), interpolation=cv2.INTER_NEAREST_EXACT)
-    image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    return image if size is None else resize_square(image, size)
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #5f444b30
 class Pairs(Sequence):

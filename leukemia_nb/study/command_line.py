@@ -88,10 +88,10 @@ def _say(text: str, err: bool = False) -> None:
 
 def _known_method(name: str | None) -> str | None:
     "Refuse a segmentation method that is none, before anything is done."
-    from leukemia_nb.processing.segmentation import METHODS
+    from leukemia_nb.processing.segmentation import SEGMENTATION_METHODS
 
-    if name is not None and name not in METHODS:
-        raise typer.BadParameter(f"there is no method {name!r}. The methods are {', '.join(METHODS)}.")
+    if name is not None and name not in SEGMENTATION_METHODS:
+        raise typer.BadParameter(f"there is no method {name!r}. The methods are {', '.join(SEGMENTATION_METHODS)}.")
     return name
 
 

@@ -47,7 +47,7 @@ from ..models import interface as models
 from ..data.images import ImageError, read_image
 from ..models.interface import MODELS
 from ..processing.dataset import Pairs
-from ..processing.segmentation import METHODS
+from ..processing.segmentation import SEGMENTATION_METHODS
 from ..processing.splitting import SplitError, image_groups, read_groups, read_split, smallest_class
 
 # %% ../../nbs/07_study/20_driver.ipynb #509aca9b
@@ -136,7 +136,7 @@ class StudySettings:
             "split": ("random", "grouped"),
             "preprocessing": ("native", "rescale"),
             "weights": ("imagenet", "local", "random"),
-            "segmentation": tuple(METHODS),
+            "segmentation": tuple(SEGMENTATION_METHODS),
         }.items():
             if getattr(self, name) not in allowed:
                 raise StudyError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(str, allowed))}.")
