@@ -24,35 +24,10 @@ else:
     DataFrame = Any  # loaded with the first table; the name is for the documentation
 
 # %% auto #0
-__all__ = [
-    "MAX_NAME",
-    "OUTPUT_MARKER",
-    "shown",
-    "shown_lines",
-    "counted",
-    "OutputError",
-    "writing",
-    "atomic_path",
-    "check_output",
-    "mark_output_folder",
-    "is_output_folder",
-    "unique_names",
-    "exclusive",
-    "file_sha256",
-    "safe_cell",
-    "restored_cell",
-    "write_table",
-    "TableError",
-    "read_table",
-    "shown_table",
-    "write_json",
-    "read_json",
-    "set_sha256",
-    "finished_row",
-    "save_record",
-    "remove_files",
-    "remove_unfinished",
-]
+__all__ = ['MAX_NAME', 'OUTPUT_MARKER', 'shown', 'shown_lines', 'counted', 'OutputError', 'writing', 'atomic_path',
+           'check_output', 'mark_output_folder', 'is_output_folder', 'unique_names', 'exclusive', 'file_sha256',
+           'safe_cell', 'restored_cell', 'write_table', 'TableError', 'read_table', 'shown_table', 'write_json',
+           'read_json', 'set_sha256', 'finished_row', 'save_record', 'remove_files', 'remove_unfinished']
 
 # %% ../../nbs/01_data/10_files.ipynb #15819cb8
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
@@ -84,7 +59,6 @@ def counted(
 ) -> str:
     "A number in words: `1 image`, `2 images`."
     return f"{number} {what}{'' if number == 1 else 's'}"
-
 
 # %% ../../nbs/01_data/10_files.ipynb #1170949f
 class OutputError(OSError):
@@ -122,7 +96,6 @@ def _output_error(path: Path, number: int, left: str = "Nothing half-written was
     problem = OutputError(f"{path}: cannot be written: {os.strerror(number)}. {_REMEDIES[number]}. {left}".strip())
     problem.errno = number
     return problem
-
 
 # %% ../../nbs/01_data/10_files.ipynb #91c7b2aa
 @contextmanager
@@ -164,7 +137,6 @@ def _write_fails(path: Path, temporary: Path) -> int | None:
             with suppress(OSError):
                 probe.unlink()
     return None
-
 
 # %% ../../nbs/01_data/10_files.ipynb #c5d1f0e2
 def _flush(path: Path) -> None:
@@ -214,7 +186,6 @@ def _check_regular(path: Path) -> None:
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OutputError(f"{path}: is a device, pipe or socket. Choose the name of a file.")
 
-
 # %% ../../nbs/01_data/10_files.ipynb #0b6e5d7c
 def check_output(
     path: str | os.PathLike,  # file or folder that is to be written in the end
@@ -235,7 +206,6 @@ def check_output(
     if not os.access(there, os.W_OK | os.X_OK):
         raise _output_error(path, errno.EACCES, "")
 
-
 # %% ../../nbs/01_data/10_files.ipynb #6a195cda
 OUTPUT_MARKER = ".leukemia_nb-output"  # file name
 _MARKER_TEXT = (
@@ -254,14 +224,12 @@ def mark_output_folder(
             temporary.write_text(_MARKER_TEXT, encoding="utf-8")
     return folder
 
-
 # %% ../../nbs/01_data/10_files.ipynb #4d126b11
 def is_output_folder(
     folder: str | os.PathLike,  # any folder
 ) -> bool:
     "Whether leukemia_nb wrote a folder, by its marker; folders inside a marked one are not looked up."
     return os.path.isfile(os.path.join(folder, OUTPUT_MARKER))
-
 
 # %% ../../nbs/01_data/10_files.ipynb #5363e697
 def _shortened(
@@ -275,7 +243,6 @@ def _shortened(
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:12]
     room = most - len(os.fsencode(ending)) - len(digest) - 1
     return f"{os.fsencode(name)[:room].decode('utf-8', 'ignore')}-{digest}{ending}"
-
 
 # %% ../../nbs/01_data/10_files.ipynb #b3c7a813
 def unique_names(
@@ -292,7 +259,6 @@ def unique_names(
         used.add(name.casefold())
         found.append(name)
     return found
-
 
 # %% ../../nbs/01_data/10_files.ipynb #64128de3
 @contextmanager
@@ -318,7 +284,6 @@ def exclusive(
     finally:
         lock.release()
 
-
 # %% ../../nbs/01_data/10_files.ipynb #9493eef2
 def file_sha256(
     path: str | os.PathLike,  # any file
@@ -326,7 +291,6 @@ def file_sha256(
     "sha256 of a file, read in pieces: memory does not depend on its size."
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 # %% ../../nbs/01_data/10_files.ipynb #4fba9392
 _FORMULA = r"'*[=+\-@\t\r\n＝＋－＠]"
@@ -357,7 +321,6 @@ def _changed(table: DataFrame, change: Callable[[Any], Any]) -> DataFrame:
             table.isetitem(place, table.iloc[:, place].map(change))
     return table
 
-
 # %% ../../nbs/01_data/10_files.ipynb #e2d4a6f8
 _TEXT = ("pair", "class", "path", "sha256", "problem", "flip", "flag", "subset", "group", "original", "segmented")
 
@@ -375,7 +338,6 @@ def write_table(
         text = table.to_csv(index=False, float_format=float_format, lineterminator="\r\n")
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode("utf-8-sig" if excel else "utf-8"))
-
 
 # %% ../../nbs/01_data/10_files.ipynb #38bbdbc0
 class TableError(OSError):
@@ -400,14 +362,12 @@ def read_table(
         raise TableError(f"{path}: not a table, or damaged ({str(error).strip()}). Make it again, or remove it.") from error
     return _changed(table.fillna({name: "" for name in text if name in table}), restored_cell)
 
-
 # %% ../../nbs/01_data/10_files.ipynb #1dea5eed
 def shown_table(
     table: DataFrame,  # any table
 ) -> DataFrame:  # a copy
     "A table for people to look at: every text as `shown`."
     return _changed(table, lambda value: shown(value) if isinstance(value, str) else value)
-
 
 # %% ../../nbs/01_data/10_files.ipynb #a9b8c7d6
 def write_json(
@@ -419,7 +379,6 @@ def write_json(
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
-
 # %% ../../nbs/01_data/10_files.ipynb #e3cf1342
 def read_json(
     folder: str | os.PathLike,  # run folder
@@ -429,14 +388,12 @@ def read_json(
     path = Path(folder).joinpath(*names)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
-
 # %% ../../nbs/01_data/10_files.ipynb #5a744fac
 def set_sha256(
     digests: Iterable[str],  # one for each image
 ) -> str:  # 64 hexadecimal digits
     "SHA-256 over sorted digests, one a line."
     return hashlib.sha256("\n".join(sorted(map(str, digests))).encode()).hexdigest()
-
 
 # %% ../../nbs/01_data/10_files.ipynb #a1d1d4a9
 def finished_row(
@@ -463,7 +420,6 @@ def save_record(
     text = json.dumps({"made_from": made_from, "files": files, "row": row}, indent=1)
     with atomic_path(record, durable=False) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
 
 # %% ../../nbs/01_data/10_files.ipynb #3652e6dc
 def remove_files(files: Iterable[Path]) -> None:

@@ -25,24 +25,9 @@ else:
     DataFrame = Any  # loaded with the first table; the name is for the documentation
 
 # %% auto #0
-__all__ = [
-    "CLASSES",
-    "FOUR_CLASSES",
-    "IGNORED_FOLDERS",
-    "NO_IMAGES",
-    "ARCHIVES",
-    "COLUMNS",
-    "KAGGLE_SET",
-    "class_of",
-    "ImageSearch",
-    "check_folder",
-    "check_apart",
-    "search_images",
-    "find_images",
-    "build_manifest",
-    "check_manifest",
-    "fetch_kaggle",
-]
+__all__ = ['CLASSES', 'FOUR_CLASSES', 'IGNORED_FOLDERS', 'NO_IMAGES', 'ARCHIVES', 'COLUMNS', 'KAGGLE_SET', 'class_of',
+           'ImageSearch', 'check_folder', 'check_apart', 'search_images', 'find_images', 'build_manifest',
+           'check_manifest', 'fetch_kaggle']
 
 # %% ../../nbs/01_data/30_manifest.ipynb #49895644
 CLASSES = ("Normal", "Pre-B", "Pro-B")
@@ -68,7 +53,6 @@ def class_of(
 ) -> str | None:  # one of `FOUR_CLASSES`, or None
     "Class that a folder's name means, or None for any other name."
     return _FOLDER_NAMES.get(re.sub(r"malignant|[\W_]", "", unicodedata.normalize("NFKC", folder_name).lower()))
-
 
 # %% ../../nbs/01_data/30_manifest.ipynb #af8d9c2f
 IGNORED_FOLDERS = ("truth", "segmented", "masks")  # folders, in any case
@@ -99,7 +83,6 @@ class ImageSearch:
         if self.unreachable:
             text += f", {len(self.unreachable)} could not be reached"
         return shown(text)
-
 
 # %% ../../nbs/01_data/30_manifest.ipynb #b7a1c0de
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
@@ -144,7 +127,6 @@ def _marked(folder: str | os.PathLike) -> Path | None:
         if (each / "truth" / "smears.csv").is_file():
             return None
     return None
-
 
 # %% ../../nbs/01_data/30_manifest.ipynb #5ea7c4f1
 class _Walk:
@@ -231,7 +213,6 @@ class _Walk:
         if reason:
             self.search.left_out.append((path, reason))
 
-
 # %% ../../nbs/01_data/30_manifest.ipynb #d3adb33f
 def search_images(
     folder: str | os.PathLike,  # searched with all that is below it
@@ -240,7 +221,6 @@ def search_images(
     "Search a folder for images, by suffix, and count what is left out. Raises `ImageError` as `check_folder` does."
     check_folder(folder)
     return _Walk(Path(folder), exclude).run()
-
 
 # %% ../../nbs/01_data/30_manifest.ipynb #decade01
 def find_images(
@@ -255,7 +235,6 @@ def _class_of_path(path: Path, folder: Path) -> str | None:
     "Class of the nearest folder above an image, up to `folder` itself, whose name means one."
     names = [parent.name for parent in path.parents if parent == folder or folder in parent.parents]
     return next((found for found in map(class_of, names) if found), None)
-
 
 # %% ../../nbs/01_data/30_manifest.ipynb #b1d75bb6
 COLUMNS = ("pair", "class", "path", "sha256", "width", "height", "problem")
@@ -274,7 +253,6 @@ def _examine(path: Path, missed: str) -> tuple[str, int, int, str]:
     except ImageError as error:
         return digest, 0, 0, str(error)
     return digest, width, height, ""
-
 
 # %% ../../nbs/01_data/30_manifest.ipynb #dc56a53b
 def _name_pairs(labels: Sequence[str], paths: Sequence[Path]) -> list[str]:
@@ -298,7 +276,6 @@ def _mark_two_classes(manifest: DataFrame) -> None:
             others = ", ".join(same.loc[same["class"] != label, "path"])
             problem = f"{path}: the same image lies under another class: {others}. Remove the wrong one."
             manifest.loc[index, "problem"] = shown(problem)
-
 
 # %% ../../nbs/01_data/30_manifest.ipynb #0dd72185
 def build_manifest(
@@ -382,7 +359,6 @@ def _nothing_found(
     names = f" (found: {', '.join(unknown[:8])})" if unknown else ""
     return f"{search.folder}: {there}{names}. Sort them into folders named after the classes, such as Benign, Pre, Pro."
 
-
 # %% ../../nbs/01_data/30_manifest.ipynb #15151153
 def check_manifest(
     manifest: DataFrame,  # as `build_manifest` makes it
@@ -400,7 +376,6 @@ def check_manifest(
             need = f"has {counted(good, 'usable image')}, fewer than the {minimum} that a split needs"
             raise ImageError(f"class {label} {need}{bad}. Add images, or leave the class out.")
     return usable.reset_index(drop=True)
-
 
 # %% ../../nbs/01_data/30_manifest.ipynb #8bedeb9a
 KAGGLE_SET = "mohammadamireshraghi/blood-cell-cancer-all-4class"

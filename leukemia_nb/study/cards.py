@@ -14,14 +14,14 @@ __all__ = [
     "reporting_items",
 ]
 
-# %% ../../nbs/07_study/30_cards.ipynb #12df00bb
+# %% ../../nbs/07_study/30_cards.ipynb #6dfaeb35
 import json
 import os
 import re
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +47,7 @@ from ..models.interface import MODELS, ModelEntry
 from .driver import StudySettings, study_steps
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #4a07c96a
+# %% ../../nbs/07_study/30_cards.ipynb #bd8f1425
 def markdown_text(
     text: object,  # a name of a file, class, model or run; any text that is to be read as it is
 ) -> str:  # one line of Markdown
@@ -56,7 +56,7 @@ def markdown_text(
     return re.sub(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", line)
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #28aa5b4d
+# %% ../../nbs/07_study/30_cards.ipynb #89597075
 def _proportion(count: int, n: int) -> str:
     "A proportion with its Clopper-Pearson interval and its count."
     return format_proportion(count / n, *clopper_pearson(int(count), int(n)), int(count), int(n))
@@ -67,7 +67,7 @@ def _interval(low: float, high: float) -> str:
     return f"95 % CI {100 * low:.1f}–{100 * high:.1f}" if pd.notna(low) else "no 95 % CI: a single group"
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #d95db43b
+# %% ../../nbs/07_study/30_cards.ipynb #4b48e95e
 def markdown_table(
     table: pd.DataFrame,  # texts and whole numbers
 ) -> str:
@@ -77,7 +77,7 @@ def markdown_table(
     return "\n".join(f"| {' | '.join(map(escape, row))} |" for row in rows)
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #efe6b25c
+# %% ../../nbs/07_study/30_cards.ipynb #7554468f
 _STATUSES = ("Not known", "Not done", "Not in this run", "Does not apply", "In part")
 
 
@@ -87,7 +87,7 @@ def _split_status(text: str) -> tuple[str, str]:
     return (status, rest[:1].upper() + rest[1:]) if colon and status in _STATUSES else ("Answered", text)
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #a76efb14
+# %% ../../nbs/07_study/30_cards.ipynb #8654f9fa
 class MissingResultError(LeukemiaError, LookupError):
     "A file of the run is not there; the message names the step that writes it."
 
@@ -136,7 +136,7 @@ class StudyResults:
         return read_json(self.folder, *parts)
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #c624904f
+# %% ../../nbs/07_study/30_cards.ipynb #2f227221
 class _RunFacts(StudyResults):
     "What a run says of its images, split and models."
 
@@ -185,7 +185,7 @@ class _RunFacts(StudyResults):
         return json.dumps(f"{self.name}/models/{model}", ensure_ascii=False)
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #e582c421
+# %% ../../nbs/07_study/30_cards.ipynb #2a4f1d82
 _FACTS: dict[str, Callable[..., Any]] = {}
 
 
@@ -195,7 +195,7 @@ def _fact(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #20e2dbce
+# %% ../../nbs/07_study/30_cards.ipynb #a40de551
 @_fact
 def _leakage(run: StudyResults, subset: str) -> pd.Series:
     return run.table("leakage.csv").set_index("subset").loc[subset]
@@ -231,7 +231,7 @@ def _counts(run: StudyResults) -> str:
     return "; ".join(parts) + "."
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #33b33a2e
+# %% ../../nbs/07_study/30_cards.ipynb #f8e01eb1
 @_fact
 def _training_digest(run: StudyResults) -> str:
     split = run.table("split.csv")
@@ -265,7 +265,7 @@ def _external(run: StudyResults) -> str:
     return f"In part: {labelled} of {len(table)} new images lie in folders named after a class; no accuracy is claimed."
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #8284f8bb
+# %% ../../nbs/07_study/30_cards.ipynb #1a865a35
 @_fact
 def _input_kind(run: StudyResults, model: str) -> str:
     return run.entry(model).input
@@ -315,7 +315,7 @@ def _history(run: StudyResults, model: str) -> SimpleNamespace:
     )
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #a37cc2ff
+# %% ../../nbs/07_study/30_cards.ipynb #3ae5d0ba
 @_fact
 def _near_duplicate_free(run: StudyResults, model: str) -> tuple[int, int]:
     "Correct predictions and images among the test images without a near-duplicate in training."
@@ -393,7 +393,7 @@ def _step_times(run: StudyResults) -> list[dict[str, Any]]:
     return sorted(steps, key=lambda step: str(step.get("began", "")))
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #6395c00a
+# %% ../../nbs/07_study/30_cards.ipynb #67ab0853
 @_fact
 def _cue_conflict(run: StudyResults, model: str, kind: str, cue: str) -> pd.Series:
     rows = run.table("metrics/cue_conflict.csv", model)
@@ -469,22 +469,24 @@ def _unchanged(run: StudyResults, model: str) -> pd.Series:
     return table[table["clean"].astype(str) == "True"].iloc[0]
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #06db31d1
+# %% ../../nbs/07_study/30_cards.ipynb #022c57d8
 def render(
     template: str,  # a file of leukemia_nb/templates, or the text of a template
     folder: str | os.PathLike,  # run folder
     **more: Any,  # further variables of the template
 ) -> str:
     "Text from a template and the files of a run; what is missing is named in its place."
+    environment = _environment(_RunFacts(Path(folder)))
+    is_file = template.endswith(".j2")
+    return (environment.get_template(template) if is_file else environment.from_string(template)).render(**more)
+
+
+def _environment(run: StudyResults) -> Any:
+    "jinja2's environment with the filters and facts of a run."
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    run = _RunFacts(Path(folder))
-    environment = Environment(
-        loader=FileSystemLoader(str(files("leukemia_nb") / "templates")),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = FileSystemLoader(str(files("leukemia_nb") / "templates"))
+    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "md": markdown_text,
         "model_title": lambda model: markdown_text(model_title(model)),
@@ -492,15 +494,10 @@ def render(
         "table": markdown_table,
         "without_status": lambda text: _split_status(text.strip())[1],
     }
-    environment.globals |= {name: _bound(fact, run) for name, fact in _FACTS.items()}
+    environment.globals |= {name: partial(fact, run) for name, fact in _FACTS.items()}
     environment.globals |= {"run": run, "proportion": _proportion, "interval": _interval}
     environment.globals |= {"clopper_pearson": clopper_pearson, "part": _part}
-    is_file = template.endswith((".j2", ".css"))
-    return (environment.get_template(template) if is_file else environment.from_string(template)).render(**more)
-
-
-def _bound(fact: Callable[..., Any], run: StudyResults) -> Callable[..., Any]:
-    return lambda *arguments: fact(run, *arguments)
+    return environment
 
 
 def _part(start: str = "", caller: Callable[[], str] = str) -> str:
@@ -511,7 +508,7 @@ def _part(start: str = "", caller: Callable[[], str] = str) -> str:
         return f"{start}{missing}"
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #1b3f6af8
+# %% ../../nbs/07_study/30_cards.ipynb #61c68e3c
 def model_card(
     folder: str | os.PathLike,  # run folder
     model: str,  # name of the model
@@ -521,7 +518,7 @@ def model_card(
     return re.sub(r"\n{3,}", "\n\n", text.lstrip())
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #85ad7a40
+# %% ../../nbs/07_study/30_cards.ipynb #d4f19df2
 def write_cards(
     folder: str | os.PathLike,  # run folder
     models: Sequence[str],  # names of models
@@ -534,21 +531,20 @@ def write_cards(
     return paths
 
 
-# %% ../../nbs/07_study/30_cards.ipynb #2b6aabe9
+# %% ../../nbs/07_study/30_cards.ipynb #ebe860f3
 def reporting_items(
     folder: str | os.PathLike,  # run folder
 ) -> pd.DataFrame:  # a row a topic: Part, Topic, TRIPOD+AI, CLAIM, Status, Answer, Where
     "The items of TRIPOD+AI and CLAIM, answered from the files of a run."
     items = tomllib.loads((files("leukemia_nb") / "templates" / "checklist.toml").read_text(encoding="utf-8"))["item"]
-    has_people = _RunFacts(Path(folder)).data_set.has_people
-    rows = []
+    run = _RunFacts(Path(folder))
+    environment, rows = _environment(run), []
     for item in items:
-        if item.get("people") and not has_people:
+        if item.get("people") and not run.data_set.has_people:
             text = "Does not apply: the images are synthetic."
         else:
-            text = render(
-                '{% import "statements.md.j2" as say with context %}{% call part() %}' + item["answer"] + "{% endcall %}", folder
-            )
+            start = '{% import "statements.md.j2" as say with context %}{% call part() %}'
+            text = environment.from_string(start + item["answer"] + "{% endcall %}").render()
         status, answer = _split_status(re.sub(r"\s+", " ", text).strip())
         rows.append([item["part"], item["topic"], item["tripod"], item["claim"], status, answer, item.get("where", "")])
     return pd.DataFrame(rows, columns=["Part", "Topic", "TRIPOD+AI", "CLAIM", "Status", "Answer", "Where"])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ["REPORT_STEPS", "report_notebook", "build_report"]
 
-# %% ../../nbs/07_study/40_report.ipynb #e71ec23d
+# %% ../../nbs/07_study/40_report.ipynb #ec6110dc
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from .cards import render
 REPORT_STEPS = ("overview", "split", "compare", "cross-validate", "shortcut-audit", "efficientnet", "cards")
 
 
-# %% ../../nbs/07_study/40_report.ipynb #c754d779
+# %% ../../nbs/07_study/40_report.ipynb #f0aa831c
 def _section_cells(notebook: Any) -> Iterator[Any]:
     "Cells of an executed notebook as the report shows them."
     for cell in notebook.cells:
@@ -45,17 +45,17 @@ def report_notebook(
     executed = [Path(folder) / "notebooks" / f"{step}.ipynb" for step in steps]
     sections = [nbformat.read(path, 4) for path in executed if path.is_file()]
     cells = [cell for section in sections for cell in _section_cells(section)]
-    first, last = (nbformat.v4.new_markdown_cell(render(f"{name}.md.j2", folder)) for name in ("summary", "reproduce"))
+    first, last = (nbformat.v4.new_markdown_cell(render(f"{name}.md.j2", folder), id=name) for name in ("summary", "reproduce"))
     notebook = nbformat.v4.new_notebook(cells=[first, *cells, last])
     titles = [
         title for cell in notebook.cells if cell.cell_type == "markdown" for title in re.findall(r"^## (.+)$", cell.source, re.M)
     ]
     notebook.metadata["title"] = first.source.splitlines()[0].lstrip("# ")
-    notebook.metadata["contents"] = [(title, re.sub(r"[^\w-]", "-", title)) for title in titles]
+    notebook.metadata["contents"] = [(title, title.replace(" ", "-")) for title in titles]
     return notebook
 
 
-# %% ../../nbs/07_study/40_report.ipynb #31c5d826
+# %% ../../nbs/07_study/40_report.ipynb #b3643270
 def build_report(
     folder: str | os.PathLike,  # run folder
     path: str | os.PathLike | None = None,  # HTML file; None: report.html in the run folder
@@ -74,7 +74,6 @@ def build_report(
         exclude_input=True,
         exclude_input_prompt=True,
         exclude_output_prompt=True,
-        exclude_anchor_links=True,
     )
     exporter.register_preprocessor("nbconvert.preprocessors.TagRemovePreprocessor", enabled=True)
     page, _ = exporter.from_notebook_node(report_notebook(folder))
