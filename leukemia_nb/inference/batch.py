@@ -236,17 +236,17 @@ def read_unfinished(
 # %% ../../nbs/06_inference/40_batch.ipynb #f1985d7c
 def _resume(journal: Path, paths: Sequence[str], task: PredictionTask) -> set[str]:
     "Reduce a journal to the rows that still hold, and return their paths."
-    rows = read_unfinished(journal, task.predictor().info["sha256"])
-    kept = [rows[path] for path in paths if path in rows and _still_holds(rows[path], task)]
+    info = task.predictor().info
+    rows, columns = read_unfinished(journal, info["sha256"]), set(prediction_columns(info["classes"]))
+    kept = [rows[path] for path in paths if path in rows and rows[path].keys() == columns and _still_holds(rows[path], task)]
     with atomic_path(journal) as temporary:
         temporary.write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in kept))
     return {row["path"] for row in kept}
 
 
 def _still_holds(row: dict[str, Any], task: PredictionTask) -> bool:
-    "Whether a row is whole, its image unchanged, and its overlays there."
-    whole = row.keys() == set(prediction_columns([name[2:] for name in row if name.startswith("p_")])) and not row["error"]
-    if not whole or not os.path.isfile(row["path"]) or file_sha256(row["path"]) != row["sha256"]:
+    "Whether a row has no error, its image is unchanged, and its overlays are there."
+    if row["error"] or not os.path.isfile(row["path"]) or file_sha256(row["path"]) != row["sha256"]:
         return False
     return all(file.is_file() for file in task.overlay_files(row).values())
 
