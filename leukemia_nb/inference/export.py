@@ -30,8 +30,18 @@ if TYPE_CHECKING:
     from leukemia_nb.processing.dataset import Pairs
 
 # %% auto #0
-__all__ = ['OPSET', 'EXPORTERS', 'RESEARCH_USE', 'export_network', 'run_network', 'fit_safe_temperature', 'covers',
-           'choose_thresholds', 'weights_version', 'export_model']
+__all__ = [
+    "OPSET",
+    "EXPORTERS",
+    "RESEARCH_USE",
+    "export_network",
+    "run_network",
+    "fit_safe_temperature",
+    "covers",
+    "choose_thresholds",
+    "weights_version",
+    "export_model",
+]
 
 # %% ../../nbs/06_inference/50_export.ipynb #c08eefa6
 OPSET = 18  # version of ONNX' operators
@@ -73,6 +83,7 @@ def _rename_outputs(network: onnx.ModelProto, names: Sequence[str]) -> None:
         node.output[:] = [renamed.get(name, name) for name in node.output]
     for output in network.graph.output:
         output.name = renamed[output.name]
+
 
 # %% ../../nbs/06_inference/50_export.ipynb #94a0bf5b
 def _export_torch(model: Any) -> onnx.ModelProto:
@@ -116,6 +127,7 @@ def _trace(module: Any, example: Any, name: str) -> onnx.ModelProto:
         )
     return onnx.load_model_from_string(written.getvalue())
 
+
 # %% ../../nbs/06_inference/50_export.ipynb #f4ece443
 def _export_cells(model: Any) -> onnx.ModelProto:
     "A fitted `CellClassifier` as ONNX, in double precision."
@@ -158,6 +170,7 @@ def _log_probabilities(layers: list[list[Any]], values: Any) -> Any:
         logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
     return torch.log(logits.softmax(1) + 1e-4)
 
+
 # %% ../../nbs/06_inference/50_export.ipynb #3d1ce04b
 EXPORTERS: dict[str, Callable[[Any], Any]] = {"keras": _export_keras, "torch": _export_torch, "sklearn": _export_cells}
 
@@ -168,11 +181,14 @@ def export_network(
     "The network of a model as ONNX. Raises ModelError for a framework without exporter or a package that is missing."
     framework = MODELS[model.name].framework
     if framework not in EXPORTERS:
-        raise ModelError(f"{model.name} cannot be exported: no function for {framework!r} in leukemia_nb.inference.export.EXPORTERS.")
+        raise ModelError(
+            f"{model.name} cannot be exported: no function for {framework!r} in leukemia_nb.inference.export.EXPORTERS."
+        )
     try:
         return EXPORTERS[framework](model)
     except ImportError as error:
         raise ModelError(f"{model.name} cannot be exported: {error}. Install it: pip install '.[train]'.") from error
+
 
 # %% ../../nbs/06_inference/50_export.ipynb #4e234da5
 def run_network(
@@ -194,6 +210,7 @@ def run_network(
         found["statistics"].append(image_statistics(np.stack([each.square for each in prepared if each.square is not None])))
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
+
 # %% ../../nbs/06_inference/50_export.ipynb #cec22b36
 def fit_safe_temperature(
     labels: Sequence[str] | np.ndarray,  # n true classes of the validation images
@@ -203,14 +220,15 @@ def fit_safe_temperature(
     "`leukemia_nb.evaluation.uncertainty.fit_temperature`, or 1 where the validation images cannot determine it."
     import pandas as pd
 
-    from leukemia_nb.evaluation.metrics import predictions_table
-    from leukemia_nb.evaluation.uncertainty import at_limit, fit_temperature
+    from leukemia_nb.evaluation.calibration import at_limit, fit_temperature
+    from leukemia_nb.evaluation.predictions import predictions_table
 
     rows = pd.DataFrame({"pair": list(map(str, range(len(labels)))), "subset": "val", "class": labels})
     temperature = fit_temperature(predictions_table(rows, probabilities, list(classes)))
     if at_limit(temperature) or (np.asarray(classes)[probabilities.argmax(axis=1)] == np.asarray(labels)).all():
         return 1.0, f"not calibrated: {len(labels)} validation images cannot determine the temperature"
     return temperature, ""
+
 
 # %% ../../nbs/06_inference/50_export.ipynb #100a08d9
 def covers(
@@ -238,6 +256,7 @@ def choose_thresholds(
         chosen = thresholds
     return chosen
 
+
 # %% ../../nbs/06_inference/50_export.ipynb #e0add387
 def weights_version(
     network: onnx.ModelProto,  # from `export_network`
@@ -249,6 +268,7 @@ def weights_version(
         return f"{values.dtype} {values.shape} {hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()}"
 
     return set_sha256(digest(numpy_helper.to_array(tensor)) for tensor in network.graph.initializer)[:12]
+
 
 # %% ../../nbs/06_inference/50_export.ipynb #db70e307
 RESEARCH_USE = "For research only. Not a medical device; no prediction of this model is medical advice."
@@ -279,6 +299,7 @@ def _describe_model(model: ImageClassifier, train: Pairs, val: Pairs, segmentati
         "card": card,
     }
 
+
 # %% ../../nbs/06_inference/50_export.ipynb #94554154
 def _scale(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     "Calibrated probabilities, as `Predictor` computes them."
@@ -294,6 +315,7 @@ def _test_entry(correct: np.ndarray, split: str) -> dict[str, Any]:
     interval = binomtest(int(correct.sum()), len(correct)).proportion_ci(method="exact")
     low, high = float(interval.low), float(interval.high)
     return {"n_correct": int(correct.sum()), "images": len(correct), "low": low, "high": high, "split": split}
+
 
 # %% ../../nbs/06_inference/50_export.ipynb #257fc731
 def export_model(
@@ -311,7 +333,9 @@ def export_model(
     seen = {name: run_network(network, model, pairs) for name, pairs in (("train", train), ("val", val), ("test", test))}
     difference = float(np.abs(seen["test"]["probabilities"] - model.predict_proba(test)).max())
     if not difference < 1e-4:
-        raise ModelError(f"{file}: not written, its probabilities differ by {difference:.1e} from those of {model.name}. Report this.")
+        raise ModelError(
+            f"{file}: not written, its probabilities differ by {difference:.1e} from those of {model.name}. Report this."
+        )
     constants = fit_ood(seen["train"], train.labels, seen["val"], standardise=MODELS[model.name].input == "cells")
     temperature, reason = fit_safe_temperature(val.labels, seen["val"]["probabilities"], model.classes_)
     confidence = {name: _scale(seen[name]["probabilities"], temperature).max(axis=1) for name in ("val", "test")}
