@@ -131,11 +131,11 @@ def saliency_map(
     cells: np.ndarray,  # int32 (H, W) labels
 ) -> dict[str, str]:  # title, source, text
     "The occlusion map of one model, for the page."
-    from leukemia_nb.audit.saliency import energy_inside
+    from leukemia_nb.audit.saliency import energy_pointing_game
 
     heat = saliency(model, image)[0]
     mask = cv2.resize((cells > 0).astype(np.uint8), heat.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0
-    energy, area, _ = energy_inside(heat, mask)
+    energy, area, _ = energy_pointing_game(heat, mask)
     text = f"{energy:.0%} on the cells, {area:.0%} by chance" if heat.any() else "no part alone changes the prediction"
     return {"title": shown(model.info["title"]), "source": data_uri(overlay(image, heat), 480), "text": text}
 

@@ -215,17 +215,17 @@ def read_unfinished(
 # %% ../../nbs/06_inference/40_batch.ipynb #f1985d7c
 def _resume(journal: Path, paths: Sequence[str], task: PredictionTask) -> set[str]:
     "Reduce a journal to the rows that still hold, and return their paths."
-    rows = read_unfinished(journal, task.predictor().info["sha256"])
-    kept = [rows[path] for path in paths if path in rows and _still_holds(rows[path], task)]
+    info = task.predictor().info
+    rows, columns = read_unfinished(journal, info["sha256"]), set(prediction_columns(info["classes"]))
+    kept = [rows[path] for path in paths if path in rows and rows[path].keys() == columns and _still_holds(rows[path], task)]
     with atomic_path(journal) as temporary:
         temporary.write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in kept))
     return {row["path"] for row in kept}
 
 
 def _still_holds(row: dict[str, Any], task: PredictionTask) -> bool:
-    "Whether a row is whole, its image unchanged, and its overlays there."
-    whole = row.keys() == set(prediction_columns([name[2:] for name in row if name.startswith("p_")])) and not row["error"]
-    if not whole or not os.path.isfile(row["path"]) or file_sha256(row["path"]) != row["sha256"]:
+    "Whether a row has no error, its image is unchanged, and its overlays are there."
+    if row["error"] or not os.path.isfile(row["path"]) or file_sha256(row["path"]) != row["sha256"]:
         return False
     return all(file.is_file() for file in task.overlay_files(row).values())
 
@@ -379,9 +379,9 @@ def format_comparison(
     table: DataFrame,  # from `compare_models`
 ) -> str:  # a line an image, a column a model
     "The comparison as text: predictions with their confidence, in brackets where the model abstains, - where there is none."
-    from leukemia_nb.evaluation.metrics import distinct_paths, model_names
+    from leukemia_nb.evaluation.predictions import distinct_paths, model_titles
 
-    names = model_names(table)
+    names = model_titles(table)
     lines = [["image", "true label", *names]]
     for image, (_, row) in zip(distinct_paths(table["image"]), table.iterrows()):
         cells = [f"{row[name]} {row[f'{name} confidence']:.2f}" if row[name] else "-" for name in names]
@@ -398,7 +398,7 @@ def compare_files(
     log: Callable[[str], Any] = print,  # called with the message of each image and each model that cannot be read
 ) -> DataFrame:  # from `compare_models`
     "Compare a study's models on new images, as a table and a grid of images. Raises ImageError, ModelError, OutputError."
-    from leukemia_nb.evaluation.metrics import unseen_figure
+    from leukemia_nb.evaluation.predictions import unseen_figure
 
     models, out = exported_models(run), Path(out)
     for name in ("comparison.csv", "comparison.png"):

@@ -43,15 +43,17 @@ def _edge_strength(images: np.ndarray) -> np.ndarray:
 def fit_distance(
     values: np.ndarray,  # float (n, d), vectors of the training images
     labels: Sequence[str] | np.ndarray,  # n class names
+    standardise: bool = False,  # divide each column by its standard deviation, for columns of different units
     max_axes: int = 96,  # principal axes kept at most
-) -> dict[str, np.ndarray]:  # float32: mean (d,), axes (d, r), whitening (r, r), centroids (k, r), residual ()
+) -> dict[str, np.ndarray]:  # float32: mean (d,), scale (d,), axes (d, r), whitening (r, r), centroids (k, r), residual ()
     "Fit the constants of `mahalanobis_distance`. Needs scikit-learn. Raises ModelError for values that are not finite."
     from sklearn.covariance import LedoitWolf
 
     if not np.isfinite(values).all():
         raise ModelError("features of the training images are not finite. Train the model again, with a lower learning_rate.")
     mean = values.mean(axis=0, dtype=np.float64)
-    centred = values - mean
+    scale = values.std(axis=0, dtype=np.float64) + 1e-6 if standardise else np.ones(values.shape[1])
+    centred = (values - mean) / scale
     _, singular, axes = np.linalg.svd(centred, full_matrices=False)
     rank = int((singular > 1e-5 * singular[0]).sum())
     axes = axes[: max(1, min(max_axes, len(values) // 4, rank))].T
@@ -62,7 +64,7 @@ def fit_distance(
     whitening = np.linalg.cholesky(precision)
     variance, kept = (centred**2).sum(axis=1).mean(), (scores**2).sum(axis=1).mean()
     residual = max(variance - kept, variance / 1000, 1e-12)  # a floor above the rounding errors of float32
-    fitted = dict(mean=mean, axes=axes, whitening=whitening, centroids=centroids @ whitening, residual=residual)
+    fitted = dict(mean=mean, scale=scale, axes=axes, whitening=whitening, centroids=centroids @ whitening, residual=residual)
     return {name: np.asarray(value, np.float32) for name, value in fitted.items()}
 
 # %% ../../nbs/06_inference/10_ood.ipynb #5eac3ff9
@@ -71,7 +73,7 @@ def mahalanobis_distance(
     fitted: Mapping[str, np.ndarray],  # from `fit_distance`
 ) -> np.ndarray:  # float (n,), about 1 for a training image
     "Distance to the nearest class centroid, as a root mean square over the axes."
-    centred = values - fitted["mean"]
+    centred = (values - fitted["mean"]) / fitted["scale"]
     scores = centred @ fitted["axes"]
     outside = np.maximum((centred**2).sum(axis=1) - (scores**2).sum(axis=1), 0) / fitted["residual"]
     difference = (scores @ fitted["whitening"])[:, None] - fitted["centroids"]
@@ -86,11 +88,12 @@ def fit_ood(
     train: Mapping[str, np.ndarray],  # "features" (n, d) and "statistics" (n, 15) of the training images
     labels: Sequence[str] | np.ndarray,  # n class names
     validation: Mapping[str, np.ndarray],  # the same two arrays of the validation images
+    standardise: bool = False,  # the features have different units, as those of the single-cell model
 ) -> dict[str, np.ndarray]:  # float32 arrays named features_mean, …, statistics_reach
     "Fit both distances on training images and their reach on validation images."
     constants = {}
     for kind in DISTANCES:
-        fitted = fit_distance(train[kind], labels)
+        fitted = fit_distance(train[kind], labels, standardise and kind == "features")
         reach = np.quantile(mahalanobis_distance(validation[kind], fitted), 0.975)
         fitted["reach"] = np.float32(max(reach, 1e-6))
         constants |= {f"{kind}_{name}": value for name, value in fitted.items()}

@@ -66,20 +66,20 @@ def _prepare_pixels(pixels: Any, info: dict[str, Any], count: bool, row: dict[st
     original = as_rgb(pixels if pair is None else pair[0])
     square, segmented, features = resize_square(original, size), None, None
     if count or kind == "cells":
-        normal = resize_square(original, SIDE)
-        cells = find_cells(normal)
+        cells = find_cells(square)
         row |= {"n_cells": int(cells.max()), "cell_share": round(float((cells > 0).mean()), 5), "flag": check_mask(cells > 0)}
         if kind == "cells":
-            features = _cell_features(normal, cells, info.get("seed", 0))
+            features = _cell_features(square, cells, info.get("seed", 0))
     if kind == "pair":
         mask_image = apply_mask(original, segment(original, info["segmentation"])) if pair is None else as_rgb(pair[1])
         segmented = resize_square(mask_image, size)
     return PreparedImage(row, square, segmented, features)
 
 
-def _cell_features(image: np.ndarray, cells: np.ndarray, seed: int) -> np.ndarray:
-    "Features of the cells of an image, float32 (m, 39)."
-    crops, masks, _ = cell_crops(image, cells, seed=seed)
+def _cell_features(square: np.ndarray, cells: np.ndarray, seed: int) -> np.ndarray:
+    "Features of the cells of a prepared image, float32 (m, 39)."
+    labels = cv2.resize(cells.astype(np.uint16), (SIDE, SIDE), interpolation=cv2.INTER_NEAREST_EXACT).astype(np.int32)
+    crops, masks, *_ = cell_crops(resize_square(square, SIDE), labels, seed=seed)
     return np.array([cell_features(*cell) for cell in zip(crops, masks)], np.float32).reshape(-1, len(FEATURE_NAMES))
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #2c578e77
@@ -405,9 +405,10 @@ def data_uri(
 # %% ../../nbs/06_inference/30_predictor.ipynb #01c7d4c1
 def find_image_cells(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
+    size: int = SIDE,  # side of the prepared image on which they are found
 ) -> np.ndarray:  # int32 (H, W): 0 background, 1..n white blood cells
-    "The cells that `Predictor` counts, at the image's own size."
-    cells = find_cells(resize_square(image, SIDE)).astype(np.float32)
+    "The cells that a `Predictor` counts, at the image's own size."
+    cells = find_cells(resize_square(image, size)).astype(np.float32)
     return cv2.resize(cells, image.shape[1::-1], interpolation=cv2.INTER_NEAREST).astype(np.int32)
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #77b28559
@@ -435,8 +436,11 @@ def saliency(
     "Occlusion maps of the model's predictions. Raises ImageError."
     from leukemia_nb.audit.saliency import occlusion_map
 
-    pixels = [each if isinstance(each, np.ndarray) and each.ndim == 4 else _pixels(each) for each in image_list(images)]
-    return occlusion_map(model, pixels, grid=grid)
+    prepared = [each for batch in prepare_images(images, model.info) for each in batch]
+    pairs = len(model.channels) == 2
+    return occlusion_map(
+        model, np.stack([[each.square, each.segmented] if pairs else each.square for each in prepared]), grid=grid
+    )
 
 
 def _pixels(image: Any) -> np.ndarray:
