@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 # %% auto #0
-__all__ = ['SMOKE', 'dummy_model_file', 'dummy_predictions', 'dummy_dataset', 'dummy_run', 'smoke_run']
+__all__ = ["SMOKE", "dummy_model_file", "dummy_predictions", "dummy_dataset", "dummy_run", "smoke_run"]
+
 
 # %% ../nbs/00_shared/30_testing.ipynb #a1b0f4a1
 def dummy_model_file(
@@ -92,11 +93,13 @@ def _dummy_network(kind: str, size: int, means: np.ndarray, scale: np.ndarray) -
         opposite = Neg(squares)
         probabilities = Softmax<axis=-1>(opposite) }}""")
 
+
 # %% ../nbs/00_shared/30_testing.ipynb #33603273
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+
 
 # %% ../nbs/00_shared/30_testing.ipynb #38775bce
 def dummy_predictions(
@@ -126,6 +129,7 @@ def dummy_predictions(
     table = pd.DataFrame({"pair": pair, "path": path, "subset": subset, "class": true})
     return table.assign(**{f"p_{name}": values[:, i] for i, name in enumerate(classes)})
 
+
 # %% ../nbs/00_shared/30_testing.ipynb #d2a50001
 from pathlib import Path
 
@@ -134,6 +138,7 @@ import pandas as pd
 
 from .data.synthetic import smear
 from .processing.dataset import save_pair, write_dataset
+
 
 # %% ../nbs/00_shared/30_testing.ipynb #d2a50004
 def dummy_dataset(
@@ -154,6 +159,7 @@ def dummy_dataset(
             rows.append({"pair": pair, "class": label, "subset": subsets[i % 4]})
     write_dataset(pd.DataFrame(rows), prepared, folder, seed)
     return folder
+
 
 # %% ../nbs/00_shared/30_testing.ipynb #7afb6efe
 import json
@@ -217,7 +223,9 @@ def _dummy_audit(folder: Path, models: list[str]) -> None:
                 row = {"model": model, "title": model_title(model), "kind": kind, "cue": cue, "n": n, "count": round(n * p)}
                 rows.append(row | {"proportion": p, "low": low, "high": high})
     write_table(folder / "metrics" / "cue_conflict.csv", pd.DataFrame(rows))
-    levels = [(model, corruption, level, k) for model in models for corruption in ("hue", "blur") for level, k in ((0, 60), (2, 41))]
+    levels = [
+        (model, corruption, level, k) for model in models for corruption in ("hue", "blur") for level, k in ((0, 60), (2, 41))
+    ]
     robustness = pd.DataFrame(levels, columns=["model", "corruption", "level", "n_correct"]).assign(images=60, chance=0.42)
     robustness = robustness.assign(title=robustness["model"].map(model_title), clean=robustness["level"] == 0)
     write_table(folder / "metrics" / "robustness.csv", robustness.assign(accuracy=robustness["n_correct"] / 60))
@@ -226,6 +234,7 @@ def _dummy_audit(folder: Path, models: list[str]) -> None:
     write_table(folder / "metrics" / "baselines.csv", pd.DataFrame([baseline]))
     made = ["Normal"] * 44 + ["Pre-B"] * 85 + ["Pro-B"] * 71
     write_table(folder / "audit" / "cue_conflict.csv", pd.DataFrame({"kind": "only_bg", "other": made}))
+
 
 # %% ../nbs/00_shared/30_testing.ipynb #f2fec35b
 def dummy_run(
@@ -262,6 +271,7 @@ def dummy_run(
         record = {"step": step, "seconds": 12.5 * (i + 1), "began": f"2026-01-01T10:0{i}:00"}
         (folder / "steps" / f"{step}.json").write_text(json.dumps(record))
     return folder
+
 
 # %% ../nbs/00_shared/30_testing.ipynb #31d2e652
 SMOKE = StudySettings(per_class=24, image_size=32, weights="random", models=("mobilenet_v2",), epochs=1, audit=12, repeats=1)

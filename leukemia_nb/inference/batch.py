@@ -40,9 +40,21 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # %% auto #0
-__all__ = ['find_inputs', 'PredictionTask', 'predict_batch', 'check_inputs_apart', 'unfinished_file', 'read_unfinished',
-           'predict_files', 'exported_models', 'open_predictors', 'compare_models', 'format_comparison',
-           'compare_files']
+__all__ = [
+    "find_inputs",
+    "PredictionTask",
+    "predict_batch",
+    "check_inputs_apart",
+    "unfinished_file",
+    "read_unfinished",
+    "predict_files",
+    "exported_models",
+    "open_predictors",
+    "compare_models",
+    "format_comparison",
+    "compare_files",
+]
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #9a752a31
 def find_inputs(
@@ -64,6 +76,7 @@ def find_inputs(
         found += paths or [given]
         summaries.append(summary)
     return list(dict.fromkeys(found)), "\n".join(summaries)
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #32cacf13
 def _matches(pattern: str) -> list[str]:
@@ -98,6 +111,7 @@ def _is_output(folder: str | Path) -> bool:
         return True
     return False
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #ac59acf5
 @dataclass(frozen=True)
 class PredictionTask:
@@ -119,10 +133,12 @@ class PredictionTask:
         kinds = ["cells", "saliency"][: 1 + self.saliency] if self.overlays else []
         return {kind: Path(self.overlays, f"{name}-{kind}.jpg") for kind in kinds}
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #f37e0a4f
 @functools.lru_cache(maxsize=1)
 def _open_predictor(file: str, threads: int | None, modified: float) -> Predictor:
     return Predictor(file, threads=threads)
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #17c6333b
 def predict_batch(
@@ -144,6 +160,7 @@ def predict_batch(
             row["error"] = describe_error(row["path"], error)
     return rows
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #c59b18fe
 def _write_overlays(files: dict[str, Path], predictor: Predictor, path: str) -> None:
     "Save the overlays of one image. Raises OutputError, ImageError."
@@ -151,6 +168,7 @@ def _write_overlays(files: dict[str, Path], predictor: Predictor, path: str) -> 
     for kind, file in files.items():
         heat = saliency(predictor, [image])[0] if kind == "saliency" else None
         write_image(file, overlay(image, heat))
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #97a923ff
 def _check_outputs(
@@ -180,6 +198,7 @@ def check_inputs_apart(
     for parent in dict.fromkeys(map(os.path.dirname, paths)):
         check_apart(parent or os.curdir, folder)
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #8c1fdc5c
 def unfinished_file(
     out: str | os.PathLike | None,  # CSV file that is wanted
@@ -195,6 +214,7 @@ def _append(journal: Path, rows: Sequence[dict[str, Any]]) -> None:
         lines.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
         lines.flush()
         os.fsync(lines.fileno())
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #7e5be2b9
 def read_unfinished(
@@ -212,6 +232,7 @@ def read_unfinished(
             rows[row["path"]] = row
     return rows
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #f1985d7c
 def _resume(journal: Path, paths: Sequence[str], task: PredictionTask) -> set[str]:
     "Reduce a journal to the rows that still hold, and return their paths."
@@ -228,6 +249,7 @@ def _still_holds(row: dict[str, Any], task: PredictionTask) -> bool:
     if row["error"] or not os.path.isfile(row["path"]) or file_sha256(row["path"]) != row["sha256"]:
         return False
     return all(file.is_file() for file in task.overlay_files(row).values())
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #a2d9f910
 def _write_tables(
@@ -247,6 +269,7 @@ def _write_tables(
     if json_file:
         write_json(json_file, ordered)
     journal.unlink()
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #3e8db009
 def _run_batches(
@@ -270,6 +293,7 @@ def _run_batches(
         reason = "a worker process was killed; memory may have run out"
         raise ClusterError(f"{reason}. Give the same command with a smaller --batch-size or fewer --n-jobs.") from None
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #0a5dbd24
 @contextmanager
 def _sole_writer(task: PredictionTask, outputs: Sequence[str | os.PathLike]) -> Iterator[None]:
@@ -280,6 +304,7 @@ def _sole_writer(task: PredictionTask, outputs: Sequence[str | os.PathLike]) -> 
         if task.overlays:
             mark_output_folder(task.overlays)
         yield
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #651a7b0f
 def predict_files(
@@ -312,6 +337,7 @@ def predict_files(
             raise type(error)(f"{error} {hint}".strip()) from error
     return len(kept)
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #3fe6a331
 def exported_models(
     run: str | os.PathLike,  # a study's run folder
@@ -326,6 +352,7 @@ def exported_models(
             f"{run}: no exported models in it (exported/*.onnx). Resume the study: `leukemia_nb study … --run {run}`."
         )
     return files
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #a1aa49f2
 def open_predictors(
@@ -348,6 +375,7 @@ def open_predictors(
     for predictor, title in zip(opened, unique_names(versions)):
         predictor.info["title"] = title
     return opened
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #746300a0
 def compare_models(
@@ -374,6 +402,7 @@ def compare_models(
         raise ImageError("No image can be read. Check the paths.")
     return compared[[name for name in compared if name != "error"] + ["error"]]
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #73a4dcd4
 def format_comparison(
     table: DataFrame,  # from `compare_models`
@@ -389,6 +418,7 @@ def format_comparison(
         lines.append([shown(image), row["true label"] or "-", *cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #109fabeb
 def compare_files(
