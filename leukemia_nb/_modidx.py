@@ -268,11 +268,10 @@ d = {
             "leukemia_nb.data.files.TableError.__str__": ("01_data/files.html#tableerror.__str__", "leukemia_nb/data/files.py"),
             "leukemia_nb.data.files._changed": ("01_data/files.html#_changed", "leukemia_nb/data/files.py"),
             "leukemia_nb.data.files._check_regular": ("01_data/files.html#_check_regular", "leukemia_nb/data/files.py"),
-            "leukemia_nb.data.files._flush": ("01_data/files.html#_flush", "leukemia_nb/data/files.py"),
+            "leukemia_nb.data.files._error_of_writing": ("01_data/files.html#_error_of_writing", "leukemia_nb/data/files.py"),
             "leukemia_nb.data.files._output_error": ("01_data/files.html#_output_error", "leukemia_nb/data/files.py"),
             "leukemia_nb.data.files._shortened": ("01_data/files.html#_shortened", "leukemia_nb/data/files.py"),
             "leukemia_nb.data.files._utf8": ("01_data/files.html#_utf8", "leukemia_nb/data/files.py"),
-            "leukemia_nb.data.files._write_fails": ("01_data/files.html#_write_fails", "leukemia_nb/data/files.py"),
             "leukemia_nb.data.files.atomic_path": ("01_data/files.html#atomic_path", "leukemia_nb/data/files.py"),
             "leukemia_nb.data.files.check_output": ("01_data/files.html#check_output", "leukemia_nb/data/files.py"),
             "leukemia_nb.data.files.counted": ("01_data/files.html#counted", "leukemia_nb/data/files.py"),
@@ -283,7 +282,6 @@ d = {
             "leukemia_nb.data.files.mark_output_folder": ("01_data/files.html#mark_output_folder", "leukemia_nb/data/files.py"),
             "leukemia_nb.data.files.read_json": ("01_data/files.html#read_json", "leukemia_nb/data/files.py"),
             "leukemia_nb.data.files.read_table": ("01_data/files.html#read_table", "leukemia_nb/data/files.py"),
-            "leukemia_nb.data.files.remove_files": ("01_data/files.html#remove_files", "leukemia_nb/data/files.py"),
             "leukemia_nb.data.files.remove_unfinished": ("01_data/files.html#remove_unfinished", "leukemia_nb/data/files.py"),
             "leukemia_nb.data.files.restored_cell": ("01_data/files.html#restored_cell", "leukemia_nb/data/files.py"),
             "leukemia_nb.data.files.safe_cell": ("01_data/files.html#safe_cell", "leukemia_nb/data/files.py"),
@@ -335,16 +333,9 @@ d = {
                 "01_data/manifest.html#imagesearch.summary",
                 "leukemia_nb/data/manifest.py",
             ),
-            "leukemia_nb.data.manifest._Walk": ("01_data/manifest.html#_walk", "leukemia_nb/data/manifest.py"),
-            "leukemia_nb.data.manifest._Walk.__init__": ("01_data/manifest.html#_walk.__init__", "leukemia_nb/data/manifest.py"),
-            "leukemia_nb.data.manifest._Walk._enter": ("01_data/manifest.html#_walk._enter", "leukemia_nb/data/manifest.py"),
-            "leukemia_nb.data.manifest._Walk._missed": ("01_data/manifest.html#_walk._missed", "leukemia_nb/data/manifest.py"),
-            "leukemia_nb.data.manifest._Walk._read": ("01_data/manifest.html#_walk._read", "leukemia_nb/data/manifest.py"),
-            "leukemia_nb.data.manifest._Walk._reason": ("01_data/manifest.html#_walk._reason", "leukemia_nb/data/manifest.py"),
-            "leukemia_nb.data.manifest._Walk.run": ("01_data/manifest.html#_walk.run", "leukemia_nb/data/manifest.py"),
+            "leukemia_nb.data.manifest.Selection": ("01_data/manifest.html#selection", "leukemia_nb/data/manifest.py"),
             "leukemia_nb.data.manifest._class_of_path": ("01_data/manifest.html#_class_of_path", "leukemia_nb/data/manifest.py"),
             "leukemia_nb.data.manifest._examine": ("01_data/manifest.html#_examine", "leukemia_nb/data/manifest.py"),
-            "leukemia_nb.data.manifest._linked_twice": ("01_data/manifest.html#_linked_twice", "leukemia_nb/data/manifest.py"),
             "leukemia_nb.data.manifest._mark_two_classes": (
                 "01_data/manifest.html#_mark_two_classes",
                 "leukemia_nb/data/manifest.py",
@@ -352,7 +343,10 @@ d = {
             "leukemia_nb.data.manifest._marked": ("01_data/manifest.html#_marked", "leukemia_nb/data/manifest.py"),
             "leukemia_nb.data.manifest._name_pairs": ("01_data/manifest.html#_name_pairs", "leukemia_nb/data/manifest.py"),
             "leukemia_nb.data.manifest._nothing_found": ("01_data/manifest.html#_nothing_found", "leukemia_nb/data/manifest.py"),
-            "leukemia_nb.data.manifest._sort_by_class": ("01_data/manifest.html#_sort_by_class", "leukemia_nb/data/manifest.py"),
+            "leukemia_nb.data.manifest._real": ("01_data/manifest.html#_real", "leukemia_nb/data/manifest.py"),
+            "leukemia_nb.data.manifest._search": ("01_data/manifest.html#_search", "leukemia_nb/data/manifest.py"),
+            "leukemia_nb.data.manifest._skip_file": ("01_data/manifest.html#_skip_file", "leukemia_nb/data/manifest.py"),
+            "leukemia_nb.data.manifest._skip_folder": ("01_data/manifest.html#_skip_folder", "leukemia_nb/data/manifest.py"),
             "leukemia_nb.data.manifest.build_manifest": ("01_data/manifest.html#build_manifest", "leukemia_nb/data/manifest.py"),
             "leukemia_nb.data.manifest.check_apart": ("01_data/manifest.html#check_apart", "leukemia_nb/data/manifest.py"),
             "leukemia_nb.data.manifest.check_folder": ("01_data/manifest.html#check_folder", "leukemia_nb/data/manifest.py"),
@@ -361,6 +355,7 @@ d = {
             "leukemia_nb.data.manifest.fetch_kaggle": ("01_data/manifest.html#fetch_kaggle", "leukemia_nb/data/manifest.py"),
             "leukemia_nb.data.manifest.find_images": ("01_data/manifest.html#find_images", "leukemia_nb/data/manifest.py"),
             "leukemia_nb.data.manifest.search_images": ("01_data/manifest.html#search_images", "leukemia_nb/data/manifest.py"),
+            "leukemia_nb.data.manifest.select_classes": ("01_data/manifest.html#select_classes", "leukemia_nb/data/manifest.py"),
         },
         "leukemia_nb.data.near_duplicates": {
             "leukemia_nb.data.near_duplicates._align": (
@@ -920,7 +915,68 @@ d = {
                 "leukemia_nb/inference/batch.py",
             ),
         },
-        "leukemia_nb.inference.export": {},
+        "leukemia_nb.inference.export": {
+            "leukemia_nb.inference.export._aggregate": ("06_inference/export.html#_aggregate", "leukemia_nb/inference/export.py"),
+            "leukemia_nb.inference.export._describe_model": (
+                "06_inference/export.html#_describe_model",
+                "leukemia_nb/inference/export.py",
+            ),
+            "leukemia_nb.inference.export._export_cells": (
+                "06_inference/export.html#_export_cells",
+                "leukemia_nb/inference/export.py",
+            ),
+            "leukemia_nb.inference.export._export_keras": (
+                "06_inference/export.html#_export_keras",
+                "leukemia_nb/inference/export.py",
+            ),
+            "leukemia_nb.inference.export._export_torch": (
+                "06_inference/export.html#_export_torch",
+                "leukemia_nb/inference/export.py",
+            ),
+            "leukemia_nb.inference.export._log_probabilities": (
+                "06_inference/export.html#_log_probabilities",
+                "leukemia_nb/inference/export.py",
+            ),
+            "leukemia_nb.inference.export._make_constant": (
+                "06_inference/export.html#_make_constant",
+                "leukemia_nb/inference/export.py",
+            ),
+            "leukemia_nb.inference.export._rename_outputs": (
+                "06_inference/export.html#_rename_outputs",
+                "leukemia_nb/inference/export.py",
+            ),
+            "leukemia_nb.inference.export._scale": ("06_inference/export.html#_scale", "leukemia_nb/inference/export.py"),
+            "leukemia_nb.inference.export._test_entry": (
+                "06_inference/export.html#_test_entry",
+                "leukemia_nb/inference/export.py",
+            ),
+            "leukemia_nb.inference.export._trace": ("06_inference/export.html#_trace", "leukemia_nb/inference/export.py"),
+            "leukemia_nb.inference.export.choose_thresholds": (
+                "06_inference/export.html#choose_thresholds",
+                "leukemia_nb/inference/export.py",
+            ),
+            "leukemia_nb.inference.export.covers": ("06_inference/export.html#covers", "leukemia_nb/inference/export.py"),
+            "leukemia_nb.inference.export.export_model": (
+                "06_inference/export.html#export_model",
+                "leukemia_nb/inference/export.py",
+            ),
+            "leukemia_nb.inference.export.export_network": (
+                "06_inference/export.html#export_network",
+                "leukemia_nb/inference/export.py",
+            ),
+            "leukemia_nb.inference.export.fit_safe_temperature": (
+                "06_inference/export.html#fit_safe_temperature",
+                "leukemia_nb/inference/export.py",
+            ),
+            "leukemia_nb.inference.export.run_network": (
+                "06_inference/export.html#run_network",
+                "leukemia_nb/inference/export.py",
+            ),
+            "leukemia_nb.inference.export.weights_version": (
+                "06_inference/export.html#weights_version",
+                "leukemia_nb/inference/export.py",
+            ),
+        },
         "leukemia_nb.inference.model_file": {
             "leukemia_nb.inference.model_file.ModelFile": (
                 "06_inference/model_file.html#modelfile",

@@ -56,7 +56,8 @@ from leukemia_nb.data.manifest import (
     CLASSES,
     FOUR_CLASSES,
     NO_IMAGES,
-    select_classes,
+    _nothing_found,
+    _sort_by_class,
     check_apart,
     check_folder,
     find_images,
@@ -686,10 +687,11 @@ def _check_run_folder(settings: StudySettings, run: Run) -> None:
 
 def _check_images(settings: StudySettings, run: Run) -> list[Path]:
     "The images of the classes, unopened. Raises ImageError where a class has none or too few for the split."
-    names = class_names(settings.classes)
-    selection = select_classes(search_images(settings.data, run.folder), names)
-    search, found = selection.search, set(selection.search.paths)
-    counts = Counter(label for path, label in selection.rows if path in found)
+    search, rows, unknown = _sort_by_class(search_images(settings.data, run.folder), names := class_names(settings.classes))
+    if not search.paths:
+        raise ImageError(_nothing_found(search, unknown, names))
+    found = set(search.paths)
+    counts = Counter(label for path, label in rows if path in found)
     for name in names:
         if counts[name] < (least := smallest_class()):
             few = f"class {name} has {counted(counts[name], 'image')}, and the split needs {least} of each class"
