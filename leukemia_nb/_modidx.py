@@ -2126,6 +2126,10 @@ d = {
                 "07_study/command_line.html#_outcome",
                 "leukemia_nb/study/command_line.py",
             ),
+            "leukemia_nb.study.command_line._predict": (
+                "07_study/command_line.html#_predict",
+                "leukemia_nb/study/command_line.py",
+            ),
             "leukemia_nb.study.command_line._prepare_home": (
                 "07_study/command_line.html#_prepare_home",
                 "leukemia_nb/study/command_line.py",
@@ -2136,6 +2140,10 @@ d = {
             ),
             "leukemia_nb.study.command_line._resumable": (
                 "07_study/command_line.html#_resumable",
+                "leukemia_nb/study/command_line.py",
+            ),
+            "leukemia_nb.study.command_line._run_study": (
+                "07_study/command_line.html#_run_study",
                 "leukemia_nb/study/command_line.py",
             ),
             "leukemia_nb.study.command_line.compare": ("07_study/command_line.html#compare", "leukemia_nb/study/command_line.py"),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ["app", "main", "is_explained", "synth", "segment", "prepare", "predict", "compare", "study"]
 
-# %% ../../nbs/07_study/50_command_line.ipynb #0b5ab2e0
+# %% ../../nbs/07_study/50_command_line.ipynb #730721a4
 import _thread
 import atexit
 import errno
@@ -26,7 +26,7 @@ import typer
 from typer.core import TyperGroup
 
 
-# %% ../../nbs/07_study/50_command_line.ipynb #5464100a
+# %% ../../nbs/07_study/50_command_line.ipynb #0b902df3
 class _Commands(TyperGroup):
     "The commands, which end in one line when they are stopped."
 
@@ -58,7 +58,7 @@ app = typer.Typer(
 )
 
 
-# %% ../../nbs/07_study/50_command_line.ipynb #3494b0bc
+# %% ../../nbs/07_study/50_command_line.ipynb #9f09b5e0
 def main() -> None:
     "Run the command line; an error that the user can mend is one line on standard error and exit status 1."
     _prepare_process()
@@ -114,7 +114,7 @@ def _log(line: str) -> None:
     _echo(line, err=True)
 
 
-# %% ../../nbs/07_study/50_command_line.ipynb #af66b257
+# %% ../../nbs/07_study/50_command_line.ipynb #7fd88078
 def _prepare_process() -> None:
     "Streams that take any text, worker processes likewise, and a folder for libraries that write into the home folder."
     for name in ("stdout", "stderr"):
@@ -150,7 +150,7 @@ def _prepare_home() -> None:
         os.environ["HOME"] = own
 
 
-# %% ../../nbs/07_study/50_command_line.ipynb #c12a15b5
+# %% ../../nbs/07_study/50_command_line.ipynb #a963b7c6
 def _check_method(name: str | None) -> str | None:
     "Refuse an unknown segmentation method before anything is done."
     from leukemia_nb.processing.segmentation import SEGMENTATION_METHODS
@@ -182,10 +182,9 @@ _Jobs = Annotated[int, typer.Option(help="Worker processes.", min=1)]
 _Classes = Annotated[int, typer.Option(help="3, or 4 with early Pre-B.", min=3, max=4)]
 _Cluster = Annotated[str, typer.Option(help="Address of a Dask scheduler, tcp://host:8786, on a shared file system.")]
 _Method = Annotated[str, typer.Option("--segmentation", help="kmeans or nucleus.", callback=_check_method)]
-_Path = Annotated[str | None, typer.Option(callback=_check_path)]
 
 
-# %% ../../nbs/07_study/50_command_line.ipynb #b37b148b
+# %% ../../nbs/07_study/50_command_line.ipynb #3a636085
 @app.command()
 def synth(
     out: Annotated[Path, typer.Argument(help="Folder to write into: one folder of images a class, and truth/ with the cells.")],
@@ -211,7 +210,7 @@ def synth(
     _echo(f"{counted(len(table), 'smear')} in {out}{more}")
 
 
-# %% ../../nbs/07_study/50_command_line.ipynb #580b62e9
+# %% ../../nbs/07_study/50_command_line.ipynb #d091c3d5
 @app.command()
 def segment(
     images: Annotated[Path, typer.Argument(help="An image, or a folder searched with its subfolders.", exists=True)],
@@ -224,7 +223,7 @@ def segment(
     from leukemia_nb.processing.quality_control import segment_folder
 
     with _resumable():
-        table = segment_folder(images, out, segmentation=segmentation, n_jobs=n_jobs, log=_log)
+        table = segment_folder(images, out, segmentation, n_jobs=n_jobs, log=_log)
     bad, flagged = int((table.problem != "").sum()), int((table.flag != "").sum())
     found = f"{counted(len(table) - bad, 'image')} segmented into {out}"
     _echo(f"{found}; {counted(flagged, 'conspicuous mask')} and {bad} unreadable in qc.csv")
@@ -232,7 +231,7 @@ def segment(
         raise typer.Exit(1)
 
 
-# %% ../../nbs/07_study/50_command_line.ipynb #c18ca8c6
+# %% ../../nbs/07_study/50_command_line.ipynb #85f1c32a
 @app.command()
 def prepare(
     data: Annotated[Path, typer.Argument(help="Folder with one folder of images a class.", exists=True)],
@@ -243,17 +242,28 @@ def prepare(
     n_jobs: _Jobs = 1,
 ) -> None:
     "Turn a folder of images into pairs: each image and its mask image, resized. Goes on after an interruption."
-    from leukemia_nb.data.files import counted
-    from leukemia_nb.processing.dataset import prepare_folder
+    from leukemia_nb.data.files import check_output, counted, exclusive, mark_output_folder, remove_unfinished, write_table
+    from leukemia_nb.data.manifest import build_manifest, check_apart, check_manifest, search_images
+    from leukemia_nb.processing.dataset import prepare_pairs
     from leukemia_nb.study.driver import class_names
 
+    names = class_names(classes)
+    check_output(out, folder=True)
+    check_apart(search_images(data).paths, out)
     with _resumable():
-        pairs = prepare_folder(data, out, class_names(classes), size, segmentation, n_jobs, _log)
+        manifest = build_manifest(data, classes=names, exclude=out, log=_log)
+        with exclusive(out / "pairs.csv"):
+            mark_output_folder(out)
+            remove_unfinished(out)
+            write_table(out / "manifest.csv", manifest)
+            check_manifest(manifest, minimum=1, classes=names)
+            pairs = prepare_pairs(manifest, out, size, segmentation, n_jobs)
+            write_table(out / "pairs.csv", pairs)
     flagged, bad = int((pairs.flag != "").sum()), int((pairs.problem != "").sum())
     _echo(f"{counted(len(pairs) - bad, 'pair')} in {out}, {flagged} flagged; {counted(bad, 'image')} with problems in pairs.csv")
 
 
-# %% ../../nbs/07_study/50_command_line.ipynb #545edfcc
+# %% ../../nbs/07_study/50_command_line.ipynb #f17c6f9b
 @app.command()
 def predict(
     images: _Images,
@@ -271,12 +281,8 @@ def predict(
     For research use only. A run that was stopped goes on when the same command is given again.
     Only open model files from people you trust: their checksum shows damage, and is no signature.
     """
-    from tqdm import tqdm
-
-    from leukemia_nb.data.files import counted
-    from leukemia_nb.inference.batch import PredictionTask, find_inputs, predict_files, unfinished_file
-    from leukemia_nb.inference.predictor import describe_calibration, format_row
-    from leukemia_nb.study.cluster import parallel
+    from leukemia_nb.inference.batch import PredictionTask, find_inputs
+    from leukemia_nb.inference.predictor import describe_calibration
 
     if saliency and not overlays:
         raise typer.BadParameter("--saliency needs a folder: --overlays FOLDER")
@@ -284,6 +290,24 @@ def predict(
     task = PredictionTask(place(model), place(overlays) if overlays else "", saliency)
     about = task.predictor().info
     inputs, found = find_inputs(images, overlays or "")
+    outcomes = _predict(list(map(place, inputs)), task, out, json, batch_size, n_jobs, cluster)
+    summary = "; ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
+    _log("\n".join(filter(None, [found, f"{summary}. {describe_calibration(about)} Research use only."])))
+    if outcomes["not read"] or outcomes["without overlay"]:
+        raise typer.Exit(1)
+
+
+def _predict(
+    paths: list[str], task: Any, out: Path | None, json: Path | None, batch_size: int, n_jobs: int, cluster: str
+) -> Counter[str]:
+    "Predict into files with a progress bar, or print a line for each image; counts how the predictions ended."
+    from tqdm import tqdm
+
+    from leukemia_nb.data.files import counted
+    from leukemia_nb.inference.batch import predict_files, unfinished_file
+    from leukemia_nb.inference.predictor import format_row
+    from leukemia_nb.study.cluster import parallel
+
     to_file, outcomes = bool(out or json), Counter({"predicted": 0, "abstained": 0, "not read": 0})
 
     def log(rows: list[dict[str, Any]]) -> None:
@@ -293,16 +317,13 @@ def predict(
             _echo(format_row(row))
 
     remedy = f"Predictions so far are in {unfinished_file(out, json)}; the same command goes on." if to_file else ""
-    bar = tqdm(total=len(inputs), unit="image", disable=None if to_file else True)
+    bar = tqdm(total=len(paths), unit="image", disable=None if to_file else True)
     with _resumable(remedy), parallel(n_jobs, cluster) as workers, bar:
-        resumed = predict_files(list(map(place, inputs)), task, out, json, batch_size, workers.n_jobs, log)
+        resumed = predict_files(paths, task, out, json, batch_size, workers.n_jobs, log)
     if to_file:
         kept = f" ({resumed} of them before)" if resumed else ""
-        _echo(f"{counted(len(inputs), 'image')} in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
-    summary = "; ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
-    _log("\n".join(filter(None, [found, f"{summary}. {describe_calibration(about)} Research use only."])))
-    if outcomes["not read"] or outcomes["without overlay"]:
-        raise typer.Exit(1)
+        _echo(f"{counted(len(paths), 'image')} in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
+    return outcomes
 
 
 def _outcome(row: dict[str, Any]) -> str:
@@ -314,7 +335,7 @@ def _outcome(row: dict[str, Any]) -> str:
     return "abstained" if row["abstains"] else "predicted"
 
 
-# %% ../../nbs/07_study/50_command_line.ipynb #df5290db
+# %% ../../nbs/07_study/50_command_line.ipynb #68660101
 @app.command()
 def compare(
     images: _Images,
@@ -345,75 +366,83 @@ def compare(
         raise typer.Exit(1)
 
 
-# %% ../../nbs/07_study/50_command_line.ipynb #ba47b5df
+# %% ../../nbs/07_study/50_command_line.ipynb #c36f96f1
+_Data = Annotated[
+    str | None,
+    typer.Option(callback=_check_path, help="Folder with one folder of images a class, or 'kaggle'; left out: synthetic smears."),
+]
+_Run = Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/<name of the data folder>]")]
+_Models = Annotated[str | None, typer.Option(help="Models to train, separated by commas.  [default: all]")]
+_Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="imagenet: files in $LEUKEMIA_NB_WEIGHTS, else downloaded; local: files in $LEUKEMIA_NB_WEIGHTS, else random "
+        "initialisation; random.  [default: imagenet; random without --data]"
+    ),
+]
+_Preprocessing = Annotated[
+    str | None, typer.Option(help="native: each backbone's input range; rescale: [0, 1].  [default: native]")
+]
+_Epochs = Annotated[int | None, typer.Option(help="Epochs at most.  [default: each model's own]", min=1)]
+_Train = Annotated[list[str] | None, typer.Option(help="A setting of one model, as yolov8:epochs=5; repeatable.")]
+_Size = Annotated[int | None, typer.Option(help="Side of the images in pixels.  [default: 224; 96 without --data]", min=32)]
+_Segmentation = Annotated[str | None, typer.Option(help="kmeans or nucleus.  [default: kmeans]", callback=_check_method)]
+_Split = Annotated[str | None, typer.Option(help="random: by image; grouped: group-disjoint.  [default: random]")]
+_Groups = Annotated[
+    str | None, typer.Option(help="CSV with columns path and group, joined with the near-duplicates found.", callback=_check_path)
+]
+_SplitFile = Annotated[str | None, typer.Option(help="split.csv of an earlier study, to be used again.", callback=_check_path)]
+_Unseen = Annotated[str | None, typer.Option(help="Folder of new images to predict.", callback=_check_path)]
+_PerClass = Annotated[int | None, typer.Option(help="Synthetic smears a class, without --data.", min=20)]
+_Seed = Annotated[int, typer.Option(help="Seed of split, flips and training.", min=0, max=2**32 - 1)]
+_Redo = Annotated[list[str] | None, typer.Option(help="Finished step to run again, as train-yolov8; repeatable.")]
+
+
+# %% ../../nbs/07_study/50_command_line.ipynb #49cd1875
 @app.command()
 def study(
-    data: Annotated[
-        str | None,
-        typer.Option(
-            callback=_check_path,
-            help="Folder with one folder of images a class, or 'kaggle' to download the public set. Left out: synthetic smears, small, random weights.",
-        ),
-    ] = None,
-    run: Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/<name of the data folder>]")] = None,
+    data: _Data = None,
+    run: _Run = None,
     classes: _Classes = 3,
-    models: Annotated[str | None, typer.Option(help="Models to train, separated by commas.  [default: all]")] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="imagenet: files in $LEUKEMIA_NB_WEIGHTS, else downloaded; local: files in $LEUKEMIA_NB_WEIGHTS, else random initialisation; random.  [default: imagenet; random without --data]"
-        ),
-    ] = None,
-    preprocessing: Annotated[
-        str | None, typer.Option(help="native: each backbone's own input range; rescale: [0, 1] for all.  [default: native]")
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs at most.  [default: each model's own]", min=1)] = None,
-    train: Annotated[list[str] | None, typer.Option(help="A setting of one model, as yolov8:epochs=5; repeatable.")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="Side of the images in pixels.  [default: 224; smaller without --data]", min=32)
-    ] = None,
-    segmentation: Annotated[
-        str | None, typer.Option(help="kmeans or nucleus.  [default: kmeans]", callback=_check_method)
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(help="random: by image; grouped: near-duplicates and listed groups stay together.  [default: random]"),
-    ] = None,
-    groups: Annotated[
-        str | None,
-        typer.Option(
-            help="CSV with columns path and group (patient, slide) for --split grouped; joined with the near-duplicates found.",
-            callback=_check_path,
-        ),
-    ] = None,
-    split_file: Annotated[
-        str | None, typer.Option(help="split.csv of an earlier study, to be used again.", callback=_check_path)
-    ] = None,
-    unseen: Annotated[str | None, typer.Option(help="Folder of new images to predict.", callback=_check_path)] = None,
-    per_class: Annotated[int | None, typer.Option(help="Synthetic smears a class, without --data.", min=20)] = None,
-    seed: Annotated[int, typer.Option(help="Seed of split, flips and training.", min=0, max=2**32 - 1)] = 0,
+    models: _Models = None,
+    weights: _Weights = None,
+    preprocessing: _Preprocessing = None,
+    epochs: _Epochs = None,
+    train: _Train = None,
+    image_size: _Size = None,
+    segmentation: _Segmentation = None,
+    split: _Split = None,
+    groups: _Groups = None,
+    split_file: _SplitFile = None,
+    unseen: _Unseen = None,
+    per_class: _PerClass = None,
+    seed: _Seed = 0,
     n_jobs: Annotated[int, typer.Option(help="Steps side by side.", min=1)] = 1,
     cluster: _Cluster = "",
-    redo: Annotated[list[str] | None, typer.Option(help="Finished step to run again, as train-yolov8; repeatable.")] = None,
+    redo: _Redo = None,
 ) -> None:
     "Run the whole study: prepare, train every model, audit, compare, report. Steps that are up to date are kept."
-    given = {name: value for name, value in locals().items() if value is not None}
-    for name in ("run", "cluster", "redo"):
-        given.pop(name, None)
+    options = {name: value for name, value in locals().items() if name not in ("run", "cluster", "redo")}
+    _run_study({name: value for name, value in options.items() if value is not None}, run, cluster, redo or [])
+
+
+def _run_study(options: dict[str, Any], run: Path | None, cluster: str, redo: list[str]) -> None:
+    "Run a study with the options that were given; the others have the defaults of the settings."
     from dataclasses import replace
 
     from leukemia_nb.data.files import counted
     from leukemia_nb.data.manifest import fetch_kaggle
     from leukemia_nb.study.driver import SYNTHETIC_STUDY, StudySettings, run_study
 
-    if data == "kaggle":
-        given["data"] = str(Path(fetch_kaggle()).resolve())
-    if models is not None:
-        given["models"] = tuple(name.strip() for name in models.split(",") if name.strip())
-    settings = replace(StudySettings() if data else SYNTHETIC_STUDY, **given)
+    data = options.get("data")
     where = run or Path("runs", Path(data).name if data else "synthetic")
+    if data == "kaggle":
+        options["data"] = str(fetch_kaggle())
+    if "models" in options:
+        options["models"] = tuple(name.strip() for name in options["models"].split(",") if name.strip())
+    settings = replace(StudySettings() if data else SYNTHETIC_STUDY, **options)
     try:
-        run_study(settings, where, n_jobs=n_jobs, redo=redo or (), log=_echo, cluster=cluster)
+        run_study(settings, where, n_jobs=settings.n_jobs, redo=redo, log=_echo, cluster=cluster)
     except KeyboardInterrupt:
         finished = len(list((where / "steps").glob("*.json")))
         _log(f"\nleukemia_nb: stopped. {counted(finished, 'step')} finished and kept in {where}; the same command goes on.")

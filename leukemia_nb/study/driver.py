@@ -56,12 +56,11 @@ from leukemia_nb.data.manifest import (
     CLASSES,
     FOUR_CLASSES,
     NO_IMAGES,
-    _nothing_found,
-    _sort_by_class,
     check_apart,
     check_folder,
     find_images,
     search_images,
+    select_classes,
 )
 from ..errors import LeukemiaError
 from ..models.interface import MODELS, ModelError, make_model, package_versions
@@ -687,13 +686,12 @@ def _check_run_folder(settings: StudySettings, run: Run) -> None:
 
 def _check_images(settings: StudySettings, run: Run) -> list[Path]:
     "The images of the classes, unopened. Raises ImageError where a class has none or too few for the split."
-    search, rows, unknown = _sort_by_class(search_images(settings.data, run.folder), names := class_names(settings.classes))
-    if not search.paths:
-        raise ImageError(_nothing_found(search, unknown, names))
-    found = set(search.paths)
-    counts = Counter(label for path, label in rows if path in found)
+    names, least = class_names(settings.classes), smallest_class()
+    selection = select_classes(search_images(settings.data, run.folder), names)
+    search, found = selection.search, set(selection.search.paths)
+    counts = Counter(label for path, label in selection.rows if path in found)
     for name in names:
-        if counts[name] < (least := smallest_class()):
+        if counts[name] < least:
             few = f"class {name} has {counted(counts[name], 'image')}, and the split needs {least} of each class"
             raise ImageError(f"{settings.data}: {few}. Add images, or name their folder after the class ({search.summary()}).")
     return search.paths
