@@ -302,7 +302,7 @@ def _unquoted(cell: str) -> str:
 
 
 def _columns(header: Sequence[str], wanted: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    "Places of the wanted columns that are there once, under their own name or another; case, spaces and underscores do not count."
+    "Places of the wanted columns that are there once, under any of their names, whatever case, spaces and underscores."
     names = [re.sub(r"[\W_]", "", name).lower() for name in header]
     places = {}
     for column, others in wanted.items():
@@ -438,13 +438,8 @@ def image_groups(
     _check_one_group(path, matched["image"], matched["group"])
     group = dict(zip(matched["image"], matched["group"]))
     groups = [group.get(os.path.realpath(image), "") for image in images]
-    _log_unmatched(
-        path,
-        [str(image) for image, found in zip(images, groups) if not found],
-        listed["path"][np.array(meant) == ""],
-        renamed,
-        log,
-    )
+    alone = [str(image) for image, found in zip(images, groups) if not found]
+    _log_unmatched(path, alone, listed["path"][np.array(meant) == ""], renamed, log)
     return groups
 
 
