@@ -1625,6 +1625,7 @@ d = {
                 "leukemia_nb/processing/cells.py",
             ),
             "leukemia_nb.processing.cells._contour": ("02_processing/cells.html#_contour", "leukemia_nb/processing/cells.py"),
+            "leukemia_nb.processing.cells._crop": ("02_processing/cells.html#_crop", "leukemia_nb/processing/cells.py"),
             "leukemia_nb.processing.cells._divide": ("02_processing/cells.html#_divide", "leukemia_nb/processing/cells.py"),
             "leukemia_nb.processing.cells._find_nuclei": (
                 "02_processing/cells.html#_find_nuclei",
@@ -1738,6 +1739,10 @@ d = {
                 "02_processing/dataset.html#pairs.read",
                 "leukemia_nb/processing/dataset.py",
             ),
+            "leukemia_nb.processing.dataset._cell_rows": (
+                "02_processing/dataset.html#_cell_rows",
+                "leukemia_nb/processing/dataset.py",
+            ),
             "leukemia_nb.processing.dataset._dataset_paths": (
                 "02_processing/dataset.html#_dataset_paths",
                 "leukemia_nb/processing/dataset.py",
@@ -1777,6 +1782,10 @@ d = {
             ),
             "leukemia_nb.processing.dataset.pixel_hash": (
                 "02_processing/dataset.html#pixel_hash",
+                "leukemia_nb/processing/dataset.py",
+            ),
+            "leukemia_nb.processing.dataset.prepare_folder": (
+                "02_processing/dataset.html#prepare_folder",
                 "leukemia_nb/processing/dataset.py",
             ),
             "leukemia_nb.processing.dataset.prepare_pairs": (

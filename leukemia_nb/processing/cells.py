@@ -410,20 +410,10 @@ def _usable_cells(image: np.ndarray, cells: np.ndarray) -> list[tuple[int, int, 
     return whole or cut
 
 
-# %% ../../nbs/02_processing/15_cells.ipynb #dab07468
-def cell_crops(
-    image: np.ndarray,  # uint8 (224, 224, 3) RGB
-    cells: np.ndarray | None = None,  # int labels (224, 224); None: found here
-    most: int | None = 10,  # cells, chosen at random; None: all
-    seed: int = 0,  # of the choice
-) -> tuple[
-    np.ndarray, np.ndarray, np.ndarray
-]:  # uint8 (n, 48, 48, 3), refined masks bool (n, 48, 48), labels int (n,); n may be 0
-    "Windows around the white cells of an image. Cells cut by the border only if all are."
-    cells = find_cells(image) if cells is None else cells
-    chosen, half = _usable_cells(image, cells), WINDOW // 2
-    if most is not None and len(chosen) > most:
-        chosen = [chosen[i] for i in np.sort(np.random.default_rng(seed).choice(len(chosen), most, replace=False))]
+# %% ../../nbs/02_processing/15_cells.ipynb #1b5bb4b2
+def _crop(image: np.ndarray, cells: np.ndarray, chosen: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    "Windows around chosen cells, and their refined masks."
+    half = WINDOW // 2
     padded, labels = np.pad(image, ((half, half), (half, half), (0, 0)), mode="edge"), np.pad(cells, half)
     crops = np.zeros((len(chosen), WINDOW, WINDOW, 3), np.uint8)
     masks = np.zeros((len(chosen), WINDOW, WINDOW), bool)
@@ -431,7 +421,21 @@ def cell_crops(
         window = slice(row, row + WINDOW), slice(column, column + WINDOW)
         crops[i] = padded[window]
         masks[i] = refine_mask(crops[i], labels[window] == label)
-    return crops, masks, np.array([label for label, *_ in chosen], int)
+    return crops, masks
+
+
+def cell_crops(
+    image: np.ndarray,  # uint8 (224, 224, 3) RGB
+    cells: np.ndarray | None = None,  # int labels (224, 224); None: found here
+    most: int = 10,  # cells, chosen at random
+    seed: int = 0,  # of the choice
+) -> tuple[np.ndarray, np.ndarray]:  # uint8 (n, 48, 48, 3), refined masks bool (n, 48, 48); n may be 0
+    "Windows around the white cells of an image. Cells cut by the border only if all are."
+    cells = find_cells(image) if cells is None else cells
+    chosen = _usable_cells(image, cells)
+    if len(chosen) > most:
+        chosen = [chosen[i] for i in np.sort(np.random.default_rng(seed).choice(len(chosen), most, replace=False))]
+    return _crop(image, cells, chosen)
 
 
 # %% ../../nbs/02_processing/15_cells.ipynb #e85a27fa
@@ -502,6 +506,6 @@ def cell_table(
     if len(image) != SIDE:
         image = cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)
         cells = cv2.resize(cells.astype(np.uint16), (SIDE, SIDE), interpolation=cv2.INTER_NEAREST)
-    crops, masks, labels = cell_crops(image, cells, most=None)
-    values = np.array([cell_features(*cell) for cell in zip(crops, masks)]).reshape(-1, len(FEATURE_NAMES))
-    return pd.DataFrame(values, columns=list(FEATURE_NAMES)).assign(cell=labels)[["cell", *FEATURE_NAMES]]
+    chosen = _usable_cells(image, cells)
+    values = [[label, *cell_features(*cell)] for (label, *_), *cell in zip(chosen, *_crop(image, cells, chosen))]
+    return pd.DataFrame(values, columns=["cell", *FEATURE_NAMES]).astype({"cell": int})
