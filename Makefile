@@ -44,10 +44,12 @@ study: install  ## run the whole study; DATA=folder for your images, DATA=kaggle
 	$(PY) -m leukemia_nb study --n-jobs $(JOBS) $(if $(DATA),--data "$(DATA)") $(if $(filter file,$(origin RUN)),,--run "$(RUN)") $(ARGS)
 
 test: install lint notebooks  ## lint, types, every notebook, every test
-	$(PY) -m pytest -q --timeout 1800 tests
+	$(PY) -m pytest -q -n $(JOBS) --dist loadfile --timeout 1800 tests
 
-lint: install
-	$(PY) -m ruff check leukemia_nb tests benchmarks setup.py
+lint: install  ## format, style, house rules of the notebooks, types
+	$(PY) -m ruff format --check nbs tests benchmarks setup.py
+	$(PY) -m ruff check leukemia_nb nbs tests benchmarks setup.py
+	$(PY) tests/lint_notebooks.py
 	$(PY) -m mypy leukemia_nb
 
 notebooks: install  ## run every notebook as a test

@@ -1,9 +1,7 @@
 """The house rules: notebooks, generated package, wheel."""
 
-import ast
 import configparser
 import importlib.metadata
-import json
 import re
 import shutil
 import subprocess
@@ -11,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import lint_notebooks
 import nbformat
 import pytest
 from conftest import ROOT
@@ -19,7 +18,6 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-LIBRARY = [p for p in NOTEBOOKS if p.parent.name[0].isdigit()]
 STUDY = [p for p in NOTEBOOKS if p.parent.name == "study"]
 MODULES = sorted(
     ".".join(p.relative_to(ROOT / "leukemia_nb").with_suffix("").parts)
@@ -103,55 +101,62 @@ def test_export_and_clean_leave_git_clean(copy):
     assert changed == "", f"run `make export` and commit:\n{changed}"
 
 
-@pytest.mark.parametrize("notebook", STUDY, ids=lambda p: p.name)
-def test_the_parameters_tag_survives_cleaning(notebook, tmp_path, copy):
-    target = copy / "nbs" / "study" / notebook.name
-    subprocess.run([BIN / "nbdev_clean", "--fname", target], cwd=copy, check=True, capture_output=True)
-    tagged = [cell for cell in nbformat.read(target, 4).cells if "parameters" in cell.metadata.get("tags", [])]
-    assert len(tagged) == 1
+def test_the_parameters_tag_survives_cleaning(copy):
+    for notebook in STUDY:
+        target = copy / "nbs" / "study" / notebook.name
+        subprocess.run([BIN / "nbdev_clean", "--fname", target], cwd=copy, check=True, capture_output=True)
+        tagged = [cell for cell in nbformat.read(target, 4).cells if "parameters" in cell.metadata.get("tags", [])]
+        assert len(tagged) == 1, notebook.name
 
 
-@pytest.mark.parametrize("notebook", STUDY, ids=lambda p: p.name)
-def test_study_notebooks_have_typed_commented_parameters_and_no_exports(notebook):
-    cells = nbformat.read(notebook, 4).cells
-    source = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
-    tree = ast.parse(source)
-    assert all(isinstance(node, ast.AnnAssign) for node in tree.body)
-    assert all("  # " in line for line in source.splitlines())
-    assert not any("#| export" in cell.source or "#| default_exp" in cell.source for cell in cells)
+FUNCTION = """#| export
+def double(
+    number: int,  # any
+) -> int:  # twice as much
+    "Twice a number."
+    return 2 * number"""
+FAULTS = {
+    "backticks": (FUNCTION.replace("# any", "# any `int`"), "backticks in a parameter's comment"),
+    "type": (FUNCTION.replace("number: int", "number"), "no type for number"),
+    "return": (FUNCTION.replace(" -> int:  # twice as much", ":"), "no type of the return"),
+    "docstring": (FUNCTION.replace('    "Twice a number."\n', ""), "double has no docstring"),
+    "long": (FUNCTION.replace("    return", "    number += 0\n" * 40 + "    return"), "lines exported in one cell"),
+    "imports": ("import os\nos.getcwd()", "imports something and does more"),
+    "print": ("print(double(2))", "prints where it could show a value"),
+}
 
 
-def exported(notebook):
-    """The exported definitions of a library notebook: (cell number, name, node)."""
-    for number, cell in enumerate(nbformat.read(notebook, 4).cells):
-        if cell.cell_type == "code" and "#| export" in cell.source:
-            for node in ast.parse(cell.source).body:
-                if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-                    yield number, node.name, node
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_linter_finds_what_is_wrong_with_a_library_notebook(fault):
+    good, example = nbformat.v4.new_code_cell(FUNCTION), nbformat.v4.new_code_cell("double(2)")
+    assert list(lint_notebooks.check_library([good, example])) == []
+    assert "example" in "".join(lint_notebooks.check_library([good]))
+    source, message = FAULTS[fault]
+    assert message in "".join(lint_notebooks.check_library([nbformat.v4.new_code_cell(source), example]))
 
 
-@pytest.mark.parametrize("notebook", LIBRARY, ids=lambda p: p.name)
-def test_every_public_definition_is_documented(notebook):
-    bare = [name for _, name, node in exported(notebook) if not ast.get_docstring(node)]
-    assert not bare
+def test_the_linter_finds_what_is_wrong_with_a_page(tmp_path):
+    """Old words, links that lead nowhere, figures without a text, and a title that shares its cell."""
+    cells = [nbformat.v4.new_markdown_cell("# Title\n\n> Subtitle\n\nMore [here](gone.ipynb).")]
+    figure = nbformat.v4.new_output("display_data", {"image/png": "x"})
+    cells += [nbformat.v4.new_code_cell("picture", outputs=[figure])]
+    messages = "\n".join(lint_notebooks.check_page(cells, tmp_path))
+    for part in (
+        "title and a subtitle alone",
+        "gone.ipynb leads nowhere",
+        "without fig-alt",
+        "'picture' is not the field's word",
+    ):
+        assert part in messages
 
 
-@pytest.mark.parametrize("notebook", LIBRARY, ids=lambda p: p.name)
-def test_public_functions_are_shown_after_their_cell(notebook):
-    """By name, in a later cell that is not exported; one in six may be shown through its callers alone."""
-    cells = nbformat.read(notebook, 4).cells
-    functions = [(number, name) for number, name, node in exported(notebook) if isinstance(node, ast.FunctionDef)]
-    later = {
-        number: "\n".join(c.source for c in cells[number + 1 :] if c.cell_type == "code" and "#| export" not in c.source)
-        for number, _ in functions
-    }
-    hidden = [name for number, name in functions if name not in later[number]]
-    assert len(hidden) <= max(1, len(functions) / 6), hidden
-
-
-def test_the_notebooks_are_valid():
-    for notebook in NOTEBOOKS:
-        nbformat.validate(json.loads(notebook.read_text(encoding="utf-8")))
+def test_the_linter_finds_an_import_against_the_flow_and_long_functions(tmp_path):
+    module = tmp_path / "splitting.py"
+    module.write_text("from ..models.interface import MODELS\n\n\ndef long():\n" + "    pass\n" * 40 + f"TEXT = 'a{'b' * 300}'\n")
+    messages = "\n".join(lint_notebooks.check_module(module, "leukemia_nb.processing.splitting"))
+    for part in ("imports leukemia_nb.models.interface, which comes after", "long has 41 lines", "a text of 301 characters"):
+        assert part in messages
+    assert "comes after" not in "".join(lint_notebooks.check_module(module, "leukemia_nb.evaluation.metrics"))
 
 
 @pytest.fixture(scope="module")
