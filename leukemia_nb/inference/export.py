@@ -66,6 +66,7 @@ def _export_keras(model: Any) -> onnx.ModelProto:
     return exported
 
 
+# %% ../../nbs/06_inference/50_export.ipynb #1a8c626d
 def _make_constant(network: Any, keras: Any) -> None:
     "Turn the tensors of `Normalization` layers into arrays, in a network and in those inside it."
     for layer in network.layers:
@@ -97,8 +98,8 @@ def _export_torch(model: Any) -> onnx.ModelProto:
 
         def forward(self, original: Any) -> tuple[Any, Any]:
             maps = self.body(original.permute(0, 3, 1, 2).float() / 255)
-            features = self.head.pool(self.head.conv(maps)).flatten(1)
-            return self.head.linear(features).softmax(1)[:, self.order], features
+            logits = self.head.linear(self.head.pool(self.head.conv(maps)).flatten(1))
+            return logits.softmax(1)[:, self.order], maps.mean((2, 3))
 
     names = list(model.network_.names.values())
 
@@ -106,6 +107,7 @@ def _export_torch(model: Any) -> onnx.ModelProto:
     return _trace(Classifier(model.network_.model.model, [names.index(name) for name in model.classes_]), example, "original")
 
 
+# %% ../../nbs/06_inference/50_export.ipynb #bb89969c
 def _trace(module: Any, example: Any, name: str) -> onnx.ModelProto:
     "A PyTorch module as ONNX; any number of rows."
     import onnx
@@ -133,22 +135,37 @@ def _export_cells(model: Any) -> onnx.ModelProto:
     "A fitted `CellClassifier` as ONNX, in double precision."
     import torch
 
-    def constants(layers: Any) -> list[list[Any]]:
-        return [[torch.from_numpy(np.asarray(array, np.float64)) for array in layer] for layer in layers]
-
     class Classifier(torch.nn.Module):
-        cell, image = constants(model.cell_layers_), constants(model.image_layers_)
-        prior = torch.from_numpy(np.asarray(model.class_proportions_, np.float64))[None]
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.image = _perceptron(model.cell_layers_), _perceptron(model.image_layers_)
+            self.register_buffer("prior", torch.from_numpy(np.asarray(model.class_proportions_, np.float64))[None])
 
         def forward(self, cells: Any) -> tuple[Any, Any]:
             cells = cells.double()
             number = torch.ones_like(cells[:, :1]).sum()
             features = _aggregate(cells, number)
-            votes = _aggregate(_log_probabilities(self.cell, cells), number)[:, : self.prior.shape[1]]
-            scores = (votes + _log_probabilities(self.image, features)) / model.temperature_
+            votes = _aggregate(torch.log(self.cell(cells) + 1e-4), number)[:, : len(model.classes_)]
+            scores = (votes + torch.log(self.image(features) + 1e-4)) / model.temperature_
             return torch.where(number > 0, scores.softmax(1), self.prior).float(), features.float()
 
     return _trace(Classifier(), torch.zeros((2, len(FEATURE_NAMES))), "cells")
+
+
+# %% ../../nbs/06_inference/50_export.ipynb #a2f4b6cc
+def _perceptron(layers: Sequence[tuple[np.ndarray, np.ndarray]]) -> Any:
+    "scikit-learn's layers as a PyTorch module that gives probabilities; two classes have one output there."
+    import torch
+
+    modules: list[Any] = []
+    for weights, bias in layers:
+        if len(bias) == 1:
+            weights, bias = np.hstack([np.zeros_like(weights), weights]), np.hstack([0.0, bias])
+        linear = torch.nn.Linear(*weights.shape).double()
+        linear.weight.data = torch.from_numpy(np.array(weights.T, np.float64))
+        linear.bias.data = torch.from_numpy(np.array(bias, np.float64))
+        modules += [linear, torch.nn.ReLU()]
+    return torch.nn.Sequential(*modules[:-1], torch.nn.Softmax(1))
 
 
 def _aggregate(cells: Any, number: Any) -> Any:
@@ -157,18 +174,6 @@ def _aggregate(cells: Any, number: Any) -> Any:
 
     mean = cells.sum(0, keepdim=True) / number.clamp(min=1)
     return torch.cat([mean, (((cells - mean) ** 2).sum(0, keepdim=True) / number.clamp(min=1)).sqrt()], dim=1)
-
-
-def _log_probabilities(layers: list[list[Any]], values: Any) -> Any:
-    "The layers of a perceptron as `CellClassifier` evaluates them."
-    import torch
-
-    for weights, bias in layers[:-1]:
-        values = (values @ weights + bias).relu()
-    logits = values @ layers[-1][0] + layers[-1][1]
-    if logits.shape[1] == 1:  # scikit-learn's form for two classes
-        logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
-    return torch.log(logits.softmax(1) + 1e-4)
 
 
 # %% ../../nbs/06_inference/50_export.ipynb #3d1ce04b
@@ -240,6 +245,7 @@ def covers(
     return (confidence >= thresholds["confidence"]) & (distance <= thresholds["distance"])
 
 
+# %% ../../nbs/06_inference/50_export.ipynb #2b9c9e79
 def choose_thresholds(
     confidence: np.ndarray,  # float (n,), of the validation images
     distance: np.ndarray,  # float (n,)
