@@ -21,7 +21,6 @@ from ..processing.segmentation import find_cells
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
 # %% ../../nbs/05_audit/40_saliency.ipynb #6b980704
 def _keras_maps(model: Any, batch: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     import keras
@@ -53,7 +52,6 @@ def _torch_maps(model: Any, batch: np.ndarray, targets: np.ndarray) -> tuple[np.
         weights = head.linear.weight[order][targets] - head.linear.weight.mean(dim=0)
     return maps.permute(0, 2, 3, 1)[:, None].cpu().numpy(), weights[:, None].cpu().numpy()
 
-
 # %% ../../nbs/05_audit/40_saliency.ipynb #00a13d9f
 def _keras_weights(model: Any, part: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[], None]:
     "Change the weights of a part; returns what puts them back."
@@ -74,7 +72,6 @@ def _torch_weights(model: Any, part: str, change: Callable[[np.ndarray], np.ndar
 
 _FRAMEWORKS = {"keras": (_keras_maps, _keras_weights), "torch": (_torch_maps, _torch_weights)}
 
-
 # %% ../../nbs/05_audit/40_saliency.ipynb #0d2a9298
 def saliency_method(
     model: Any,  # a trained model
@@ -89,7 +86,6 @@ def _frameworks(model: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
         raise ModelError(f"{name} has no feature maps of the whole image. Use occlusion_map.")
     return _FRAMEWORKS[model.entry.framework]
 
-
 # %% ../../nbs/05_audit/40_saliency.ipynb #ade0a8bd
 def feature_maps(
     model: Any,  # a trained Keras or YOLO classifier of this library
@@ -98,7 +94,6 @@ def feature_maps(
 ) -> tuple[np.ndarray, np.ndarray]:  # maps (n, channels, h, w, d) and the weight of each, (n, channels, d)
     "Last feature maps, and the gradient of the target's logit (less the mean logit) with respect to their averages."
     return _frameworks(model)[0](model, batch, targets)
-
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #c4679961
 def grad_cam(
@@ -145,7 +140,6 @@ def _heatmaps(scores: np.ndarray, size: int) -> np.ndarray:
             heatmap[:] = np.clip(large / large.max(), 0, 1)
     return found
 
-
 # %% ../../nbs/05_audit/40_saliency.ipynb #d2e69dfc
 @styled
 def saliency_figure(
@@ -173,7 +167,6 @@ def saliency_figure(
         row[0].set_ylabel(titles[place] if len(titles) else "", fontsize=9)
     return figure
 
-
 # %% ../../nbs/05_audit/40_saliency.ipynb #3461a439
 def widen_cells(
     mask: np.ndarray,  # bool or int labels (H, W)
@@ -196,7 +189,6 @@ def energy_pointing_game(
     area = float(inside.mean())
     energy = float(heatmap[inside].sum(dtype=np.float64)) / total if total > 0 else np.nan
     return energy, area, energy / area if area > 0 else np.nan
-
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #bb6bf0b4
 def occlusion_map(
@@ -230,7 +222,6 @@ def _occluded(image: np.ndarray, grid: int) -> np.ndarray:
         (copy if image.ndim == 3 else copy[0])[rows, columns] = colour
     return copies
 
-
 # %% ../../nbs/05_audit/40_saliency.ipynb #47f863e3
 def channel_gradients(
     model: Any,  # a trained Keras or YOLO classifier of this library
@@ -242,7 +233,6 @@ def channel_gradients(
     sums = np.abs(weights.astype(np.float64)).sum(axis=2)
     total = sums.sum(axis=1, keepdims=True)
     return sums / np.where(total > 0, total, np.nan)
-
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #0ba6c39b
 @contextmanager
@@ -291,7 +281,6 @@ def _rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     flat = np.ptp(first) == 0 or np.ptp(second) == 0
     return np.nan if flat else float(spearmanr(first, second, axis=None).statistic)
 
-
 # %% ../../nbs/05_audit/40_saliency.ipynb #0aab583c
 def saliency_table(
     model: Classifier,  # a trained model
@@ -311,7 +300,6 @@ def saliency_table(
     table.insert(0, "predicted", model.classes_[_target_places(model, images, None)])
     table["original_channel"] = channel_gradients(model, images)[:, 0] if np.ndim(images) == 5 else 1.0
     return table
-
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #c09a0296
 def saliency_summary(
@@ -339,7 +327,6 @@ def saliency_summary(
         rows.append(row | {"head_randomised": check["head"].mean(), "all_randomised": check["whole"].mean()})
     return pd.DataFrame(rows)
 
-
 # %% ../../nbs/05_audit/40_saliency.ipynb #099b9526
 from __future__ import annotations
 
@@ -363,17 +350,6 @@ else:
     Figure = Any  # loaded with the first figure; the name is for the documentation
 
 # %% auto #0
-__all__ = [
-    "saliency_method",
-    "feature_maps",
-    "grad_cam",
-    "saliency_figure",
-    "widen_cells",
-    "energy_pointing_game",
-    "occlusion_map",
-    "channel_gradients",
-    "randomised_weights",
-    "randomisation_check",
-    "saliency_table",
-    "saliency_summary",
-]
+__all__ = ['saliency_method', 'feature_maps', 'grad_cam', 'saliency_figure', 'widen_cells', 'energy_pointing_game',
+           'occlusion_map', 'channel_gradients', 'randomised_weights', 'randomisation_check', 'saliency_table',
+           'saliency_summary']

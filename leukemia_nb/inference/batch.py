@@ -65,51 +65,38 @@ def find_inputs(
     found: list[str] = []
     summaries: list[str] = []
     for given in map(os.fsdecode, [images] if isinstance(images, str | os.PathLike) else images):
-        if os.path.isdir(given) and not _is_output(given):
-            matches = [given]
-        elif glob.has_magic(given) and not os.path.lexists(given):
-            matches = _matches(given)
-        else:
+        pattern = glob.has_magic(given) and not os.path.lexists(given)
+        if not pattern and not os.path.isdir(given):
             found.append(given)
             continue
-        paths, summary = _search(given, matches, exclude)
-        found += paths or [given]
-        summaries.append(summary)
+        search = _search(given, _matches(given) if pattern else [given], exclude)
+        unreachable = [path for path, _ in search.unreachable]
+        found += [str(path) for path in (*search.paths, *unreachable)] or [given]
+        summaries.append(search.summary())
     return list(dict.fromkeys(found)), "\n".join(summaries)
 
 
-# %% ../../nbs/06_inference/40_batch.ipynb #32cacf13
 def _matches(pattern: str) -> list[str]:
     "Files and folders that a pattern means."
     literal = glob.glob(pattern.replace("[", "[[]"), recursive=True)
     return sorted(literal or glob.glob(pattern, recursive=True))
 
 
-def _search(given: str, matches: Sequence[str], exclude: str | os.PathLike) -> tuple[list[str], str]:
-    "Images among files and in folders, and one line about the search."
-    found = ImageSearch(Path(given))
+# %% ../../nbs/06_inference/40_batch.ipynb #a3cb290f
+def _search(given: str, matches: Sequence[str], exclude: str | os.PathLike) -> ImageSearch:
+    "Files, and images in folders; none of a folder that leukemia_nb wrote."
+    whole = ImageSearch(Path(given))
     for match in map(Path, matches):
-        if _is_output(match if match.is_dir() else match.parent):
-            found.left_out.append((match, "written by leukemia_nb"))
-        elif match.is_dir():
-            search = search_images(match, exclude)
-            for name in ("paths", "left_out", "unreachable"):
-                getattr(found, name).extend(getattr(search, name))
-        else:
-            found.paths.append(match)
-    for each in (found.paths, found.left_out, found.unreachable):
-        each[:] = dict.fromkeys(each)
-    return [str(path) for path in (*found.paths, *(path for path, _ in found.unreachable))], found.summary()
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_output(folder: str | Path) -> bool:
-    "Whether leukemia_nb wrote a folder, or one around it."
-    try:
-        check_folder(folder)
-    except ImageError:
-        return True
-    return False
+        part = ImageSearch(match, [match])
+        try:
+            check_folder(match if match.is_dir() else match.parent)
+            part = search_images(match, exclude) if match.is_dir() else part
+        except ImageError:
+            part = ImageSearch(match, left_out=[(match, "written by leukemia_nb")])
+        for name in ("paths", "left_out", "unreachable"):
+            known = getattr(whole, name)
+            known.extend(each for each in getattr(part, name) if each not in known)
+    return whole
 
 
 # %% ../../nbs/06_inference/40_batch.ipynb #ac59acf5
@@ -271,24 +258,18 @@ def _write_tables(
     journal.unlink()
 
 
-# %% ../../nbs/06_inference/40_batch.ipynb #3e8db009
-def _run_batches(
-    paths: Sequence[str], task: PredictionTask, size: int, n_jobs: int, client: Any
-) -> Iterator[list[dict[str, Any]]]:
+# %% ../../nbs/06_inference/40_batch.ipynb #bc3a0c0e
+def _run_batches(paths: Sequence[str], task: PredictionTask, size: int, n_jobs: int | None) -> Iterator[list[dict[str, Any]]]:
     "Rows of batches as they are done; the first file is a batch of its own, so that something is seen at once."
     batches = [batch for batch in (paths[:1], *(paths[i : i + size] for i in range(1, len(paths), size))) if batch]
-    single = functools.partial(predict_batch, replace(task, threads=1))
+    if n_jobs == 1:
+        yield from (predict_batch(task, batch) for batch in batches)
+        return
+    from joblib import Parallel, delayed
+
+    single = delayed(functools.partial(predict_batch, replace(task, threads=1)))
     try:
-        if client is not None:
-            from distributed import as_completed
-
-            yield from (future.result() for future in as_completed(client.map(single, batches, pure=False)))
-        elif n_jobs > 1:
-            from joblib import Parallel, delayed
-
-            yield from Parallel(n_jobs=n_jobs, return_as="generator_unordered")(delayed(single)(batch) for batch in batches)
-        else:
-            yield from (predict_batch(task, batch) for batch in batches)
+        yield from Parallel(n_jobs=n_jobs, return_as="generator_unordered")(map(single, batches))
     except BrokenExecutor:
         reason = "a worker process was killed; memory may have run out"
         raise ClusterError(f"{reason}. Give the same command with a smaller --batch-size or fewer --n-jobs.") from None
@@ -313,8 +294,7 @@ def predict_files(
     out: str | os.PathLike | None = None,  # CSV file
     json_file: str | os.PathLike | None = None,  # JSON file
     batch_size: int = 32,  # files a batch
-    n_jobs: int = 1,  # worker processes
-    client: Any = None,  # a `distributed.Client`, whose workers are used instead
+    n_jobs: int | None = 1,  # joblib's: worker processes, or all workers of the cluster that joblib is configured for
     log: Callable[[list[dict[str, Any]]], Any] = len,  # called with the rows of each batch as it is done
 ) -> int:  # files whose rows were kept from an interrupted run
     "Predict files into tables, or with neither only for `log`. Raises ModelError, OutputError, ClusterError."
@@ -326,7 +306,7 @@ def predict_files(
         kept = _resume(journal, paths, task) if outputs else set()
         left = [path for path in paths if path not in kept]
         try:
-            for rows in _run_batches(left, task, batch_size, n_jobs, client):
+            for rows in _run_batches(left, task, batch_size, n_jobs):
                 if outputs:
                     _append(journal, rows)
                 log(rows)
