@@ -845,7 +845,6 @@ d = {
                 "06_inference/batch.html#_check_outputs",
                 "leukemia_nb/inference/batch.py",
             ),
-            "leukemia_nb.inference.batch._is_output": ("06_inference/batch.html#_is_output", "leukemia_nb/inference/batch.py"),
             "leukemia_nb.inference.batch._matches": ("06_inference/batch.html#_matches", "leukemia_nb/inference/batch.py"),
             "leukemia_nb.inference.batch._open_predictor": (
                 "06_inference/batch.html#_open_predictor",
@@ -933,12 +932,12 @@ d = {
                 "06_inference/export.html#_export_torch",
                 "leukemia_nb/inference/export.py",
             ),
-            "leukemia_nb.inference.export._log_probabilities": (
-                "06_inference/export.html#_log_probabilities",
-                "leukemia_nb/inference/export.py",
-            ),
             "leukemia_nb.inference.export._make_constant": (
                 "06_inference/export.html#_make_constant",
+                "leukemia_nb/inference/export.py",
+            ),
+            "leukemia_nb.inference.export._perceptron": (
+                "06_inference/export.html#_perceptron",
                 "leukemia_nb/inference/export.py",
             ),
             "leukemia_nb.inference.export._rename_outputs": (

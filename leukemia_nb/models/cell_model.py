@@ -17,8 +17,20 @@ from ..processing.cells import find_cells
 from ..processing.segmentation import a_channel, two_means
 
 # %% auto #0
-__all__ = ['SIDE', 'WINDOW', 'COLOURS', 'FEATURE_NAMES', 'refine_mask', 'cell_crops', 'recolour', 'cell_colours',
-           'exchange_colours', 'describe', 'aggregate_cells', 'CellModel']
+__all__ = [
+    "SIDE",
+    "WINDOW",
+    "COLOURS",
+    "FEATURE_NAMES",
+    "refine_mask",
+    "cell_crops",
+    "recolour",
+    "cell_colours",
+    "exchange_colours",
+    "describe",
+    "aggregate_cells",
+    "CellModel",
+]
 
 # %% ../../nbs/03_models/50_cell_model.ipynb #d28608d5
 SIDE, WINDOW = 224, 48  # every image is brought to this side; a cell is seen in a window of this many pixels of it
@@ -47,6 +59,7 @@ def refine_mask(
         return mask
     tight = cv2.drawContours(np.zeros(mask.shape, np.uint8), [max(outlines, key=cv2.contourArea)], -1, 1, -1) > 0
     return tight if tight.sum() >= 60 else mask
+
 
 # %% ../../nbs/03_models/50_cell_model.ipynb #a32508ff
 def _usable(image: np.ndarray, cells: np.ndarray, smallest: int) -> list[tuple[int, int, int]]:
@@ -90,6 +103,7 @@ def cell_crops(
         masks[i] = refine_mask(crops[i], numbers[window] == k)
     return crops, masks
 
+
 # %% ../../nbs/03_models/50_cell_model.ipynb #743cbd4d
 COLOURS = ("own", "jitter", "matched", "grey")
 # L, A, B of a typical blast: the common reference
@@ -118,6 +132,7 @@ def recolour(
         lab = (lab - mean) * np.exp(random.normal(0, 0.3, 3)) + mean + random.normal(0, 1, 3) * (15, 8, 8)
     return cv2.cvtColor(np.clip(lab, 0, 255).astype(np.uint8), cv2.COLOR_LAB2RGB)
 
+
 # %% ../../nbs/03_models/50_cell_model.ipynb #2e342f3a
 def cell_colours(
     crops: np.ndarray,  # uint8 (n, S, S, 3) RGB, the cells of one image
@@ -138,6 +153,7 @@ def exchange_colours(
     scale = np.clip(colours[1] / np.maximum(deviation, 1e-3), 0.25, 4)
     moved = [(cv2.cvtColor(crop, cv2.COLOR_RGB2LAB) - mean) * scale + colours[0] for crop in crops]
     return np.stack([cv2.cvtColor(np.clip(np.rint(lab), 0, 255).astype(np.uint8), cv2.COLOR_LAB2RGB) for lab in moved])
+
 
 # %% ../../nbs/03_models/50_cell_model.ipynb #e85a27fa
 FEATURE_NAMES = (
@@ -215,6 +231,7 @@ def describe(
     ]
     return np.nan_to_num(np.array(numbers, dtype=np.float32))
 
+
 # %% ../../nbs/03_models/50_cell_model.ipynb #3f531936
 def _softmax(logits: np.ndarray) -> np.ndarray:
     if logits.shape[1] == 1:
@@ -241,6 +258,7 @@ def aggregate_cells(
     mean /= count
     np.add.at(spread, owner, (cells - mean[owner]) ** 2)
     return np.hstack([mean, np.sqrt(spread / count)])
+
 
 # %% ../../nbs/03_models/50_cell_model.ipynb #b7ab8580
 class CellModel(ImageClassifier):
