@@ -202,6 +202,10 @@ class ImageClassifier(_Settings):
         "Write the model's folder, complete or not at all; one that is there is replaced. Raises `ModelError`."
         return _save_model(self, Path(folder))
 
+    def _targets(self, labels: Sequence[str] | np.ndarray) -> np.ndarray:
+        "int (n,): position of each label in classes_."
+        return pd.Index(self.classes_).get_indexer(np.asarray(labels, dtype=str))
+
     def _in_batches(self, function: Callable[[np.ndarray], np.ndarray], images: Images) -> np.ndarray:
         check_is_fitted(self, "classes_")
         batches = read_batches(images, self.image_size, self.channels, self.batch_size, self.segmentation)

@@ -16,9 +16,10 @@ __all__ = [
     "KerasClassifier",
 ]
 
-# %% ../../nbs/03_models/20_transfer.ipynb #aac8b754
+# %% ../../nbs/03_models/20_transfer.ipynb #6234149f
 import contextlib
 import hashlib
+import logging
 import os
 import sys
 import time
@@ -118,6 +119,7 @@ def import_keras() -> ModuleType:
             keras.ops.zeros(1)
     import keras
 
+    logging.getLogger("tensorflow").setLevel("ERROR")  # it warns of a last batch that is shorter
     required = {"image_data_format": "channels_last", "floatx": "float32"}
     for name, value in required.items():
         found = getattr(keras.config, name)()
@@ -313,7 +315,7 @@ class KerasClassifier(ImageClassifier):
             head = self._build_head(keras)
             self.network_ = self._join(keras, backbone, head, pretrained)
             train, val = (Pairs(dataset, subset, self.image_size) for subset in ("train", "val"))
-            targets = [pd.Index(self.classes_).get_indexer(part.labels) for part in (train, val)]
+            targets = [self._targets(part.labels) for part in (train, val)]
             if backbone.trainable:
                 learning_rate = self.learning_rate * (0.1 if pretrained else 1)
                 inputs = [
