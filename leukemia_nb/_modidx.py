@@ -1193,108 +1193,89 @@ d = {
             ),
         },
         "leukemia_nb.models.cell_model": {
-            "leukemia_nb.models.cell_model.CellModel": (
-                "03_models/cell_model.html#cellmodel",
+            "leukemia_nb.models.cell_model.CellClassifier": (
+                "03_models/cell_model.html#cellclassifier",
                 "leukemia_nb/models/cell_model.py",
             ),
-            "leukemia_nb.models.cell_model.CellModel._crops": (
-                "03_models/cell_model.html#cellmodel._crops",
+            "leukemia_nb.models.cell_model.CellClassifier._crop": (
+                "03_models/cell_model.html#cellclassifier._crop",
                 "leukemia_nb/models/cell_model.py",
             ),
-            "leukemia_nb.models.cell_model.CellModel._describe": (
-                "03_models/cell_model.html#cellmodel._describe",
+            "leukemia_nb.models.cell_model.CellClassifier._evaluate": (
+                "03_models/cell_model.html#cellclassifier._evaluate",
                 "leukemia_nb/models/cell_model.py",
             ),
-            "leukemia_nb.models.cell_model.CellModel._features": (
-                "03_models/cell_model.html#cellmodel._features",
+            "leukemia_nb.models.cell_model.CellClassifier._features": (
+                "03_models/cell_model.html#cellclassifier._features",
                 "leukemia_nb/models/cell_model.py",
             ),
-            "leukemia_nb.models.cell_model.CellModel._fit": (
-                "03_models/cell_model.html#cellmodel._fit",
+            "leukemia_nb.models.cell_model.CellClassifier._fit": (
+                "03_models/cell_model.html#cellclassifier._fit",
                 "leukemia_nb/models/cell_model.py",
             ),
-            "leukemia_nb.models.cell_model.CellModel._learn_cells": (
-                "03_models/cell_model.html#cellmodel._learn_cells",
+            "leukemia_nb.models.cell_model.CellClassifier._fit_cell_layers": (
+                "03_models/cell_model.html#cellclassifier._fit_cell_layers",
                 "leukemia_nb/models/cell_model.py",
             ),
-            "leukemia_nb.models.cell_model.CellModel._learn_population": (
-                "03_models/cell_model.html#cellmodel._learn_population",
+            "leukemia_nb.models.cell_model.CellClassifier._in_batches": (
+                "03_models/cell_model.html#cellclassifier._in_batches",
                 "leukemia_nb/models/cell_model.py",
             ),
-            "leukemia_nb.models.cell_model.CellModel._load": (
-                "03_models/cell_model.html#cellmodel._load",
+            "leukemia_nb.models.cell_model.CellClassifier._load": (
+                "03_models/cell_model.html#cellclassifier._load",
                 "leukemia_nb/models/cell_model.py",
             ),
-            "leukemia_nb.models.cell_model.CellModel._predict": (
-                "03_models/cell_model.html#cellmodel._predict",
+            "leukemia_nb.models.cell_model.CellClassifier._loss": (
+                "03_models/cell_model.html#cellclassifier._loss",
                 "leukemia_nb/models/cell_model.py",
             ),
-            "leukemia_nb.models.cell_model.CellModel._save": (
-                "03_models/cell_model.html#cellmodel._save",
+            "leukemia_nb.models.cell_model.CellClassifier._predict": (
+                "03_models/cell_model.html#cellclassifier._predict",
                 "leukemia_nb/models/cell_model.py",
             ),
-            "leukemia_nb.models.cell_model.CellModel._scores": (
-                "03_models/cell_model.html#cellmodel._scores",
+            "leukemia_nb.models.cell_model.CellClassifier._save": (
+                "03_models/cell_model.html#cellclassifier._save",
                 "leukemia_nb/models/cell_model.py",
             ),
-            "leukemia_nb.models.cell_model.CellModel._versions": (
-                "03_models/cell_model.html#cellmodel._versions",
+            "leukemia_nb.models.cell_model.CellClassifier.decision_function": (
+                "03_models/cell_model.html#cellclassifier.decision_function",
                 "leukemia_nb/models/cell_model.py",
             ),
-            "leukemia_nb.models.cell_model.CellModel.decision_function": (
-                "03_models/cell_model.html#cellmodel.decision_function",
+            "leukemia_nb.models.cell_model.CellClassifier.measure": (
+                "03_models/cell_model.html#cellclassifier.measure",
                 "leukemia_nb/models/cell_model.py",
             ),
-            "leukemia_nb.models.cell_model.CellModel.measure": (
-                "03_models/cell_model.html#cellmodel.measure",
+            "leukemia_nb.models.cell_model.Cells": ("03_models/cell_model.html#cells", "leukemia_nb/models/cell_model.py"),
+            "leukemia_nb.models.cell_model._fit_image_layers": (
+                "03_models/cell_model.html#_fit_image_layers",
                 "leukemia_nb/models/cell_model.py",
             ),
-            "leukemia_nb.models.cell_model.CellModel.predict_cells": (
-                "03_models/cell_model.html#cellmodel.predict_cells",
+            "leukemia_nb.models.cell_model._fold_scaling": (
+                "03_models/cell_model.html#_fold_scaling",
                 "leukemia_nb/models/cell_model.py",
             ),
-            "leukemia_nb.models.cell_model._Rows": ("03_models/cell_model.html#_rows", "leukemia_nb/models/cell_model.py"),
-            "leukemia_nb.models.cell_model._Rows.__init__": (
-                "03_models/cell_model.html#_rows.__init__",
-                "leukemia_nb/models/cell_model.py",
-            ),
-            "leukemia_nb.models.cell_model._Rows.__len__": (
-                "03_models/cell_model.html#_rows.__len__",
-                "leukemia_nb/models/cell_model.py",
-            ),
-            "leukemia_nb.models.cell_model._Rows.read": (
-                "03_models/cell_model.html#_rows.read",
-                "leukemia_nb/models/cell_model.py",
-            ),
-            "leukemia_nb.models.cell_model._grow": ("03_models/cell_model.html#_grow", "leukemia_nb/models/cell_model.py"),
             "leukemia_nb.models.cell_model._log_probabilities": (
                 "03_models/cell_model.html#_log_probabilities",
                 "leukemia_nb/models/cell_model.py",
             ),
-            "leukemia_nb.models.cell_model._shape": ("03_models/cell_model.html#_shape", "leukemia_nb/models/cell_model.py"),
-            "leukemia_nb.models.cell_model._softmax": ("03_models/cell_model.html#_softmax", "leukemia_nb/models/cell_model.py"),
-            "leukemia_nb.models.cell_model._texture": ("03_models/cell_model.html#_texture", "leukemia_nb/models/cell_model.py"),
-            "leukemia_nb.models.cell_model._usable": ("03_models/cell_model.html#_usable", "leukemia_nb/models/cell_model.py"),
             "leukemia_nb.models.cell_model.aggregate_cells": (
                 "03_models/cell_model.html#aggregate_cells",
                 "leukemia_nb/models/cell_model.py",
             ),
-            "leukemia_nb.models.cell_model.cell_colours": (
-                "03_models/cell_model.html#cell_colours",
+            "leukemia_nb.models.cell_model.augment_colours": (
+                "03_models/cell_model.html#augment_colours",
                 "leukemia_nb/models/cell_model.py",
             ),
-            "leukemia_nb.models.cell_model.cell_crops": (
-                "03_models/cell_model.html#cell_crops",
+            "leukemia_nb.models.cell_model.describe_images": (
+                "03_models/cell_model.html#describe_images",
                 "leukemia_nb/models/cell_model.py",
             ),
-            "leukemia_nb.models.cell_model.describe": ("03_models/cell_model.html#describe", "leukemia_nb/models/cell_model.py"),
             "leukemia_nb.models.cell_model.exchange_colours": (
                 "03_models/cell_model.html#exchange_colours",
                 "leukemia_nb/models/cell_model.py",
             ),
-            "leukemia_nb.models.cell_model.recolour": ("03_models/cell_model.html#recolour", "leukemia_nb/models/cell_model.py"),
-            "leukemia_nb.models.cell_model.refine_mask": (
-                "03_models/cell_model.html#refine_mask",
+            "leukemia_nb.models.cell_model.recolour_cell": (
+                "03_models/cell_model.html#recolour_cell",
                 "leukemia_nb/models/cell_model.py",
             ),
         },
@@ -1325,6 +1306,10 @@ d = {
             ),
             "leukemia_nb.models.classifier.ImageClassifier._save": (
                 "03_models/classifier.html#imageclassifier._save",
+                "leukemia_nb/models/classifier.py",
+            ),
+            "leukemia_nb.models.classifier.ImageClassifier._targets": (
+                "03_models/classifier.html#imageclassifier._targets",
                 "leukemia_nb/models/classifier.py",
             ),
             "leukemia_nb.models.classifier.ImageClassifier.channels": (
