@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leukemia_nb.data.images import ImageError, read_image, resize_square, write_image
-from leukemia_nb.data.synthetic import smear, write_smears
+from leukemia_nb.data.synthetic import write_smears
 from leukemia_nb.inference.model_file import FORMAT, add_checksum, check_checksum, open_model_file
 from leukemia_nb.inference.ood import fit_distance, fit_ood, image_statistics, mahalanobis_distance, ood_distance
 from leukemia_nb.inference.predictor import (

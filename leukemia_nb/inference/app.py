@@ -236,7 +236,8 @@ class Panel(_Layout):
     def show(self, name: str, image: np.ndarray) -> None:
         "Show an image with its cells and each model's prediction."
         self.clear()
-        self.shown = image, find_image_cells(image)
+        size = self.models[0].image_size if self.models else 224
+        self.shown = image, find_image_cells(image, size)
         self.image.value = image_html(name, *self.shown)
         rows = [model.predict(image).rows[0] for model in self.models]
         self.predictions.value = predictions_html(rows, [model.info["title"] for model in self.models], self.classes)
