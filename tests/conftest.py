@@ -13,6 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LEUKEMIA_NB_SHARED", ROOT.parent / "shared"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than 10 seconds")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of the real images; the test skips where it is missing."""
@@ -60,6 +64,6 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def torch_before_tensorflow() -> None:
     """All test modules share a process: torch must be loaded first, the other order aborts it."""
-    from leukemia_nb.models.yolo import yolo_framework
+    from leukemia_nb.models.yolo import import_ultralytics
 
-    yolo_framework()
+    import_ultralytics()

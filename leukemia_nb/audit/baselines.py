@@ -7,7 +7,7 @@ __all__ = ['BASELINES', 'BACKGROUND_ONLY', 'scale_bar_corner', 'background_pixel
            'shape_features', 'silhouette_features', 'Baseline', 'baseline_views_figure', 'baseline_features',
            'run_baselines', 'permutation_table', 'cross_validate_baselines', 'baseline_table', 'permuted_sentence']
 
-# %% ../../nbs/05_audit/10_baselines.ipynb #419a3469
+# %% ../../nbs/05_audit/10_baselines.ipynb #24997e61
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,9 @@ from ..evaluation.cross_validation import cross_validate, cross_validated_accura
 from ..evaluation.predictions import model_title, predicted_labels, predictions_table, take_subset
 from ..evaluation.uncertainty import CLOPPER_PEARSON, Interval, format_proportion, grouped_interval
 from ..plotting import blank_figure, styled
+from ..processing.cells import find_cells
 from ..processing.dataset import Pairs
-from ..processing.segmentation import find_cells, study_mask
+from ..processing.segmentation import study_mask
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

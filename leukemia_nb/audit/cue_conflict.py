@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'find_scale_bar', 'removal_mask', 'inpaint_background', 'paste_cells', 'erase_scale_bar', 'copy_scale_bar',
            'make_composites', 'cue_conflict_rates', 'cue_conflict_figure']
 
-# %% ../../nbs/05_audit/20_cue_conflict.ipynb #223fa841
+# %% ../../nbs/05_audit/20_cue_conflict.ipynb #e2921551
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,9 @@ import pandas as pd
 from .baselines import scale_bar_corner
 from ..evaluation.uncertainty import clopper_pearson
 from ..plotting import styled
+from ..processing.cells import find_cells
 from ..processing.colour import colour_statistics, reinhard_transfer
-from ..processing.segmentation import a_channel, find_cells
+from ..processing.segmentation import a_channel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
