@@ -360,7 +360,7 @@ def test_a_network_that_fails_gives_errors_and_no_prediction(file, paths, values
 
     model.session = Session()
     rows = model.predict(paths[:2]).rows
-    message = "memory ran out" if values == "failure" else "not finite"
+    message = "MemoryError" if values == "failure" else "not finite"
     assert all(row["prediction"] == "" and row["abstains"] and message in row["error"] for row in rows)
     json.dumps(rows, allow_nan=False)
 

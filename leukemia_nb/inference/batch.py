@@ -40,9 +40,20 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # %% auto #0
-__all__ = ['find_inputs', 'PredictionTask', 'predict_batch', 'check_inputs_apart', 'unfinished_file', 'read_unfinished',
-           'predict_files', 'exported_models', 'open_predictors', 'compare_models', 'format_comparison',
-           'compare_files']
+__all__ = [
+    "find_inputs",
+    "PredictionTask",
+    "predict_batch",
+    "unfinished_file",
+    "read_unfinished",
+    "predict_files",
+    "exported_models",
+    "open_predictors",
+    "compare_models",
+    "format_comparison",
+    "compare_files",
+]
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #9a752a31
 def find_inputs(
@@ -69,6 +80,7 @@ def _matches(pattern: str) -> list[str]:
     literal = glob.glob(pattern.replace("[", "[[]"), recursive=True)
     return sorted(literal or glob.glob(pattern, recursive=True))
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #a3cb290f
 def _search(given: str, matches: Sequence[str], exclude: str | os.PathLike) -> ImageSearch:
     "Files, and images in folders; none of a folder that leukemia_nb wrote."
@@ -84,6 +96,7 @@ def _search(given: str, matches: Sequence[str], exclude: str | os.PathLike) -> I
             known = getattr(whole, name)
             known.extend(each for each in getattr(part, name) if each not in known)
     return whole
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #ac59acf5
 @dataclass(frozen=True)
@@ -106,10 +119,12 @@ class PredictionTask:
         kinds = ["cells", "saliency"][: 1 + self.saliency] if self.overlays else []
         return {kind: Path(self.overlays, f"{name}-{kind}.jpg") for kind in kinds}
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #f37e0a4f
 @functools.lru_cache(maxsize=1)
 def _open_predictor(file: str, threads: int | None, modified: float) -> Predictor:
     return Predictor(file, threads=threads)
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #17c6333b
 def predict_batch(
@@ -120,24 +135,17 @@ def predict_batch(
     die_with_parent()
     predictor = task.predictor()
     rows = [row for part in predictor.iter_predict(list(paths), max(1, len(paths))) for row in part.rows]
-    for row in rows:
-        if not task.overlays or row["error"]:
-            continue
+    for row in rows if task.overlays else ():
         try:
-            _write_overlays(task.overlay_files(row), predictor, row["path"])
+            for kind, file in task.overlay_files(row).items() if not row["error"] else ():
+                heat = saliency(predictor, [row["path"]])[0] if kind == "saliency" else None
+                write_image(file, overlay(read_image(row["path"]), heat))
         except OutputError:
             raise  # a full disk, say, which would hinder all that follow
         except Exception as error:
             row["error"] = describe_error(row["path"], error)
     return rows
 
-# %% ../../nbs/06_inference/40_batch.ipynb #c59b18fe
-def _write_overlays(files: dict[str, Path], predictor: Predictor, path: str) -> None:
-    "Save the overlays of one image. Raises OutputError, ImageError."
-    image = read_image(path)
-    for kind, file in files.items():
-        heat = saliency(predictor, [image])[0] if kind == "saliency" else None
-        write_image(file, overlay(image, heat))
 
 # %% ../../nbs/06_inference/40_batch.ipynb #97a923ff
 def _check_outputs(
@@ -146,7 +154,7 @@ def _check_outputs(
     "Refuse, before any work, what cannot be written or would replace what is read. Raises OutputError."
     if task.overlays:
         check_output(task.overlays, folder=True)
-        check_inputs_apart(paths, task.overlays)
+        check_apart(paths, task.overlays)
     wanted = [file for file in (out, json_file) if file]
     for file, suffix in ((out, ".csv"), (json_file, ".json")):
         if file and Path(file).suffix.lower() != suffix:
@@ -158,14 +166,6 @@ def _check_outputs(
                 what = "the model file" if read == task.model else "one of the images"
                 raise OutputError(f"{file}: is {what}. Choose another name for the predictions.")
 
-
-def check_inputs_apart(
-    paths: Sequence[str],  # files that are read
-    folder: str | os.PathLike,  # to be written, and marked as such
-) -> None:
-    "Raise OutputError where files lie in the folder for the results, which no search would find from then on."
-    for parent in dict.fromkeys(map(os.path.dirname, paths)):
-        check_apart(parent or os.curdir, folder)
 
 # %% ../../nbs/06_inference/40_batch.ipynb #8c1fdc5c
 def unfinished_file(
@@ -183,6 +183,7 @@ def _append(journal: Path, rows: Sequence[dict[str, Any]]) -> None:
         lines.flush()
         os.fsync(lines.fileno())
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #7e5be2b9
 def read_unfinished(
     journal: str | os.PathLike,  # rows, one JSON object a line
@@ -198,6 +199,7 @@ def read_unfinished(
         if isinstance(row, dict) and row.get("model_sha256") == model_sha256 and isinstance(row.get("path"), str):
             rows[row["path"]] = row
     return rows
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #f1985d7c
 def _resume(journal: Path, paths: Sequence[str], task: PredictionTask) -> set[str]:
@@ -215,6 +217,7 @@ def _still_holds(row: dict[str, Any], task: PredictionTask) -> bool:
     if row["error"] or not os.path.isfile(row["path"]) or file_sha256(row["path"]) != row["sha256"]:
         return False
     return all(file.is_file() for file in task.overlay_files(row).values())
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #a2d9f910
 def _write_tables(
@@ -235,6 +238,7 @@ def _write_tables(
         write_json(json_file, ordered)
     journal.unlink()
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #bc3a0c0e
 def _run_batches(paths: Sequence[str], task: PredictionTask, size: int, n_jobs: int | None) -> Iterator[list[dict[str, Any]]]:
     "Rows of batches as they are done; the first file is a batch of its own, so that something is seen at once."
@@ -251,6 +255,7 @@ def _run_batches(paths: Sequence[str], task: PredictionTask, size: int, n_jobs: 
         reason = "a worker process was killed; memory may have run out"
         raise ClusterError(f"{reason}. Give the same command with a smaller --batch-size or fewer --n-jobs.") from None
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #0a5dbd24
 @contextmanager
 def _sole_writer(task: PredictionTask, outputs: Sequence[str | os.PathLike]) -> Iterator[None]:
@@ -261,6 +266,7 @@ def _sole_writer(task: PredictionTask, outputs: Sequence[str | os.PathLike]) -> 
         if task.overlays:
             mark_output_folder(task.overlays)
         yield
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #651a7b0f
 def predict_files(
@@ -292,6 +298,7 @@ def predict_files(
             raise type(error)(f"{error} {hint}".strip()) from error
     return len(kept)
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #3fe6a331
 def exported_models(
     run: str | os.PathLike,  # a study's run folder
@@ -307,6 +314,7 @@ def exported_models(
         )
     return files
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #a1aa49f2
 def open_predictors(
     files: Iterable[str | os.PathLike],  # model files
@@ -321,13 +329,10 @@ def open_predictors(
             log(str(error))
     if not opened:
         raise ModelError("No model file can be opened. Copy them again, or export the models again.")
-    titles = [predictor.info["title"] for predictor in opened]
-    versions = [
-        f"{p.info['title']} {p.info['version']}" if titles.count(p.info["title"]) > 1 else p.info["title"] for p in opened
-    ]
-    for predictor, title in zip(opened, unique_names(versions)):
+    for predictor, title in zip(opened, unique_names(predictor.info["title"] for predictor in opened)):
         predictor.info["title"] = title
     return opened
+
 
 # %% ../../nbs/06_inference/40_batch.ipynb #746300a0
 def compare_models(
@@ -354,6 +359,7 @@ def compare_models(
         raise ImageError("No image can be read. Check the paths.")
     return compared[[name for name in compared if name != "error"] + ["error"]]
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #73a4dcd4
 def format_comparison(
     table: DataFrame,  # from `compare_models`
@@ -370,6 +376,7 @@ def format_comparison(
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)
 
+
 # %% ../../nbs/06_inference/40_batch.ipynb #109fabeb
 def compare_files(
     paths: Sequence[str],  # files, from `find_inputs`
@@ -383,7 +390,7 @@ def compare_files(
     models, out = exported_models(run), Path(out)
     for name in ("comparison.csv", "comparison.png"):
         check_output(out / name)
-    check_inputs_apart(paths, out)
+    check_apart(paths, out)
     with exclusive(out):
         table = compare_models(paths, models, log)
         mark_output_folder(out)

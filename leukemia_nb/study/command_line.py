@@ -235,23 +235,12 @@ def prepare(
     n_jobs: _Jobs = 1,
 ) -> None:
     "Turn a folder of images into pairs: each image and its mask image, resized. Goes on after an interruption."
-    from leukemia_nb.data.files import check_output, counted, exclusive, mark_output_folder, remove_unfinished, write_table
-    from leukemia_nb.data.manifest import build_manifest, check_apart, check_manifest, search_images
-    from leukemia_nb.processing.dataset import prepare_pairs
+    from leukemia_nb.data.files import counted
+    from leukemia_nb.processing.dataset import prepare_folder
     from leukemia_nb.study.driver import class_names
 
-    names = class_names(classes)
-    check_output(out, folder=True)
-    check_apart(search_images(data).paths, out)
     with _resumable():
-        manifest = build_manifest(data, classes=names, exclude=out, log=_log)
-        with exclusive(out / "pairs.csv"):
-            mark_output_folder(out)
-            remove_unfinished(out)
-            write_table(out / "manifest.csv", manifest)
-            check_manifest(manifest, minimum=1, classes=names)
-            pairs = prepare_pairs(manifest, out, size, segmentation, n_jobs)
-            write_table(out / "pairs.csv", pairs)
+        pairs = prepare_folder(data, out, class_names(classes), size, segmentation, n_jobs, _log)
     flagged, bad = int((pairs.flag != "").sum()), int((pairs.problem != "").sum())
     _echo(f"{counted(len(pairs) - bad, 'pair')} in {out}, {flagged} flagged; {counted(bad, 'image')} with problems in pairs.csv")
 
