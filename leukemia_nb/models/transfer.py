@@ -236,7 +236,13 @@ def write_features(
     original, segmented = compute_features(pairs, backbone, ("original", "segmented"))
     keys = {key: pairs.table[key].to_numpy(dtype=str) for key in ("pair", "flip", "subset")}
     with atomic_path(path) as temporary:
-        np.savez(temporary, original=original, segmented=segmented, **keys, made_with=_feature_key(name, source, preprocessing, image_size))
+        np.savez(
+            temporary,
+            original=original,
+            segmented=segmented,
+            **keys,
+            made_with=_feature_key(name, source, preprocessing, image_size),
+        )
     return Path(path)
 
 
@@ -266,13 +272,22 @@ def _check_features(path: Path, expected: str, train: Pairs, val: Pairs) -> None
         found, pairs = str(file["made_with"]), file["pair"]
         subsets = file["subset"]
     same = all(
-        np.array_equal(pairs[subsets == name], part.table["pair"].to_numpy(dtype=str)) for name, part in (("train", train), ("val", val))
+        np.array_equal(pairs[subsets == name], part.table["pair"].to_numpy(dtype=str))
+        for name, part in (("train", train), ("val", val))
     )
     if found != expected or not same:
         other = f"made with {found}, and the model needs {expected}" if found != expected else "of another dataset"
         raise ModelError(f"{path}: features {other}. Compute the features again.")
 
 # %% ../../nbs/03_models/20_transfer.ipynb #80d59c6b
+def _set_trainable(keras: ModuleType, backbone: "keras.Model", trainable: bool, pretrained: bool) -> None:
+    "Freeze or unfreeze a backbone; batch normalisation of a pretrained one stays frozen, with ImageNet's statistics."
+    backbone.trainable = trainable
+    for layer in backbone.layers:
+        if pretrained and isinstance(layer, keras.layers.BatchNormalization):
+            layer.trainable = False
+
+
 class KerasClassifier(ImageClassifier):
     "A head on a backbone of `BACKBONES`; the model's entry says which, and which head. `network_` is the whole network."
 
@@ -285,14 +300,17 @@ class KerasClassifier(ImageClassifier):
                 self.entry.backbone, self.weights, self.preprocessing, self.image_size, self.seed
             )
             pretrained = self.weights_source_ != "random initialisation"
-            backbone.trainable = not pretrained if self.fine_tune is None else self.fine_tune
+            _set_trainable(keras, backbone, not pretrained if self.fine_tune is None else self.fine_tune, pretrained)
             head = self._build_head(keras)
-            self.network_ = self._join(keras, backbone, head, pretrained)
+            self.network_ = self._join(keras, backbone, head)
             train, val = (Pairs(dataset, subset, self.image_size) for subset in ("train", "val"))
             targets = [self._targets(part.labels) for part in (train, val)]
             if backbone.trainable:
                 learning_rate = self.learning_rate * (0.1 if pretrained else 1)
-                inputs = [image_batches(p, t, self.channels, self.batch_size, s) for p, t, s in zip((train, val), targets, (self.seed, None))]
+                inputs = [
+                    image_batches(p, t, self.channels, self.batch_size, s)
+                    for p, t, s in zip((train, val), targets, (self.seed, None))
+                ]
                 self._train(self.network_, learning_rate, {"x": inputs[0], "validation_data": inputs[1]}, log)
             else:
                 x = self._frozen_features(backbone, features, train, val)
@@ -309,11 +327,10 @@ class KerasClassifier(ImageClassifier):
         output = keras.layers.Dense(len(self.classes_), activation="softmax")
         return keras.Sequential([inputs, *layers, output], name="head")
 
-    def _join(self, keras: ModuleType, backbone: "keras.Model", head: "keras.Model", pretrained: bool) -> "keras.Model":
-        "Pixels to probabilities; a pretrained backbone stays in inference mode, whose batch statistics are ImageNet's."
+    def _join(self, keras: ModuleType, backbone: "keras.Model", head: "keras.Model") -> "keras.Model":
+        "The network from pixels to probabilities."
         inputs = [keras.Input((self.image_size, self.image_size, 3), name=channel) for channel in self.channels]
-        mode = {"training": False} if pretrained or not backbone.trainable else {}
-        maps = [backbone(pixels, **mode) for pixels in inputs]
+        maps = [backbone(pixels) for pixels in inputs]
         if len(inputs) == 1:
             return keras.Model(inputs[0], head(keras.layers.GlobalAveragePooling2D(name="features")(maps[0])), name=self.name)
         pool = keras.layers.GlobalAveragePooling2D()
@@ -353,12 +370,12 @@ class KerasClassifier(ImageClassifier):
         return pixels if len(self.channels) == 1 else [pixels[:, i] for i in range(len(self.channels))]
 
     def _predict(self, batch: np.ndarray) -> np.ndarray:
-        return self.network_.predict_on_batch(self._inputs(batch))
+        return self.network_.predict(self._inputs(batch), verbose=0)
 
     def _features(self, batch: np.ndarray) -> np.ndarray:
         if getattr(self, "_extractor", None) is None or self._extractor.inputs[0] is not self.network_.inputs[0]:
             self._extractor = import_keras().Model(self.network_.inputs, self.network_.get_layer("features").output)
-        return self._extractor.predict_on_batch(self._inputs(batch))
+        return self._extractor.predict(self._inputs(batch), verbose=0)
 
     def _save(self, folder: Path) -> None:
         self.network_.save(folder / "model.keras")
