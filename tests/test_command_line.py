@@ -84,7 +84,7 @@ def test_predict_says_that_a_folder_has_no_images(tmp_path):
     model = dummy_model_file(tmp_path / "m.onnx")
     (tmp_path / "EMPTY").mkdir()
     status, out, error = call("predict", tmp_path / "EMPTY", "--model", model)
-    assert status == 1 and "EMPTY: cannot be opened: it is a folder" in out and "no images" in error
+    assert status == 1 and "EMPTY: cannot be opened: it is a folder" in out and "EMPTY: 0 images found" in error
 
 
 def test_predict_writes_tables_and_overlays(smears, tmp_path):
@@ -201,8 +201,8 @@ def test_predict_looks_at_its_outputs_first(smears, tmp_path):
     image = next((smears / "Normal").glob("*.png"))
     before = image.read_bytes(), model.read_bytes()
     for option, file, message in [
-        ("--out", image, "is one of the images"),
-        ("--json", model, "is the model file"),
+        ("--out", image, "must end in .csv"),
+        ("--json", model, "must end in .json"),
         ("--out", smears, "choose another name"),
         ("--overlays", model, "A file stands"),
     ]:
@@ -232,8 +232,8 @@ def test_help_waits_for_nothing():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["predict", "a.png", "--model", "EMPTY/none.onnx"], "No such file"),
-        (["predict", "a.png", "--model", "EMPTY"], "Is a directory"),
+        (["predict", "a.png", "--model", "EMPTY/none.onnx"], "no such file"),
+        (["predict", "a.png", "--model", "EMPTY"], "a folder, where a model file is needed"),
         (["predict", "a.png", "--model", __file__], "not a model file"),
         (["predict", "a.png", "--model", __file__, "--saliency"], "--overlays FOLDER"),
         (["compare", "a.png", "--study", "EMPTY"], "no exported models"),
