@@ -179,7 +179,7 @@ def drop_zone(
 class _Layout:
     "The widgets of the page."
 
-    def __init__(self, models: Sequence[Predictor], note: str):
+    def __init__(self, models: Sequence[Predictor], note: str, receive: Callable[..., Any]):
         from ipywidgets import HTML, Box, Button, HBox, VBox
 
         self.models = list(models)
@@ -192,13 +192,9 @@ class _Layout:
         self.examples = [Button(description=name) for name in CLASSES]
         row = HBox([HTML("No image at hand? A synthetic smear:"), *self.examples]).add_class("app-synthetic")
         columns = Box([self.image, self.predictions]).add_class("app-columns")
-        parts = [self.head, drop_zone(self.receive), row, self.message, columns, self.button, self.saliency, self.about]
+        parts = [self.head, drop_zone(receive), row, self.message, columns, self.button, self.saliency, self.about]
         self.widget = VBox(parts).add_class("app")
         self.clear()
-
-    def receive(self, name: str, content: bytes | memoryview | None, megabytes: float = 0.0) -> None:
-        "A file has arrived."
-        raise NotImplementedError
 
     def clear(self, message: str = "") -> None:
         "Remove everything about the last image; say why, if there is a reason."
@@ -218,7 +214,7 @@ class Panel(_Layout):
         models: Sequence[Predictor],  # exported models
         note: str = "",  # a remark that stays at the top
     ):
-        super().__init__(models, note)
+        super().__init__(models, note, self.receive)
         self.n_examples = 0
         self.button.on_click(lambda _: self.explain())
         for button in self.examples:
@@ -236,7 +232,8 @@ class Panel(_Layout):
     def show(self, name: str, image: np.ndarray) -> None:
         "Show an image with its cells and each model's prediction."
         self.clear()
-        self.shown = image, find_image_cells(image)
+        size = self.models[0].image_size if self.models else 224
+        self.shown = image, find_image_cells(image, size)
         self.image.value = image_html(name, *self.shown)
         rows = [model.predict(image).rows[0] for model in self.models]
         self.predictions.value = predictions_html(rows, [model.info["title"] for model in self.models], self.classes)

@@ -44,7 +44,6 @@ __all__ = [
     "find_inputs",
     "PredictionTask",
     "predict_batch",
-    "check_inputs_apart",
     "unfinished_file",
     "read_unfinished",
     "predict_files",
@@ -136,25 +135,16 @@ def predict_batch(
     die_with_parent()
     predictor = task.predictor()
     rows = [row for part in predictor.iter_predict(list(paths), max(1, len(paths))) for row in part.rows]
-    for row in rows:
-        if not task.overlays or row["error"]:
-            continue
+    for row in rows if task.overlays else ():
         try:
-            _write_overlays(task.overlay_files(row), predictor, row["path"])
+            for kind, file in task.overlay_files(row).items() if not row["error"] else ():
+                heat = saliency(predictor, [row["path"]])[0] if kind == "saliency" else None
+                write_image(file, overlay(read_image(row["path"]), heat))
         except OutputError:
             raise  # a full disk, say, which would hinder all that follow
         except Exception as error:
             row["error"] = describe_error(row["path"], error)
     return rows
-
-
-# %% ../../nbs/06_inference/40_batch.ipynb #c59b18fe
-def _write_overlays(files: dict[str, Path], predictor: Predictor, path: str) -> None:
-    "Save the overlays of one image. Raises OutputError, ImageError."
-    image = read_image(path)
-    for kind, file in files.items():
-        heat = saliency(predictor, [image])[0] if kind == "saliency" else None
-        write_image(file, overlay(image, heat))
 
 
 # %% ../../nbs/06_inference/40_batch.ipynb #97a923ff
@@ -164,7 +154,7 @@ def _check_outputs(
     "Refuse, before any work, what cannot be written or would replace what is read. Raises OutputError."
     if task.overlays:
         check_output(task.overlays, folder=True)
-        check_inputs_apart(paths, task.overlays)
+        check_apart(paths, task.overlays)
     wanted = [file for file in (out, json_file) if file]
     for file, suffix in ((out, ".csv"), (json_file, ".json")):
         if file and Path(file).suffix.lower() != suffix:
@@ -175,15 +165,6 @@ def _check_outputs(
             if os.path.exists(read) and os.path.samefile(file, read):
                 what = "the model file" if read == task.model else "one of the images"
                 raise OutputError(f"{file}: is {what}. Choose another name for the predictions.")
-
-
-def check_inputs_apart(
-    paths: Sequence[str],  # files that are read
-    folder: str | os.PathLike,  # to be written, and marked as such
-) -> None:
-    "Raise OutputError where files lie in the folder for the results, which no search would find from then on."
-    for parent in dict.fromkeys(map(os.path.dirname, paths)):
-        check_apart(parent or os.curdir, folder)
 
 
 # %% ../../nbs/06_inference/40_batch.ipynb #8c1fdc5c
@@ -348,11 +329,7 @@ def open_predictors(
             log(str(error))
     if not opened:
         raise ModelError("No model file can be opened. Copy them again, or export the models again.")
-    titles = [predictor.info["title"] for predictor in opened]
-    versions = [
-        f"{p.info['title']} {p.info['version']}" if titles.count(p.info["title"]) > 1 else p.info["title"] for p in opened
-    ]
-    for predictor, title in zip(opened, unique_names(versions)):
+    for predictor, title in zip(opened, unique_names(predictor.info["title"] for predictor in opened)):
         predictor.info["title"] = title
     return opened
 
@@ -413,7 +390,7 @@ def compare_files(
     models, out = exported_models(run), Path(out)
     for name in ("comparison.csv", "comparison.png"):
         check_output(out / name)
-    check_inputs_apart(paths, out)
+    check_apart(paths, out)
     with exclusive(out):
         table = compare_models(paths, models, log)
         mark_output_folder(out)

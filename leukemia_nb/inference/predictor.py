@@ -16,11 +16,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ..data.files import OutputError, counted, file_sha256, shown
+from ..data.files import counted, file_sha256, shown
 from ..data.images import ImageError, as_rgb, read_image, resize_square
+from ..errors import LeukemiaError
 from .model_file import open_model_file
 from .ood import image_statistics, ood_distance
-from ..models.interface import ModelError
 from ..plotting import class_colours
 from ..processing.cells import FEATURE_NAMES, SIDE, cell_crops, cell_features, find_cells
 from ..processing.segmentation import apply_mask, check_mask, draw_outlines, segment
@@ -66,16 +66,12 @@ def describe_error(
     path: str,  # of the image, "" for one in memory
     error: Exception,  # what happened
 ) -> str:  # one line
-    "An error as the row of its image says it: the error's own words where they are meant for people."
-    if isinstance(error, ImageError | ModelError | OutputError):
+    "An error as the row of its image says it."
+    if isinstance(error, LeukemiaError):
         return str(error)
-    where = f"{path}: " if path else ""
-    if isinstance(error, OSError):
-        return f"{where}cannot be read: {error.strerror or error}. Check the file and its disk."
-    if isinstance(error, MemoryError):
-        return f"{where}memory ran out. Scale the image down, or use a smaller --batch-size or --n-jobs."
-    reason = (str(error).splitlines() or [""])[0]
-    return f"{where}the software failed on this image ({type(error).__name__}: {reason}). Save it as PNG, or report this."
+    reason = (str(error).splitlines() or ["no message"])[0]
+    remedy = "Save the image as PNG, predict fewer at a time (--batch-size, --n-jobs), or report this."
+    return f"{path or 'image'}: the software failed ({type(error).__name__}: {reason}). {remedy}"
 
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #33984db5
