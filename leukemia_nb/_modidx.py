@@ -15,6 +15,10 @@ d = {
                 "05_audit/baselines.html#baseline.estimator",
                 "leukemia_nb/audit/baselines.py",
             ),
+            "leukemia_nb.audit.baselines._colour_features": (
+                "05_audit/baselines.html#_colour_features",
+                "leukemia_nb/audit/baselines.py",
+            ),
             "leukemia_nb.audit.baselines._features_of": (
                 "05_audit/baselines.html#_features_of",
                 "leukemia_nb/audit/baselines.py",
@@ -39,12 +43,24 @@ d = {
                 "leukemia_nb/audit/baselines.py",
             ),
             "leukemia_nb.audit.baselines._pixels": ("05_audit/baselines.html#_pixels", "leukemia_nb/audit/baselines.py"),
+            "leukemia_nb.audit.baselines._shape_features": (
+                "05_audit/baselines.html#_shape_features",
+                "leukemia_nb/audit/baselines.py",
+            ),
+            "leukemia_nb.audit.baselines._silhouette_features": (
+                "05_audit/baselines.html#_silhouette_features",
+                "leukemia_nb/audit/baselines.py",
+            ),
             "leukemia_nb.audit.baselines._silhouettes": (
                 "05_audit/baselines.html#_silhouettes",
                 "leukemia_nb/audit/baselines.py",
             ),
             "leukemia_nb.audit.baselines._stretched_grey": (
                 "05_audit/baselines.html#_stretched_grey",
+                "leukemia_nb/audit/baselines.py",
+            ),
+            "leukemia_nb.audit.baselines._texture_features": (
+                "05_audit/baselines.html#_texture_features",
                 "leukemia_nb/audit/baselines.py",
             ),
             "leukemia_nb.audit.baselines.background_pixels": (
@@ -61,10 +77,6 @@ d = {
             ),
             "leukemia_nb.audit.baselines.baseline_views_figure": (
                 "05_audit/baselines.html#baseline_views_figure",
-                "leukemia_nb/audit/baselines.py",
-            ),
-            "leukemia_nb.audit.baselines.colour_features": (
-                "05_audit/baselines.html#colour_features",
                 "leukemia_nb/audit/baselines.py",
             ),
             "leukemia_nb.audit.baselines.cross_validate_baselines": (
@@ -87,18 +99,6 @@ d = {
                 "05_audit/baselines.html#scale_bar_corner",
                 "leukemia_nb/audit/baselines.py",
             ),
-            "leukemia_nb.audit.baselines.shape_features": (
-                "05_audit/baselines.html#shape_features",
-                "leukemia_nb/audit/baselines.py",
-            ),
-            "leukemia_nb.audit.baselines.silhouette_features": (
-                "05_audit/baselines.html#silhouette_features",
-                "leukemia_nb/audit/baselines.py",
-            ),
-            "leukemia_nb.audit.baselines.texture_features": (
-                "05_audit/baselines.html#texture_features",
-                "leukemia_nb/audit/baselines.py",
-            ),
         },
         "leukemia_nb.audit.cue_conflict": {
             "leukemia_nb.audit.cue_conflict._best_pieces": (
@@ -110,9 +110,17 @@ d = {
                 "05_audit/cue_conflict.html#_composite",
                 "leukemia_nb/audit/cue_conflict.py",
             ),
+            "leukemia_nb.audit.cue_conflict._copy_scale_bar": (
+                "05_audit/cue_conflict.html#_copy_scale_bar",
+                "leukemia_nb/audit/cue_conflict.py",
+            ),
             "leukemia_nb.audit.cue_conflict._donors": ("05_audit/cue_conflict.html#_donors", "leukemia_nb/audit/cue_conflict.py"),
             "leukemia_nb.audit.cue_conflict._ellipse": (
                 "05_audit/cue_conflict.html#_ellipse",
+                "leukemia_nb/audit/cue_conflict.py",
+            ),
+            "leukemia_nb.audit.cue_conflict._erase_scale_bar": (
+                "05_audit/cue_conflict.html#_erase_scale_bar",
                 "leukemia_nb/audit/cue_conflict.py",
             ),
             "leukemia_nb.audit.cue_conflict._next_window": (
@@ -127,20 +135,12 @@ d = {
                 "05_audit/cue_conflict.html#_white_label",
                 "leukemia_nb/audit/cue_conflict.py",
             ),
-            "leukemia_nb.audit.cue_conflict.copy_scale_bar": (
-                "05_audit/cue_conflict.html#copy_scale_bar",
-                "leukemia_nb/audit/cue_conflict.py",
-            ),
             "leukemia_nb.audit.cue_conflict.cue_conflict_figure": (
                 "05_audit/cue_conflict.html#cue_conflict_figure",
                 "leukemia_nb/audit/cue_conflict.py",
             ),
             "leukemia_nb.audit.cue_conflict.cue_conflict_rates": (
                 "05_audit/cue_conflict.html#cue_conflict_rates",
-                "leukemia_nb/audit/cue_conflict.py",
-            ),
-            "leukemia_nb.audit.cue_conflict.erase_scale_bar": (
-                "05_audit/cue_conflict.html#erase_scale_bar",
                 "leukemia_nb/audit/cue_conflict.py",
             ),
             "leukemia_nb.audit.cue_conflict.find_scale_bar": (
@@ -166,17 +166,18 @@ d = {
         },
         "leukemia_nb.audit.robustness": {
             "leukemia_nb.audit.robustness.Corruption": ("05_audit/robustness.html#corruption", "leukemia_nb/audit/robustness.py"),
+            "leukemia_nb.audit.robustness._change_brightness": (
+                "05_audit/robustness.html#_change_brightness",
+                "leukemia_nb/audit/robustness.py",
+            ),
+            "leukemia_nb.audit.robustness._compress": ("05_audit/robustness.html#_compress", "leukemia_nb/audit/robustness.py"),
             "leukemia_nb.audit.robustness._level_metrics": (
                 "05_audit/robustness.html#_level_metrics",
                 "leukemia_nb/audit/robustness.py",
             ),
             "leukemia_nb.audit.robustness._levels": ("05_audit/robustness.html#_levels", "leukemia_nb/audit/robustness.py"),
+            "leukemia_nb.audit.robustness._rotate": ("05_audit/robustness.html#_rotate", "leukemia_nb/audit/robustness.py"),
             "leukemia_nb.audit.robustness.blur": ("05_audit/robustness.html#blur", "leukemia_nb/audit/robustness.py"),
-            "leukemia_nb.audit.robustness.change_brightness": (
-                "05_audit/robustness.html#change_brightness",
-                "leukemia_nb/audit/robustness.py",
-            ),
-            "leukemia_nb.audit.robustness.compress": ("05_audit/robustness.html#compress", "leukemia_nb/audit/robustness.py"),
             "leukemia_nb.audit.robustness.corrupt": ("05_audit/robustness.html#corrupt", "leukemia_nb/audit/robustness.py"),
             "leukemia_nb.audit.robustness.corruptions_figure": (
                 "05_audit/robustness.html#corruptions_figure",
@@ -194,7 +195,6 @@ d = {
                 "05_audit/robustness.html#robustness_table",
                 "leukemia_nb/audit/robustness.py",
             ),
-            "leukemia_nb.audit.robustness.rotate": ("05_audit/robustness.html#rotate", "leukemia_nb/audit/robustness.py"),
             "leukemia_nb.audit.robustness.scale_stains": (
                 "05_audit/robustness.html#scale_stains",
                 "leukemia_nb/audit/robustness.py",
@@ -202,6 +202,11 @@ d = {
             "leukemia_nb.audit.robustness.shift_hue": ("05_audit/robustness.html#shift_hue", "leukemia_nb/audit/robustness.py"),
         },
         "leukemia_nb.audit.saliency": {
+            "leukemia_nb.audit.saliency._channel_gradients": (
+                "05_audit/saliency.html#_channel_gradients",
+                "leukemia_nb/audit/saliency.py",
+            ),
+            "leukemia_nb.audit.saliency._feature_maps": ("05_audit/saliency.html#_feature_maps", "leukemia_nb/audit/saliency.py"),
             "leukemia_nb.audit.saliency._frameworks": ("05_audit/saliency.html#_frameworks", "leukemia_nb/audit/saliency.py"),
             "leukemia_nb.audit.saliency._heatmaps": ("05_audit/saliency.html#_heatmaps", "leukemia_nb/audit/saliency.py"),
             "leukemia_nb.audit.saliency._keras_maps": ("05_audit/saliency.html#_keras_maps", "leukemia_nb/audit/saliency.py"),
@@ -224,15 +229,11 @@ d = {
                 "05_audit/saliency.html#_torch_weights",
                 "leukemia_nb/audit/saliency.py",
             ),
-            "leukemia_nb.audit.saliency.channel_gradients": (
-                "05_audit/saliency.html#channel_gradients",
-                "leukemia_nb/audit/saliency.py",
-            ),
+            "leukemia_nb.audit.saliency._widen_cells": ("05_audit/saliency.html#_widen_cells", "leukemia_nb/audit/saliency.py"),
             "leukemia_nb.audit.saliency.energy_pointing_game": (
                 "05_audit/saliency.html#energy_pointing_game",
                 "leukemia_nb/audit/saliency.py",
             ),
-            "leukemia_nb.audit.saliency.feature_maps": ("05_audit/saliency.html#feature_maps", "leukemia_nb/audit/saliency.py"),
             "leukemia_nb.audit.saliency.grad_cam": ("05_audit/saliency.html#grad_cam", "leukemia_nb/audit/saliency.py"),
             "leukemia_nb.audit.saliency.occlusion_map": ("05_audit/saliency.html#occlusion_map", "leukemia_nb/audit/saliency.py"),
             "leukemia_nb.audit.saliency.randomisation_check": (
@@ -259,7 +260,6 @@ d = {
                 "05_audit/saliency.html#saliency_table",
                 "leukemia_nb/audit/saliency.py",
             ),
-            "leukemia_nb.audit.saliency.widen_cells": ("05_audit/saliency.html#widen_cells", "leukemia_nb/audit/saliency.py"),
         },
         "leukemia_nb.data.files": {
             "leukemia_nb.data.files.OutputError": ("01_data/files.html#outputerror", "leukemia_nb/data/files.py"),
@@ -488,7 +488,6 @@ d = {
             "leukemia_nb.data.synthetic._scale_bar": ("01_data/synthetic.html#_scale_bar", "leukemia_nb/data/synthetic.py"),
             "leukemia_nb.data.synthetic._texture": ("01_data/synthetic.html#_texture", "leukemia_nb/data/synthetic.py"),
             "leukemia_nb.data.synthetic._waves": ("01_data/synthetic.html#_waves", "leukemia_nb/data/synthetic.py"),
-            "leukemia_nb.data.synthetic.read_cells": ("01_data/synthetic.html#read_cells", "leukemia_nb/data/synthetic.py"),
             "leukemia_nb.data.synthetic.smear": ("01_data/synthetic.html#smear", "leukemia_nb/data/synthetic.py"),
             "leukemia_nb.data.synthetic.write_smears": ("01_data/synthetic.html#write_smears", "leukemia_nb/data/synthetic.py"),
         },
@@ -733,6 +732,10 @@ d = {
                 "04_evaluation/uncertainty.html#_correct_images",
                 "leukemia_nb/evaluation/uncertainty.py",
             ),
+            "leukemia_nb.evaluation.uncertainty._effective_groups": (
+                "04_evaluation/uncertainty.html#_effective_groups",
+                "leukemia_nb/evaluation/uncertainty.py",
+            ),
             "leukemia_nb.evaluation.uncertainty._grouped_values": (
                 "04_evaluation/uncertainty.html#_grouped_values",
                 "leukemia_nb/evaluation/uncertainty.py",
@@ -763,10 +766,6 @@ d = {
             ),
             "leukemia_nb.evaluation.uncertainty.difference_figure": (
                 "04_evaluation/uncertainty.html#difference_figure",
-                "leukemia_nb/evaluation/uncertainty.py",
-            ),
-            "leukemia_nb.evaluation.uncertainty.effective_groups": (
-                "04_evaluation/uncertainty.html#effective_groups",
                 "leukemia_nb/evaluation/uncertainty.py",
             ),
             "leukemia_nb.evaluation.uncertainty.format_proportion": (
@@ -810,10 +809,6 @@ d = {
                 "leukemia_nb/inference/app.py",
             ),
             "leukemia_nb.inference.app._Layout.clear": ("06_inference/app.html#_layout.clear", "leukemia_nb/inference/app.py"),
-            "leukemia_nb.inference.app._Layout.receive": (
-                "06_inference/app.html#_layout.receive",
-                "leukemia_nb/inference/app.py",
-            ),
             "leukemia_nb.inference.app._outline": ("06_inference/app.html#_outline", "leukemia_nb/inference/app.py"),
             "leukemia_nb.inference.app.drop_zone": ("06_inference/app.html#drop_zone", "leukemia_nb/inference/app.py"),
             "leukemia_nb.inference.app.headline": ("06_inference/app.html#headline", "leukemia_nb/inference/app.py"),
@@ -864,16 +859,8 @@ d = {
                 "06_inference/batch.html#_still_holds",
                 "leukemia_nb/inference/batch.py",
             ),
-            "leukemia_nb.inference.batch._write_overlays": (
-                "06_inference/batch.html#_write_overlays",
-                "leukemia_nb/inference/batch.py",
-            ),
             "leukemia_nb.inference.batch._write_tables": (
                 "06_inference/batch.html#_write_tables",
-                "leukemia_nb/inference/batch.py",
-            ),
-            "leukemia_nb.inference.batch.check_inputs_apart": (
-                "06_inference/batch.html#check_inputs_apart",
                 "leukemia_nb/inference/batch.py",
             ),
             "leukemia_nb.inference.batch.compare_files": (

@@ -8,10 +8,6 @@ __all__ = [
     "BACKGROUND_ONLY",
     "scale_bar_corner",
     "background_pixels",
-    "colour_features",
-    "texture_features",
-    "shape_features",
-    "silhouette_features",
     "Baseline",
     "baseline_views_figure",
     "baseline_features",
@@ -67,8 +63,8 @@ def background_pixels(
     return free
 
 
-# %% ../../nbs/05_audit/10_baselines.ipynb #a7e3077e
-def colour_features(
+# %% ../../nbs/05_audit/10_baselines.ipynb #1e7a793f
+def _colour_features(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
     mask: np.ndarray | None = None,  # bool (H, W), the pixels that count; None: all
 ) -> np.ndarray:  # float32 (21,)
@@ -80,8 +76,8 @@ def colour_features(
     return np.concatenate([pixels.mean(axis=0), pixels.std(axis=0), percentiles.ravel()]).astype(np.float32)
 
 
-# %% ../../nbs/05_audit/10_baselines.ipynb #6e56bd9c
-def texture_features(
+# %% ../../nbs/05_audit/10_baselines.ipynb #914e2141
+def _texture_features(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
     mask: np.ndarray | None = None,  # bool (H, W), the pixels that count; None: all
     radii: Sequence[int] = (1, 3),  # distances of the neighbours, pixels
@@ -97,8 +93,8 @@ def texture_features(
     return np.concatenate(found).astype(np.float32)
 
 
-# %% ../../nbs/05_audit/10_baselines.ipynb #215b0cf8
-def shape_features(
+# %% ../../nbs/05_audit/10_baselines.ipynb #725f9f82
+def _shape_features(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
 ) -> np.ndarray:  # float32 (324,)
     "Histograms of oriented gradients of the grey image at 64 x 64 pixels."
@@ -116,8 +112,8 @@ def _stretched_grey(image: np.ndarray, side: int | None = None) -> np.ndarray:
     return np.clip((grey - low) / max(high - low, 1), 0, 1).astype(np.float32)
 
 
-# %% ../../nbs/05_audit/10_baselines.ipynb #b7567e33
-def silhouette_features(
+# %% ../../nbs/05_audit/10_baselines.ipynb #5a58d6dc
+def _silhouette_features(
     cells: np.ndarray,  # int (H, W), 0 background, 1..n white cells
 ) -> np.ndarray:  # float32 (30,), independent of the image's size
     "Number of cells, their area, and mean, deviation, minimum and maximum of seven region properties of scikit-image."
@@ -192,19 +188,19 @@ def _silhouettes(image: np.ndarray, cells: np.ndarray) -> np.ndarray:
     return np.repeat(np.where(cells > 0, 255, 0).astype(np.uint8)[..., None], 3, axis=2)
 
 
-# %% ../../nbs/05_audit/10_baselines.ipynb #a569ddc7
+# %% ../../nbs/05_audit/10_baselines.ipynb #ad359eab
 BASELINES: dict[str, Baseline] = {
     "background_colour": Baseline(
         "Background colour",
         "21 colour statistics; cells and scale bar masked out",
-        lambda image, cells: colour_features(image, background_pixels(image, cells)),
+        lambda image, cells: _colour_features(image, background_pixels(image, cells)),
         lambda image, cells: _only(image, background_pixels(image, cells)),
         background_only=True,
     ),
     "background_texture": Baseline(
         "Background texture",
         "grey patterns of 3 and 7 pixels; cells and scale bar masked out",
-        lambda image, cells: texture_features(image, background_pixels(image, cells)),
+        lambda image, cells: _texture_features(image, background_pixels(image, cells)),
         lambda image, cells: _only(_grey_view(image, cells), background_pixels(image, cells)),
         linear=True,
         background_only=True,
@@ -218,13 +214,13 @@ BASELINES: dict[str, Baseline] = {
     ),
 }
 
-# %% ../../nbs/05_audit/10_baselines.ipynb #67509f02
+# %% ../../nbs/05_audit/10_baselines.ipynb #48245ed6
 BASELINES |= {
     "colour": Baseline(
-        "Colour statistics", "21 colour statistics of the whole image", lambda image, cells: colour_features(image), _palette
+        "Colour statistics", "21 colour statistics of the whole image", lambda image, cells: _colour_features(image), _palette
     ),
     "silhouettes": Baseline(
-        "Silhouettes", "number, size and outline of the cells", lambda image, cells: silhouette_features(cells), _silhouettes
+        "Silhouettes", "number, size and outline of the cells", lambda image, cells: _silhouette_features(cells), _silhouettes
     ),
     "blur": Baseline(
         "16x16 blur",
@@ -233,18 +229,18 @@ BASELINES |= {
         lambda image, cells: cv2.resize(_pixels(image, 16, 16), image.shape[1::-1], interpolation=cv2.INTER_NEAREST),
     ),
     "grey_texture": Baseline(
-        "Grey texture", "grey patterns of 3 and 7 pixels", lambda image, cells: texture_features(image), _grey_view, linear=True
+        "Grey texture", "grey patterns of 3 and 7 pixels", lambda image, cells: _texture_features(image), _grey_view, linear=True
     ),
     "grey_shape": Baseline(
         "Grey shapes",
         "grey edges at 64x64 pixels",
-        lambda image, cells: shape_features(image),
+        lambda image, cells: _shape_features(image),
         lambda image, cells: _grey_view(image, cells, 64),
     ),
     "permuted": Baseline(
         "Permuted labels",
         "colour statistics, labels shuffled",
-        lambda image, cells: colour_features(image),
+        lambda image, cells: _colour_features(image),
         _palette,
         permuted=True,
     ),

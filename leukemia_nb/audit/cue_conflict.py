@@ -9,8 +9,6 @@ __all__ = [
     "removal_mask",
     "inpaint_background",
     "paste_cells",
-    "erase_scale_bar",
-    "copy_scale_bar",
     "make_composites",
     "cue_conflict_rates",
     "cue_conflict_figure",
@@ -203,8 +201,8 @@ def _transfer_colours(
     return np.clip(np.rint(alpha * moved + (1 - alpha) * image), 0, 255).astype(np.uint8)
 
 
-# %% ../../nbs/05_audit/20_cue_conflict.ipynb #9e4a6085
-def erase_scale_bar(
+# %% ../../nbs/05_audit/20_cue_conflict.ipynb #fc3206ec
+def _erase_scale_bar(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
     seed: int = 0,  # of `inpaint_background`
 ) -> np.ndarray:  # uint8 (H, W, 3)
@@ -214,7 +212,7 @@ def erase_scale_bar(
     return inpaint_background(image, hole, removal_mask(image), seed) if bar.any() else image.copy()
 
 
-def copy_scale_bar(
+def _copy_scale_bar(
     image: np.ndarray,  # uint8 (H, W, 3) RGB, without scale bar
     donor: np.ndarray,  # uint8 (H, W, 3), with one
 ) -> np.ndarray:  # uint8 (H, W, 3)
@@ -275,7 +273,7 @@ def _donors(labels: np.ndarray, random: np.random.Generator) -> tuple[list[int],
     return other_class, [int(random.choice(rows)) if len(rows) else row for row, rows in enumerate(same)]
 
 
-# %% ../../nbs/05_audit/20_cue_conflict.ipynb #7b1e1021
+# %% ../../nbs/05_audit/20_cue_conflict.ipynb #7b41045f
 def _composite(kind: str, images: np.ndarray, cells: np.ndarray, row: int, donor: int, seed: int) -> np.ndarray:
     image, mask, donor_mask = images[row], cells[row] > 0, cells[donor] > 0
 
@@ -287,9 +285,9 @@ def _composite(kind: str, images: np.ndarray, cells: np.ndarray, row: int, donor
     if kind in ("mixed_next", "mixed_same"):
         return paste_cells(image, mask, only_background(donor))
     if kind == "no_scale_bar":
-        return erase_scale_bar(image, seed)
+        return _erase_scale_bar(image, seed)
     if kind == "other_scale_bar":
-        return copy_scale_bar(erase_scale_bar(image, seed), images[donor])
+        return _copy_scale_bar(_erase_scale_bar(image, seed), images[donor])
     if kind == "colour_transfer":
         return _transfer_colours(image, images[donor])
     if kind == "background_colour":

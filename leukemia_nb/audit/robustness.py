@@ -7,10 +7,7 @@ __all__ = [
     "CORRUPTIONS",
     "shift_hue",
     "scale_stains",
-    "change_brightness",
     "blur",
-    "compress",
-    "rotate",
     "Corruption",
     "corrupt",
     "corruptions_figure",
@@ -65,8 +62,8 @@ def scale_stains(
     return np.clip(np.rint(255 * np.exp(-densities)), 0, 255).astype(np.uint8)
 
 
-# %% ../../nbs/05_audit/30_robustness.ipynb #c551c273
-def change_brightness(
+# %% ../../nbs/05_audit/30_robustness.ipynb #3eb7d718
+def _change_brightness(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
     factor: float,  # of every channel
 ) -> np.ndarray:  # uint8 (H, W, 3)
@@ -83,7 +80,7 @@ def blur(
     return cv2.GaussianBlur(image, (0, 0), width, borderType=cv2.BORDER_REFLECT_101) if width > 0 else image.copy()
 
 
-def compress(
+def _compress(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
     quality: float,  # 1 to 99; 100 leaves the image as it is
 ) -> np.ndarray:  # uint8 (H, W, 3)
@@ -94,8 +91,8 @@ def compress(
     return np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR_RGB))
 
 
-# %% ../../nbs/05_audit/30_robustness.ipynb #d32ba1c1
-def rotate(
+# %% ../../nbs/05_audit/30_robustness.ipynb #0538f101
+def _rotate(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
     degrees: float,  # anticlockwise
 ) -> np.ndarray:  # uint8 (H, W, 3)
@@ -107,7 +104,7 @@ def rotate(
     return cv2.warpAffine(image, turn, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT_101)
 
 
-# %% ../../nbs/05_audit/30_robustness.ipynb #ff9cfb61
+# %% ../../nbs/05_audit/30_robustness.ipynb #59502699
 @dataclass(frozen=True)
 class Corruption:
     "A change of an image, at several levels."
@@ -128,10 +125,10 @@ CORRUPTIONS: dict[str, Corruption] = {
     "stain_strength": Corruption(
         "Stain strength", "all stains ×", (0.6, 1.4), 1, lambda image, level: scale_stains(image, level, level, level)
     ),
-    "brightness": Corruption("Brightness", "light ×", (0.6, 0.8, 1.15), 1, change_brightness),
+    "brightness": Corruption("Brightness", "light ×", (0.6, 0.8, 1.15), 1, _change_brightness),
     "blur": Corruption("Blur", "pixels of 224", (1, 2, 3), 0, blur),
-    "jpeg": Corruption("JPEG", "quality", (10, 20, 50), 100, compress),
-    "rotation": Corruption("Rotation", "degrees", (30, 90, 180), 0, rotate, geometric=True),
+    "jpeg": Corruption("JPEG", "quality", (10, 20, 50), 100, _compress),
+    "rotation": Corruption("Rotation", "degrees", (30, 90, 180), 0, _rotate, geometric=True),
 }
 
 

@@ -5,13 +5,10 @@
 # %% auto #0
 __all__ = [
     "saliency_method",
-    "feature_maps",
     "grad_cam",
     "saliency_figure",
-    "widen_cells",
     "energy_pointing_game",
     "occlusion_map",
-    "channel_gradients",
     "randomised_weights",
     "randomisation_check",
     "saliency_table",
@@ -106,8 +103,8 @@ def _frameworks(model: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return _FRAMEWORKS[model.entry.framework]
 
 
-# %% ../../nbs/05_audit/40_saliency.ipynb #ade0a8bd
-def feature_maps(
+# %% ../../nbs/05_audit/40_saliency.ipynb #fbcfdbc7
+def _feature_maps(
     model: Any,  # a trained Keras or YOLO classifier of this library
     batch: np.ndarray,  # uint8 (n, S, S, 3), or (n, 2, S, S, 3) for a dual-channel model
     targets: np.ndarray,  # int (n,), place in classes_ of the class to explain
@@ -116,7 +113,7 @@ def feature_maps(
     return _frameworks(model)[0](model, batch, targets)
 
 
-# %% ../../nbs/05_audit/40_saliency.ipynb #c4679961
+# %% ../../nbs/05_audit/40_saliency.ipynb #8de98a44
 def grad_cam(
     model: Any,  # a trained Keras or YOLO classifier of this library
     images: np.ndarray,  # uint8 (n, H, W, 3), or pairs (n, 2, H, W, 3)
@@ -126,7 +123,7 @@ def grad_cam(
     places, found = _target_places(model, images, targets), []
     for start in range(0, len(images), 32):
         batch = _square(images[start : start + 32], model.image_size)
-        maps, weights = feature_maps(model, batch, places[start : start + 32])
+        maps, weights = _feature_maps(model, batch, places[start : start + 32])
         found.append(np.einsum("nhwd,nd->nhw", maps[:, 0], weights[:, 0]))
     return _heatmaps(np.concatenate(found), model.image_size)
 
@@ -190,8 +187,8 @@ def saliency_figure(
     return figure
 
 
-# %% ../../nbs/05_audit/40_saliency.ipynb #3461a439
-def widen_cells(
+# %% ../../nbs/05_audit/40_saliency.ipynb #0baf3abe
+def _widen_cells(
     mask: np.ndarray,  # bool or int labels (H, W)
     margin: float = 0.02,  # width of the rim, relative to the image's shorter side
 ) -> np.ndarray:  # bool (H, W)
@@ -203,18 +200,18 @@ def widen_cells(
 def energy_pointing_game(
     heatmap: np.ndarray,  # float (H, W), not negative
     mask: np.ndarray,  # bool or int labels (H, W) of the same size: cells
-    margin: float = 0.02,  # see `widen_cells`
+    margin: float = 0.02,  # see `_widen_cells`
 ) -> tuple[float, float, float]:  # energy inside, area inside (chance), their ratio; NaN for an empty map or no cells
     "Proportion of a heatmap's energy inside the cells, beside that of a flat map. Raises ValueError."
     if heatmap.shape != mask.shape:
         raise ValueError(f"heatmap {heatmap.shape} and mask {mask.shape} differ in size.")
-    inside, total = widen_cells(mask, margin), float(heatmap.sum(dtype=np.float64))
+    inside, total = _widen_cells(mask, margin), float(heatmap.sum(dtype=np.float64))
     area = float(inside.mean())
     energy = float(heatmap[inside].sum(dtype=np.float64)) / total if total > 0 else np.nan
     return energy, area, energy / area if area > 0 else np.nan
 
 
-# %% ../../nbs/05_audit/40_saliency.ipynb #bb6bf0b4
+# %% ../../nbs/05_audit/40_saliency.ipynb #f3a752e1
 def occlusion_map(
     model: Classifier,  # anything with predict_proba and classes_
     images: np.ndarray | Sequence[np.ndarray],  # uint8 (n, H, W, 3), or pairs (n, 2, H, W, 3)
@@ -235,7 +232,7 @@ def occlusion_map(
 def _occluded(image: np.ndarray, grid: int) -> np.ndarray:
     "Copies of an image (S, S, 3) or pair (2, S, S, 3), one square covered in each, row by row."
     original = image if image.ndim == 3 else image[0]
-    outside = ~widen_cells(find_cells(original))
+    outside = ~_widen_cells(find_cells(original))
     colour = np.median(original[outside] if outside.any() else original.reshape(-1, 3), axis=0)
     edges = np.linspace(0, len(original), grid + 1).round().astype(int)
     copies = np.repeat(image[None], grid * grid, axis=0)
@@ -247,14 +244,14 @@ def _occluded(image: np.ndarray, grid: int) -> np.ndarray:
     return copies
 
 
-# %% ../../nbs/05_audit/40_saliency.ipynb #47f863e3
-def channel_gradients(
+# %% ../../nbs/05_audit/40_saliency.ipynb #27614d80
+def _channel_gradients(
     model: Any,  # a trained Keras or YOLO classifier of this library
     images: np.ndarray,  # uint8 (n, H, W, 3), or pairs (n, 2, H, W, 3)
     targets: str | Sequence[str] | None = None,  # class to explain, of all or of each; None: the predicted class
 ) -> np.ndarray:  # float64 (n, channels), rows sum to 1; NaN where there is no gradient
     "Proportion of each channel in the sum of absolute gradients of the class with respect to its features."
-    _, weights = feature_maps(model, _square(images, model.image_size), _target_places(model, images, targets))
+    _, weights = _feature_maps(model, _square(images, model.image_size), _target_places(model, images, targets))
     sums = np.abs(weights.astype(np.float64)).sum(axis=2)
     total = sums.sum(axis=1, keepdims=True)
     return sums / np.where(total > 0, total, np.nan)
@@ -308,7 +305,7 @@ def _rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     return np.nan if flat else float(spearmanr(first, second, axis=None).statistic)
 
 
-# %% ../../nbs/05_audit/40_saliency.ipynb #0aab583c
+# %% ../../nbs/05_audit/40_saliency.ipynb #62a2b173
 def saliency_table(
     model: Classifier,  # a trained model
     images: np.ndarray,  # uint8 (n, H, W, 3), or pairs (n, 2, H, W, 3)
@@ -320,12 +317,12 @@ def saliency_table(
     table = pd.DataFrame(games, columns=["energy_inside", "area_inside", "ratio"])
     flat = heatmaps.reshape(len(heatmaps), -1).astype(np.float64)
     total = flat.sum(axis=1, keepdims=True)
-    inside = np.stack([widen_cells(mask).ravel() for mask in masks])
+    inside = np.stack([_widen_cells(mask).ravel() for mask in masks])
     crossed = (flat / np.where(total > 0, total, np.nan)) @ inside.T.astype(np.float64)
     np.fill_diagonal(crossed, np.nan)
     table["other_maps"] = pd.DataFrame(crossed).mean().to_numpy()
     table.insert(0, "predicted", model.classes_[_target_places(model, images, None)])
-    table["original_channel"] = channel_gradients(model, images)[:, 0] if np.ndim(images) == 5 else 1.0
+    table["original_channel"] = _channel_gradients(model, images)[:, 0] if np.ndim(images) == 5 else 1.0
     return table
 
 

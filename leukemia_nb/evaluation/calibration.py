@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "TEMPERATURES",
     "reliability_table",
     "expected_calibration_error",
     "brier_score",
@@ -81,8 +80,8 @@ def log_loss(
     return float(loss(truth, np.clip(probabilities_of(table), 1e-12, 1), labels=np.arange(len(classes))))
 
 
-# %% ../../nbs/04_evaluation/40_calibration.ipynb #11f99809
-TEMPERATURES = (0.05, 20.0)  # range of the search
+# %% ../../nbs/04_evaluation/40_calibration.ipynb #1f1a1bba
+_TEMPERATURES = (0.05, 20.0)  # range of the search
 
 
 def scale_temperature(
@@ -104,7 +103,7 @@ def fit_temperature(
 
     part = take_subset(table, "val")
     found = minimize_scalar(
-        lambda log_t: log_loss(scale_temperature(part, np.exp(log_t))), bounds=np.log(TEMPERATURES), options={"xatol": 1e-6}
+        lambda log_t: log_loss(scale_temperature(part, np.exp(log_t))), bounds=np.log(_TEMPERATURES), options={"xatol": 1e-6}
     )
     return float(np.exp(found.x))
 
@@ -113,7 +112,7 @@ def at_limit(
     temperature: float,  # from `fit_temperature`
 ) -> bool:
     "Whether the search ended at an end of its range: the validation subset does not determine the temperature."
-    return bool(min(abs(np.log(temperature / bound)) for bound in TEMPERATURES) < 0.01)
+    return bool(min(abs(np.log(temperature / bound)) for bound in _TEMPERATURES) < 0.01)
 
 
 # %% ../../nbs/04_evaluation/40_calibration.ipynb #6d2a561f

@@ -9,7 +9,6 @@ __all__ = [
     "BOOTSTRAP",
     "clopper_pearson",
     "format_proportion",
-    "effective_groups",
     "Interval",
     "grouped_interval",
     "cluster_bootstrap",
@@ -71,8 +70,8 @@ def format_proportion(
     return f"{100 * estimate:.1f} %" + (f" ({'; '.join(details)})" if details else "")
 
 
-# %% ../../nbs/04_evaluation/20_uncertainty.ipynb #d6170dfc
-def effective_groups(
+# %% ../../nbs/04_evaluation/20_uncertainty.ipynb #0515adc6
+def _effective_groups(
     groups: Sequence | np.ndarray,  # (n,) group of each image
 ) -> float:  # between 1 and the number of groups
     "Number of independent observations that grouped images are worth where those of a group are all alike (Kish 1965)."
@@ -80,7 +79,7 @@ def effective_groups(
     return float(sizes.sum() ** 2 / (sizes**2).sum())
 
 
-# %% ../../nbs/04_evaluation/20_uncertainty.ipynb #1a071b29
+# %% ../../nbs/04_evaluation/20_uncertainty.ipynb #c81b8ff7
 GROUPED = f"{CLOPPER_PEARSON} on effective groups"
 
 
@@ -108,7 +107,7 @@ def grouped_interval(
     values, group = _grouped_values(values, groups)
     if values.min() < 0 or values.max() > 1:
         raise ValueError("a proportion needs values between 0 and 1.")
-    mean, n, effective, tail = values.mean(), len(values), effective_groups(group), (1 - confidence) / 2
+    mean, n, effective, tail = values.mean(), len(values), _effective_groups(group), (1 - confidence) / 2
     ratio = t.isf(tail, n - 1) / t.isf(tail, effective - 1) if effective > 1 else float(n == 1)
     trials = max(1e-6, effective * ratio**2)
     correct = mean * trials
@@ -128,7 +127,7 @@ def _grouped_values(values: Sequence[float] | np.ndarray, groups: Sequence | np.
     return values, group
 
 
-# %% ../../nbs/04_evaluation/20_uncertainty.ipynb #91258dd4
+# %% ../../nbs/04_evaluation/20_uncertainty.ipynb #fcab5620
 BOOTSTRAP = "percentile bootstrap of groups"
 
 
@@ -152,7 +151,7 @@ def cluster_bootstrap(
     random = np.random.default_rng(seed)
     found = bootstrap((sums, sizes), mean, paired=True, n_resamples=resamples, method="percentile", batch=500, rng=random)
     low, high = (float(bound) for bound in found.confidence_interval)
-    return Interval(float(values.mean()), low, high, len(values), len(sizes), effective_groups(group), BOOTSTRAP)
+    return Interval(float(values.mean()), low, high, len(values), len(sizes), _effective_groups(group), BOOTSTRAP)
 
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #77968b65
