@@ -23,13 +23,8 @@ import pandas as pd
 from leukemia_nb.data.files import atomic_path
 from leukemia_nb.data.images import read_image
 from leukemia_nb.evaluation.uncertainty import clopper_pearson
-<<<<<<< HEAD
-from leukemia_nb.processing.pairing import Pairs
-from leukemia_nb.inference.predictor import PreparedImage, Predictor, answer_row, prepare_image
-=======
 from leukemia_nb.processing.dataset import Pairs
 from leukemia_nb.inference.predictor import PreparedImage, Predictor, prepare_image
->>>>>>> h-h4
 from leukemia_nb.audit.robustness import blur, scale_stains, shift_hue
 
 ROOT = Path(__file__).resolve().parents[1]
