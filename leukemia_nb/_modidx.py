@@ -1548,44 +1548,6 @@ d = {
             "leukemia_nb.plotting.plot_style": ("00_shared/plotting.html#plot_style", "leukemia_nb/plotting.py"),
             "leukemia_nb.plotting.styled": ("00_shared/plotting.html#styled", "leukemia_nb/plotting.py"),
         },
-        "leukemia_nb.processing.cell_features": {
-            "leukemia_nb.processing.cell_features._cell_centres": (
-                "02_processing/cell_features.html#_cell_centres",
-                "leukemia_nb/processing/cell_features.py",
-            ),
-            "leukemia_nb.processing.cell_features._grow": (
-                "02_processing/cell_features.html#_grow",
-                "leukemia_nb/processing/cell_features.py",
-            ),
-            "leukemia_nb.processing.cell_features._shape_features": (
-                "02_processing/cell_features.html#_shape_features",
-                "leukemia_nb/processing/cell_features.py",
-            ),
-            "leukemia_nb.processing.cell_features._texture_features": (
-                "02_processing/cell_features.html#_texture_features",
-                "leukemia_nb/processing/cell_features.py",
-            ),
-            "leukemia_nb.processing.cell_features._white_cells": (
-                "02_processing/cell_features.html#_white_cells",
-                "leukemia_nb/processing/cell_features.py",
-            ),
-            "leukemia_nb.processing.cell_features.cell_crops": (
-                "02_processing/cell_features.html#cell_crops",
-                "leukemia_nb/processing/cell_features.py",
-            ),
-            "leukemia_nb.processing.cell_features.describe_cell": (
-                "02_processing/cell_features.html#describe_cell",
-                "leukemia_nb/processing/cell_features.py",
-            ),
-            "leukemia_nb.processing.cell_features.describe_cells": (
-                "02_processing/cell_features.html#describe_cells",
-                "leukemia_nb/processing/cell_features.py",
-            ),
-            "leukemia_nb.processing.cell_features.refine_mask": (
-                "02_processing/cell_features.html#refine_mask",
-                "leukemia_nb/processing/cell_features.py",
-            ),
-        },
         "leukemia_nb.processing.cells": {
             "leukemia_nb.processing.cells._colour_histogram": (
                 "02_processing/cells.html#_colour_histogram",
