@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from leukemia_nb.study import driver as study
 from leukemia_nb.data.processes import ClusterError
-from leukemia_nb.study.cluster import Workers, parallel
+from leukemia_nb.study.cluster import parallel
 from leukemia_nb.study.command_line import app
 from leukemia_nb.study.driver import StudyError, run_study
 from leukemia_nb.testing import SMOKE, dummy_model_file
@@ -145,7 +145,7 @@ def test_no_dask_is_one_clear_line(monkeypatch):
 
 def test_dask_is_not_loaded_where_nobody_asks_for_it():
     code = (
-        "import sys\nfrom leukemia_nb.study import driver, command_line\nfrom leukemia_nb.study.cluster import Workers, parallel\n"
+        "import sys\nfrom leukemia_nb.study import driver, command_line\nfrom leukemia_nb.study.cluster import parallel\n"
         "with parallel(2) as workers: assert workers == Workers(2, 2)\nassert not {'dask', 'distributed'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -182,14 +182,14 @@ def export_network(
 def run_network(
     network: onnx.ModelProto,  # from `export_network`
     model: ImageClassifier,  # the model it was exported from
-    pairs: Pairs,  # n images
+    pairs: Pairs | np.ndarray,  # n image pairs, or images uint8 (n, H, W, 3)
 ) -> dict[str, np.ndarray]:  # float32: probabilities (n, k), features (n, d), statistics (n, 15)
     "Outputs of an exported network for image pairs, and the statistics of the images."
     import onnxruntime
 
     session = onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
     found: dict[str, list[np.ndarray]] = {"probabilities": [], "features": [], "statistics": []}
-    info = {"input": MODELS[model.name].input, "image_size": model.image_size, "seed": model.seed}
+    info = {"input": MODELS[model.name].input, "image_size": model.image_size, "seed": model.seed, "segmentation": "kmeans"}
     for start in range(0, len(pairs), 32):
         (prepared,) = prepare_images(pairs[start : start + 32], info)
         for feed in network_inputs(prepared, session):
