@@ -50,17 +50,17 @@ def test_orientations_move_pixels_and_can_be_undone(orientation, height, width):
 def test_correlation_ignores_brightness_and_has_a_mirror(gain, offset, dx, dy):
     image = np.random.default_rng(0).normal(0, 20, (100, 100)).astype(np.float32)
     other = np.random.default_rng(1).normal(0, 20, (100, 100)).astype(np.float32)
-    mask = leakage.comparable(100)
-    score, share = leakage.overlap_correlation(image, other, dx, dy, mask)
-    again, same = leakage.overlap_correlation(other * np.float32(gain) + np.float32(offset), image, -dx, -dy, mask)
+    mask = leakage._comparable(100)
+    score, share = leakage._overlap_correlation(image, other, dx, dy, mask)
+    again, same = leakage._overlap_correlation(other * np.float32(gain) + np.float32(offset), image, -dx, -dy, mask)
     assert -1 <= score <= 1 and share == same and again == pytest.approx(score, abs=1e-4)
 
 
 def test_too_little_to_compare_is_no_agreement():
     image = np.random.default_rng(0).normal(0, 20, (100, 100)).astype(np.float32)
     for dx, dy in ((99, 99), (100, 0), (-300, 5)):
-        assert leakage.overlap_correlation(image, image, dx, dy, leakage.comparable(100))[0] == -1
-    assert leakage.overlap_correlation(np.zeros_like(image), np.zeros_like(image), 0, 0, leakage.comparable(100))[0] == -1
+        assert leakage._overlap_correlation(image, image, dx, dy, leakage._comparable(100))[0] == -1
+    assert leakage._overlap_correlation(np.zeros_like(image), np.zeros_like(image), 0, 0, leakage._comparable(100))[0] == -1
 
 
 @pytest.mark.parametrize("left, top", [(0, 190), (250, 0), (200, 150), (330, 180)])
@@ -140,25 +140,23 @@ def test_groups_are_what_hangs_together(case):
     np.testing.assert_array_equal(groups, pd.factorize(np.array(expected))[0])
 
 
-def test_report_counts_partners_in_train_only():
-    split = pd.DataFrame({"pair": list("abcdef"), "subset": ["train", "train", "test", "test", "validation", "test"]})
-    groups = [0, 1, 0, 2, 2, 3]  # c has its partner in train; d in validation alone
-    report = leakage.leakage_report(split, groups).set_index("subset")
-    assert report.loc["test", "with_partner"] == 1 and report.loc["validation", "with_partner"] == 0
+def test_report_counts_near_duplicates_in_train_only():
+    split = pd.DataFrame({"pair": list("abcdef"), "subset": ["train", "train", "test", "test", "val", "test"]})
+    split["group"] = [0, 1, 0, 2, 2, 3]  # c has its near-duplicate in train; d in val alone
+    report = leakage.leakage_report(split).set_index("subset")
+    assert report.loc["test", ["images", "near_duplicates"]].tolist() == [3, 1] and report.loc["val", "near_duplicates"] == 0
+    assert report.loc["test", "proportion"] == pytest.approx(1 / 3)
     assert (report.loc["test", "low"], report.loc["test", "high"]) == pytest.approx((0.0615, 0.7923), abs=1e-3)  # Wilson, 1 of 3
-    assert leakage.crossing_groups(split, groups)["group"].tolist() == [0, 2]
-    for function in (leakage.leakage_report, leakage.crossing_groups):
-        with pytest.raises(ValueError, match="5 groups for 6"):
-            function(split, groups[:5])
+    assert leakage.pairs_without_near_duplicates(split) == {"d", "f"}
 
 
-def test_report_tells_direct_pairs_from_those_by_way_of_a_third_image():
-    split = pd.DataFrame({"pair": list("abcde"), "subset": ["train", "test", "test", "validation", "test"]})
+def test_report_separates_direct_pairs_from_those_by_way_of_a_third_image():
+    split = pd.DataFrame({"pair": list("abcde"), "subset": ["train", "test", "test", "val", "test"]})
     pairs = pd.DataFrame({"a": ["b", "b", "d"], "b": ["a", "c", "e"]})  # c is tied to a through b alone
-    groups = leakage.group_images(split["pair"], pairs)
-    report = leakage.leakage_report(split, groups, pairs).set_index("subset")
-    assert (report.loc["test", "with_partner"], report.loc["test", "directly"]) == (2, 1)
-    assert report.loc["validation", "with_partner"] == report.loc["validation", "directly"] == 0
+    split["group"] = leakage.group_images(split["pair"], pairs)
+    report = leakage.leakage_report(split, pairs).set_index("subset")
+    assert (report.loc["test", "near_duplicates"], report.loc["test", "directly"]) == (2, 1)
+    assert report.loc["val", "near_duplicates"] == report.loc["val", "directly"] == 0
 
 
 @pytest.fixture

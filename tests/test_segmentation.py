@@ -1,4 +1,4 @@
-"""The original study's recipe equals cv2.kmeans', the second method finds cells better; on made-up and, where they are, real images."""
+"""The original study's method equals cv2.kmeans, the second finds cells better; on synthetic and, where they are, real images."""
 
 import cv2
 import numpy as np
@@ -8,9 +8,37 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from leukemia_nb.data.images import read_image
-from leukemia_nb.processing.cells import count_cells, count_quality, find_cells, label_cells
-from leukemia_nb.processing.segmentation import _summits, SEGMENTATION_METHODS, a_channel, check_mask, clean_mask, apply_mask, study_mask, draw_outlines, drop_small, kmeans_mask, mask_quality, segment, smallest_area, two_means, whiten_background
 from leukemia_nb.data.synthetic import smear
+from leukemia_nb.processing import cells as cells_module
+from leukemia_nb.processing.cells import (
+    FEATURE_NAMES,
+    cell_crops,
+    cell_features,
+    cell_table,
+    count_cells,
+    count_quality,
+    find_cells,
+    label_cells,
+    refine_mask,
+    typical_area,
+)
+from leukemia_nb.processing.segmentation import (
+    SEGMENTATION_METHODS,
+    _smallest_area,
+    a_channel,
+    apply_mask,
+    check_mask,
+    clean_mask,
+    cluster_overlay,
+    drop_small,
+    draw_outlines,
+    kmeans_mask,
+    mask_quality,
+    segment,
+    segmentation_steps,
+    study_mask,
+    two_means,
+)
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
@@ -52,13 +80,7 @@ def test_two_means_of_constant_and_unusable_values():
         two_means(np.zeros(3))
 
 
-def test_counts_beyond_float32_are_exact():
-    values = np.zeros(2**24 + 8, np.uint8)
-    values[:3] = 200
-    assert two_means(values) == (0, (0.0, 200.0))
-
-
-def test_deck_equals_kmeans_on_smears(smears):
+def test_study_mask_equals_kmeans_on_smears(smears):
     for drawn in smears:
         small = np.ascontiguousarray(drawn.image[::2, ::2])
         assert mask_quality(study_mask(small), study_mask(small, cluster=kmeans_mask))["iou"] > 0.98
@@ -89,8 +111,8 @@ def test_unusable_images_and_methods():
             segment(wrong)
         with pytest.raises(ValueError, match="expected a uint8 image"):
             segment(wrong, "nucleus")
-    with pytest.raises(ValueError, match="choose one of deck, seeded"):
-        segment(np.zeros((4, 4, 3), np.uint8), "Deck")
+    with pytest.raises(ValueError, match="choose one of kmeans, nucleus"):
+        segment(np.zeros((4, 4, 3), np.uint8), "Kmeans")
 
 
 def test_cleaning_is_opencvs_open_then_close():
@@ -104,22 +126,15 @@ def test_cleaning_is_opencvs_open_then_close():
 def test_dropping_small_components(mask, min_area):
     number, labels = cv2.connectedComponents(mask.astype(np.uint8))
     areas = np.bincount(labels.ravel(), minlength=number)
-    keep = areas >= smallest_area(mask.shape, min_area)
+    keep = areas >= _smallest_area(mask.shape, min_area)
     keep[0] = False
     assert (drop_small(mask, min_area) == keep[labels]).all()
 
 
-def test_dropping_many_components_takes_the_other_way():
-    mask = np.zeros((100, 100), bool)
-    mask[::3, ::3] = True
-    mask[50:90, 50:90] = True
-    assert drop_small(mask, 1000).sum() >= 1600 and not drop_small(mask, 1000)[:40, :40].any()
-
-
-def test_smallest_area_is_a_share():
-    assert smallest_area((768, 1024)) == 500
-    assert smallest_area((1536, 2048)) == 2000
-    assert smallest_area((224, 224)) == pytest.approx(31.9, abs=0.01)
+def test_smallest_area_is_a_proportion():
+    assert _smallest_area((768, 1024), 500) == 500
+    assert _smallest_area((1536, 2048), 500) == 2000
+    assert _smallest_area((224, 224), 500) == pytest.approx(31.9, abs=0.01)
 
 
 @given(arrays(bool, (6, 7)), arrays(bool, (6, 7)))
@@ -130,14 +145,14 @@ def test_mask_quality_properties(one, two):
     assert mask_quality(one, one)["iou"] == 1
 
 
-def test_cut_out_is_the_bitwise_and(smears):
+def test_apply_mask_is_the_bitwise_and(smears):
     image, mask = smears[0].image, smears[0].cells > 0
     assert (apply_mask(image, mask) == image * mask[..., None]).all()
     with pytest.raises(ValueError, match="differ in size"):
         apply_mask(image, mask[:-1])
 
 
-def test_touching_cells_are_told_apart():
+def test_touching_cells_are_separated():
     for gap, distance in ((0, 46), (3, 50)):
         mask = np.zeros((120, 200), np.uint8)
         cv2.circle(mask, (60, 60), 25, 1, -1)
@@ -156,7 +171,7 @@ def test_labels_cover_the_mask(mask):
     assert (np.unique(labels[mask]) == np.arange(1, labels.max() + 1)).all()
 
 
-def test_seeded_beats_deck_and_counts_on_smears(smears):
+def test_nucleus_beats_kmeans_and_counts_on_smears(smears):
     deck = np.mean([mask_quality(segment(drawn.image), drawn.cells > 0)["iou"] for drawn in smears])
     found = [find_cells(drawn.image) for drawn in smears]
     seeded = np.mean([mask_quality(cells > 0, drawn.cells > 0)["iou"] for cells, drawn in zip(found, smears)])
@@ -168,11 +183,11 @@ def test_seeded_beats_deck_and_counts_on_smears(smears):
         assert (np.unique(cells) == np.arange(cells.max() + 1)).all()
 
 
-def test_seeded_does_not_mind_the_lamp(smears):
+def test_nucleus_is_robust_to_the_lamp(smears):
     image = smears[4].image
     yellow = (image * [1, 0.97, 0.7]).astype(np.uint8)
     assert mask_quality(segment(yellow, "nucleus"), segment(image, "nucleus"))["iou"] > 0.9
-    assert np.median(whiten_background(yellow).reshape(-1, 3), axis=0).min() > 200
+    assert np.median(cells_module._whiten_background(yellow).reshape(-1, 3), axis=0).min() > 200
 
 
 def test_outlines_stay_at_the_edge():
@@ -191,6 +206,95 @@ def test_flags():
     assert "of the border" in check_mask(~mask) and "covers 96% of the image" in check_mask(~mask)
 
 
+def test_golden_values_by_hand():
+    assert two_means(np.uint8([1, 2, 9, 10])) == (2, (1.5, 9.5))
+    assert two_means(np.uint8([0, 0, 0, 4, 10])) == (4, (1.0, 10.0))
+    assert typical_area(np.int32([[1, 1, 1, 0], [2, 0, 0, 0]])) == (9 + 1) / 4
+    one, two = np.array([[1, 1, 1, 0, 0]], bool), np.array([[0, 0, 1, 1, 0]], bool)
+    assert mask_quality(one, two) == {"iou": 1 / 4, "dice": 2 / 5, "precision": 1 / 3, "recall": 1 / 2}
+    assert mask_quality(one & False, two) == {"iou": 0, "dice": 0, "precision": 0, "recall": 0}
+    found, truth = np.int32([[1, 1, 1, 0, 2, 2]]), np.int32([[7, 7, 0, 0, 0, 8]])
+    assert count_quality(found, truth) == {"true": 2, "found": 2, "matched": 2, "missed": 0, "false": 0, "count_error": 0}
+    assert count_quality(found, truth, 0.6)["matched"] == 1 and count_quality(found, truth, 2 / 3)["matched"] == 1
+    tinted = cluster_overlay(np.full((1, 2, 3), 100, np.uint8), np.array([[True, False]]), strength=0.5)
+    assert tinted.tolist() == [[[165, 70, 70], [70, 135, 85]]]
+
+
+def test_limits_of_the_flags():
+    mask = np.zeros((100, 100), bool)
+    mask[1, 1:20] = True
+    assert check_mask(mask) == "covers 0.19% of the image"
+    mask[1, 20] = True
+    assert check_mask(mask) == ""
+    mask[:] = False
+    mask[5:45] = True  # 40 % in one component
+    assert check_mask(mask) == ""
+    mask[45] = True
+    assert check_mask(mask) == "one component of 41%"
+    mask[46:50], mask[51:65] = True, True  # 59 % in two components
+    assert check_mask(mask) == "one component of 45%"
+    mask[66:68] = True
+    assert check_mask(mask) == "covers 61% of the image; one component of 45%"
+
+
+def test_steps_end_in_the_masked_image(smears):
+    image = smears[1].image
+    steps = segmentation_steps(image)
+    assert list(steps) == ["A channel", "two clusters", "higher mean A", "cleaned", "masked"]
+    assert (steps["cleaned"] == study_mask(image)).all() and (steps["masked"] == apply_mask(image, study_mask(image))).all()
+
+
+def disc(radius: int, colour: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    "A disc on a pale window, and its mask."
+    mask = np.hypot(*(np.mgrid[:48, :48] - 24)) <= radius
+    crop = np.full((48, 48, 3), 235, np.uint8)
+    crop[mask] = colour
+    return crop, mask
+
+
+def test_features_of_a_disc():
+    crop, mask = disc(15, (120, 60, 160))
+    features = dict(zip(FEATURE_NAMES, cell_features(crop, mask)))
+    assert len(features) == 39 and features["log area"] == pytest.approx(np.log(mask.sum()))
+    assert features["axis ratio"] == pytest.approx(1, abs=0.01) and features["length"] == pytest.approx(30, abs=1)
+    assert features["extent"] == pytest.approx(mask.sum() / 31**2, abs=0.001) and 1 <= features["solidity"] < 1.1
+    assert features["deviation L"] == 0 and features["mean A"] == cv2.cvtColor(crop, cv2.COLOR_RGB2LAB)[24, 24, 1]
+
+
+def test_features_depend_on_nothing_outside_the_mask_and_not_on_mirroring():
+    random = np.random.default_rng(0)
+    crop, mask = disc(14, (120, 60, 160))
+    crop[mask] = random.integers(60, 160, (mask.sum(), 3))
+    changed = np.where(mask[..., None], crop, random.integers(0, 256, crop.shape, dtype=np.uint8))
+    np.testing.assert_array_equal(cell_features(crop, mask), cell_features(changed, mask))
+    mirrored = cell_features(crop[:, ::-1].copy(), mask[:, ::-1].copy())
+    np.testing.assert_allclose(cell_features(crop, mask), mirrored, rtol=1e-3, atol=1e-2)
+
+
+def test_refined_mask_drops_a_pale_rim_and_never_everything():
+    crop, mask = disc(12, (120, 60, 160))
+    wide = np.hypot(*(np.mgrid[:48, :48] - 24)) <= 18
+    refined = refine_mask(crop, wide)
+    assert mask_quality(refined, mask)["iou"] > 0.9
+    flat = np.full_like(crop, 200)
+    assert (refine_mask(flat, mask) == mask).all() and not refine_mask(flat, mask & False).any()
+
+
+def test_cells_of_a_smear_one_row_each():
+    image = cv2.resize(smear("Pre-B", 3, 384, 512).image, (224, 224), interpolation=cv2.INTER_AREA)
+    cells = find_cells(image)
+    crops, masks = cell_crops(image, cells)
+    table = cell_table(image, cells)
+    assert crops.shape == (len(table), 48, 48, 3) and masks.shape == crops.shape[:3] and len(table) > 1
+    assert table["cell"].is_unique and set(table["cell"]) <= set(range(1, cells.max() + 1))
+    np.testing.assert_allclose(table[list(FEATURE_NAMES)].iloc[0], cell_features(crops[0], masks[0]), rtol=1e-6)
+    assert len(cell_crops(image, cells, most=2)[0]) == 2
+    assert cell_table(np.full((224, 224, 3), 240, np.uint8), np.zeros((224, 224), np.int32)).empty
+    corner = np.zeros((224, 224), np.int32)
+    corner[195:215, 180:210] = 1  # under the scale bar
+    assert cell_table(image, corner).empty
+
+
 # ---- real images
 
 
@@ -201,7 +305,7 @@ def masks(shared_data, rest):
             yield read_image(path), cv2.imread(str(path.with_suffix(".png")), cv2.IMREAD_GRAYSCALE) > 0
 
 
-def test_deck_equals_kmeans_on_real_images(shared_data):
+def test_study_mask_equals_kmeans_on_real_images(shared_data):
     same, lowest = [], 1.0
     for path in sorted((shared_data / "taleqani").glob("*/*.jpg"))[::100]:
         channel = a_channel(read_image(path))
@@ -234,10 +338,10 @@ def test_distances_inside_a_cell_are_the_same_at_every_call():
     mask = np.hypot(*np.mgrid[-26:27, -17:18]) < 16
     mask |= np.hypot(*np.mgrid[-40:13, -17:18]) < 12
     random, kept = np.random.default_rng(0), []
-    first = _summits(mask, 0.1)
-    for _ in range(200):
+    first = cells_module._peaks(mask, 0.1)
+    for _ in range(60):
         kept.append(np.zeros(random.integers(1, 3000)))  # moves the next array in memory
-        again = _summits(mask.copy(), 0.1)
+        again = cells_module._peaks(mask.copy(), 0.1)
         assert again[0] == first[0]
         np.testing.assert_array_equal(again[1], first[1])
         np.testing.assert_array_equal(again[2], first[2])

@@ -365,6 +365,8 @@ def read_table(
     text = {name: str for name in _TEXT}
     try:
         table = pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise TableError(f"{path}: not there. Run the step that writes it.") from None
     except ValueError as error:
         if "out of memory" in str(error):
             raise MemoryError(f"{path}: no memory left to read the table") from error

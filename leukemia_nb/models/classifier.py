@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['Images', 'HISTORY_COLUMNS', 'read_batches', 'describe_collapse', 'ImageClassifier', 'epoch_line']
 
-# %% ../../nbs/03_models/15_classifier.ipynb #fd7d69c9
+# %% ../../nbs/03_models/15_classifier.ipynb #7eb0e1dd
 import json
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -89,11 +88,7 @@ def describe_collapse(
     )
 
 # %% ../../nbs/03_models/15_classifier.ipynb #a7101ac9
-_ALLOWED = {
-    "preprocessing": ("native", "rescale"),
-    "weights": ("imagenet", "local", "random"),
-    "fine_tune": (None, True, False),
-}
+_ALLOWED = {"preprocessing": ("native", "rescale"), "weights": ("imagenet", "local", "random"), "fine_tune": (None, True, False)}
 _LEAST = {"image_size": 32, "epochs": 1, "batch_size": 1, "patience": 1, "seed": 0}
 
 
@@ -118,7 +113,8 @@ class _Settings(ClassifierMixin, BaseEstimator):
         device: str | None = None,  # as the framework names it: "cpu", "gpu:0" (Keras), "0,1" (ultralytics); None: its choice
         train_arguments: dict[str, Any] | None = None,  # further arguments of keras fit or ultralytics train
     ):
-        self.name, self.classes, self.preprocessing, self.weights, self.fine_tune = name, classes, preprocessing, weights, fine_tune
+        self.name, self.classes, self.preprocessing = name, classes, preprocessing
+        self.weights, self.fine_tune = weights, fine_tune
         self.image_size, self.epochs, self.batch_size, self.learning_rate = image_size, epochs, batch_size, learning_rate
         self.patience, self.seed, self.segmentation, self.device = patience, seed, segmentation, device
         self.train_arguments = train_arguments
@@ -179,10 +175,10 @@ class ImageClassifier(_Settings):
 
     def predict_proba(self, images: Images) -> np.ndarray:  # float32 (n, k), columns in the order of classes_, rows sum to 1
         "Class probabilities. Raises `ModelError` where they are not finite."
-        probabilities = self._in_batches(self._predict, images).reshape(len(images), -1)
+        probabilities = self._in_batches(self._predict, images)
         if not np.isfinite(probabilities).all():
             raise ModelError(f"{self.name} predicts values that are not finite. Train it with a lower learning_rate.")
-        return probabilities if len(images) else np.zeros((0, len(self.classes_)), np.float32)
+        return probabilities.reshape(len(images), len(self.classes_))
 
     def predict(self, images: Images) -> np.ndarray:  # str (n,)
         "The most probable class of each image."
@@ -195,6 +191,10 @@ class ImageClassifier(_Settings):
     def save(self, folder: str | Path) -> Path:
         "Write the model's folder, complete or not at all; one that is there is replaced. Raises `ModelError`."
         return _save_model(self, Path(folder))
+
+    def _targets(self, labels: Sequence[str] | np.ndarray) -> np.ndarray:
+        "int (n,): position of each label in classes_."
+        return pd.Index(self.classes_).get_indexer(np.asarray(labels, dtype=str))
 
     def _in_batches(self, function: Callable[[np.ndarray], np.ndarray], images: Images) -> np.ndarray:
         check_is_fitted(self, "classes_")
@@ -229,7 +229,7 @@ def _class_order(name: str, classes: Sequence[str] | None, train: np.ndarray, va
         raise ModelError(f"{name}: no training image of class '{missing[0]}'. Add some, or leave the class out.")
     unknown = sorted(set(map(str, [*train, *val])) - set(order))
     if unknown:
-        raise ModelError(f"{name}: class '{unknown[0]}' is not one of {', '.join(order)}. Add it to classes, or remove its images.")
+        raise ModelError(f"{name}: class '{unknown[0]}' is not one of {', '.join(order)}. Add it, or remove its images.")
     return np.array(order, dtype=str)
 
 

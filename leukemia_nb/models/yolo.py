@@ -81,8 +81,8 @@ def open_network(
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ModelError(
-            f"{file}: not a complete ultralytics weight file, or not downloaded ({reason}). Put it, from {DOWNLOADS}, into the folder "
-            f"that {WEIGHTS_FOLDER} names, or choose weights='random'."
+            f"{file}: not a complete ultralytics weight file, or not downloaded ({reason}). Put it, from {DOWNLOADS}, "
+            f"into the folder that {WEIGHTS_FOLDER} names, or choose weights='random'."
         ) from error
     kind = "ImageNet classifier" if classifier_file else "COCO detector's backbone"
     return network, f"{kind} ({file.name}, sha256 {file_sha256(file)[:12]})"
@@ -138,7 +138,7 @@ def _remove_caches(folder: Path) -> None:
 
 
 class YoloClassifier(ImageClassifier):
-    "A nano classifier of ultralytics; the name says which. Trains whole unless fine_tune is False. `network_` is the YOLO object."
+    "A nano classifier of ultralytics, of which the name says which. Trains whole unless fine_tune is False."
 
     network_: "YOLO"
 
@@ -158,7 +158,7 @@ class YoloClassifier(ImageClassifier):
                 network.train(data=str(dataset / "original"), project=work, name="train", **arguments)
             except Exception as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-                raise ModelError(f"{self.name}: training stopped ({reason}). A loss that is not finite needs a lower learning_rate.") from error
+                raise ModelError(f"{self.name}: training stopped ({reason}). Check its data and settings.") from error
             finally:
                 _remove_caches(dataset / "original")
             self.history_ = _read_results(Path(work) / "train" / "results.csv")
