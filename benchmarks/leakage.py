@@ -30,12 +30,10 @@ INTERVAL = "Clopper-Pearson 95 %; recall: percentile bootstrap of groups; random
 
 
 def interval(hits: int, number: int) -> list[float]:
-    """Exact (Clopper-Pearson) 95 % interval of a share."""
-    from scipy.stats import beta
+    """Exact (Clopper-Pearson) 95 % interval of a proportion."""
+    from scipy.stats import binomtest
 
-    low = beta.ppf(0.025, hits, number - hits + 1) if hits else 0.0
-    high = beta.ppf(0.975, hits + 1, number - hits) if hits < number else 1.0
-    return [round(float(low), 4), round(float(high), 4)]
+    return [round(float(end), 4) for end in binomtest(hits, number).proportion_ci(0.95, "exact")]
 
 
 def recall(truth: np.ndarray, found: np.ndarray, chosen: np.ndarray) -> dict:
@@ -62,7 +60,7 @@ def recall(truth: np.ndarray, found: np.ndarray, chosen: np.ndarray) -> dict:
 
 
 def split_leakage(classes: np.ndarray, groups: np.ndarray, repeats: int = 200) -> dict:
-    """Share of test images with a partner in train, in random 85/5/10 splits by image."""
+    """Proportion of test images with a near-duplicate in train, in random 85/5/10 splits by image."""
     shares = []
     for seed in range(repeats):
         order = np.random.default_rng(seed).permutation(len(classes))
@@ -93,18 +91,18 @@ def main() -> None:
     duplicates = leakage.find_duplicates(paths, frames, n_jobs=args.n_jobs)
     times["duplicates"] = time.perf_counter() - start - times["reading"]
     judged = []
-    holds = leakage.holds
+    holds = leakage._is_overlap
 
     def note(votes, score, share):  # keep what is rejected as well, for the table of thresholds
         judged.append((np.asarray(votes), np.asarray(score), np.asarray(share)))
         return np.ones(len(votes), bool)
 
-    leakage.holds = note
+    leakage._is_overlap = note
     proposed = leakage.find_overlaps(paths, frames, n_jobs=args.n_jobs)
-    leakage.holds = holds
+    leakage._is_overlap = holds
     times["overlaps"] = time.perf_counter() - start - times["reading"] - times["duplicates"]
     times["all"] = time.perf_counter() - start
-    proposed["kept"] = holds(proposed["votes"].to_numpy(), proposed["score"].to_numpy(), proposed["share"].to_numpy())
+    proposed["kept"] = holds(proposed["votes"].to_numpy(), proposed["score"].to_numpy(), proposed["overlap"].to_numpy())
     place = {path: number for number, path in enumerate(paths)}
     for side in "ab":
         proposed[f"n{side}"] = proposed[side].map(place)
@@ -121,7 +119,7 @@ def main() -> None:
     for score in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
         for votes in (5, 8, 12, 16, 24, 1000):
             blurred = (proposed["votes"] >= votes) & (proposed["score"] >= 0.3)
-            kept = proposed[(proposed["share"] >= 0.02) & ((proposed["score"] >= score) | blurred)]
+            kept = proposed[(proposed["overlap"] >= 0.02) & ((proposed["score"] >= score) | blurred)]
             for_a = leakage.group_images(paths, pd.concat([duplicates, kept]))
             table.append(
                 {

@@ -23,9 +23,9 @@ import numpy as np
 
 from leukemia_nb.data.manifest import build_manifest
 from leukemia_nb.data.files import atomic_path
-from leukemia_nb.data.images import read_image, write_image
-from leukemia_nb.processing.pairing import Pairs, pair_files, prepare_pairs, save_pair
-from leukemia_nb.processing.segmentation import a_channel, cluster_mask
+from leukemia_nb.data.images import read_image, resize_square, write_image
+from leukemia_nb.processing.dataset import Pairs, _save_png, pair_files, prepare_pairs
+from leukemia_nb.processing.segmentation import a_channel, apply_mask, cluster_mask, study_mask
 from leukemia_nb.data.synthetic import smear
 
 RESULTS = Path(__file__).parent / "results" / "prepare.json"
@@ -69,6 +69,14 @@ def prepare(folder: str, out: str, workers: int, times: int) -> None:
     )
 
 
+def exact_recipe(image: np.ndarray, folder: Path, pair: str) -> np.ndarray:
+    "The same steps as here: mask, original and segmented image, saved."
+    mask, names = study_mask(image), pair_files(pair)
+    for channel, one in (("original", image), ("segmented", apply_mask(image, mask))):
+        _save_png(folder / names[channel], resize_square(one))
+    return mask
+
+
 def kmeans_recipe(image: np.ndarray, folder: Path, pair: str) -> tuple[np.ndarray, np.ndarray]:
     "The original study's recipe as it is usually written: cv2.kmeans with ten attempts on the a channel, then the same clean-up."
     a = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)[:, :, 1]
@@ -82,7 +90,8 @@ def kmeans_recipe(image: np.ndarray, folder: Path, pair: str) -> tuple[np.ndarra
     large[0] = False
     mask = large[parts]
     segmented = cv2.bitwise_and(image, image, mask=mask.astype(np.uint8))
-    for name, one in zip(pair_files(pair), (image, segmented)):
+    names = pair_files(pair)
+    for name, one in ((names["original"], image), (names["segmented"], segmented)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         small = cv2.resize(one, (224, 224), interpolation=cv2.INTER_AREA)
         cv2.imwrite(str(folder / name), cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
@@ -104,7 +113,7 @@ def compare(files: list[Path], folder: Path) -> dict:
     for file in files:
         image = read_image(file)
         start = time.perf_counter()
-        mine, _ = save_pair(image, "Pre-B/ours", folder)
+        mine = exact_recipe(image, folder, "Pre-B/ours")
         middle = time.perf_counter()
         (theirs, cluster) = kmeans_recipe(image, folder, "Pre-B/kmeans")
         seconds["ours"].append(middle - start)
@@ -114,7 +123,7 @@ def compare(files: list[Path], folder: Path) -> dict:
             tighter.append(scatter(image, cluster_mask(a_channel(image))) < scatter(image, cluster))
         same_files += all(
             (read_image(folder / one) == read_image(folder / other)).all()
-            for one, other in list(zip(pair_files("Pre-B/ours"), pair_files("Pre-B/kmeans")))[:2]
+            for one, other in list(zip(pair_files("Pre-B/ours").values(), pair_files("Pre-B/kmeans").values()))[:2]
         )
     ours, kmeans = (float(np.median(seconds[name])) for name in ("ours", "kmeans"))
     return {
@@ -131,20 +140,15 @@ def compare(files: list[Path], folder: Path) -> dict:
 
 
 def reading(table, folder: Path) -> dict:
-    "Pairs a second on reading, by threads and by what is read."
-    found = {}
-    for threads in (1, 2):
-        pairs = Pairs(table, folder, threads=threads)
-        for name in ("originals", "both"):
-            times = []
-            for _ in range(3):
-                start = time.perf_counter()
-                if name == "both":
-                    pairs[:]
-                else:
-                    pairs.read(slice(None))
-                times.append(time.perf_counter() - start)
-            found[f"{name}_threads_{threads}_per_second"] = round(len(pairs) / min(times))
+    "Pairs a second on reading, by what is read."
+    pairs, found = Pairs(folder, table=table), {}
+    for name, read in (("originals", lambda: pairs.read(slice(None))), ("both", lambda: pairs[:])):
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            read()
+            times.append(time.perf_counter() - start)
+        found[f"{name}_per_second"] = round(len(pairs) / min(times))
     return found
 
 

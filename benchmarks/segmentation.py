@@ -21,8 +21,18 @@ from scipy.ndimage import find_objects
 
 from leukemia_nb.data.images import read_image
 from leukemia_nb.processing.cells import count_quality, find_cells, label_cells
-from leukemia_nb.processing.segmentation import SEGMENTATION_METHODS, a_channel, cluster_mask, apply_mask, study_mask, kmeans_mask, mask_quality, segment
-from leukemia_nb.processing.pairing import save_png, resize_square
+from leukemia_nb.processing.segmentation import (
+    SEGMENTATION_METHODS,
+    a_channel,
+    cluster_mask,
+    apply_mask,
+    study_mask,
+    kmeans_mask,
+    mask_quality,
+    segment,
+)
+from leukemia_nb.data.images import resize_square
+from leukemia_nb.processing.dataset import _save_png
 from leukemia_nb.data.synthetic import smear
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,7 +88,7 @@ def save_pair(image: np.ndarray, mask: np.ndarray, folder: Path, level: int | No
     for name, half in (("ori", image), ("mask", apply_mask(image, mask))):
         small, path = resize_square(half), folder / f"{name}.png"
         if level is None:
-            save_png(path, small)
+            _save_png(path, small)
         else:
             cv2.imwrite(str(path), cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, level])
 
@@ -91,7 +101,7 @@ def times(image: np.ndarray, folder: Path) -> dict:
         "cluster_exact": fastest(lambda: cluster_mask(channel), 30),
         "cluster_kmeans": fastest(lambda: kmeans_mask(channel), 2),
         "kmeans": fastest(lambda: study_mask(image), 15),
-        "deck_kmeans": fastest(slow, 2),
+        "study_kmeans": fastest(slow, 2),
         "pair": fastest(lambda: save_pair(image, study_mask(image), folder), 15),
         "pair_kmeans": fastest(lambda: save_pair(image, slow(), folder), 2),
         "nucleus": fastest(lambda: find_cells(image), 2),

@@ -67,3 +67,11 @@ def torch_before_tensorflow() -> None:
     from leukemia_nb.models.yolo import import_ultralytics
 
     import_ultralytics()
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset folder of 24 synthetic smears, 64 x 64; for reading only."""
+    from leukemia_nb.testing import dummy_dataset
+
+    return dummy_dataset(tmp_path_factory.mktemp("run") / "dataset", per_class=8, size=64)

@@ -14,15 +14,15 @@ from leukemia_nb.audit.baselines import (
     baseline_features,
     baseline_table,
     baseline_views_figure,
-    colour_features,
+    _colour_features,
     cross_validate_baselines,
     permutation_table,
     permuted_sentence,
     run_baselines,
     scale_bar_corner,
-    shape_features,
-    silhouette_features,
-    texture_features,
+    _shape_features,
+    _silhouette_features,
+    _texture_features,
 )
 from leukemia_nb.data.images import read_image
 from leukemia_nb.data.manifest import class_of
@@ -65,8 +65,8 @@ def test_background_baseline_sees_neither_cells_nor_scale_bar(seen):
     random = np.random.default_rng(0).integers(0, 256, image.shape).astype(np.uint8)
     repainted = np.where(free[..., None], image, random)
     assert 0.5 < free.mean() < 0.95 and not free[scale_bar_corner(image.shape)].any() and not free[cells > 0].any()
-    assert np.array_equal(colour_features(image, free), colour_features(repainted, free))
-    assert not np.allclose(colour_features(image), colour_features(repainted))
+    assert np.array_equal(_colour_features(image, free), _colour_features(repainted, free))
+    assert not np.allclose(_colour_features(image), _colour_features(repainted))
 
 
 def test_margin_around_a_cell_is_three_percent_of_the_height():
@@ -101,20 +101,22 @@ def test_silhouettes_are_blind_to_pixels(seen):
     image, cells, _ = seen
     features = BASELINES["silhouettes"].features
     assert np.array_equal(features(image, cells), features(255 - image, cells)) and features(image, cells)[0] == cells.max() > 0
-    assert silhouette_features(np.zeros((32, 32), np.int32)).sum() == 0
+    assert _silhouette_features(np.zeros((32, 32), np.int32)).sum() == 0
 
 
 def test_silhouette_features_by_hand():
     """Squares of 10 and of 4 pixels side in 40 x 40: areas 100 and 16 of 1600; a full box has solidity and extent 1."""
     cells = np.zeros((40, 40), np.int32)
     cells[5:15, 5:15], cells[20:24, 20:24] = 1, 2
-    number, area, *features = silhouette_features(cells)
+    number, area, *features = _silhouette_features(cells)
     mean, deviation, low, high = np.reshape(features, (4, 7))
     assert (number, area) == (2, pytest.approx(116 / 1600))
     assert [part[0] for part in (mean, deviation, low, high)] == pytest.approx([58 / 1600, 42 / 1600, 16 / 1600, 100 / 1600])
     assert mean[[4, 6]] == pytest.approx([1, 1]) and mean[5] == pytest.approx(0, abs=1e-6)
     assert high[1] == pytest.approx(36 / 40) and low[1] == pytest.approx(12 / 40)  # perimeters
-    assert high[2] == high[3] == pytest.approx(4 * np.sqrt((100 - 1) / 12) / 40, rel=0.02)  # axes of the ellipse with equal moments
+    assert (
+        high[2] == high[3] == pytest.approx(4 * np.sqrt((100 - 1) / 12) / 40, rel=0.02)
+    )  # axes of the ellipse with equal moments
 
 
 @settings(max_examples=15, deadline=None)
@@ -122,31 +124,33 @@ def test_silhouette_features_by_hand():
 def test_colour_features_do_not_depend_on_places(image, random):
     order = list(range(63))
     random.shuffle(order)
-    assert colour_features(image) == pytest.approx(colour_features(image.reshape(-1, 3)[order].reshape(9, 7, 3)), abs=1e-2)
+    assert _colour_features(image) == pytest.approx(_colour_features(image.reshape(-1, 3)[order].reshape(9, 7, 3)), abs=1e-2)
 
 
 def test_colour_and_texture_features_by_hand():
     image = np.zeros((2, 2, 3), np.uint8)
     image[..., 0] = [[0, 10], [20, 30]]
-    found = colour_features(image)
-    assert found[[0, 3]] == pytest.approx([15, np.sqrt(125)]) and found[[6, 9, 12, 15, 18]] == pytest.approx([1.5, 7.5, 15, 22.5, 28.5])
-    assert found[1] == 0 and colour_features(image, np.zeros((2, 2), bool)).tolist() == [0] * 21
-    assert colour_features(image, np.eye(2, dtype=bool))[0] == 15
-    flat = texture_features(np.full((20, 20, 3), 90, np.uint8), radii=(1,))
+    found = _colour_features(image)
+    assert found[[0, 3]] == pytest.approx([15, np.sqrt(125)]) and found[[6, 9, 12, 15, 18]] == pytest.approx(
+        [1.5, 7.5, 15, 22.5, 28.5]
+    )
+    assert found[1] == 0 and _colour_features(image, np.zeros((2, 2), bool)).tolist() == [0] * 21
+    assert _colour_features(image, np.eye(2, dtype=bool))[0] == 15
+    flat = _texture_features(np.full((20, 20, 3), 90, np.uint8), radii=(1,))
     assert flat[8] == pytest.approx(1 - flat[:8].sum()) and flat[8] > 0.8  # a flat image: all neighbours are as bright
     inner = np.zeros((20, 20), bool)
     inner[5:15, 5:15] = True
-    both = texture_features(np.full((20, 20, 3), 90, np.uint8), inner)
+    both = _texture_features(np.full((20, 20, 3), 90, np.uint8), inner)
     assert both.tolist() == [0] * 8 + [1, 0] + [0] * 8 + [1, 0]
-    assert texture_features(image, np.zeros((2, 2), bool)).sum() == 0
+    assert _texture_features(image, np.zeros((2, 2), bool)).sum() == 0
 
 
 def test_shape_features_see_edges_and_no_contrast():
     ramp = np.repeat(np.linspace(60, 180, 64).astype(np.uint8)[None, :, None], 64, 0).repeat(3, 2)
-    histogram = shape_features(ramp).reshape(-1, 9).sum(axis=0)
+    histogram = _shape_features(ramp).reshape(-1, 9).sum(axis=0)
     assert histogram.argmax() == 0 and histogram[0] > 0.8 * histogram.sum()  # every gradient is horizontal
-    assert shape_features(ramp) == pytest.approx(shape_features(ramp // 2 + 20), abs=0.05)
-    assert shape_features(np.full((32, 32, 3), 200, np.uint8)).max() == 0
+    assert _shape_features(ramp) == pytest.approx(_shape_features(ramp // 2 + 20), abs=0.05)
+    assert _shape_features(np.full((32, 32, 3), 200, np.uint8)).max() == 0
 
 
 # ---- training, test, cross-validation
@@ -172,7 +176,11 @@ def test_baselines_are_trained_and_tested_as_the_models(features):
         assert found[name]["pair"].tolist() == expected and "repeat" not in found[name]
     permuted = found["permuted"]
     assert permuted["repeat"].nunique() == 5 and all(part["pair"].tolist() == expected for _, part in permuted.groupby("repeat"))
-    assert compare_models({"a": found["background_colour"]})["accuracy"].item() > 0.8 > permutation_table(permuted)["accuracy"].mean()
+    assert (
+        compare_models({"a": found["background_colour"]})["accuracy"].item()
+        > 0.8
+        > permutation_table(permuted)["accuracy"].mean()
+    )
     again = run_baselines({"permuted": X["permuted"]}, split, permutations=7)["permuted"]
     assert again["repeat"].nunique() == 7
     pd.testing.assert_frame_equal(again[again["repeat"] < 5], permuted)
@@ -181,7 +189,9 @@ def test_baselines_are_trained_and_tested_as_the_models(features):
 
 
 def test_labels_are_permuted_for_a_third_of_the_images_and_at_most_100_times():
-    assert [_n_permutations(None, n) for n in (3, 15, 18, 299, 300, 5000)] == [5, 5, 6, 99, 100, 100] and _n_permutations(2, 999) == 2
+    assert [_n_permutations(None, n) for n in (3, 15, 18, 299, 300, 5000)] == [5, 5, 6, 99, 100, 100] and _n_permutations(
+        2, 999
+    ) == 2
 
 
 def test_given_cells_are_used_and_errors_name_the_remedy():
@@ -203,7 +213,7 @@ def test_pairs_are_read_with_their_saved_cells(tmp_path):
     pairs = Pairs(dummy_dataset(tmp_path / "dataset", per_class=4, size=32), "test")
     found = baseline_features(pairs, names=["silhouettes", "colour"], n_jobs=2)
     assert found["silhouettes"][:, 0].tolist() == [cells.max() for cells in pairs.read(slice(None), "cells")]
-    assert found["colour"][1].tolist() == colour_features(pairs.read([1])[0]).tolist()
+    assert found["colour"][1].tolist() == _colour_features(pairs.read([1])[0]).tolist()
 
 
 def test_cross_validation_keeps_groups_together():
@@ -227,7 +237,9 @@ def test_cross_validation_keeps_groups_together():
 def test_permutations_by_hand():
     """Four images of class a; shuffles after which 1, 2, 3 and 4 of them are predicted correctly."""
     tables = [
-        pd.DataFrame({"pair": list("wxyz"), "path": "", "subset": "test", "class": "a", "p_a": [0.9] * k + [0.1] * (4 - k), "repeat": k})
+        pd.DataFrame(
+            {"pair": list("wxyz"), "path": "", "subset": "test", "class": "a", "p_a": [0.9] * k + [0.1] * (4 - k), "repeat": k}
+        )
         for k in (1, 2, 3, 4)
     ]
     predictions = pd.concat([table.assign(p_b=1 - table["p_a"]) for table in tables], ignore_index=True)
@@ -238,7 +250,10 @@ def test_permutations_by_hand():
     assert row["interval"] == "central 95 % of 4 label permutations"
     grouped = baseline_table({"permuted": predictions.assign(group=1)}).iloc[0]
     assert (grouped["images"], grouped["groups"]) == (4, 1)
-    many = pd.concat([predictions[predictions["repeat"] == 2].assign(repeat=i) for i in range(97)] + [t.assign(p_b=1 - t.p_a, repeat=200 + i) for i, t in enumerate(tables[2:] + tables[:1])])
+    many = pd.concat(
+        [predictions[predictions["repeat"] == 2].assign(repeat=i) for i in range(97)]
+        + [t.assign(p_b=1 - t.p_a, repeat=200 + i) for i, t in enumerate(tables[2:] + tables[:1])]
+    )
     assert baseline_table({"permuted": many}).loc[0, ["low", "high"]].tolist() == [0.5, 0.5]  # 2.5 % at either end are left out
 
 
@@ -259,7 +274,9 @@ def test_table_and_figure_join_baselines_and_models():
 
 
 def test_axis_names_the_methods_of_the_intervals():
-    table = baseline_table({"yolo11": dummy_predictions(0.99), "yolo12": dummy_predictions(0.99), "colour": dummy_predictions(0.9)})
+    table = baseline_table(
+        {"yolo11": dummy_predictions(0.99), "yolo12": dummy_predictions(0.99), "colour": dummy_predictions(0.9)}
+    )
     table.loc[0, "interval"] = "another"
     assert accuracy_figure(table).axes[0].get_xlabel() == "accuracy; 95 % CI: Clopper-Pearson\nColour statistics: another"
 

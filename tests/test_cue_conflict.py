@@ -7,10 +7,10 @@ import pytest
 
 from leukemia_nb.audit.cue_conflict import (
     KINDS,
-    copy_scale_bar,
+    _copy_scale_bar,
     cue_conflict_figure,
     cue_conflict_rates,
-    erase_scale_bar,
+    _erase_scale_bar,
     find_scale_bar,
     inpaint_background,
     make_composites,
@@ -43,7 +43,9 @@ def test_every_kind_is_made_and_seeded(fields, composites):
     assert made.dtype == np.uint8 and len(made) == 3 * len(KINDS) == len(table)
     np.testing.assert_array_equal(made[:6], again)
     pd.testing.assert_frame_equal(table[:6], table_again)
-    assert table["kind"].tolist() == [kind for kind in KINDS for _ in range(3)] and table["row"].tolist() == [0, 1, 2] * len(KINDS)
+    assert table["kind"].tolist() == [kind for kind in KINDS for _ in range(3)] and table["row"].tolist() == [0, 1, 2] * len(
+        KINDS
+    )
     same = table[table["kind"] == "mixed_same"]
     assert (same["foreground"] == same["other"]).all() and (fields[2][same["donor"]] == same["foreground"]).all()
     conflict = table[~table["kind"].isin(["only_bg", "no_scale_bar", "mixed_same"])]
@@ -87,7 +89,9 @@ def test_mixed_same_takes_another_image_of_the_class_where_there_is_one(fields):
     _, table = make_composites(images, cells, labels, kinds=["no_scale_bar", "mixed_same"], seed=0)
     same = table[table["kind"] == "mixed_same"]
     assert (same["donor"] != same["row"]).all() and (labels[same["donor"]] == labels[same["row"]]).all()
-    one, two = (make_composites(*fields, kinds=kinds, seed=4)[1] for kinds in (["colour_transfer"], ["cell_colour", "colour_transfer"]))
+    one, two = (
+        make_composites(*fields, kinds=kinds, seed=4)[1] for kinds in (["colour_transfer"], ["cell_colour", "colour_transfer"])
+    )
     assert one["donor"].tolist() == two[two["kind"] == "colour_transfer"]["donor"].tolist()
 
 
@@ -95,7 +99,9 @@ def test_no_colour_of_the_old_background_is_left_on_the_rim():
     """A violet disk from a green image on a white one: nothing greenish anywhere."""
     disk = np.hypot(*np.mgrid[-50:50, -50:50]) < 20
     old = cv2.GaussianBlur(np.where(disk[..., None], (120, 60, 180), (40, 250, 40)).astype(np.uint8), (3, 3), 0)
-    rim, halo = (paste_cells(old, disk, np.full_like(old, 255), **x).astype(int) for x in ({"rim": 3}, {"rim": 0, "softness": 0.3}))
+    rim, halo = (
+        paste_cells(old, disk, np.full_like(old, 255), **x).astype(int) for x in ({"rim": 3}, {"rim": 0, "softness": 0.3})
+    )
     greenish = [(pasted[..., 1] - np.maximum(pasted[..., 0], pasted[..., 2])).max() for pasted in (rim, halo)]
     assert greenish[0] <= 0 < greenish[1]
 
@@ -166,7 +172,11 @@ def test_scale_bars_by_hand():
     red, _ = scale_bar((215, 25, 35), None)
     found = find_scale_bar(red)
     assert found[209:212, 193:213].all() and found.sum() < 300 and not found[:200].any()
-    for nothing in (scale_bar((210, 190, 215), None)[0], np.full((224, 224, 3), 20, np.uint8), np.full((224, 224, 3), (215, 25, 35), np.uint8)):
+    for nothing in (
+        scale_bar((210, 190, 215), None)[0],
+        np.full((224, 224, 3), 20, np.uint8),
+        np.full((224, 224, 3), (215, 25, 35), np.uint8),
+    ):
         assert not find_scale_bar(nothing).any()
     short, _ = scale_bar((10, 10, 10), (255, 255, 255))
     short[203:217, 188:218] = 255
@@ -178,19 +188,24 @@ def test_scale_bars_are_erased_and_copied():
     black, box = scale_bar((10, 10, 10), (255, 255, 255))
     red, _ = scale_bar((215, 25, 35), None)
     plain = np.full((224, 224, 3), (200, 215, 220), np.uint8)
-    assert (erase_scale_bar(plain) == plain).all() and (copy_scale_bar(plain, plain) == plain).all()
-    bare = erase_scale_bar(black)
+    assert (_erase_scale_bar(plain) == plain).all() and (_copy_scale_bar(plain, plain) == plain).all()
+    bare = _erase_scale_bar(black)
     assert np.abs(bare.astype(int) - (210, 190, 215)).max() <= 1
-    copied = copy_scale_bar(plain, black)
+    copied = _copy_scale_bar(plain, black)
     assert (copied[box] == black[box]).all() and (copied[:200] == plain[:200]).all()
-    letters = copy_scale_bar(plain, red)
+    letters = _copy_scale_bar(plain, red)
     assert np.abs(letters[210, 200].astype(int) - (215, 25, 35)).max() <= 2 and (letters[215, 190] == plain[215, 190]).all()
 
 
 def test_rates_by_hand():
-    table = pd.DataFrame({"kind": ["mixed_next"] * 10 + ["mixed_same"] * 2, "foreground": ["A"] * 12, "other": ["B"] * 10 + ["A"] * 2})
+    table = pd.DataFrame(
+        {"kind": ["mixed_next"] * 10 + ["mixed_same"] * 2, "foreground": ["A"] * 12, "other": ["B"] * 10 + ["A"] * 2}
+    )
     rates = cue_conflict_rates(table, ["A"] * 7 + ["B"] * 2 + ["C", "A", "B"])
-    assert rates["kind"].tolist() == ["mixed_next"] * 3 + ["mixed_same"] * 3 and rates["cue"].tolist() == ["foreground", "other", "neither"] * 2
+    assert (
+        rates["kind"].tolist() == ["mixed_next"] * 3 + ["mixed_same"] * 3
+        and rates["cue"].tolist() == ["foreground", "other", "neither"] * 2
+    )
     assert rates["count"].tolist() == [7, 2, 1, 1, 0, 1] and rates["n"].tolist() == [10] * 3 + [2] * 3
     assert rates["proportion"].tolist() == [0.7, 0.2, 0.1, 0.5, 0.0, 0.5]
     assert rates.loc[0, ["low", "high"]].tolist() == pytest.approx([0.34755, 0.93326], abs=1e-5)  # R: binom.test(7, 10)

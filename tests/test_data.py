@@ -259,19 +259,24 @@ def names(folder: Path, **settings: object) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in find_images(folder, **settings)}
 
 
-def call(*arguments: object, cwd: Path | None = None, unprivileged: bool = False) -> tuple[int, str]:
-    """Run the program, if wanted as a user whom permissions bind, also where the tests are root's; its status and all it prints."""
-    exclude = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if unprivileged and os.geteuid() == 0 else []
-    if exclude and not shutil.which("setpriv"):
+PREPARE = """
+import sys
+from leukemia_nb.errors import LeukemiaError
+from leukemia_nb.processing.dataset import prepare_folder
+try:
+    prepare_folder(sys.argv[1], sys.argv[2], size=32)
+except (LeukemiaError, OSError) as error:
+    sys.exit(str(error))
+"""
+
+
+def prepare_unprivileged(data: Path, out: Path) -> tuple[int, str]:
+    """Prepare a folder as a user whom permissions bind, also where the tests are root's; its status and all it prints."""
+    limits = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    if limits and not shutil.which("setpriv"):
         pytest.skip("root may read anything, and there is no setpriv")
-    done = subprocess.run(
-        [*exclude, sys.executable, "-m", "leukemia_nb", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=cwd,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
-    )
+    command = [*limits, sys.executable, "-c", PREPARE, str(data), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -402,10 +407,11 @@ def test_what_cannot_be_reached_has_a_row_and_stops_nothing(hospital):
     (hospital / "Pro" / "listed").chmod(0o444)
     (hospital / "Pro" / "Snap_001.png").chmod(0o000)
     try:
-        status, said = call("prepare", hospital, "--out", hospital.parent / "out of the way", "--size", 32, unprivileged=True)
+        status, said = prepare_unprivileged(hospital, hospital.parent / "out of the way")
     finally:
         for place in ("Pre/closed", "Pro/listed"):
             (hospital / place).chmod(0o755)
+    assert status == 0, said
     table = read_table(hospital.parent / "out of the way" / "manifest.csv")
     problems = {Path(row.path).relative_to(hospital).as_posix(): row.problem for row in table.itertuples() if row.problem}
     assert set(problems) == {
@@ -432,7 +438,7 @@ def test_what_cannot_be_reached_outside_a_class_has_a_row_as_well(hospital):
 
 def test_a_folder_that_cannot_be_read_at_all_says_why(tmp_path):
     (tmp_path / "closed").mkdir(mode=0o000)
-    status, said = call("prepare", tmp_path / "closed", "--out", tmp_path / "out", unprivileged=True)
+    status, said = prepare_unprivileged(tmp_path / "closed", tmp_path / "out")
     assert status != 0 and "Traceback" not in said and said.count("closed") >= 1
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from leukemia_nb.data.images import write_image
 from leukemia_nb.evaluation.calibration import (
-    TEMPERATURES,
+    _TEMPERATURES,
     at_limit,
     augrc,
     brier_score,
@@ -95,7 +95,11 @@ def test_original_accuracies_are_counts_of_111(name, n_correct):
 
 def test_dummy_predictions_are_as_accurate_as_asked():
     table = dummy_predictions(0.9, (25, 47, 39), seed=3)
-    assert (predicted_labels(table) == table["class"]).sum() == 100 and table["class"].value_counts(sort=False).tolist() == [25, 47, 39]
+    assert (predicted_labels(table) == table["class"]).sum() == 100 and table["class"].value_counts(sort=False).tolist() == [
+        25,
+        47,
+        39,
+    ]
     assert table["pair"].iloc[[0, 24, 25]].tolist() == ["Normal/test_001", "Normal/test_025", "Pre-B/test_001"]
     check_predictions(table)
 
@@ -180,7 +184,10 @@ def test_predictions_table_joins_pairs_and_probabilities():
     assert list(joined.columns) == ["pair", "path", "subset", "class", "p_Normal", "p_Pre-B", "p_Pro-B"]
     assert set(joined["path"]) == {"x.png"} and joined.index.tolist() == list(range(111))
     assert joined["p_Pre-B"].tolist() == pytest.approx(table["p_Pre-B"].tolist()[::-1])
-    assert predictions_table(pairs.drop(columns="original"), probabilities_of(table), classes_of(table))["path"][0] == pairs["pair"].iloc[0]
+    assert (
+        predictions_table(pairs.drop(columns="original"), probabilities_of(table), classes_of(table))["path"][0]
+        == pairs["pair"].iloc[0]
+    )
 
 
 def test_order_of_columns_is_the_order_of_classes():
@@ -205,7 +212,9 @@ def test_a_missing_subset_is_named():
 def test_confusion_and_class_metrics_by_hand(counted):
     assert confusion_table(counted).to_numpy().tolist() == [[3, 1], [1, 5]]
     normal, pro = (row for _, row in class_table(counted).iterrows())
-    assert normal[["images", "precision", "sensitivity", "specificity", "f1"]].tolist() == pytest.approx([4, 3 / 4, 3 / 4, 5 / 6, 3 / 4])
+    assert normal[["images", "precision", "sensitivity", "specificity", "f1"]].tolist() == pytest.approx(
+        [4, 3 / 4, 3 / 4, 5 / 6, 3 / 4]
+    )
     assert pro[["images", "precision", "sensitivity", "specificity"]].tolist() == pytest.approx([6, 5 / 6, 5 / 6, 3 / 4])
     # exact intervals, R: binom.test(3, 4) and binom.test(5, 6)
     assert normal[["sensitivity_low", "sensitivity_high"]].tolist() == pytest.approx([0.19412, 0.99369], abs=1e-5)
@@ -217,7 +226,9 @@ def test_metrics_of_models_by_hand(counted):
     assert (row["title"], row["n_correct"], row["images"], row["accuracy"], row["original"]) == ("YOLO11", 8, 10, 0.8, 1.0)
     assert (row["low"], row["high"]) == pytest.approx((0.44390, 0.97479), abs=1e-5)  # R: binom.test(8, 10)
     f1_pro = 2 * (5 / 6) * (5 / 6) / (5 / 6 + 5 / 6)
-    assert row["macro_f1"] == pytest.approx((3 / 4 + f1_pro) / 2) and row["balanced_accuracy"] == pytest.approx((3 / 4 + 5 / 6) / 2)
+    assert row["macro_f1"] == pytest.approx((3 / 4 + f1_pro) / 2) and row["balanced_accuracy"] == pytest.approx(
+        (3 / 4 + 5 / 6) / 2
+    )
     assert row["auc"] == pytest.approx(20.5 / 24) and row["collapsed"] == "" and row["weights"] == "ImageNet"
     text = readable_comparison(compare_models({"yolo11": counted}, weights={"yolo11": "ImageNet"})).iloc[0]
     assert text["Accuracy"] == "80.0 % (95 % CI 44.4–97.5; 8/10)" and text["Original study"] == "100.0 %"
@@ -343,11 +354,14 @@ def test_temperature_changes_no_prediction_and_can_be_undone(temperature, seed):
 
 def test_temperature_is_fitted_on_the_validation_subset_alone():
     """8 of 10 correct at confidence 0.95 are calibrated at odds of 4: T = log 19 / log 4."""
-    val, test = two_classes(["Normal"] * 8 + ["Pro-B"] * 2, [0.95] * 10, "val"), dummy_predictions(0.5, classes=("Normal", "Pro-B"), per_class=(9, 9))
+    val, test = (
+        two_classes(["Normal"] * 8 + ["Pro-B"] * 2, [0.95] * 10, "val"),
+        dummy_predictions(0.5, classes=("Normal", "Pro-B"), per_class=(9, 9)),
+    )
     assert fit_temperature(pd.concat([val, test])) == pytest.approx(np.log(19) / np.log(4), rel=1e-3)
     with pytest.raises(PredictionsError, match="no subset 'val'"):
         fit_temperature(test)
-    assert TEMPERATURES == (0.05, 20.0)
+    assert _TEMPERATURES == (0.05, 20.0)
     assert [at_limit(t) for t in (0.05, 0.0504, 0.051, 1, 19.7, 19.9, 20.0)] == [True, True, False, False, False, True, True]
 
 
@@ -373,7 +387,12 @@ def test_risk_and_coverage_by_hand(ten):
     assert augrc(ten) == pytest.approx(0.8 * 0.2 / 2 + 0.2 * (0.2 + 0.3) / 2)
     assert augrc(two_classes(["Normal"] * 4, [0.9, 0.8, 0.7, 0.6])) == 0
     always_wrong = two_classes(["Pro-B"] * 4, [0.9, 0.8, 0.7, 0.6])
-    assert augrc(always_wrong) == pytest.approx(0.5) and risk_coverage(always_wrong)["coverage"].tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert augrc(always_wrong) == pytest.approx(0.5) and risk_coverage(always_wrong)["coverage"].tolist() == [
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+    ]
 
 
 # ---- figures
@@ -453,7 +472,10 @@ def test_unseen_table_and_grid(folder_of_images):
     table = unseen_table({"mobilenet_v2": one, "x<y>": one.sample(frac=1, random_state=0)})
     assert (table["MobileNetV2"] == table["x<y>"]).all() and len(table) == 5 and model_titles(table) == ["MobileNetV2", "x<y>"]
     text = readable_unseen(table).set_index("Image")
-    assert text.loc["Pro/Snap_2é.png", "MobileNetV2"] == "✗ Normal 0.84" and text.loc["Pro/Snap_1é.png", "MobileNetV2"] == "Pro-B 0.78"
+    assert (
+        text.loc["Pro/Snap_2é.png", "MobileNetV2"] == "✗ Normal 0.84"
+        and text.loc["Pro/Snap_1é.png", "MobileNetV2"] == "Pro-B 0.78"
+    )
     assert text.loc["somewhere/Snap_3é.png"].tolist() == ["–", "Pro-B 0.98", "Pro-B 0.98"]
     page = readable_unseen(table).to_html(index=False)
     assert page.count("✗") == 2 and "x&lt;y&gt;" in page and "<y>" not in page

@@ -9,14 +9,14 @@ from hypothesis.extra.numpy import arrays
 from leukemia_nb.audit.robustness import (
     CORRUPTIONS,
     blur,
-    change_brightness,
-    compress,
+    _change_brightness,
+    _compress,
     corrupt,
     corruptions_figure,
     robustness_figure,
     robustness_predictions,
     robustness_table,
-    rotate,
+    _rotate,
     scale_stains,
     shift_hue,
 )
@@ -83,14 +83,14 @@ def test_soft_edges_of_a_segmented_image_stay_soft():
 def test_rotation_makes_no_black_corner_and_comes_round():
     image = np.full((40, 60, 3), 200, np.uint8)
     for degrees in (10, 45, 90, 133):
-        assert (rotate(image, degrees) == 200).all(), degrees
+        assert (_rotate(image, degrees) == 200).all(), degrees
     random = np.random.default_rng(0).integers(0, 256, (24, 24, 3)).astype(np.uint8)
-    assert np.array_equal(rotate(random, 90), np.rot90(random)) and np.array_equal(rotate(random, 180), random[::-1, ::-1])
+    assert np.array_equal(_rotate(random, 90), np.rot90(random)) and np.array_equal(_rotate(random, 180), random[::-1, ::-1])
     wide = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
-    assert rotate(wide, 90).shape == wide.shape and np.array_equal(rotate(wide, 180), wide[::-1, ::-1])
+    assert _rotate(wide, 90).shape == wide.shape and np.array_equal(_rotate(wide, 180), wide[::-1, ::-1])
     dot = np.zeros((41, 61, 3), np.uint8)
     dot[20, 40] = 255  # 10 right of the centre; anticlockwise by 90: 10 above it
-    assert np.unravel_index(rotate(dot, 90)[..., 0].argmax(), (41, 61)) == (10, 30)
+    assert np.unravel_index(_rotate(dot, 90)[..., 0].argmax(), (41, 61)) == (10, 30)
 
 
 def test_stains_act_on_density():
@@ -115,7 +115,7 @@ def test_hue_goes_round_and_keeps_brightness():
 
 
 def test_brightness_blur_and_compression():
-    assert change_brightness(np.uint8([[[100, 200, 250]]]), 1.2).tolist() == [[[120, 240, 255]]]
+    assert _change_brightness(np.uint8([[[100, 200, 250]]]), 1.2).tolist() == [[[120, 240, 255]]]
     dot = np.zeros((224, 224, 3), np.uint8)
     dot[112, 112] = 255
     spread = blur(np.minimum(dot.astype(int) * 255, 255).astype(np.uint8), 2)[112, :, 0].astype(float)
@@ -124,8 +124,12 @@ def test_brightness_blur_and_compression():
     small[28, 28] = 255
     assert blur(small, 4)[28, 28, 0] == pytest.approx(255 / (2 * np.pi), abs=3)  # 4 of 224 are 1 of 56
     image = smear("Pre-B", 1, 64, 64).image
-    error = [np.abs(compress(image, quality).astype(int) - image).mean() for quality in (100, 90, 40, 10)]
-    assert error[0] == 0 and error == sorted(error) and compress(image, 90)[..., 0].mean() == pytest.approx(image[..., 0].mean(), abs=2)
+    error = [np.abs(_compress(image, quality).astype(int) - image).mean() for quality in (100, 90, 40, 10)]
+    assert (
+        error[0] == 0
+        and error == sorted(error)
+        and _compress(image, 90)[..., 0].mean() == pytest.approx(image[..., 0].mean(), abs=2)
+    )
 
 
 def test_wrong_input_is_refused():
@@ -162,8 +166,14 @@ def test_table_by_hand(sample):
     assert list(found.index) == [0.8, 1.0, 1.15] and found["clean"].tolist() == [False, True, False]
     assert found["n_correct"].tolist() == [6, 10, 4] and found["images"].tolist() == [10] * 3  # all dark, clean, all light
     assert found["accuracy"].tolist() == found["agreement"].tolist() == [0.6, 1.0, 0.4]
-    assert tuple(found.loc[0.8, ["low", "high"]]) == tuple(found.loc[0.8, ["agreement_low", "agreement_high"]]) == clopper_pearson(6, 10)
-    assert found["chance"].tolist() == [0.6] * 3 and found["confidence"].tolist() == [0.75] * 3 and set(found["title"]) == {"YOLO11"}
+    assert (
+        tuple(found.loc[0.8, ["low", "high"]])
+        == tuple(found.loc[0.8, ["agreement_low", "agreement_high"]])
+        == clopper_pearson(6, 10)
+    )
+    assert (
+        found["chance"].tolist() == [0.6] * 3 and found["confidence"].tolist() == [0.75] * 3 and set(found["title"]) == {"YOLO11"}
+    )
     with pytest.raises(ValueError, match="no predictions"):
         robustness_table({})
 

@@ -22,7 +22,7 @@ from leukemia_nb.audit.saliency import (
     saliency_method,
     saliency_summary,
     saliency_table,
-    widen_cells,
+    _widen_cells,
 )
 from leukemia_nb.models.interface import ModelError
 
@@ -43,7 +43,7 @@ SCRIPT = """
         model = make_model(name, weights="random", fine_tune=False, image_size=64, epochs=1, batch_size=6).fit(folder)
         images = pairs[:6] if len(model.channels) == 2 else pairs.read(slice(0, 6))
         before, targets = model.predict_proba(images), np.array([0, 1, 2, 0, 1, 2])
-        maps, weights = saliency.feature_maps(model, images, targets)
+        maps, weights = saliency._feature_maps(model, images, targets)
         logits = np.log(before.astype(np.float64))
         logits -= logits.mean(axis=1, keepdims=True)
         shift = (maps.mean(axis=(2, 3)) * weights).sum(axis=(1, 2)) - logits[np.arange(6), targets]
@@ -51,14 +51,14 @@ SCRIPT = """
         changed = {}
         for part in ("head", "whole"):
             with saliency.randomised_weights(model, part):
-                changed[part] = float(np.abs(saliency.feature_maps(model, images, targets)[1] - weights).max())
-        same = np.array_equal(saliency.feature_maps(model, images, targets)[1], weights) and np.array_equal(model.predict_proba(images), before)
+                changed[part] = float(np.abs(saliency._feature_maps(model, images, targets)[1] - weights).max())
+        same = np.array_equal(saliency._feature_maps(model, images, targets)[1], weights) and np.array_equal(model.predict_proba(images), before)
         occluded = saliency.occlusion_map(model, images[:2], grid=2)
         is_third = model.predict(images) == "Pro-B"
         table = saliency.saliency_table(model, images, np.ones((6, 64, 64), bool), found)
         return dict(maps=maps.shape, weights=weights.shape, shape=found.shape, dtype=str(found.dtype), low=float(found.min()),
                     high=float(found.max()), named=bool(all(np.array_equal(a, b) for a, b in zip(found[is_third], named[is_third]))),
-                    changed=changed, same=bool(same), shares=saliency.channel_gradients(model, images).sum(axis=1).tolist(),
+                    changed=changed, same=bool(same), shares=saliency._channel_gradients(model, images).sum(axis=1).tolist(),
                     original=table["original_channel"].tolist(), shift=float(np.ptp(shift)), method=saliency.saliency_method(model),
                     occluded=[float(occluded.min()), float(occluded.max())],
                     check=float(saliency.randomisation_check(model, images[:2], repeats=1).abs().max().max()))
@@ -71,7 +71,9 @@ def in_a_process(*names: str) -> dict:
     """torch and TensorFlow stay apart, whatever other test modules have loaded here."""
     clean = {key: value for key, value in os.environ.items() if key not in ("LEUKEMIA_NB_WEIGHTS", "YOLO_CONFIG_DIR")}
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), *names]
-    done = subprocess.run(command, capture_output=True, text=True, env=clean | {"PYTHONPATH": str(ROOT)}, timeout=600, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=clean | {"PYTHONPATH": str(ROOT)}, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.split("FOUND")[1])
 
@@ -136,9 +138,9 @@ def test_flat_map_is_chance_and_the_rim_belongs_to_the_cell():
     mask[40:60, 40:60] = True
     energy, area, ratio = energy_pointing_game(np.full((100, 120), 0.3), mask)
     assert energy == pytest.approx(area) and ratio == pytest.approx(1) and area > mask.mean()
-    wide = widen_cells(mask)  # 2 % of the shorter side: 2 pixels
+    wide = _widen_cells(mask)  # 2 % of the shorter side: 2 pixels
     assert wide[38, 50] and not wide[37, 50] and wide[50, 61] and not wide[50, 62]
-    assert np.array_equal(widen_cells(mask, 0), mask) and np.array_equal(widen_cells(mask * 7), wide)
+    assert np.array_equal(_widen_cells(mask, 0), mask) and np.array_equal(_widen_cells(mask * 7), wide)
 
 
 def test_undefined_is_not_zero():

@@ -13,7 +13,7 @@ from leukemia_nb.evaluation.uncertainty import (
     cluster_bootstrap,
     compare_model_pairs,
     difference_figure,
-    effective_groups,
+    _effective_groups,
     format_proportion,
     grouped_interval,
     holm,
@@ -96,7 +96,7 @@ def test_fewer_groups_give_wider_intervals_and_one_the_whole_range():
     intervals = [grouped_interval(correct, np.arange(103) // size) for size in (1, 2, 5, 20, 103)]
     widths = [one.high - one.low for one in intervals]
     assert widths == sorted(widths) and widths[-1] == pytest.approx(1, abs=1e-4)
-    assert effective_groups([0] * 9 + [1]) == pytest.approx(100 / 82)
+    assert _effective_groups([0] * 9 + [1]) == pytest.approx(100 / 82)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 103, [1] * 97 + [2] * 3, [10] * 10 + [3], [30] + [1] * 73])
@@ -228,7 +228,9 @@ def test_sentences():
     for models in ({"yolov8": best, "yolo11": worst}, {"yolo11": worst, "yolov8": best}):
         assert significance_sentence(compare_model_pairs(models)).startswith("YOLOv8 has a higher accuracy than YOLO11 (")
     same = significance_sentence(compare_model_pairs({"yolov8": best, "yolo11": best, "yolo12": best}))
-    assert same.startswith("YOLOv8, YOLO11 and YOLO12 are not significantly") and same.endswith("mean equal: all err on the same images.")
+    assert same.startswith("YOLOv8, YOLO11 and YOLO12 are not significantly") and same.endswith(
+        "mean equal: all err on the same images."
+    )
     few = significance_sentence(compare_model_pairs({"a": errs_on([0]), "b": errs_on([1, 2])}))
     assert few.endswith("no two models disagree on more than 3 images, and the smallest unadjusted p is 1.00.")
     near, close = dummy_predictions(0.94, seed=7), dummy_predictions(0.97, seed=7)
@@ -291,7 +293,9 @@ def test_random_state_of_an_estimator_follows_the_repeat():
     from sklearn.dummy import DummyClassifier
 
     y = pd.Series(["a", "b"] * 20, [f"p{i}" for i in range(40)])
-    table = cross_validate(DummyClassifier(strategy="stratified", random_state=5), np.zeros((40, 1)), y, folds=2, repeats=2, seed=7)
+    table = cross_validate(
+        DummyClassifier(strategy="stratified", random_state=5), np.zeros((40, 1)), y, folds=2, repeats=2, seed=7
+    )
     assert table.groupby("repeat")["p_a"].apply(tuple).nunique() == 2
 
 

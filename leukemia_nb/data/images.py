@@ -346,7 +346,7 @@ def show_images(
             axis.axis("off")
         for axis, (title, image) in zip(axes.flat, images.items()):
             axis.imshow(image, cmap="gray", interpolation="nearest")
-            axis.set_title(title)
+            axis.set_title(title, fontsize=8)
     return figure
 
 # %% ../../nbs/01_data/20_images.ipynb #3652e6db

@@ -165,7 +165,7 @@ def _search(here: Path, linked: bool, search: ImageSearch, exclude: Path | None,
         reason = _skip_folder(here, linked, search, exclude, seen)
         entries = [] if reason else sorted(os.scandir(here), key=lambda entry: entry.name)
         if entries:
-            os.stat(here / os.curdir)  # a folder may be listed and not entered
+            os.stat(os.path.join(here, os.curdir))  # a folder may be listed and not entered
     except OSError as error:
         problem = f"{here}: the folder cannot be read: {error.strerror}. Check who may read it."
         search.unreachable.append((here, shown(problem)))

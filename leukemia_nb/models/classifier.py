@@ -175,10 +175,10 @@ class ImageClassifier(_Settings):
 
     def predict_proba(self, images: Images) -> np.ndarray:  # float32 (n, k), columns in the order of classes_, rows sum to 1
         "Class probabilities. Raises `ModelError` where they are not finite."
-        probabilities = self._in_batches(self._predict, images).reshape(len(images), -1)
+        probabilities = self._in_batches(self._predict, images)
         if not np.isfinite(probabilities).all():
             raise ModelError(f"{self.name} predicts values that are not finite. Train it with a lower learning_rate.")
-        return probabilities if len(images) else np.zeros((0, len(self.classes_)), np.float32)
+        return probabilities.reshape(len(images), len(self.classes_))
 
     def predict(self, images: Images) -> np.ndarray:  # str (n,)
         "The most probable class of each image."
