@@ -120,8 +120,8 @@ def _dummy_features(prepared: Any) -> np.ndarray:
     return np.concatenate([(image[..., 1, None] < _LEVELS).mean(axis=(0, 1)) for image in images])
 
 
-_DUMMY_STEPS = """green{i} = Gather<axis=-1>({name}, channel) value{i} = Cast<to=1>(green{i}) column{i} = Unsqueeze(value{i}, last)
-    below{i} = Less(column{i}, levels) part{i} = Cast<to=1>(below{i}) raw{i} = ReduceMean<keepdims=0, axes=[1, 2]>(part{i})"""
+_DUMMY_STEPS = """green{i} = Gather<axis=-1>({name}, channel) value{i} = Cast<to=1>(green{i})
+    column{i} = Unsqueeze(value{i}, last) below{i} = Less(column{i}, levels) part{i} = Cast<to=1>(below{i}) raw{i} = ReduceMean<keepdims=0, axes=[1, 2]>(part{i})"""
 
 
 def _dummy_network(kind: str, size: int, means: np.ndarray, scale: np.ndarray) -> Any:
