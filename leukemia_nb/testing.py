@@ -200,7 +200,9 @@ def _dummy_audit(folder: Path, models: list[str]) -> None:
                 row = {"model": model, "title": model_title(model), "kind": kind, "cue": cue, "n": n, "count": round(n * p)}
                 rows.append(row | {"proportion": p, "low": low, "high": high})
     write_table(folder / "metrics" / "cue_conflict.csv", pd.DataFrame(rows))
-    levels = [(model, corruption, level, k) for model in models for corruption in ("hue", "blur") for level, k in ((0, 60), (2, 41))]
+    levels = [
+        (model, corruption, level, k) for model in models for corruption in ("hue", "blur") for level, k in ((0, 60), (2, 41))
+    ]
     robustness = pd.DataFrame(levels, columns=["model", "corruption", "level", "n_correct"]).assign(images=60, chance=0.42)
     robustness = robustness.assign(title=robustness["model"].map(model_title), clean=robustness["level"] == 0)
     write_table(folder / "metrics" / "robustness.csv", robustness.assign(accuracy=robustness["n_correct"] / 60))
