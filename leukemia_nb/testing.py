@@ -73,6 +73,48 @@ def dummy_predictions(
     table = pd.DataFrame({"pair": pair, "path": path, "subset": subset, "class": true})
     return table.assign(**{f"p_{name}": values[:, i] for i, name in enumerate(classes)})
 
+# %% ../nbs/00_shared/30_testing.ipynb #a1b0f4a3
+_LEVELS = (90, 115, 140, 165)
+
+
+def _dummy_features(prepared: Any) -> np.ndarray:
+    "Mean features of the cells, or proportions of green values below each level, of the original and of the segmented image."
+    if prepared.cells is not None:
+        return prepared.cells.mean(axis=0)
+    images = [prepared.square] if prepared.segmented is None else [prepared.square, prepared.segmented]
+    return np.concatenate([(image[..., 1, None] < _LEVELS).mean(axis=(0, 1)) for image in images])
+
+# %% ../nbs/00_shared/30_testing.ipynb #a1b0f4a4
+_DUMMY_STEPS = """green{i} = Gather<axis=-1>({name}, channel) value{i} = Cast<to=1>(green{i})
+    column{i} = Unsqueeze(value{i}, last) below{i} = Less(column{i}, levels)
+    part{i} = Cast<to=1>(below{i}) raw{i} = ReduceMean<keepdims=0, axes=[1, 2]>(part{i})"""
+
+
+def _dummy_network(kind: str, size: int, means: np.ndarray, scale: np.ndarray) -> Any:
+    "ONNX model: `_dummy_features` divided by `scale`, and the softmax of the negative squared distances to `means` (k, d)."
+    import onnx.parser
+
+    k, d = means.shape
+    names = {"image": ["original"], "pair": ["original", "segmented"], "cells": ["cells"]}[kind]
+    inputs = ", ".join(f"float[m, {d}] cells" if kind == "cells" else f"uint8[n, {size}, {size}, 3] {name}" for name in names)
+    n, numbers = "1" if kind == "cells" else "n", lambda array: ", ".join(f"{value:.6g}" for value in np.ravel(array))
+    steps = " ".join(_DUMMY_STEPS.format(i=i, name=name) for i, name in enumerate(names))
+    joined = f"raw = Concat<axis=1>({', '.join(f'raw{i}' for i in range(len(names)))})"
+    if kind == "cells":
+        steps, joined = "", "raw = ReduceMean<keepdims=1, axes=[0]>(cells)"
+    return onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17]>
+        dummy ({inputs}) => (float[{n}, {k}] probabilities, float[{n}, {d}] features)
+        <int64 channel = {{1}}, int64[1] last = {{-1}}, int64[1] middle = {{1}}, float[4] levels = {{{numbers(_LEVELS)}}},
+         float[{d}] scale = {{{numbers(scale)}}}, float[1, {k}, {d}] means = {{{numbers(means)}}}>
+        {{ {steps} {joined}
+        features = Div(raw, scale)
+        row = Unsqueeze(features, middle)
+        difference = Sub(row, means)
+        square = Mul(difference, difference)
+        squares = ReduceMean<keepdims=0, axes=[-1]>(square)
+        opposite = Neg(squares)
+        probabilities = Softmax<axis=-1>(opposite) }}""")
+
 # %% ../nbs/00_shared/30_testing.ipynb #a1b0f4a1
 def dummy_model_file(
     path: str | os.PathLike,  # file to be written
@@ -108,47 +150,6 @@ def dummy_model_file(
     constants = fit_ood(seen, labels, seen)
     write_model_file(path, _dummy_network(kind, size, means / scale, scale), info, constants)
     return Path(path)
-
-
-_LEVELS = (90, 115, 140, 165)
-
-
-def _dummy_features(prepared: Any) -> np.ndarray:
-    "Mean features of the cells, or proportions of green values below each level, of the original and of the segmented image."
-    if prepared.cells is not None:
-        return prepared.cells.mean(axis=0)
-    images = [prepared.square] if prepared.segmented is None else [prepared.square, prepared.segmented]
-    return np.concatenate([(image[..., 1, None] < _LEVELS).mean(axis=(0, 1)) for image in images])
-
-
-_DUMMY_STEPS = """green{i} = Gather<axis=-1>({name}, channel) value{i} = Cast<to=1>(green{i}) column{i} = Unsqueeze(value{i}, last)
-    below{i} = Less(column{i}, levels) part{i} = Cast<to=1>(below{i}) raw{i} = ReduceMean<keepdims=0, axes=[1, 2]>(part{i})"""
-
-
-def _dummy_network(kind: str, size: int, means: np.ndarray, scale: np.ndarray) -> Any:
-    "ONNX model: `_dummy_features` divided by `scale`, and the softmax of the negative squared distances to `means` (k, d)."
-    import onnx.parser
-
-    k, d = means.shape
-    names = {"image": ["original"], "pair": ["original", "segmented"], "cells": ["cells"]}[kind]
-    inputs = ", ".join(f"float[m, {d}] cells" if kind == "cells" else f"uint8[n, {size}, {size}, 3] {name}" for name in names)
-    n, numbers = "1" if kind == "cells" else "n", lambda array: ", ".join(f"{value:.6g}" for value in np.ravel(array))
-    steps = " ".join(_DUMMY_STEPS.format(i=i, name=name) for i, name in enumerate(names))
-    joined = f"raw = Concat<axis=1>({', '.join(f'raw{i}' for i in range(len(names)))})"
-    if kind == "cells":
-        steps, joined = "", "raw = ReduceMean<keepdims=1, axes=[0]>(cells)"
-    return onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17]>
-        dummy ({inputs}) => (float[{n}, {k}] probabilities, float[{n}, {d}] features)
-        <int64 channel = {{1}}, int64[1] last = {{-1}}, int64[1] middle = {{1}}, float[4] levels = {{{numbers(_LEVELS)}}},
-         float[{d}] scale = {{{numbers(scale)}}}, float[1, {k}, {d}] means = {{{numbers(means)}}}>
-        {{ {steps} {joined}
-        features = Div(raw, scale)
-        row = Unsqueeze(features, middle)
-        difference = Sub(row, means)
-        square = Mul(difference, difference)
-        squares = ReduceMean<keepdims=0, axes=[-1]>(square)
-        opposite = Neg(squares)
-        probabilities = Softmax<axis=-1>(opposite) }}""")
 
 # %% ../nbs/00_shared/30_testing.ipynb #3950379d
 _SIZES = {"Normal": 60, "Pre-B": 110, "Pro-B": 90}
