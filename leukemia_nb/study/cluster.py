@@ -36,7 +36,9 @@ class Workers:
         from distributed import as_completed
 
         futures = self.client.map(function, *zip(*calls, strict=True), pure=False)
-        for _, result in as_completed(futures, with_results=True):
+        with self.client.as_current():
+            completed = as_completed(futures, with_results=True)
+        for _, result in completed:
             yield result
 
 
