@@ -149,7 +149,7 @@ def test_no_dask_is_one_clear_line(monkeypatch):
 
 def test_dask_is_not_loaded_where_nobody_asks_for_it():
     code = (
-        "import sys\nfrom leukemia_nb.study import driver, command_line\nfrom leukemia_nb.study.cluster import parallel\n"
+        "import sys\nfrom leukemia_nb.study import driver, command_line\nfrom leukemia_nb.study.cluster import Workers, parallel\n"
         "with parallel(2) as workers: assert workers == Workers(2, 2)\nassert not {'dask', 'distributed'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
