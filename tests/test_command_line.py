@@ -148,7 +148,9 @@ def test_names_that_are_no_utf8_are_predicted_and_escaped(bytes_folder, tmp_path
     )
     assert status == 0 and len(list((tmp_path / "ov").glob("*.jpg"))) == 1, error
     assert pd.read_csv(tmp_path / "a.csv")["path"].tolist() == [name]
-    assert [row["path"] for row in json.loads((tmp_path / "a.json").read_text())] == [os.fsdecode(b"%s/Pre-B/caf\xe9.png" % bytes(bytes_folder))]
+    assert [row["path"] for row in json.loads((tmp_path / "a.json").read_text())] == [
+        os.fsdecode(b"%s/Pre-B/caf\xe9.png" % bytes(bytes_folder))
+    ]
     status, out, error = call("compare", bytes_folder, "--study", tmp_path / "run", "--out", tmp_path / "compared")
     assert status == 0 and "caf\\xe9.png" in out, error
     assert pd.read_csv(tmp_path / "compared/comparison.csv")["path"].tolist() == [name]

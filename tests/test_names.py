@@ -85,7 +85,22 @@ def test_figures_of_predictions_take_any_class_and_title(predictions, tmp_path):
         text = drawn(figure, tmp_path)
         assert "$" not in first or first in text
     table = pd.DataFrame(
-        [dict(model=first, title=first, corruption="hue", level=level, clean=level == 0, agreement=0.5, confidence=0.5, accuracy=0.5, low=0.4, high=0.6, chance=0.4) for level in (0, 5)]
+        [
+            dict(
+                model=first,
+                title=first,
+                corruption="hue",
+                level=level,
+                clean=level == 0,
+                agreement=0.5,
+                confidence=0.5,
+                accuracy=0.5,
+                low=0.4,
+                high=0.6,
+                chance=0.4,
+            )
+            for level in (0, 5)
+        ]
     )
     drawn(robustness_figure(table), tmp_path)
 
