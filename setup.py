@@ -43,6 +43,7 @@ setup(
     keywords=cfg["keywords"],
     license="Apache-2.0",
     packages=find_packages(include=[cfg["lib_name"], cfg["lib_name"] + ".*"]),
+    package_data={cfg["lib_name"]: ["templates/**/*"]},  # text, styles, checklists
     python_requires=">=" + cfg["min_python"],
     install_requires=requirements("requirements"),
     extras_require={"train": train, "dev": train + dev},

@@ -1,4 +1,4 @@
-"""Keep the numbers of a finished study for the documentation: `make results RUN=runs/taleqani`.
+"""Keep the figures of a finished study for the documentation: `make results RUN=runs/taleqani`.
 
 Copies tables only, no image and no name of an image, to benchmarks/results/<name of the run>/. Names that the run knows from its
 manifest are taken out of every text, and columns of names are left out, whatever table they stand in.
@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from leukemia_nb.data.files import read_table, write_table
-from leukemia_nb.evaluation.metrics import predicted_labels, read_all_predictions, take_subset
+from leukemia_nb.evaluation.predictions import predicted_labels, read_all_predictions, take_subset
 
 RESULTS = Path(__file__).parent / "results"
 TABLES = (
@@ -22,19 +22,18 @@ TABLES = (
     "metrics/grouped_accuracy.csv",
     "metrics/pairs_of_models.csv",
     "metrics/calibration.csv",
-    "metrics/controls.csv",
+    "metrics/baselines.csv",
     "metrics/cross_validation.csv",
     "metrics/saliency.csv",
     "metrics/efficientnet.csv",
     "metrics/efficientnet_last.csv",
     "metrics/reporting_items.csv",
-    "metrics/follow.csv",
-    "metrics/follow_by_pair.csv",
-    "metrics/worth.csv",
+    "metrics/cue_conflict.csv",
+    "metrics/cue_conflict_by_classes.csv",
     "metrics/robustness.csv",
     "leakage.csv",
 )
-NAMES = ("pair", "path", "image", "original", "segmented")  # columns that hold names of images
+NAMES = ("pair", "path", "image", "original", "segmented", "cells")  # columns that hold names of images
 
 
 def image_names(run: Path) -> list[str]:
@@ -83,8 +82,8 @@ def collect(run: Path, out: Path) -> None:
     kept = ("name", "version", "bytes", "difference", "temperature", "calibration", "thresholds", "accepted", "test")
     keep_json("exported.json", [{key: info.get(key) for key in kept} for info in exported])
     tests = {name: take_subset(table) for name, table in read_all_predictions(run / "predictions").items()}
-    said = [test.assign(model=name, answer=predicted_labels(test)) for name, test in tests.items()]
-    keep_table("confusion.csv", pd.concat(said).groupby(["model", "class", "answer"]).size().reset_index(name="images"))
+    predicted = [test.assign(model=name, predicted=predicted_labels(test)) for name, test in tests.items()]
+    keep_table("confusion.csv", pd.concat(predicted).groupby(["model", "class", "predicted"]).size().reset_index(name="images"))
     split = read_table(run / "split.csv")
     keep_table("subsets.csv", split.groupby(["class", "subset"]).size().unstack().reset_index())
     steps = [json.loads(path.read_text()) for path in sorted(run.glob("steps/*.json"))]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from leukemia_nb.evaluation.metrics import clopper_pearson
+from leukemia_nb.evaluation.uncertainty import clopper_pearson
 from leukemia_nb.data.images import read_image
 from leukemia_nb.models.interface import Images, make_model, versions
 from taleqani import GROUPED_BY, INTERVAL, check_apart, known_images

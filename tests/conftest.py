@@ -57,9 +57,23 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", autouse=True)
-def torch_before_tensorflow() -> None:
-    """All test modules share a process: torch must be loaded first, the other order aborts it."""
-    from leukemia_nb.models.yolo import yolo_framework
+# test modules that load no framework in this process
+WITHOUT_FRAMEWORK = {f"test_{name}" for name in "cards cluster collect command_line environment names pages report study".split()}
 
-    yolo_framework()
+
+@pytest.fixture(scope="session", autouse=True)
+def torch_before_tensorflow(request: pytest.FixtureRequest) -> None:
+    """All test modules share a process: torch must be loaded first, the other order aborts it."""
+    if {Path(item.path).stem for item in request.session.items} <= WITHOUT_FRAMEWORK:
+        return
+    from leukemia_nb.models.yolo import import_ultralytics
+
+    import_ultralytics()
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset folder of 24 synthetic smears, 64 x 64; for reading only."""
+    from leukemia_nb.testing import dummy_dataset
+
+    return dummy_dataset(tmp_path_factory.mktemp("run") / "dataset", per_class=8, size=64)

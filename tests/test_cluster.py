@@ -17,10 +17,11 @@ import pytest
 from typer.testing import CliRunner
 
 from leukemia_nb.study import driver as study
-from leukemia_nb.study.cluster import ClusterError, Workers, parallel
+from leukemia_nb.data.processes import ClusterError
+from leukemia_nb.study.cluster import parallel
 from leukemia_nb.study.command_line import app
-from leukemia_nb.inference.predictor import dummy_model_file
-from leukemia_nb.study.driver import SMOKE, StudyError, run_study
+from leukemia_nb.study.driver import StudyError, run_study
+from leukemia_nb.testing import SMOKE, dummy_model_file
 from leukemia_nb.data.synthetic import write_smears
 
 distributed = pytest.importorskip("distributed")
@@ -71,6 +72,14 @@ def write_notebook(path, code):
     return path
 
 
+def _abort(_):
+    os.abort()
+
+
+def _process_number(_):
+    return os.getpid()
+
+
 def process(number, mark):
     if mark and not os.path.exists(mark):
         Path(mark).touch()
@@ -80,23 +89,28 @@ def process(number, mark):
 
 def test_tasks_run_in_the_workers_and_a_killed_one_loses_nothing(address, tmp_path):
     with parallel(cluster=address) as workers:
-        assert workers == Workers(-1, 2)
-        tasks = [joblib.delayed(process)(number, str(tmp_path / "killed") if number == 3 else "") for number in range(8)]
-        found = joblib.Parallel(workers.n_jobs, batch_size=1)(tasks)
-    assert [number for number, _ in found] == list(range(8))
+        assert (workers.n_jobs, workers.per_machine) == (-1, 2)
+        calls = [(number, str(tmp_path / "killed") if number == 3 else "") for number in range(8)]
+        found = list(workers.map(process, calls))
+    assert sorted(number for number, _ in found) == list(range(8))
     assert os.getpid() not in {worker for _, worker in found}
     assert (tmp_path / "killed").exists()
 
 
-def test_a_task_that_kills_its_workers_is_an_error_and_not_a_wait_for_ever(address, tmp_path):
-    tasks = [joblib.delayed(os.kill)(0, 0), joblib.delayed(os.abort)()]
-    with pytest.raises(ClusterError, match="all 2 workers that had it died"), parallel(cluster=address):
-        joblib.Parallel(-1, timeout=90)(tasks)
+def test_a_task_that_kills_its_workers_is_an_error_and_not_a_wait_for_ever(address):
+    with pytest.raises(ClusterError, match="all 2 workers that had it died"), parallel(cluster=address) as workers:
+        list(workers.map(_abort, [(1,)]))
 
 
 def test_an_error_of_a_task_is_the_same_error_here(address):
-    with pytest.raises(ZeroDivisionError), parallel(cluster=address):
-        joblib.Parallel(-1, timeout=90)([joblib.delayed(divmod)(1, 0)])
+    with pytest.raises(ZeroDivisionError), parallel(cluster=address) as workers:
+        list(workers.map(divmod, [(1, 0)]))
+
+
+def test_joblib_uses_the_same_workers(address):
+    with parallel(cluster=address) as workers:
+        found = joblib.Parallel(workers.n_jobs, batch_size=1)(joblib.delayed(process)(number, "") for number in range(4))
+    assert [number for number, _ in found] == list(range(4)) and os.getpid() not in {worker for _, worker in found}
 
 
 def test_a_single_worker_does_the_work_too_and_its_gpu_is_what_a_step_sees(tmp_path):
@@ -104,15 +118,15 @@ def test_a_single_worker_does_the_work_too_and_its_gpu_is_what_a_step_sees(tmp_p
         tmp_path / "gpu.ipynb",
         "import os\nfrom pathlib import Path\n(Path(run) / 'gpu.txt').write_text(os.environ['CUDA_VISIBLE_DEVICES'])",
     )
-    step, run = study.Step("gpu", "gpu.ipynb", outputs=("gpu.txt",)), study.Run(tmp_path)
+    step, run = study.Step("gpu", "gpu.ipynb", writes=("gpu.txt",)), study.Run(tmp_path)
     with (
         distributed.LocalCluster(
             n_workers=1, threads_per_worker=1, dashboard_address=None, silence_logs="CRITICAL", env={"CUDA_VISIBLE_DEVICES": "1"}
         ) as cluster,
         parallel(cluster=cluster.scheduler_address) as workers,
     ):
-        assert os.getpid() not in joblib.Parallel(workers.n_jobs)(joblib.delayed(os.getpid)() for _ in range(2))
-        joblib.Parallel(workers.n_jobs)([joblib.delayed(study.run_step)(step, run, notebook)])
+        assert os.getpid() not in set(workers.map(_process_number, [(0,), (1,)]))
+        list(workers.map(study.run_step, [(step, run, notebook)]))
     assert (tmp_path / "gpu.txt").read_text() == "1"
 
 
@@ -135,15 +149,15 @@ def test_no_dask_is_one_clear_line(monkeypatch):
 
 def test_dask_is_not_loaded_where_nobody_asks_for_it():
     code = (
-        "import sys\nfrom leukemia_nb import study, command_line\nfrom leukemia_nb.study.cluster import parallel\n"
-        "with parallel(2) as workers: assert workers == (2, 2)\nassert not {'dask', 'distributed'} & sys.modules.keys()"
+        "import sys\nfrom leukemia_nb.study import driver, command_line\nfrom leukemia_nb.study.cluster import Workers, parallel\n"
+        "with parallel(2) as workers: assert workers == Workers(2, 2)\nassert not {'dask', 'distributed'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def files_of(run):
     """What a run has written of what its steps promise, by name; the run folder's own name is left out of tables."""
-    names = {name for step in study.study_steps(SMOKE) for name in step.outputs}
+    names = {name for step in study.study_steps(SMOKE) for name in step.writes}
     paths = [path for name in names for path in [run.folder / name, *(run.folder / name).rglob("*.png")] if path.is_file()]
     return {str(path.relative_to(run.folder)): path.read_bytes().replace(bytes(run.folder), b"") for path in paths}
 
@@ -160,18 +174,18 @@ def kill_the_worker_of(step, run, over, killed):
 
 
 def test_a_study_over_a_cluster_is_the_same_study_and_survives_a_killed_worker(address, tmp_path):
-    here = run_study(SMOKE, tmp_path / "here", until=("counterfactuals",), log=lambda line: None)
+    here = run_study(SMOKE, tmp_path / "here", until=("cue-conflict",), log=lambda line: None)
     killed, said, over = [], [], threading.Event()
-    killer = threading.Thread(target=kill_the_worker_of, args=("counterfactuals", tmp_path / "there", over, killed))
+    killer = threading.Thread(target=kill_the_worker_of, args=("cue-conflict", tmp_path / "there", over, killed))
     killer.start()
-    there = run_study(SMOKE, tmp_path / "there", until=("counterfactuals",), log=said.append, cluster=address)
+    there = run_study(SMOKE, tmp_path / "there", until=("cue-conflict",), log=said.append, cluster=address)
     over.set()
     killer.join()
     assert len(killed) == 2 and not psutil.wait_procs(killed, timeout=60)[1]  # the kernel has not outlived its worker
     assert not list(there.folder.glob("notebooks/*.partial.ipynb"))
     assert files_of(there) == files_of(here)
-    assert {"pairs/Pre-B/ori_Pre-B_001.png", "split.csv", "audit/counterfactuals.npy"} < files_of(there).keys()
-    run_study(SMOKE, there.folder, until=("counterfactuals",), log=said.append)  # the cluster's records hold here
+    assert {"prepared/original/Pre-B/ori_Pre-B_001.png", "split.csv", "audit/cue_conflict.npy"} < files_of(there).keys()
+    run_study(SMOKE, there.folder, until=("cue-conflict",), log=said.append)  # the cluster's records hold here
     assert [line.split(": ")[1] for line in said if "…" not in line][3:] == ["unchanged"] * 3
 
 
@@ -187,7 +201,7 @@ def test_a_step_that_fails_in_a_worker_is_the_study_s_error(address, tmp_path):
 
 def test_a_worker_that_does_not_see_the_run_folder_says_so(tmp_path):
     step = study.study_steps(SMOKE)[0]
-    assert "Machines of a cluster must share a file system" in study._attempt(step, study.Run(tmp_path), False, 1, {})["error"]
+    assert "Machines of a cluster must share a file system" in study._attempt(step, study.Run(tmp_path), False, {}, ())["error"]
 
 
 def predict(*more):
@@ -216,13 +230,3 @@ def test_predictions_over_a_cluster_are_the_same_though_a_worker_is_killed(addre
     assert second.path.tolist() == [str(images / path) for path in first.path] and len(second) == 31
     pd.testing.assert_frame_equal(first.drop(columns=["path", "error"]), second.drop(columns=["path", "error"]))
     assert len(list((images / "found").glob("*-cells.jpg"))) == 30
-
-
-def test_a_worker_is_watched_once_however_many_tasks_it_has():
-    code = (
-        "import threading\nfrom joblib import Parallel, delayed\nfrom leukemia_nb.data.processes import die_with_parent\n"
-        "def task(): die_with_parent(); return threading.active_count()\n"
-        "if __name__ == '__main__':\n    found = Parallel(2, batch_size=1)(delayed(task)() for _ in range(40))\n    print(max(found) - min(found))\n"
-    )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
-    assert int(said) <= 1

@@ -1,4 +1,4 @@
-"""The collector of a study's numbers for the documentation: no image and no name of an image leaves the run."""
+"""The collector of a study's figures for the documentation: no image and no name of an image leaves the run."""
 
 import json
 import shutil
@@ -9,17 +9,15 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from leukemia_nb.study.cards import failures_answer, dummy_measurements, reporting_blocks, trained_models
 from leukemia_nb.data.files import read_table, write_table
-from leukemia_nb.study.report import dummy_run
+from leukemia_nb.study.cards import reporting_items
+from leukemia_nb.testing import dummy_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("collect") / "made-up"
-    dummy_run(folder)
-    dummy_measurements(folder)
-    reporting_blocks(folder, trained_models(folder))
+    folder = dummy_run(tmp_path_factory.mktemp("collect") / "dummy")
+    write_table(folder / "metrics" / "reporting_items.csv", reporting_items(folder))
     return folder
 
 
@@ -56,16 +54,16 @@ def test_names_that_an_answer_or_a_table_holds_are_taken_out(run, tmp_path):
     old = shutil.copytree(run, tmp_path / "run")
     items = read_table(old / "metrics" / "reporting_items.csv")
     pair, path = read_table(old / "manifest.csv").loc[7, ["pair", "path"]]
-    items.loc[items["Topic"] == "Wrong answers", "Answer"] = (
+    items.loc[items["Topic"] == "Wrong predictions", "Answer"] = (
         f"In part: 1 of 3 wrong; most often {pair} by 3, {path.split('/')[-1]} by 1."
     )
     write_table(old / "metrics" / "reporting_items.csv", items)
-    write_table(old / "metrics" / "follow.csv", read_table(old / "metrics" / "follow.csv").assign(pair=pair))
+    write_table(old / "metrics" / "cue_conflict.csv", read_table(old / "metrics" / "cue_conflict.csv").assign(pair=pair))
     (old / "study.json").write_text(json.dumps({"data": "/home/someone/slides", "unseen": "/home/someone/new", "note": [pair]}))
     out = collected(old, tmp_path)
     text = (out / "reporting_items.csv").read_text(encoding="utf-8")
     assert pair not in text and path.split("/")[-1] not in text and "1 of 3 wrong; most often (image) by 3, (image) by 1." in text
-    assert "pair" not in pd.read_csv(out / "follow.csv")
+    assert "pair" not in pd.read_csv(out / "cue_conflict.csv")
     study = json.loads((out / "study.json").read_text())
     assert study["note"] == ["(image)"] and "someone" not in json.dumps(study)
 
@@ -77,5 +75,6 @@ def test_the_committed_tables_name_no_image():
 
 
 def test_the_answer_itself_counts_and_names_nothing(run):
-    answer = failures_answer(run)
-    assert "of 111 test images are wrong" in answer and not [name for name in names(run) if name in answer]
+    answers = reporting_items(run).set_index("Topic")["Answer"]
+    assert "of 111 test images are predicted wrong" in answers["Wrong predictions"]
+    assert not [name for name in names(run) if any(name in answer for answer in answers)]

@@ -1,44 +1,84 @@
-"""Predictions files, metrics and figures of the evaluation."""
+"""Predictions files, metrics, calibration, selective prediction and figures of the evaluation; golden values by hand."""
 
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
-from sklearn import metrics
 
 from leukemia_nb.data.images import write_image
+from leukemia_nb.evaluation.calibration import (
+    _TEMPERATURES,
+    at_limit,
+    augrc,
+    brier_score,
+    calibration_table,
+    expected_calibration_error,
+    fit_temperature,
+    log_loss,
+    reliability_figure,
+    reliability_table,
+    risk_coverage,
+    scale_temperature,
+)
 from leukemia_nb.evaluation.metrics import (
     ORIGINAL_ACCURACY,
-    PredictionsError,
+    ORIGINAL_TEST_IMAGES,
     accuracy_figure,
-    predicted_labels,
-    check_predictions,
+    average_precision,
     class_table,
-    classes_of,
     compare_models,
     confusion_figure,
     confusion_table,
     curves_figure,
-    clopper_pearson,
-    dummy_predictions,
+    grouped_accuracy,
+    precision_recall_figure,
+    readable_comparison,
+    roc_auc,
+    roc_figure,
+)
+from leukemia_nb.evaluation.predictions import (
+    PredictionsError,
+    check_predictions,
+    classes_of,
+    distinct_paths,
+    model_titles,
     predict_unseen,
+    predicted_labels,
     predictions_table,
     probabilities_of,
     read_all_predictions,
     read_predictions,
-    readable_comparison,
-    roc_auc,
-    roc_figure,
+    readable_unseen,
     take_subset,
     unseen_figure,
-    unseen_html,
     unseen_table,
     write_predictions,
 )
+from leukemia_nb.testing import dummy_predictions
+
+
+def two_classes(labels: list[str], p_normal: list[float], subset: str = "test") -> pd.DataFrame:
+    table = pd.DataFrame({"pair": [f"{subset}{i}" for i in range(len(labels))], "path": "", "subset": subset, "class": labels})
+    return table.assign(**{"p_Normal": p_normal, "p_Pro-B": 1 - np.array(p_normal)})
+
+
+@pytest.fixture
+def ten() -> pd.DataFrame:
+    """Eight predictions of Normal with confidence 0.9, six correct; two with 0.6, one correct."""
+    return two_classes(["Normal"] * 6 + ["Pro-B"] * 2 + ["Normal", "Pro-B"], [0.9] * 8 + [0.6] * 2)
+
+
+@pytest.fixture
+def counted() -> pd.DataFrame:
+    """Of 4 Normal images 3 are found; of 6 Pro-B images 1 is predicted Normal."""
+    return two_classes(["Normal"] * 4 + ["Pro-B"] * 6, [0.9, 0.8, 0.7, 0.2, 0.6, 0.1, 0.1, 0.2, 0.3, 0.4])
+
+
+# ---- predictions
 
 
 @pytest.mark.parametrize(
-    "name, right",
+    "name, n_correct",
     [
         ("yolov8", 111),
         ("yolo11", 111),
@@ -49,8 +89,19 @@ from leukemia_nb.evaluation.metrics import (
         ("efficientnet_b0", 39),
     ],
 )
-def test_the_decks_figures_are_whole_images(name, right):
-    assert round(right / 111, 4) == pytest.approx(ORIGINAL_ACCURACY[name])
+def test_original_accuracies_are_counts_of_111(name, n_correct):
+    assert ORIGINAL_TEST_IMAGES == 111 and round(n_correct / 111, 4) == pytest.approx(ORIGINAL_ACCURACY[name])
+
+
+def test_dummy_predictions_are_as_accurate_as_asked():
+    table = dummy_predictions(0.9, (25, 47, 39), seed=3)
+    assert (predicted_labels(table) == table["class"]).sum() == 100 and table["class"].value_counts(sort=False).tolist() == [
+        25,
+        47,
+        39,
+    ]
+    assert table["pair"].iloc[[0, 24, 25]].tolist() == ["Normal/test_001", "Normal/test_025", "Pre-B/test_001"]
+    check_predictions(table)
 
 
 def test_predictions_survive_the_disk(tmp_path):
@@ -78,24 +129,31 @@ def test_a_bad_table_is_not_written(tmp_path):
         (lambda t: t.head(0), "no rows"),
         (lambda t: t.assign(**{"class": "Basophil"}), "'Basophil' has no probability column"),
         (lambda t: t.assign(**{"class": ""}), "class '' has no probability column"),
+        (lambda t: t.assign(subset="unseen", **{"class": "Basophil"}), "'Basophil' has no probability column"),
         (lambda t: t.assign(pair="one"), "'one' has more than one row"),
         (lambda t: t.assign(**{"p_Normal": "high"}), "not a number"),
         (lambda t: t.assign(**{"p_Normal": np.nan}), r"nan.*not between 0 and 1"),
         (lambda t: t.assign(**{"p_Normal": -0.2, "p_Pre-B": 0.6, "p_Pro-B": 0.6}), r"\(111 such rows\)"),
-        (lambda t: t.assign(**{"p_Normal": t["p_Normal"] + 0.01}), "sum of 1"),
+        (lambda t: t.assign(**{"p_Normal": -1e-5, "p_Pre-B": 1e-5, "p_Pro-B": 1.0}), r"\(111 such rows\)"),
+        (lambda t: t.assign(**{"p_Normal": t["p_Normal"] + 0.0011}), "sum of 1"),
+        (lambda t: t.assign(**{"p_Normal": t["p_Normal"].where(t.index != 5, 0.0)}), r"'Normal/test_006' are .*\(1 such rows\)"),
     ],
 )
-def test_what_is_wrong_is_said(spoil, message):
+def test_problems_of_a_table_are_named(spoil, message):
     with pytest.raises(PredictionsError, match=message):
         check_predictions(spoil(dummy_predictions()))
 
 
-def test_half_precision_rounding_and_unlabelled_new_images_are_fine():
+def test_rounding_and_unlabelled_new_images_are_valid():
     table = dummy_predictions()
-    check_predictions(
-        table.assign(**{name: table[name].astype(np.float16).astype(float) for name in table if name.startswith("p_")})
-    )
+    probabilities = [name for name in table if name.startswith("p_")]
+    check_predictions(table.assign(**{name: table[name].astype(np.float16).astype(float) for name in probabilities}))
+    check_predictions(table.assign(**{"p_Normal": table["p_Normal"] + 0.0009}))
+    check_predictions(table.assign(**{"p_Normal": -5e-7, "p_Pre-B": 0.5, "p_Pro-B": 0.5}))
     check_predictions(table.assign(**{"class": "", "subset": "unseen"}))
+    two = two_classes(["Normal"], [0.7])
+    assert check_predictions(two) is two
+    assert probabilities_of(two.assign(**{"p_Pro-B": 0.3006})).sum() == pytest.approx(1, abs=1e-12)
 
 
 def test_broken_files(tmp_path):
@@ -111,111 +169,257 @@ def test_broken_files(tmp_path):
         read_all_predictions(tmp_path / "nowhere")
 
 
-def test_models_come_in_the_studys_order(tmp_path):
+def test_models_come_in_the_order_of_the_registry(tmp_path):
     for name in ("yolo12", "another", "efficientnet_b0"):
         write_predictions(dummy_predictions(), tmp_path / f"{name}.csv")
     assert list(read_all_predictions(tmp_path)) == ["efficientnet_b0", "yolo12", "another"]
 
 
-def test_shape_of_probabilities_is_checked():
+def test_predictions_table_joins_pairs_and_probabilities():
     table = dummy_predictions()
     with pytest.raises(PredictionsError, match=r"shape \(111, 2\)"):
         predictions_table(table, np.full((111, 2), 0.5), ["Normal", "Pre-B", "Pro-B"])
+    pairs = table[["pair", "subset", "class"]].assign(original="x.png").iloc[::-1]
+    joined = predictions_table(pairs, probabilities_of(table)[::-1], ["Normal", "Pre-B", "Pro-B"])
+    assert list(joined.columns) == ["pair", "path", "subset", "class", "p_Normal", "p_Pre-B", "p_Pro-B"]
+    assert set(joined["path"]) == {"x.png"} and joined.index.tolist() == list(range(111))
+    assert joined["p_Pre-B"].tolist() == pytest.approx(table["p_Pre-B"].tolist()[::-1])
+    assert (
+        predictions_table(pairs.drop(columns="original"), probabilities_of(table), classes_of(table))["path"][0]
+        == pairs["pair"].iloc[0]
+    )
 
 
 def test_order_of_columns_is_the_order_of_classes():
     table = dummy_predictions(0.9, seed=4)
     turned = table[["pair", "path", "subset", "class", "p_Pro-B", "p_Normal", "p_Pre-B"]]
-    assert list(predicted_labels(turned)) == list(predicted_labels(table)) and roc_auc(turned) == pytest.approx(roc_auc(table))
+    assert list(predicted_labels(turned)) == list(predicted_labels(table))
+    assert roc_auc(turned).to_dict() == pytest.approx(roc_auc(table).to_dict())
     assert list(confusion_table(turned).index) == ["Pro-B", "Normal", "Pre-B"]
+    assert log_loss(turned) == pytest.approx(log_loss(table))
 
 
-# Agresti and Coull 1998; R: binom.test(k, n)$conf.int
-@pytest.mark.parametrize(
-    "k, n, low, high",
-    [
-        (0, 10, 0.0, 0.3084971),
-        (5, 10, 0.1870860, 0.8129140),
-        (9, 10, 0.5549839, 0.9974714),
-        (10, 10, 0.6915029, 1.0),
-        (81, 263, 0.2527, 0.3676),
-    ],
-)
-def test_exact_interval(k, n, low, high):
-    assert clopper_pearson(k, n) == pytest.approx((low, high), abs=5e-5)
+def test_a_missing_subset_is_named():
+    with pytest.raises(PredictionsError, match="no subset 'val', only test"):
+        take_subset(dummy_predictions(), "val")
+    both = pd.concat([dummy_predictions(subset="val"), dummy_predictions()])
+    assert set(take_subset(both)["subset"]) == {"test"} and take_subset(both).index.tolist() == list(range(111))
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_exact_interval_holds_the_estimate_and_mirrors(pair):
-    k, n = pair
-    low, high = clopper_pearson(k, n)
-    assert 0 <= low <= k / n <= high <= 1 and low < high
-    assert clopper_pearson(n - k, n) == pytest.approx((1 - high, 1 - low), abs=1e-9)
+# ---- metrics
 
 
-@pytest.mark.parametrize("k, n", [(1, 0), (-1, 5), (6, 5)])
-def test_impossible_counts(k, n):
-    with pytest.raises(ValueError, match="not possible"):
-        clopper_pearson(k, n)
+def test_confusion_and_class_metrics_by_hand(counted):
+    assert confusion_table(counted).to_numpy().tolist() == [[3, 1], [1, 5]]
+    normal, pro = (row for _, row in class_table(counted).iterrows())
+    assert normal[["images", "precision", "sensitivity", "specificity", "f1"]].tolist() == pytest.approx(
+        [4, 3 / 4, 3 / 4, 5 / 6, 3 / 4]
+    )
+    assert pro[["images", "precision", "sensitivity", "specificity"]].tolist() == pytest.approx([6, 5 / 6, 5 / 6, 3 / 4])
+    # exact intervals, R: binom.test(3, 4) and binom.test(5, 6)
+    assert normal[["sensitivity_low", "sensitivity_high"]].tolist() == pytest.approx([0.19412, 0.99369], abs=1e-5)
+    assert normal[["specificity_low", "specificity_high"]].tolist() == pytest.approx([0.35877, 0.99579], abs=1e-5)
 
 
-@settings(max_examples=25, deadline=None)
+def test_metrics_of_models_by_hand(counted):
+    row = compare_models({"yolo11": counted}, weights={"yolo11": "ImageNet"}).iloc[0]
+    assert (row["title"], row["n_correct"], row["images"], row["accuracy"], row["original"]) == ("YOLO11", 8, 10, 0.8, 1.0)
+    assert (row["low"], row["high"]) == pytest.approx((0.44390, 0.97479), abs=1e-5)  # R: binom.test(8, 10)
+    f1_pro = 2 * (5 / 6) * (5 / 6) / (5 / 6 + 5 / 6)
+    assert row["macro_f1"] == pytest.approx((3 / 4 + f1_pro) / 2) and row["balanced_accuracy"] == pytest.approx(
+        (3 / 4 + 5 / 6) / 2
+    )
+    assert row["auc"] == pytest.approx(20.5 / 24) and row["collapsed"] == "" and row["weights"] == "ImageNet"
+    text = readable_comparison(compare_models({"yolo11": counted}, weights={"yolo11": "ImageNet"})).iloc[0]
+    assert text["Accuracy"] == "80.0 % (95 % CI 44.4–97.5; 8/10)" and text["Original study"] == "100.0 %"
+    assert text["ROC-AUC"] == "0.854" and text["Macro F1"] == "0.792" and "Note" not in text
+
+
+@settings(max_examples=15, deadline=None)
 @given(st.floats(0, 1), st.integers(0, 1000))
 def test_metrics_are_scikit_learns(accuracy, seed):
+    from sklearn import metrics
+
     table = dummy_predictions(accuracy, (7, 9, 6), seed=seed)
-    row, truth, answer = compare_models({"m": table}).iloc[0], table["class"], predicted_labels(table)
-    assert row["right"] == round(accuracy * 22) and row["accuracy"] == pytest.approx(metrics.accuracy_score(truth, answer))
-    assert row["macro_f1"] == pytest.approx(metrics.f1_score(truth, answer, average="macro", zero_division=0))
-    assert row["macro_recall"] == pytest.approx(metrics.balanced_accuracy_score(truth, answer))
+    row, truth, predicted = compare_models({"m": table}).iloc[0], table["class"], predicted_labels(table)
+    assert row["n_correct"] == round(accuracy * 22) and row["accuracy"] == pytest.approx(metrics.accuracy_score(truth, predicted))
+    assert row["macro_f1"] == pytest.approx(metrics.f1_score(truth, predicted, average="macro", zero_division=0))
+    assert row["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(truth, predicted))
     assert row["auc"] == pytest.approx(metrics.roc_auc_score(truth, probabilities_of(table), multi_class="ovr"))
-    assert np.isnan(row["original"])
-    specificity = [metrics.recall_score(truth != c, answer != c) for c in classes_of(table)]
+    assert np.isnan(row["original"]) and row["title"] == "m"
+    specificity = [metrics.recall_score(truth != c, predicted != c) for c in classes_of(table)]
     assert list(class_table(table)["specificity"]) == pytest.approx(specificity)
 
 
 def test_a_single_class_in_test():
     table = dummy_predictions(1.0, (0, 12, 0))
     row = compare_models({"yolo11": table}).iloc[0]
-    assert np.isnan(row["auc"]) and row["accuracy"] == 1 and row["collapsed"] == ""
-    assert class_table(table)["sensitivity"].isna().tolist() == [True, False, True]
-    with pytest.raises(PredictionsError, match="no image of Normal, Pro-B"):
-        roc_auc(table)
-    with pytest.raises(PredictionsError, match="no image of Normal, Pro-B"):
-        roc_figure({"yolo11": table})
+    assert np.isnan(row["auc"]) and row["accuracy"] == row["macro_f1"] == row["balanced_accuracy"] == 1 and row["collapsed"] == ""
+    by_class = class_table(table)
+    assert by_class["sensitivity"].isna().tolist() == [True, False, True] == by_class["sensitivity_low"].isna().tolist()
+    assert by_class["specificity"].isna().tolist() == [False, True, False]
+    for refuses in (roc_auc, average_precision, lambda t: roc_figure({"yolo11": t}), lambda t: precision_recall_figure({"a": t})):
+        with pytest.raises(PredictionsError, match="no image of Normal, Pro-B"):
+            refuses(table)
     assert readable_comparison(compare_models({"yolo11": table})).loc[0, "ROC-AUC"] == "–"
-
-
-def test_subset_that_is_absent():
-    with pytest.raises(PredictionsError, match="no subset 'validation', only test"):
-        take_subset(dummy_predictions(), "validation")
     with pytest.raises(PredictionsError, match="no predictions to compare"):
         compare_models({})
 
 
-def test_collapse_is_named():
+def test_a_collapsed_model_is_marked():
     table = dummy_predictions().assign(**{"p_Normal": 0.2, "p_Pre-B": 0.3, "p_Pro-B": 0.5})
-    compared = compare_models({"efficientnet_b0": table}, weights={"efficientnet_b0": "ImageNet"})
-    assert compared.loc[0, ["right", "images", "collapsed", "weights"]].tolist() == [39, 111, "Pro-B", "ImageNet"]
-    assert readable_comparison(compared).loc[0, "Note"] == "answers Pro-B every time"
+    compared = compare_models({"efficientnet_b0": table})
+    assert compared.loc[0, ["n_correct", "images", "collapsed", "weights"]].tolist() == [39, 111, "Pro-B", ""]
+    assert readable_comparison(compared).loc[0, ["Note", "Weights"]].tolist() == ["predicts Pro-B for every image", "–"]
+    assert compared["macro_f1"].item() == pytest.approx(2 * 39 / (111 + 39) / 3)  # F1 of the other two is 0
+    assert compare_models({"a": table.head(1)})["collapsed"].item() == ""  # one image is no collapse
 
 
-@pytest.mark.parametrize("count", [1, 3, 4, 5, 8])
-def test_figures_for_any_number_of_models(count, tmp_path):
-    models = {f"m{i}": dummy_predictions(0.8, seed=i) for i in range(count)}
-    history = pd.DataFrame(
-        {"epoch": [1, 2], "accuracy": [0.5, 0.6], "loss": [1, 0.9], "val_accuracy": [0.4, np.nan], "val_loss": [1.1, 1.0]}
+def test_average_precision_by_hand():
+    table = two_classes(["Normal", "Normal", "Pro-B", "Normal", "Pro-B"], [0.9, 0.8, 0.7, 0.6, 0.1])
+    assert average_precision(table)["Normal"] == pytest.approx((1 / 1 + 2 / 2 + 3 / 4) / 3)
+    assert roc_auc(table)["Normal"] == pytest.approx(5 / 6)
+
+
+def test_grouped_accuracy_counts_groups():
+    table = dummy_predictions(1.0, (40, 40, 0))
+    table.loc[:11, ["p_Normal", "p_Pre-B", "p_Pro-B"]] = [0.0, 1.0, 0.0]
+    fields = {pair: i // 6 for i, pair in enumerate(table["pair"])}
+    row = grouped_accuracy({"a": table}, fields).iloc[0]
+    assert (row["images"], row["groups"], row["accuracy"]) == (80, 14, 0.85)
+    assert row["effective"] == pytest.approx(80**2 / (13 * 36 + 4)) and row["method"] == "Clopper-Pearson on effective groups"
+    assert (row["exact_low"], row["exact_high"]) == pytest.approx((0.75263, 0.92002), abs=5e-5)  # R: binom.test(68, 80)
+    assert row["grouped_low"] < row["exact_low"] < row["exact_high"] < row["grouped_high"]
+    alone = grouped_accuracy({"a": table}, {table["pair"][0]: 1}).iloc[0]  # pairs without a group are alone
+    assert alone["groups"] == 80 and alone["grouped_low"] == pytest.approx(alone["exact_low"], abs=1e-9)
+
+
+# ---- calibration and selective prediction
+
+
+def test_reliability_by_hand(ten):
+    table = reliability_table(ten)
+    assert table[["from", "to", "images", "confidence", "accuracy"]].to_numpy().tolist() == [
+        pytest.approx([0.5, 0.6, 2, 0.6, 0.5]),
+        pytest.approx([0.8, 0.9, 8, 0.9, 0.75]),
+    ]
+    assert table.loc[1, ["low", "high"]].tolist() == pytest.approx([0.34914, 0.96815], abs=1e-5)  # R: binom.test(6, 8)
+    assert expected_calibration_error(ten) == pytest.approx(0.8 * 0.15 + 0.2 * 0.1)
+    assert brier_score(ten) == pytest.approx(2 * (6 * 0.01 + 2 * 0.81 + 0.16 + 0.36) / 10)
+    assert log_loss(ten) == pytest.approx(-np.log([0.9] * 6 + [0.1] * 2 + [0.6, 0.4]).mean())
+
+
+def test_log_loss_of_impossible_predictions_is_finite():
+    assert log_loss(two_classes(["Normal", "Pro-B"], [0.0, 0.5])) == pytest.approx(
+        (-np.log(np.finfo(float).eps) - np.log(0.5)) / 2, rel=1e-3
     )
-    for figure in (
-        accuracy_figure(compare_models(models)),
-        confusion_figure(models),
-        roc_figure(models),
-        curves_figure(dict.fromkeys(models, history)),
-    ):
-        figure.savefig(tmp_path / "figure.png")
-        assert figure._repr_png_().startswith(b"\x89PNG")
-    shown = [axis.get_title(loc="left") for axis in curves_figure(dict.fromkeys(models, history)).axes]
-    assert [title for title in shown if title] == list(models)
+
+
+def test_certain_predictions_fall_into_the_last_bin():
+    table = dummy_predictions().assign(**{"p_Normal": 1.0, "p_Pre-B": 0.0, "p_Pro-B": 0.0})
+    only = reliability_table(table).iloc[0]
+    assert len(reliability_table(table)) == 1 and (only["from"], only["to"]) == (0.9, 1.0)
+    assert expected_calibration_error(table) == pytest.approx(1 - 25 / 111)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(0.2, 1), st.integers(0, 100))
+def test_calibration_metrics_of_any_predictions(accuracy, seed):
+    from sklearn.metrics import log_loss as loss
+
+    table = dummy_predictions(accuracy, (8, 9, 10), seed=seed)
+    values, classes = probabilities_of(table), classes_of(table)
+    assert log_loss(table) == pytest.approx(loss(table["class"], values, labels=classes), abs=1e-9)
+    confidence, correct = values.max(axis=1), predicted_labels(table) == table["class"].to_numpy()
+    bins = [(confidence > i / 15) & (confidence <= (i + 1) / 15) for i in range(15)]
+    ece = sum(abs(confidence[inside].mean() - correct[inside].mean()) * inside.mean() for inside in bins if inside.any())
+    assert expected_calibration_error(table) == pytest.approx(ece, abs=1e-6)
+    assert reliability_table(table)["images"].sum() == 27
+
+
+def test_temperature_by_hand():
+    """Odds of 9 at temperature 2 are odds of 3."""
+    scaled = scale_temperature(two_classes(["Normal"], [0.9]), 2)
+    assert scaled["p_Normal"].item() == pytest.approx(0.75) and scaled["p_Pro-B"].item() == pytest.approx(0.25)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(0.1, 10), st.integers(0, 50))
+def test_temperature_changes_no_prediction_and_can_be_undone(temperature, seed):
+    table = dummy_predictions(0.7, (5, 5, 5), seed=seed)
+    scaled = scale_temperature(table, temperature)
+    assert (predicted_labels(scaled) == predicted_labels(table)).all()
+    if temperature >= 1:
+        back = scale_temperature(scaled, 1 / temperature)
+        np.testing.assert_allclose(probabilities_of(back), probabilities_of(table), atol=1e-6)
+
+
+def test_temperature_is_fitted_on_the_validation_subset_alone():
+    """8 of 10 correct at confidence 0.95 are calibrated at odds of 4: T = log 19 / log 4."""
+    val, test = (
+        two_classes(["Normal"] * 8 + ["Pro-B"] * 2, [0.95] * 10, "val"),
+        dummy_predictions(0.5, classes=("Normal", "Pro-B"), per_class=(9, 9)),
+    )
+    assert fit_temperature(pd.concat([val, test])) == pytest.approx(np.log(19) / np.log(4), rel=1e-3)
+    with pytest.raises(PredictionsError, match="no subset 'val'"):
+        fit_temperature(test)
+    assert _TEMPERATURES == (0.05, 20.0)
+    assert [at_limit(t) for t in (0.05, 0.0504, 0.051, 1, 19.7, 19.9, 20.0)] == [True, True, False, False, False, True, True]
+
+
+def test_calibration_table_by_hand(ten):
+    val = two_classes(["Normal"] * 8 + ["Pro-B"] * 2, [0.95] * 10, "val")
+    row = calibration_table({"yolo11": pd.concat([val, ten], ignore_index=True)}).iloc[0]
+    assert (row["model"], row["title"], row["images"], row["note"]) == ("yolo11", "YOLO11", 10, "")
+    assert row["accuracy"] == pytest.approx(0.7) and row["confidence"] == pytest.approx(0.84)
+    assert row[["ece", "brier", "log_loss"]].tolist() == pytest.approx([0.14, 0.44, log_loss(ten)])
+    scaled = scale_temperature(ten, row["temperature"])
+    assert row["temperature"] == pytest.approx(np.log(19) / np.log(4), rel=1e-3)
+    assert row["scaled_ece"] == pytest.approx(expected_calibration_error(scaled)) != pytest.approx(0.14)
+    assert row[["scaled_brier", "scaled_log_loss"]].tolist() == pytest.approx([brier_score(scaled), log_loss(scaled)])
+    assert "temperature" not in calibration_table({"yolo11": ten})
+    perfect = pd.concat([dummy_predictions(1.0, subset="val"), dummy_predictions(1.0)], ignore_index=True)
+    assert calibration_table({"yolo11": perfect})["note"].item().startswith("at the limit")
+
+
+def test_risk_and_coverage_by_hand(ten):
+    curve = risk_coverage(ten)
+    assert curve["threshold"].tolist() == [0.9, 0.6] and curve["coverage"].tolist() == [0.8, 1.0]
+    assert curve["selective_risk"].tolist() == [0.25, 0.3] and curve["generalized_risk"].tolist() == [0.2, 0.3]
+    assert augrc(ten) == pytest.approx(0.8 * 0.2 / 2 + 0.2 * (0.2 + 0.3) / 2)
+    assert augrc(two_classes(["Normal"] * 4, [0.9, 0.8, 0.7, 0.6])) == 0
+    always_wrong = two_classes(["Pro-B"] * 4, [0.9, 0.8, 0.7, 0.6])
+    assert augrc(always_wrong) == pytest.approx(0.5) and risk_coverage(always_wrong)["coverage"].tolist() == [
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+    ]
+
+
+# ---- figures
+
+
+def test_figures_of_one_and_of_many_models(tmp_path):
+    many = {f"m{i} $x$": dummy_predictions(0.8, (6, 7, 8), seed=i) for i in range(5)}
+    one = dict(list(many.items())[:1])
+    history = pd.DataFrame({"epoch": [1, 2], "accuracy": [0.5, 0.6], "loss": [1, 0.9], "val_loss": [1.1, 1.0]})
+    figures = [accuracy_figure(compare_models(many)), confusion_figure(many), reliability_figure(many), roc_figure(many)]
+    figures += [precision_recall_figure(one), curves_figure(dict.fromkeys(one, history)), confusion_figure(one)]
+    for figure in figures:
+        figure.savefig(tmp_path / "figure.png", dpi=40)
+    assert [len(figure.axes) for figure in figures] == [1, 5, 5, 5, 1, 2, 1]
+    panels = [axis.get_title(loc="left") for axis in figures[3].axes]
+    assert [panel.split("\n")[0] for panel in panels] == list(many)
+    assert [float(panel.split()[-1]) for panel in panels] == pytest.approx([roc_auc(m).mean() for m in many.values()], abs=6e-4)
+
+
+def test_figures_leave_pyplot_closed():
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    accuracy_figure(compare_models({"yolo11": dummy_predictions()}))
+    assert plt.get_fignums() == before
 
 
 def test_curves_without_validation():
@@ -224,7 +428,10 @@ def test_curves_without_validation():
         curves_figure({"yolov8": pd.DataFrame()})
 
 
-class Darkness:
+# ---- new images
+
+
+class ByBrightness:
     classes_ = np.array(["Normal", "Pro-B"])
 
     def predict_proba(self, images):
@@ -233,17 +440,19 @@ class Darkness:
         return np.stack([1 - level, level], axis=1)
 
 
-def folder_of_images(folder):
+@pytest.fixture
+def folder_of_images(tmp_path):
     for i, (label, level) in enumerate([("Benign", 10), ("Pro", 200), ("Pro", 40), ("somewhere", 250), ("Pre", 90)]):
-        write_image(folder / label / f"Snap_{i}é.png", np.full((24, 32, 3), level, np.uint8))
-    return folder
+        write_image(tmp_path / label / f"Snap_{i}é.png", np.full((24, 32, 3), level, np.uint8))
+    return tmp_path
 
 
 @pytest.mark.parametrize("batch", [1, 2, 32])
-def test_unseen_images(tmp_path, batch):
-    (folder_of_images(tmp_path) / "Pro" / "zero.png").write_bytes(b"")
-    with pytest.warns(UserWarning, match=r"left out: .*zero\.png"):
-        table = predict_unseen(Darkness(), tmp_path, batch=batch)
+def test_unseen_images(folder_of_images, batch):
+    (folder_of_images / "Pro" / "zero.png").write_bytes(b"")
+    (folder_of_images / "zzz.png").write_bytes(b"no image")  # the last file
+    with pytest.warns(UserWarning, match=r"left out: .*(zero|zzz)\.png"):
+        table = predict_unseen(ByBrightness(), folder_of_images, batch=batch)
     assert dict(zip(table["pair"], table["class"])) == {
         "Benign/Snap_0é.png": "Normal",
         "Pre/Snap_4é.png": "",
@@ -254,27 +463,37 @@ def test_unseen_images(tmp_path, batch):
     np.testing.assert_allclose(table.set_index("pair")["p_Pro-B"]["Pro/Snap_1é.png"], 200 / 255, atol=1e-6)
 
 
-def test_the_last_file_may_be_the_broken_one(tmp_path):
-    (folder_of_images(tmp_path) / "zzz").mkdir()
-    (tmp_path / "zzz" / "last.png").write_bytes(b"no image")
-    with pytest.warns(UserWarning, match=r"last\.png"):
-        assert len(predict_unseen(Darkness(), tmp_path, batch=2)) == 5
-
-
 def test_no_image_that_can_be_read(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.warns(UserWarning), pytest.raises(PredictionsError, match="no image that can be read"):
-        predict_unseen(Darkness(), tmp_path)
+        predict_unseen(ByBrightness(), tmp_path)
 
 
-def test_unseen_table_html_and_grid(tmp_path):
-    one = predict_unseen(Darkness(), folder_of_images(tmp_path))
+def test_unseen_table_and_grid(folder_of_images):
+    one = predict_unseen(ByBrightness(), folder_of_images)
     table = unseen_table({"mobilenet_v2": one, "x<y>": one.sample(frac=1, random_state=0)})
-    assert (table["MobileNetV2"] == table["x<y>"]).all() and len(table) == 5
-    page = unseen_html(table)
+    assert (table["MobileNetV2"] == table["x<y>"]).all() and len(table) == 5 and model_titles(table) == ["MobileNetV2", "x<y>"]
+    text = readable_unseen(table).set_index("Image")
+    assert (
+        text.loc["Pro/Snap_2é.png", "MobileNetV2"] == "✗ Normal 0.84"
+        and text.loc["Pro/Snap_1é.png", "MobileNetV2"] == "Pro-B 0.78"
+    )
+    assert text.loc["somewhere/Snap_3é.png"].tolist() == ["–", "Pro-B 0.98", "Pro-B 0.98"]
+    page = readable_unseen(table).to_html(index=False)
     assert page.count("✗") == 2 and "x&lt;y&gt;" in page and "<y>" not in page
-    assert len(unseen_figure(table, tmp_path, most=3).axes) == 3
+    assert len(unseen_figure(table, folder_of_images, most=3).axes) == 3
+    labels = [axis.get_xlabel() for axis in unseen_figure(table.assign(**{"x<y> abstains": True}), folder_of_images).axes]
+    assert labels[0].split("\n") == ["Snap_0é.png", "✓ MobileNetV2: Normal 0.96", "✓ x<y>: (Normal) 0.96"] and len(labels) == 5
     with pytest.raises(PredictionsError, match="yolo11: its images are not those"):
         unseen_table({"a": one, "yolo11": one.head(2)})
     with pytest.raises(PredictionsError, match="no new images"):
-        unseen_figure(table.head(0), tmp_path)
+        unseen_figure(table.head(0), folder_of_images)
+    with pytest.raises(PredictionsError, match="no predictions of new images"):
+        unseen_table({})
+
+
+def test_distinct_paths():
+    paths = ["in/a.png", "in/Pre-B/b.png", "in/Pro-B/b.png", "x/1/2/3/c.png", "y/1/2/3/c.png"]
+    assert distinct_paths(paths) == ["a.png", "Pre-B/b.png", "Pro-B/b.png", "x/…/c.png", "y/…/c.png"]
+    assert distinct_paths(["a/1/x/c.png", "a/2/x/c.png", "b/1/x/c.png"]) == ["a/…/c.png", "2/x/c.png", "b/…/c.png"]
+    assert distinct_paths(["a.png", "a.png"]) == ["a.png", "a.png"]

@@ -1,205 +1,130 @@
-"""The report: one file, complete, escaped, and honest about what is missing."""
+"""The report: the executed notebooks as one file, complete, in order, and without requests."""
 
 import base64
-import json
 import re
-import xml.etree.ElementTree as ET
+import shutil
 from html.parser import HTMLParser
 
-import numpy as np
-import pandas as pd
+import nbformat
 import pytest
-from matplotlib.figure import Figure
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from leukemia_nb.data.files import write_table
-from leukemia_nb.data.images import write_image
-from leukemia_nb.evaluation.metrics import dummy_predictions, write_predictions
-from leukemia_nb.study.report import (
-    Section,
-    build_report,
-    facts_html,
-    figure_html,
-    dummy_run,
-    prose,
-    render_report,
-    report_sections,
-    split_section,
-    summary_html,
-    table_html,
-    tiles_html,
-    write_section,
-)
+from leukemia_nb.study.cards import render
+from leukemia_nb.study.report import build_report, report_notebook
+from leukemia_nb.testing import dummy_run
 
-VOID = {"meta", "img", "br", "hr", "link", "input"}
+PIXEL = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
+VOID = {"meta", "img", "br", "hr", "input"}
 
 
 class Checked(HTMLParser):
-    "Fails on a tag that is not closed in order; collects ids, links and sources."
+    """Fails on a tag that is not closed in order; collects ids, links and sources."""
 
     def __init__(self, page):
         super().__init__()
-        self.open, self.ids, self.links, self.sources = [], [], [], []
+        self.open, self.ids, self.links, self.images = [], [], [], []
         self.feed(page)
         assert not self.open
 
     def handle_starttag(self, tag, attributes):
         found = dict(attributes)
+        assert tag not in {"script", "link", "iframe"}
         if tag not in VOID:
             self.open.append(tag)
-        if "id" in found:
-            self.ids.append(found["id"])
-        if "href" in found:
-            self.links.append(found["href"])
-        if "src" in found:
-            self.sources.append(found["src"])
-        if tag == "img":
-            assert found.get("alt")
-        assert tag not in {"script", "link", "iframe"}
+        self.ids += [found["id"]] if "id" in found else []
+        self.links += [found["href"]] if "href" in found else []
+        self.images += [found] if tag == "img" else []
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+def write_section(run, step, *cells):
+    """An executed notebook of a run."""
+    (run / "notebooks").mkdir(exist_ok=True)
+    nbformat.write(new_notebook(cells=list(cells)), run / "notebooks" / f"{step}.ipynb")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    dummy_run(folder)
+    folder = dummy_run(tmp_path_factory.mktemp("report") / "run")
+    table = "<table class='dataframe'><tr><td>97.6 %</td></tr></table>"
+    figure = new_output("display_data", {"image/png": PIXEL, "text/plain": "<Figure>"})
+    write_section(
+        folder,
+        "compare",
+        new_markdown_cell("# Compare\n\n> Side by side\n\n## Test accuracy\n\nSee [metrics](../04_evaluation/30_metrics.ipynb)."),
+        new_code_cell("run = ''", metadata={"tags": ["parameters"]}, outputs=[new_output("stream", text="secret parameters")]),
+        new_code_cell(
+            "secret_code = 1", outputs=[new_output("stream", text="said"), new_output("execute_result", {"text/html": table})]
+        ),
+        new_code_cell('#| fig-alt: Accuracy of "each" <model>\nplot()', outputs=[figure]),
+        new_code_cell(
+            "1", metadata={"tags": ["remove-output"]}, outputs=[new_output("execute_result", {"text/plain": "hidden"})]
+        ),
+    )
+    write_section(folder, "overview", new_markdown_cell("# The images\n\n## Flow"))
+    write_section(folder, "train-yolo11", new_markdown_cell("# Not in the report"))
     return folder
 
 
 @pytest.fixture(scope="module")
-def text(run):
+def page(run):
     return build_report(run).read_text(encoding="utf-8")
 
 
-def test_one_file_that_needs_nothing_else(text):
-    page = Checked(text)
-    assert page.sources and all(source.startswith("data:image/") for source in page.sources)
-    assert page.links == [f"#{name}" for name in page.ids] and len(set(page.ids)) == len(page.ids)
-    assert not re.search(r"@import|url\(|https?://", re.sub(r"base64,[\w+/=]+", "", text))
-    for source in page.sources:
-        data = base64.b64decode(source.split(",")[1])
-        assert data.startswith(b"\x89PNG") or ET.fromstring(data).tag.endswith("svg")
+def test_one_file_that_needs_nothing_else(page):
+    checked = Checked(page)
+    assert [image["src"] for image in checked.images] == [f"data:image/png;base64,{PIXEL}"]
+    assert checked.images[0]["alt"] == 'Accuracy of "each" <model>'
+    assert not re.search(r"@import|url\(|https?://", page)
+    assert {link.removeprefix("#") for link in checked.links} <= set(checked.ids)
+    assert "color-scheme" in page and "@media print" in page and "prefers-color-scheme: dark" in page
 
 
-def test_numbers_are_those_of_the_files(text):
+def test_sections_stand_in_the_order_of_the_study(page, run):
+    titles = [re.sub("<[^>]+>|¶", "", title) for title in re.findall("<h2[^>]*>(.*?)</h2>", page)]
+    assert titles == ["The images", "Compare", "How to reproduce this study"]
+    assert [title for title, _ in report_notebook(run).metadata["contents"]] == titles
+    assert page.count("<h1") == 1 and "Not in the report" not in page
+
+
+def test_code_streams_parameters_and_tagged_outputs_are_hidden(page):
+    for text in ("secret", "said", "hidden", "ipynb"):
+        assert text not in page, text
+    assert "97.6 %" in page and "metrics" in page and "<h3" in page
+
+
+def test_the_summary_has_the_figures_of_the_files(page):
     for part in (
-        "39/111",
-        "107/111",
-        "35.1 %",
-        "96.7–100.0 %",
-        "EfficientNet-B0 has collapsed",
-        "cannot be told apart",
-        "Snap_059.png: the file ends too early",
-        "6 of 259 masks",
+        "7 models, trained on 132 images",
+        "YOLOv8, YOLO11, YOLO12",
+        "96.7–100.0; 111/111",
+        "98.2 %",
         "For research only",
-        "train-yolo11",
-        "random initialisation",
     ):
-        assert part in text, part
-    assert "diagnos" not in text.lower()
+        assert part in " ".join(page.split()), part
+    for part in ("train-yolo11", "3.11.7", "2.1 minutes"):
+        assert part in page, part
+    assert "diagnos" not in page.lower()
 
 
-def test_sections_whose_files_are_absent_are_left_out(text, tmp_path):
-    assert re.findall("<h2>(.*)</h2>", text) == [
-        "The images",
-        "The split",
-        "Processing",
-        "Training",
-        "Test accuracy",
-        "By class",
-        "Calibration",
-        "Single images",
-        "How to reproduce this",
-    ]
-    assert report_sections(tmp_path) == [] and "No model has been trained" in summary_html(tmp_path)
-    write_table(
-        tmp_path / "split.csv",
-        pd.DataFrame({"pair": ["a", "b"], "class": ["Normal", "Pro-B"], "subset": ["train", "test"], "sha256": "x"}),
-    )
-    assert [section.title for section in report_sections(tmp_path)] == ["The split"]
-    Checked(build_report(tmp_path).read_text(encoding="utf-8"))
+def test_what_is_missing_is_named(tmp_path):
+    page = build_report(tmp_path, tmp_path / "other.html").read_text(encoding="utf-8")
+    Checked(page)
+    assert "is written by the step" in page and "<img" not in page
     with pytest.raises(FileNotFoundError, match="no such run"):
         build_report(tmp_path / "none")
 
 
-def test_sections_of_other_steps_come_before_the_reproduction(tmp_path):
-    (tmp_path / "study.json").write_text(json.dumps({"seed": 3}))
-    write_table(tmp_path / "metrics" / "controls.csv", pd.DataFrame({"seen": ["background"], "accuracy": [0.96]}))
-    write_image(tmp_path / "figures" / "x.png", np.zeros((4, 4, 3), np.uint8))
-    write_section(tmp_path, "60_later", "Later", [{"prose": "Later."}])
-    write_section(
-        tmp_path,
-        "50_worth",
-        "What is this accuracy worth?",
-        [
-            {"prose": "Less <b>than</b> it **seems**."},
-            {"facts": {"images": 200}},
-            {"table": "metrics/controls.csv", "caption": "Controls"},
-            {"figure": "figures/x.png", "alt": "black"},
-            {"figure": "figures/none.png"},
-        ],
-    )
-    sections = report_sections(tmp_path)
-    assert [s.title for s in sections][-3:] == ["What is this accuracy worth?", "Later", "How to reproduce this"]
-    body = sections[-3].body
-    assert "&lt;b&gt;" in body and "<strong>seems</strong>" in body and "0.960" in body and "none.png has not been made" in body
-    Checked(build_report(tmp_path).read_text(encoding="utf-8"))
-    with pytest.raises(ValueError, match="x: a block is prose, table, figure or facts, not image"):
-        write_section(tmp_path, "x", "X", [{"image": ""}])
+def test_the_same_files_give_the_same_page(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    one, two = (build_report(copy, tmp_path / name).read_bytes() for name in ("a.html", "b.html"))
+    assert one == two
 
 
-def test_everything_is_escaped(tmp_path):
-    bad = "<script>alert('x')</script>"
-    blocks = [
-        prose(bad),
-        table_html(pd.DataFrame({bad: [bad]}), bad),
-        facts_html({bad: bad}, bad),
-        tiles_html([(bad, bad)]),
-        figure_html(Figure(), bad, bad),
-    ]
-    page = render_report(bad, [Section(bad, "".join(blocks))], tmp_path / "r.html", kicker=bad, footer=bad).read_text(
-        encoding="utf-8"
-    )
-    Checked(page)
-    assert "<script" not in page
-
-
-def test_tables():
-    table = table_html(
-        pd.DataFrame({"n": [1234, 5], "share": [0.12345, np.nan], "name": ["a", None], "flag": [True, False]}), digits=2
-    )
-    for text in ("1,234", "0.12", "<td class='number'>–</td>", ">True<"):
-        assert text in table, text
-    assert "2 more rows" in table_html(pd.DataFrame({"a": range(5)}), most=3)
-
-
-def test_figures_by_file(tmp_path):
-    write_image(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
-    assert "data:image/png;base64," in figure_html(tmp_path / "a.png", "black", width=200)
-    with pytest.raises(ValueError, match="only PNG, JPEG and SVG"):
-        figure_html(tmp_path / "a.pdf", "x")
-    figure = Figure()
-    figure.subplots().imshow(np.zeros((3, 3)))
-    assert "data:image/png" in figure_html(figure, "photograph")
-
-
-def test_one_model_and_a_test_set_without_every_class(tmp_path):
-    write_predictions(dummy_predictions(0.9, (0, 9, 11)), tmp_path / "predictions" / "yolo11.csv")
-    page = build_report(tmp_path).read_text(encoding="utf-8")
-    Checked(page)
-    assert "One model was put to 20 test images" in page and "No ROC curves: no image of Normal" in page
-    one, two = (build_report(tmp_path, tmp_path / name).read_bytes() for name in ("a.html", "b.html"))
-    assert one == two  # the same files, the same page
-
-
-@pytest.mark.parametrize(
-    "partners, said",
-    [((5, 40), "5 of 16 validation images and 40 of 111 test images show"), ((0, 0), "No image has a related one")],
-)
-def test_leakage_is_told(tmp_path, partners, said):
-    write_table(tmp_path / "split.csv", pd.DataFrame({"pair": ["a"], "class": ["Normal"], "subset": ["train"], "sha256": "x"}))
-    write_table(
-        tmp_path / "leakage.csv", pd.DataFrame({"subset": ["validation", "test"], "images": [16, 111], "with_partner": partners})
-    )
-    assert said in split_section(tmp_path)
+def test_the_flow_of_images_is_counted(run):
+    text = " ".join(re.sub("<[^>]+>", " ", render("flow.html.j2", run)).split())
+    assert "260 files found ↓ 1 left out 259 images split" in text
+    assert "train 132 Normal 31 Pre-B 56 Pro-B 45 val 16" in text and "test 111 Normal 25 Pre-B 47 Pro-B 39" in text

@@ -20,11 +20,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from leukemia_nb.study.command_line import app, is_explained
 from leukemia_nb.data.files import mark_output_folder
-from leukemia_nb.models.interface import MODELS, ModelEntry
+from leukemia_nb.data.synthetic import write_smears
+from leukemia_nb.models.interface import MODELS
+from leukemia_nb.study.command_line import app, is_explained
 from leukemia_nb.study.driver import (
-    SMOKE,
     Run,
     Step,
     StudyError,
@@ -35,10 +35,12 @@ from leukemia_nb.study.driver import (
     generations,
     run_step,
     run_study,
+    select_steps,
     study_notebook,
     study_steps,
+    with_dependencies,
 )
-from leukemia_nb.data.synthetic import write_smears
+from leukemia_nb.testing import SMOKE
 
 ALL_MODELS = ("efficientnet_b0", "mobilenet_v2", "nasnet_mobile", "dual_channel", "yolov8", "yolo11", "yolo12", "cells")
 
@@ -52,9 +54,9 @@ def write_notebook(path, code, parameters="run = ''\nvalue = 1", tags=("paramete
 
 @pytest.fixture()
 def counter(tmp_path):
-    """A step whose notebook adds a line to `ran.txt` outside the outputs each time it runs."""
+    """A step whose notebook adds a line to the hidden file `.ran.txt` each time it runs."""
     code = (
-        "from pathlib import Path\nwith open(Path(run) / 'ran.txt', 'a') as f: f.write('x')\n"
+        "from pathlib import Path\nwith open(Path(run) / '.ran.txt', 'a') as f: f.write('x')\n"
         "text = (Path(run) / 'in.txt').read_text()\n(Path(run) / 'out.txt').write_text(text + str(value))"
     )
     notebook = write_notebook(tmp_path / "counter.ipynb", code)
@@ -64,7 +66,7 @@ def counter(tmp_path):
 
 
 def runs(run):
-    return len((run.folder / "ran.txt").read_text())
+    return len((run.folder / ".ran.txt").read_text())
 
 
 def test_a_finished_unchanged_step_is_skipped(counter):
@@ -87,7 +89,7 @@ def test_what_changes_makes_the_step_run_again(counter, change):
     elif change == "notebook":
         write_notebook(
             notebook,
-            "from pathlib import Path\nopen(Path(run) / 'ran.txt', 'a').write('x')\n(Path(run) / 'out.txt').write_text('new')",
+            "from pathlib import Path\nopen(Path(run) / '.ran.txt', 'a').write('x')\n(Path(run) / 'out.txt').write_text('new')",
         )
     assert not run_step(step, run, notebook, redo=change == "redo")["skipped"]
     assert runs(run) == 2
@@ -97,7 +99,7 @@ def test_an_unknown_parameter_is_refused_before_anything_runs(counter):
     step, run, notebook = counter
     with pytest.raises(StudyError, match="unknown parameter vaule; it knows run, value"):
         run_step(replace(step, parameters={"vaule": 2}), run, notebook)
-    assert not (run.folder / "ran.txt").exists()
+    assert not (run.folder / ".ran.txt").exists()
 
 
 def test_a_notebook_without_the_parameters_tag_is_refused(tmp_path):
@@ -120,30 +122,61 @@ def test_a_failed_step_keeps_its_partial_notebook_and_leaves_no_record(counter):
 def test_a_step_that_does_not_write_what_it_promised_fails(counter):
     step, run, notebook = counter
     with pytest.raises(StudyError, match="ended without writing other.csv"):
-        run_step(replace(step, outputs=("out.txt", "other.csv")), run, notebook)
+        run_step(replace(step, writes=("out.txt", "other.csv")), run, notebook)
 
 
-def test_steps_follow_their_inputs():
-    groups = generations(study_steps(StudySettings(weights="random")))
+def test_a_step_that_writes_what_it_does_not_declare_fails(counter):
+    step, run, notebook = counter
+    with pytest.raises(StudyError, match="step counter wrote out.txt, which it does not declare"):
+        run_step(replace(step, writes=("in.txt",)), run, notebook)
+    assert not run_step(replace(step, writes=("in.txt",)), run, notebook, others=("out.txt",))["skipped"]
+    run.path("in.txt").write_text("b")
+    assert not run_step(step, run, notebook)["skipped"]  # what lay there before is not the step's
+
+
+def test_steps_follow_their_files():
+    settings = StudySettings(weights="random")
+    groups = generations(study_steps(settings))
     kinds = [{step.name.split("-")[0] for step in group} for group in groups]
     assert kinds == [
         {"prepare"},
         {"split"},
-        {"train", "counterfactuals", "cross", "efficientnet"},
-        {"audit", "compare"},
-        {"worth"},
+        {"overview", "features", "train", "cue", "efficientnet"},
+        {"cross", "audit", "compare"},
+        {"shortcut"},
         {"cards"},
         {"export"},
         {"report"},
     ]
     assert sum(step.name.startswith("train-") for step in groups[2]) == len(MODELS)
-    with pytest.raises(StudyError, match="no step writes manifest.csv"):
-        generations(study_steps(StudySettings(weights="random"))[1:])
+    with pytest.raises(StudyError, match="no step writes cell_features.csv"):
+        generations(study_steps(settings)[1:])
+    writes = [path for group in groups for step in group for path in step.writes]
+    assert len(writes) == len(set(writes))
+
+
+def test_frozen_backbones_are_computed_once_and_read_by_their_models():
+    steps = {step.name: step for step in study_steps(StudySettings(train=("nasnet_mobile:weights=random",)))}
+    assert {name for name in steps if name.startswith("features-")} == {"features-mobilenet_v2", "features-efficientnet_b0"}
+    readers = {name for name, step in steps.items() if "features/mobilenet_v2.npz" in step.reads}
+    expected = {"train-mobilenet_v2", "train-dual_channel", "export-mobilenet_v2", "export-dual_channel"}
+    assert readers == expected | {"cross-validate", "shortcut-audit", "report"}
+    assert not any("nasnet" in path for path in steps["train-nasnet_mobile"].reads)
+
+
+def test_a_step_is_selected_with_all_that_it_needs():
+    steps = study_steps(StudySettings(weights="random"))
+    assert [step.name for step in with_dependencies(steps, ["cue-conflict"])] == ["prepare", "split", "cue-conflict"]
+    assert with_dependencies(steps, []) == steps
+    assert select_steps(steps, ["train"]) == {f"train-{model}" for model in MODELS}
+    assert select_steps(steps, ["train-cells"]) == {"train-cells"}
+    with pytest.raises(StudyError, match="no step is called 'trian'"):
+        with_dependencies(steps, ["trian"])
 
 
 def test_the_fingerprint_of_outside_images_follows_their_change(tmp_path):
     (tmp_path / "a.png").write_bytes(b"1")
-    step = Step("s", "n.ipynb", outside=(str(tmp_path),))
+    step = Step("s", "n.ipynb", reads=(str(tmp_path),))
     notebook = write_notebook(tmp_path.parent / "n.ipynb", "1")
     before = fingerprint(step, Run(tmp_path / "run"), notebook)
     (tmp_path / "b.png").write_bytes(b"2")
@@ -217,7 +250,7 @@ def test_the_smoke_study_leaves_everything_it_promises(smoke_study):
     run, _ = smoke_study
     for step in study_steps(replace(SMOKE, models=ALL_MODELS)):
         assert (run.folder / "notebooks" / f"{step.name}.ipynb").is_file()
-        for output in step.outputs:
+        for output in step.writes:
             assert (run.folder / output).exists(), output
     assert not list(run.folder.glob("notebooks/*.partial.ipynb"))
     models = run.table("metrics/models.csv")
@@ -236,7 +269,7 @@ def test_predictions_cover_validation_and_test(smoke_study):
     split = run.table("split.csv")
     for model in ALL_MODELS:
         table = run.table("predictions", f"{model}.csv")
-        for subset in ("validation", "test"):
+        for subset in ("val", "test"):
             assert set(table.pair[table.subset == subset]) == set(split.pair[split.subset == subset])
         assert (table[["p_Normal", "p_Pre-B", "p_Pro-B"]].sum(axis=1) - 1).abs().max() < 1e-4
 
@@ -263,19 +296,15 @@ def test_four_classes_and_the_grouped_split_go_through_every_step(tmp_path):
     four = ["Normal", "Early Pre-B", "Pre-B", "Pro-B"]
     predictions = run.table("predictions", "cells.csv")
     assert [name for name in predictions if name.startswith("p_")] == [f"p_{name}" for name in four]
-    assert (
-        set(run.table("metrics/classes.csv")["class"])
-        == set(run.table("audit/counterfactuals.csv")["cells"].dropna())
-        == set(four)
-    )
+    assert set(run.table("metrics/classes.csv")["class"]) == set(run.table("audit/cue_conflict.csv")["foreground"]) == set(four)
     leakage = run.table("leakage.csv")
-    assert leakage.with_partner.sum() == 0
+    assert leakage.near_duplicates.sum() == 0
     assert "Early Pre-B" in (run.folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_one_failing_model_loses_nothing(tmp_path):
-    settings = replace(SMOKE, train=("mobilenet_v2:gpus=64",))
-    with pytest.raises(StudyError, match=r"(?s)step train-mobilenet_v2 failed.*gpus=64.*goes on from here"):
+    settings = replace(SMOKE, train=("mobilenet_v2:batch_size=-1",))
+    with pytest.raises(StudyError, match=r"(?s)step train-mobilenet_v2 failed.*goes on from here"):
         run_study(settings, tmp_path / "run", until=["train"])
     assert json.loads((tmp_path / "run/steps/prepare.json").read_text())["step"] == "prepare"
     assert len(pd.read_csv(tmp_path / "run/pairs.csv")) == 72
@@ -292,13 +321,6 @@ def test_mistakes_are_named_before_any_step(tmp_path):
     with pytest.raises(StudyError, match="settings for yolo12, which is not among the models"):
         replace(SMOKE, models=("mobilenet_v2",), train=("yolo12:epochs=2",))
     assert not (tmp_path / "run").exists()
-
-
-def test_a_model_without_a_graph_is_not_exported(monkeypatch):
-    monkeypatch.setitem(MODELS, "stub", ModelEntry("Stub", __name__, "Stub", "numpy"))
-    steps = study_steps(replace(SMOKE, models=("stub", "cells")))
-    assert {step.name for step in steps if "stub" in step.name} == {"train-stub", "audit-stub"}
-    assert any(step.name == "export-cells" for step in steps) and len(generations(steps)) > 3
 
 
 # --- what real use brings: own output, killed studies, broken records, other people's folders
@@ -415,7 +437,7 @@ def test_nothing_of_the_run_folder_the_current_folder_or_another_python_is_execu
 
 def test_a_study_inside_its_data_does_not_read_itself_and_litter_redoes_nothing(hostile):
     data, run, *_ = hostile
-    for folder in (run / "pairs/Normal", run / "models/cells", data / "Normal"):
+    for folder in (run / "prepared/original/Normal", run / "models/cells", data / "Normal"):
         for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
             (folder / name).write_text("x")
         (folder / ".ipynb_checkpoints").mkdir()
@@ -434,8 +456,8 @@ def test_a_study_inside_its_data_does_not_read_itself_and_litter_redoes_nothing(
     [
         (("--data", "images", "--run", "images"), "holds the images"),
         (("--data", "images", "--run", "."), "holds images"),
-        (("--data", "run/pairs"), "written by leukemia_nb"),
-        (("--unseen", "run/pairs"), "written by leukemia_nb"),
+        (("--data", "run/prepared"), "written by leukemia_nb"),
+        (("--unseen", "run/prepared"), "written by leukemia_nb"),
         (("--run", "images"), "holds images that no study wrote"),
         (("--unseen", "empty"), "no images in it"),
         (("--unseen", "bad"), "none of its 1 image can be read"),
@@ -461,7 +483,7 @@ def test_a_study_inside_its_data_does_not_read_itself_and_litter_redoes_nothing(
 )
 def test_what_can_be_known_is_said_before_the_first_step(images, tmp_path, monkeypatch, arguments, message):
     (tmp_path / "images").symlink_to(images)
-    for name in ("empty", "bad", "run/pairs/Normal", "one/Normal"):
+    for name in ("empty", "bad", "run/prepared/Normal", "one/Normal"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "bad/a.jpg").write_bytes(b"")
     shutil.copy(next((images / "Normal").glob("*.png")), tmp_path / "one/Normal")
@@ -471,7 +493,7 @@ def test_what_can_be_known_is_said_before_the_first_step(images, tmp_path, monke
     rows = [
         f"{label}/{subset},{label},{subset},{label}{subset}"
         for label in ("Normal", "Pre-B", "Pro-B")
-        for subset in ("train", "validation", "test")
+        for subset in ("train", "val", "test")
     ]
     (tmp_path / "split.csv").write_text("\n".join(["pair,class,subset,sha256", *rows]))
     before = sorted(tmp_path.rglob("*"))
@@ -499,7 +521,7 @@ def test_images_of_an_unmarked_study_among_the_data_are_refused(images, tmp_path
     data = shutil.copytree(images, tmp_path / "data")
     settings = replace(SMOKE, data=str(data), models=("cells",))
     run_study(settings, tmp_path / "old", until=("prepare",), log=lambda line: None)
-    shutil.copytree(tmp_path / "old/pairs", data / "old")  # a study of a time before folders were marked
+    shutil.copytree(tmp_path / "old/prepared", data / "old")  # a study of a time before folders were marked
     with pytest.raises(StudyError, match="which this study wrote"):
         run_study(settings, tmp_path / "new", until=("split",), log=lambda line: None)
     assert not (tmp_path / "new/split.csv").exists()

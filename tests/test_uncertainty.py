@@ -1,97 +1,124 @@
-"""Intervals, tests between models, calibration and cross-validation."""
+"""Intervals, tests between models and cross-validation; golden values by hand or from R."""
 
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
-from scipy.stats import binomtest, f, t
-from sklearn.metrics import brier_score_loss, log_loss
+from scipy.stats import f, t
 
-from leukemia_nb.evaluation.metrics import PredictionsError, predicted_labels, classes_of, dummy_predictions, probabilities_of
+from leukemia_nb.evaluation.cross_validation import cross_validate, cross_validated_accuracy
+from leukemia_nb.evaluation.predictions import PredictionsError, predicted_labels
 from leukemia_nb.evaluation.uncertainty import (
-    TEMPERATURES,
-    average_precisions,
-    brier_score,
-    cached_features,
-    calibration_error,
-    calibration_table,
+    clopper_pearson,
     cluster_bootstrap,
-    compare_pairs,
-    cross_validate,
-    cross_validated_accuracy,
+    compare_model_pairs,
     difference_figure,
-    effective_groups,
-    fit_temperature,
-    grouped_accuracy,
+    _effective_groups,
+    format_proportion,
     grouped_interval,
     holm,
-    log_loss_of,
     mcnemar,
-    precision_recall_figure,
-    reliability_figure,
-    reliability_table,
-    scale_temperature,
     significance_sentence,
 )
+from leukemia_nb.testing import dummy_predictions
 
 
-def test_images_alone_give_the_exact_interval():
-    for correct, n in ((0, 10), (1, 7), (340, 400), (102, 103), (103, 103)):
-        found, bounds = grouped_interval(np.arange(n) < correct), binomtest(correct, n).proportion_ci(method="exact")
-        assert (found.low, found.high) == pytest.approx(tuple(bounds), abs=1e-9)
-        assert (found.estimate, found.n, found.groups, found.effective) == (correct / n, n, n, n)
+# Agresti and Coull 1998; R: binom.test(k, n)$conf.int
+@pytest.mark.parametrize(
+    "k, n, low, high",
+    [
+        (0, 10, 0.0, 0.3084971),
+        (5, 10, 0.1870860, 0.8129140),
+        (9, 10, 0.5549839, 0.9974714),
+        (10, 10, 0.6915029, 1.0),
+        (81, 263, 0.2527, 0.3676),
+    ],
+)
+def test_exact_interval(k, n, low, high):
+    assert clopper_pearson(k, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_exact_interval_holds_the_estimate_and_mirrors(pair):
+    k, n = pair
+    low, high = clopper_pearson(k, n)
+    assert 0 <= low <= k / n <= high <= 1 and low < high
+    assert clopper_pearson(n - k, n) == pytest.approx((1 - high, 1 - low), abs=1e-9)
+
+
+@pytest.mark.parametrize("k, n", [(1, 0), (0, 0), (-1, 5), (6, 5)])
+def test_impossible_counts(k, n):
+    with pytest.raises(ValueError, match="not possible"):
+        clopper_pearson(k, n)
+
+
+def test_format_of_proportions():
+    assert format_proportion(407 / 417, 0.9563, 0.9884, 407, 417) == "97.6 % (95 % CI 95.6–98.8; 407/417)"
+    assert format_proportion(0.5) == "50.0 %" and format_proportion(0.5, count=1, n=2) == "50.0 % (1/2)"
+    assert format_proportion(0.25, 0.1, 0.4) == "25.0 % (95 % CI 10.0–40.0)"
+    assert format_proportion(np.nan) == "–" and format_proportion(0.25, np.nan, np.nan, 1, 4) == "25.0 % (1/4)"
+    assert format_proportion(0.25, 0.1) == "25.0 %" and format_proportion(0.25, count=3) == "25.0 %"
+
+
+def test_independent_images_give_the_exact_interval():
+    for n_correct, n in ((0, 10), (1, 7), (340, 400), (102, 103), (103, 103)):
+        found = grouped_interval(np.arange(n) < n_correct)
+        assert (found.low, found.high) == pytest.approx(clopper_pearson(n_correct, n), abs=1e-9)
+        assert (found.estimate, found.n, found.groups, found.effective) == (n_correct / n, n, n, n)
         assert found.method == "Clopper-Pearson on effective groups"
+    assert grouped_interval([1.0]).low == pytest.approx(0.025) and grouped_interval([0.0]).high == pytest.approx(0.975)
+    narrow = grouped_interval(np.arange(10) < 5, confidence=0.5)
+    assert (narrow.low, narrow.high) == pytest.approx(clopper_pearson(5, 10, 0.5), abs=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 12), min_size=2, max_size=30), st.floats(0, 1))
-def test_grouped_interval_is_korn_and_graubards_with_the_worst_design_effect(sizes, share):
+def test_grouped_interval_is_korn_and_graubards_with_the_worst_design_effect(sizes, proportion):
     """The published formula, F quantiles instead of the beta distribution's: v1 = 2x, v2 = 2(n* - x + 1), and its mirror image."""
     sizes = np.array(sizes)
-    n, correct = sizes.sum(), round(share * sizes.sum())
-    found = grouped_interval(np.arange(n) < correct, np.repeat(np.arange(len(sizes)), sizes))
+    n, n_correct = sizes.sum(), round(proportion * sizes.sum())
+    found = grouped_interval(np.arange(n) < n_correct, np.repeat(np.arange(len(sizes)), sizes))
     effective = n**2 / (sizes**2).sum()
-    worth = effective * (t.ppf(0.975, n - 1) / t.ppf(0.975, effective - 1)) ** 2 if effective > 1.001 else None
+    trials = effective * (t.ppf(0.975, n - 1) / t.ppf(0.975, effective - 1)) ** 2 if effective > 1.001 else None
     assert found.effective == pytest.approx(effective) and found.low <= found.estimate <= found.high
-    if worth is None or worth < 1e-3:
+    if trials is None or trials < 1e-3:
         assert found.low < 0.05 and found.high > 0.95
         return
-    x = correct / n * worth
-    low = 0 if not correct else 1 / (1 + (worth - x + 1) / (x * f.ppf(0.025, 2 * x, 2 * (worth - x + 1))))
-    high = 1 if correct == n else 1 - 1 / (1 + (x + 1) / ((worth - x) * f.ppf(0.025, 2 * (worth - x), 2 * (x + 1))))
+    x = n_correct / n * trials
+    low = 0 if not n_correct else 1 / (1 + (trials - x + 1) / (x * f.ppf(0.025, 2 * x, 2 * (trials - x + 1))))
+    high = 1 if n_correct == n else 1 - 1 / (1 + (x + 1) / ((trials - x) * f.ppf(0.025, 2 * (trials - x), 2 * (x + 1))))
     assert (found.low, found.high) == pytest.approx((low, high), abs=1e-6)
 
 
-def test_fewer_groups_say_less_and_one_says_nothing():
+def test_fewer_groups_give_wider_intervals_and_one_the_whole_range():
     correct = np.arange(103) < 101
-    wide = [np.ptp([(found := grouped_interval(correct, np.arange(103) // size)).low, found.high]) for size in (1, 2, 5, 20, 103)]
-    assert wide == sorted(wide) and wide[-1] == pytest.approx(1, abs=1e-4)
-    assert effective_groups([0] * 9 + [1]) == pytest.approx(100 / 82)
+    intervals = [grouped_interval(correct, np.arange(103) // size) for size in (1, 2, 5, 20, 103)]
+    widths = [one.high - one.low for one in intervals]
+    assert widths == sorted(widths) and widths[-1] == pytest.approx(1, abs=1e-4)
+    assert _effective_groups([0] * 9 + [1]) == pytest.approx(100 / 82)
 
 
-@pytest.mark.parametrize("sizes", [[1] * 103, [1] * 97 + [2] * 3, [3] * 34 + [1], [10] * 10 + [3], [30] + [1] * 73])
+@pytest.mark.parametrize("sizes", [[1] * 103, [1] * 97 + [2] * 3, [10] * 10 + [3], [30] + [1] * 73])
 @pytest.mark.parametrize("rho", [0, 0.5, 1])
 def test_grouped_interval_covers(sizes, rho):
-    """0.95 within three standard errors of 4,000 simulated test sets; the percentile bootstrap has 0.86 to 0.9 for the first two."""
+    """0.95 within three standard errors of 4,000 simulated test subsets; the percentile bootstrap has 0.86 to 0.9 for the first two."""
     sizes, random = np.array(sizes), np.random.default_rng(5)
     group = np.repeat(np.arange(len(sizes)), sizes)
     every = [grouped_interval(np.arange(103) < k, group) for k in range(104)]
-    for p in (0.9, 0.97, 0.99):
-        chance = (
-            random.random((4000, len(sizes))) < p
-            if rho == 1
-            else random.beta(p * (1 / rho - 1), (1 - p) * (1 / rho - 1), (4000, len(sizes)))
-            if rho
-            else np.full((4000, len(sizes)), p)
-        )
-        counts = random.binomial(sizes, chance).sum(axis=1)
+    shape = (4000, len(sizes))
+    for p in (0.9, 0.97):
+        beta = (p * (1 / rho - 1), (1 - p) * (1 / rho - 1)) if 0 < rho < 1 else None
+        rate = random.beta(*beta, shape) if beta else random.random(shape) < p if rho else np.full(shape, p)
+        counts = random.binomial(sizes, rate).sum(axis=1)
         assert np.mean([every[k].low <= p <= every[k].high for k in counts]) > 0.95 - 3 * np.sqrt(0.95 * 0.05 / 4000), p
 
 
 def test_bootstrap_of_two_groups_by_hand():
-    # two groups of sizes 1 and 3, right and wrong: means 1, 1/4 (twice) and 0 with probabilities 1/4, 1/2, 1/4
+    # two groups of sizes 1 and 3, means 1 and 0: resampled means 1, 1/4 (twice) and 0
     found = cluster_bootstrap([1, 0, 0, 0], ["a", "b", "b", "b"])
-    assert (found.estimate, found.low, found.high) == (0.25, 0.0, 1.0)
+    assert (found.estimate, found.low, found.high, found.n, found.groups) == (0.25, 0.0, 1.0, 4, 2)
+    assert found.effective == pytest.approx(16 / 10)
 
 
 def test_bootstrap_takes_other_values_and_is_seeded():
@@ -99,6 +126,8 @@ def test_bootstrap_takes_other_values_and_is_seeded():
     one = cluster_bootstrap(values, groups, seed=1)
     assert one == cluster_bootstrap(values, groups, seed=1) != cluster_bootstrap(values, groups, seed=2)
     assert one.low < 5 < one.high and one.method == "percentile bootstrap of groups"
+    means = values.reshape(20, 3).mean(axis=1)
+    assert one.high - one.low == pytest.approx(2 * 1.96 * means.std() / np.sqrt(20), rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -108,28 +137,20 @@ def test_bootstrap_takes_other_values_and_is_seeded():
         ([1, 0], ["a"], "2 values and 1 groups"),
         ([1, np.nan], None, "finite"),
         ([1, 0], ["a", None], "has no group"),
-        ([0.5, 1.2], None, "between 0 and 1"),
-        ([-0.1], None, "between"),
     ],
 )
-def test_grouped_interval_refuses(values, groups, message):
-    with pytest.raises(ValueError, match=message):
-        grouped_interval(values, groups)
+def test_intervals_refuse(values, groups, message):
+    for interval in (grouped_interval, cluster_bootstrap):
+        with pytest.raises(ValueError, match=message):
+            interval(values, groups)
 
 
-@pytest.mark.parametrize(
-    "values, groups, message",
-    [
-        ([], None, "0 values"),
-        ([1, 0], ["a"], "2 values and 1 groups"),
-        ([1, np.nan], None, "finite"),
-        ([1, 0], ["a", "a"], "only one group"),
-        ([1, 0], ["a", None], "has no group"),
-    ],
-)
-def test_bootstrap_refuses(values, groups, message):
-    with pytest.raises(ValueError, match=message):
-        cluster_bootstrap(values, groups)
+def test_intervals_refuse_what_is_not_theirs():
+    for values in ([0.5, 1.2], [-0.1]):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            grouped_interval(values)
+    with pytest.raises(ValueError, match="only one group"):
+        cluster_bootstrap([1, 0], ["a", "a"])
 
 
 # by hand: twice the smaller tail of the binomial, at most 1; comb(22, 0..6) sums to 110,056
@@ -140,186 +161,149 @@ def test_mcnemar(b, c, p):
     assert mcnemar(b, c) == pytest.approx(p, abs=1e-7) and mcnemar(c, b) == pytest.approx(p, abs=1e-7)
 
 
-def test_holm_is_rs():  # p.adjust(c(0.01, 0.02, 0.03, 0.04, 0.05), "holm")
+def test_holm_is_rs():  # p.adjust(..., "holm")
     assert list(holm([0.01, 0.02, 0.03, 0.04, 0.05])) == pytest.approx([0.05, 0.08, 0.09, 0.09, 0.09])
+    assert list(holm([0.01, 0.04, 0.03, 0.005])) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert list(holm([0.6, 0.9])) == pytest.approx([1.0, 1.0])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_holm_is_monotone_and_between_the_raw_and_bonferroni(values):
-    corrected, values = holm(values), np.array(values)
-    assert (corrected >= values - 1e-12).all() and (corrected <= np.minimum(1, values * len(values)) + 1e-12).all()
+    adjusted, values = holm(values), np.array(values)
+    assert (adjusted >= values - 1e-12).all() and (adjusted <= np.minimum(1, values * len(values)) + 1e-12).all()
     order = np.argsort(values, kind="stable")
-    assert (np.diff(corrected[order]) >= -1e-12).all()
+    assert (np.diff(adjusted[order]) >= -1e-12).all()
 
 
-def test_pairs_are_matched_by_name_not_by_row():
+def errs_on(rows: list[int], n: int = 12) -> pd.DataFrame:
+    """Predictions of n Normal images, wrong on some rows."""
+    table = pd.DataFrame({"pair": [f"p{i:02}" for i in range(n)], "path": "", "subset": "test", "class": "Normal"})
+    p = np.where(np.isin(np.arange(n), rows), 0.2, 0.8)
+    return table.assign(**{"p_Normal": p, "p_Pro-B": 1 - p})
+
+
+def test_comparison_of_two_models_by_hand():
+    """First wrong on 0; second wrong on 1..7: 7 against 1 discordant images, p = 2 (1 + 8) / 2^8."""
+    row = compare_model_pairs({"a": errs_on([0, 11]), "b": errs_on([1, 2, 3, 4, 5, 6, 7, 11])}).iloc[0]
+    assert row[["first", "second", "images", "only_first_correct", "only_second_correct"]].tolist() == ["a", "b", 12, 7, 1]
+    assert row["difference"] == pytest.approx(6 / 12) and row["p"] == row["p_holm"] == pytest.approx(2 * 9 / 256)
+    assert not row["significant"] and row["test"] == "McNemar's exact test"
+    assert compare_model_pairs({"a": errs_on([0, 11]), "b": errs_on([1, 2, 3, 4, 5, 6, 7, 11])}, level=0.08)["significant"].item()
+
+
+def test_pairs_of_models_are_adjusted_together():
+    models = {"a": errs_on([]), "b": errs_on(list(range(7))), "c": errs_on(list(range(8)))}
+    table = compare_model_pairs(models)
+    assert table[["first", "second"]].agg("".join, axis=1).tolist() == ["ab", "ac", "bc"]
+    assert table["p"].tolist() == pytest.approx([2 / 2**7, 2 / 2**8, 1.0])
+    assert table["p_holm"].tolist() == pytest.approx([2 * 2 / 2**7, 3 * 2 / 2**8, 1.0])
+    assert table["significant"].tolist() == [True, True, False]
+
+
+def test_images_are_matched_by_name_not_by_row():
     one, two = dummy_predictions(0.9, seed=1), dummy_predictions(0.8, seed=2)
-    plain, mixed = (compare_pairs({"a": one, "b": two}), compare_pairs({"a": one, "b": two.sample(frac=1, random_state=3)}))
+    plain, mixed = (compare_model_pairs({"a": one, "b": table}) for table in (two, two.sample(frac=1, random_state=3)))
     pd.testing.assert_frame_equal(plain, mixed)
-    right = [predicted_labels(t) == t["class"] for t in (one, two)]
-    assert plain.loc[0, "only_first_right"] == (right[0] & ~right[1]).sum()
+    correct = [predicted_labels(table) == table["class"] for table in (one, two)]
+    assert plain.loc[0, "only_first_correct"] == (correct[0] & ~correct[1]).sum()
     assert plain.loc[0, "difference"] == pytest.approx((100 - 89) / 111)
 
 
 def test_other_images_are_refused():
     one = dummy_predictions()
     with pytest.raises(PredictionsError, match="b: its test images are not those"):
-        compare_pairs({"a": one, "b": one.iloc[1:]})
+        compare_model_pairs({"a": one, "b": one.iloc[1:]})
     with pytest.raises(PredictionsError, match="at least two models"):
-        compare_pairs({"a": one})
+        compare_model_pairs({"a": one})
 
 
 def test_sentences():
     best, middle, worst = (dummy_predictions(a, seed=7) for a in (1.0, 0.85, 0.3))
-    text = significance_sentence(compare_pairs({"yolov8": best, "yolo11": best, "mobilenet_v2": worst}))
-    assert text.startswith("MobileNetV2 differs from every other model. YOLOv8 and YOLO11 cannot be told apart (Holm")
-    assert significance_sentence(compare_pairs({"yolov8": best, "yolo11": worst})).startswith(
-        "YOLOv8 is right more often than YOLO11 ("
+    text = significance_sentence(compare_model_pairs({"yolov8": best, "yolo11": best, "mobilenet_v2": worst}))
+    assert text == (
+        "MobileNetV2 differs from every other model. YOLOv8 and YOLO11 are not significantly different "
+        "(McNemar's exact test, Holm-adjusted, 111 images)."
     )
-    assert significance_sentence(compare_pairs({"yolov8": best, "yolo11": best, "yolo12": best})).startswith(
-        "YOLOv8, YOLO11 and YOLO12 cannot"
+    for models in ({"yolov8": best, "yolo11": worst}, {"yolo11": worst, "yolov8": best}):
+        assert significance_sentence(compare_model_pairs(models)).startswith("YOLOv8 has a higher accuracy than YOLO11 (")
+    same = significance_sentence(compare_model_pairs({"yolov8": best, "yolo11": best, "yolo12": best}))
+    assert same.startswith("YOLOv8, YOLO11 and YOLO12 are not significantly") and same.endswith(
+        "mean equal: all err on the same images."
     )
-    near = dummy_predictions(0.94, seed=7)
-    close = dummy_predictions(0.97, seed=7)
-    mixed = significance_sentence(compare_pairs({"yolov8": best, "yolo11": close, "yolo12": near, "mobilenet_v2": middle}))
-    assert mixed.startswith("MobileNetV2 differs from every other model. YOLOv8 is right more often than YOLO12. No other two"), (
-        mixed
-    )
-    assert len(difference_figure(compare_pairs({"yolov8": best, "yolo11": near, "yolo12": middle})).axes[0].texts) == 3
+    few = significance_sentence(compare_model_pairs({"a": errs_on([0]), "b": errs_on([1, 2])}))
+    assert few.endswith("no two models disagree on more than 3 images, and the smallest unadjusted p is 1.00.")
+    near, close = dummy_predictions(0.94, seed=7), dummy_predictions(0.97, seed=7)
+    mixed = significance_sentence(compare_model_pairs({"yolov8": best, "yolo11": close, "yolo12": near, "mobilenet_v2": middle}))
+    start = "MobileNetV2 differs from every other model. YOLOv8 has a higher accuracy than YOLO12. No other two models are"
+    assert mixed.startswith(start), mixed
+
+
+def test_difference_figure_marks_significant_pairs():
+    table = compare_model_pairs({"a": errs_on([]), "b": errs_on(list(range(7))), "c": errs_on(list(range(8)))})
+    texts = [text.get_text() for text in difference_figure(table).axes[0].texts]
+    assert texts == ["−58.3*", "−66.7*", "−8.3"]
 
 
 def test_groups_make_differences_weaker():
     best, worse = dummy_predictions(1.0, (40, 40, 0)), dummy_predictions(1.0, (40, 40, 0))
     worse.loc[:11, ["p_Normal", "p_Pre-B", "p_Pro-B"]] = [0.0, 1.0, 0.0]
     fields = {pair: i // 6 for i, pair in enumerate(worse["pair"])}
-    assert compare_pairs({"a": best, "b": worse})["p"].item() == pytest.approx(2 / 2**12)
-    grouped = compare_pairs({"a": best, "b": worse}, groups=fields)
-    assert (
-        grouped["p"].item() == pytest.approx(0.5)
-        and not grouped["significant"].item()
-        and grouped["test"].item() == "group signs"
-    )
-    assert compare_pairs({"a": best, "b": best}, groups=fields)["p"].item() == 1
-    table = grouped_accuracy({"a": worse}, fields).iloc[0]
-    assert table["groups"] == 14 and table["grouped_low"] < table["exact_low"] and 10 < table["effective"] <= 14
-    assert table["method"] == "Clopper-Pearson on effective groups"
+    assert compare_model_pairs({"a": best, "b": worse})["p"].item() == pytest.approx(2 / 2**12)
+    assert compare_model_pairs({"a": best, "b": worse}, groups={})["p"].item() == pytest.approx(2 / 2**12, abs=2e-3)
+    grouped = compare_model_pairs({"a": best, "b": worse}, groups=fields)
+    assert grouped["p"].item() == pytest.approx(0.5) and not grouped["significant"].item()
+    assert grouped["test"].item() == "group sign test"
+    assert compare_model_pairs({"a": best, "b": best}, groups=fields)["p"].item() == 1
+    assert compare_model_pairs({"a": best, "b": worse}, groups=dict.fromkeys(worse["pair"], 1))["p"].item() == 1  # one group
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.floats(0.2, 1), st.integers(0, 100))
-def test_calibration_measures(accuracy, seed):
-    table = dummy_predictions(accuracy, (8, 9, 10), seed=seed)
-    values, classes = probabilities_of(table), classes_of(table)
-    assert brier_score(table) == pytest.approx(brier_score_loss(table["class"], values, labels=classes))
-    assert log_loss_of(table) == pytest.approx(log_loss(table["class"], values, labels=classes), abs=1e-9)
-    confidence, right = values.max(axis=1), predicted_labels(table) == table["class"].to_numpy()
-    ece = sum(
-        abs(confidence[inside].mean() - right[inside].mean()) * inside.mean()
-        for i in range(15)
-        if (inside := (confidence > i / 15) & (confidence <= (i + 1) / 15)).any()
-    )
-    assert calibration_error(table) == pytest.approx(ece, abs=1e-6)
-    assert reliability_table(table)["images"].sum() == 27
+# ---- cross-validation
 
 
-def test_certain_answers_fall_into_the_last_bin():
-    table = dummy_predictions().assign(**{"p_Normal": 1.0, "p_Pre-B": 0.0, "p_Pro-B": 0.0})
-    only = reliability_table(table).iloc[0]
-    assert len(reliability_table(table)) == 1 and (only["from"], only["to"]) == (0.9, 1.0)
-    assert calibration_error(table) == pytest.approx(1 - 25 / 111)
+def logistic():
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
-
-@settings(max_examples=20, deadline=None)
-@given(st.floats(0.1, 10), st.integers(0, 50))
-def test_temperature_changes_no_answer_and_can_be_undone(temperature, seed):
-    table = dummy_predictions(0.7, (5, 5, 5), seed=seed)
-    scaled = scale_temperature(table, temperature)
-    assert (predicted_labels(scaled) == predicted_labels(table)).all()
-    if temperature >= 1:
-        np.testing.assert_allclose(
-            probabilities_of(scale_temperature(scaled, 1 / temperature)), probabilities_of(table), atol=1e-6
-        )
-    one = scale_temperature(table, 1.0)
-    np.testing.assert_allclose(probabilities_of(one), probabilities_of(table), atol=1e-9)
-
-
-def test_temperature_looks_at_validation_only():
-    validation, test = dummy_predictions(0.8, (60, 60, 60), subset="validation"), dummy_predictions(0.5, seed=1)
-    both, alone = pd.concat([validation, test], ignore_index=True), validation
-    assert fit_temperature(both) == fit_temperature(alone)
-    with pytest.raises(PredictionsError, match="no subset 'validation'"):
-        fit_temperature(test)
-    grid = np.geomspace(*TEMPERATURES, 400)
-    best = grid[np.argmin([log_loss_of(scale_temperature(validation, t)) for t in grid])]
-    assert fit_temperature(both) == pytest.approx(best, rel=0.02)
-
-
-def test_calibration_table_says_when_validation_cannot_tell():
-    perfect = pd.concat([dummy_predictions(1.0, subset="validation"), dummy_predictions(1.0)], ignore_index=True)
-    assert calibration_table({"yolo11": perfect})["note"].item().startswith("at the limit")
-    assert "temperature" not in calibration_table({"yolo11": dummy_predictions()})
-    assert len(reliability_figure({f"m{i}": perfect for i in range(5)}).axes) == 8
-
-
-def test_average_precision_by_hand():
-    table = pd.DataFrame(
-        {
-            "pair": list("abcd"),
-            "path": "",
-            "subset": "test",
-            "class": ["Pro-B", "Normal", "Pro-B", "Normal"],
-            "p_Normal": [0.1, 0.2, 0.3, 0.9],
-        }
-    ).assign(**{"p_Pro-B": lambda t: 1 - t["p_Normal"]})
-    assert average_precisions(table)["Pro-B"] == pytest.approx((1 + 2 / 3) / 2)
-    with pytest.raises(PredictionsError, match="no image of Normal"):
-        precision_recall_figure({"a": table[table["class"] == "Pro-B"]})
-
-
-def test_cached_features(tmp_path):
-    path, calls = tmp_path / "f.npz", []
-    compute = lambda: calls.append(1) or np.arange(6).reshape(3, 2)
-    first = cached_features(path, list("abc"), compute)
-    assert first.dtype == np.float32 and (cached_features(path, list("abc"), compute) == first).all() and len(calls) == 1
-    cached_features(path, list("acb"), compute)
-    assert len(calls) == 2
-    path.write_bytes(path.read_bytes()[:50])
-    assert (cached_features(path, list("acb"), compute) == first).all() and len(calls) == 3
-    with pytest.raises(ValueError, match="for 2 images"):
-        cached_features(path, list("ab"), compute)
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
 
 
 def test_cross_validation():
     random = np.random.default_rng(1)
-    pairs = pd.DataFrame({"pair": [f"p{i}" for i in range(90)], "class": np.repeat(["Normal", "Pre-B", "Pro-B"], 30)})
-    features = random.normal(size=(90, 5)) + 3 * pd.get_dummies(pairs["class"]).to_numpy() @ random.normal(size=(3, 5))
+    y = pd.Series(np.repeat(["Normal", "Pre-B", "Pro-B"], 30), [f"p{i}" for i in range(90)])
+    X = random.normal(size=(90, 5)) + 3 * pd.get_dummies(y).to_numpy() @ random.normal(size=(3, 5))
     groups = np.repeat(np.arange(30), 3)
-    table = cross_validate(features, pairs, groups, folds=3, repeats=2)
-    pd.testing.assert_frame_equal(table, cross_validate(features, pairs, groups, folds=3, repeats=2))
-    assert len(table) == 180 and set(table.groupby("pair").size()) == {2}
+    table = cross_validate(logistic(), X, y, groups, folds=3, repeats=2)
+    pd.testing.assert_frame_equal(table, cross_validate(logistic(), X, y, groups, folds=3, repeats=2))
+    assert len(table) == 180 and set(table.groupby("pair").size()) == {2} and set(table["subset"]) == {"fold"}
     by_repeat = table.groupby("repeat")["p_Normal"].apply(list)
-    assert by_repeat[0] != by_repeat[1]
+    assert by_repeat.index.tolist() == [0, 1] and by_repeat[0] != by_repeat[1]
+    again = cross_validate(logistic(), X, y, groups, folds=3, repeats=1, seed=1)
+    assert again["p_Normal"].tolist() == by_repeat[1]  # repeat 1 of seed 0 is repeat 0 of seed 1
     found = cross_validated_accuracy(table)
-    assert (
-        found.estimate == pytest.approx((predicted_labels(table) == table["class"]).mean())
-        and found.n == 90
-        and found.groups == 30
-    )
+    assert found.estimate == pytest.approx((predicted_labels(table) == table["class"]).mean())
+    assert (found.n, found.groups) == (90, 30)
     with pytest.raises(ValueError, match="Pro-B has 10 groups, 11 folds"):
-        cross_validate(features, pairs, np.where(pairs["class"] == "Pro-B", groups, np.arange(90) + 100), folds=11)
+        cross_validate(logistic(), X, y, np.where(y == "Pro-B", groups, np.arange(90) + 100), folds=11)
+    assert len(cross_validate(logistic(), X, y, np.where(y == "Pro-B", groups, np.arange(90) + 100), folds=10)) == 90
+
+
+def test_random_state_of_an_estimator_follows_the_repeat():
+    from sklearn.dummy import DummyClassifier
+
+    y = pd.Series(["a", "b"] * 20, [f"p{i}" for i in range(40)])
+    table = cross_validate(
+        DummyClassifier(strategy="stratified", random_state=5), np.zeros((40, 1)), y, folds=2, repeats=2, seed=7
+    )
+    assert table.groupby("repeat")["p_a"].apply(tuple).nunique() == 2
 
 
 def test_groups_never_cross_folds():
-    # each group has one constant feature that names its class only within the group: known groups would be recognised
+    # each group has constant features that name its class only within the group: known groups would be recognised
     random = np.random.default_rng(2)
     group = np.repeat(np.arange(45), 4)
-    pairs = pd.DataFrame(
-        {
-            "pair": [f"p{i}" for i in range(180)],
-            "class": np.array(["Normal", "Pre-B", "Pro-B"])[random.permutation(np.arange(45) % 3)[group]],
-        }
-    )
-    features = random.normal(size=(45, 40))[group]
-    assert cross_validated_accuracy(cross_validate(features, pairs, repeats=1)).estimate > 0.9
-    assert cross_validated_accuracy(cross_validate(features, pairs, group, repeats=1)).estimate < 0.6
+    labels = np.array(["Normal", "Pre-B", "Pro-B"])[random.permutation(np.arange(45) % 3)[group]]
+    y, X = pd.Series(labels, [f"p{i}" for i in range(180)]), random.normal(size=(45, 40))[group]
+    assert cross_validated_accuracy(cross_validate(logistic(), X, y)).estimate > 0.9
+    assert cross_validated_accuracy(cross_validate(logistic(), X, y, group)).estimate < 0.6

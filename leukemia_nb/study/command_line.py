@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'main', 'is_explained', 'synth', 'segment', 'prepare', 'predict', 'compare', 'study']
 
-# %% ../../nbs/07_study/50_command_line.ipynb #470bd5ba
+# %% ../../nbs/07_study/50_command_line.ipynb #730721a4
 import _thread
 import atexit
 import errno
@@ -25,9 +25,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-# %% ../../nbs/07_study/50_command_line.ipynb #6be45166
+# %% ../../nbs/07_study/50_command_line.ipynb #0b902df3
 class _Commands(TyperGroup):
-    "The commands, which end in one line when they are stopped; a polite request to end (SIGTERM) is taken as Ctrl-C is."
+    "The commands, which end in one line when they are stopped."
 
     def invoke(self, ctx: Any) -> Any:
         with suppress(ValueError):  # not in the main thread
@@ -37,16 +37,12 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            _say(
-                "\nleukemia_nb: stopped. Nothing is half-written, and what is finished is kept; "
-                "the same command goes on, or starts again.",
-                err=True,
-            )
+            _echo("\nleukemia_nb: stopped. Nothing is half-written; the same command goes on, or starts again.", err=True)
+            raise typer.Exit(130) from None
         except BrokenPipeError:
-            _say("leukemia_nb: stopped, because nobody reads the output any more. What is finished is kept.", err=True)
+            _echo("leukemia_nb: stopped, because nobody reads the output any more. What is finished is kept.", err=True)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still has to write at its end
             raise typer.Exit(1) from None
-        raise typer.Exit(130)
 
 
 app = typer.Typer(
@@ -59,11 +55,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.callback()(lambda: None)  # commands have names even while there is only one
 
-# %% ../../nbs/07_study/50_command_line.ipynb #5da4ec9b
+# %% ../../nbs/07_study/50_command_line.ipynb #9f09b5e0
 def main() -> None:
-    "Run the command line; explained errors are one line on standard error and exit status 1."
+    "Run the command line; an error that the user can mend is one line on standard error and exit status 1."
     _prepare_process()
     try:
         app()
@@ -72,57 +67,26 @@ def main() -> None:
     except Exception as error:
         if not is_explained(error):
             raise
-        _say(f"leukemia_nb: {_line(error)}", err=True)
+        _echo(f"leukemia_nb: {_one_line(error)}", err=True)
         raise SystemExit(1) from None
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)  # no traceback of Python's own end
 
 
-def _say(text: str, err: bool = False) -> None:
-    "Print lines; what a terminal cannot take in a file name is escaped."
-    from leukemia_nb.data.files import shown_lines
-
-    typer.echo(shown_lines(text), err=err)
-
-
-def _known_method(name: str | None) -> str | None:
-    "Refuse a segmentation method that is none, before anything is done."
-    from leukemia_nb.processing.segmentation import SEGMENTATION_METHODS
-
-    if name is not None and name not in SEGMENTATION_METHODS:
-        raise typer.BadParameter(f"there is no method {name!r}. The methods are {', '.join(SEGMENTATION_METHODS)}.")
-    return name
-
-
-def _not_empty(text: str | None) -> str | None:
-    "Refuse an empty path, as of a shell variable that is not set, which would mean another study than the one asked for."
-    if text is not None and not text.strip():
-        raise typer.BadParameter("it is empty. Name a path, or leave the option out.")
-    return text
-
-
 def is_explained(
     error: Exception,  # raised by a command
 ) -> bool:
-    "Whether an error's message is meant for the user: one line that names the file, what is wrong and the remedy."
-    if isinstance(error, OSError | MemoryError):
-        return True
+    "Whether the message of an error is meant for the user."
     if isinstance(error, ImportError):
         return (error.name or "leukemia_nb").partition(".")[0] != "leukemia_nb"
-    from leukemia_nb.data.images import ImageError
-    from leukemia_nb.evaluation.metrics import PredictionsError
-    from leukemia_nb.models.interface import ModelError
-    from leukemia_nb.processing.splitting import SplitError
-    from leukemia_nb.study.driver import StudyError
+    from leukemia_nb.errors import LeukemiaError
 
-    return isinstance(error, ImageError | PredictionsError | ModelError | SplitError | StudyError)
+    return isinstance(error, LeukemiaError | OSError | MemoryError)
 
-# %% ../../nbs/07_study/50_command_line.ipynb #ef173e7a
-def _line(
-    error: Exception,  # an explained one
-) -> str:
-    "What an error says, in one line with the remedy."
+
+def _one_line(error: Exception) -> str:
+    "The message of an explained error, with the remedy."
     if isinstance(error, ImportError):
         return (
             f"the package {error.name} is needed for this and cannot be loaded ({error}). Install what is missing: "
@@ -136,8 +100,20 @@ def _line(
     return f"{f'{os.fsdecode(error.filename)}: ' if isinstance(error.filename, str | bytes) else ''}{error.strerror}.{space}"
 
 
+def _echo(text: str, err: bool = False) -> None:
+    "Print lines; what a terminal cannot show in a file name is escaped."
+    from leukemia_nb.data.files import shown_lines
+
+    typer.echo(shown_lines(text), err=err)
+
+
+def _log(line: str) -> None:
+    "Print a line about the work on standard error, beside the results."
+    _echo(line, err=True)
+
+# %% ../../nbs/07_study/50_command_line.ipynb #7fd88078
 def _prepare_process() -> None:
-    "Streams that take any text, worker processes likewise, and a home folder for the libraries that want to write into one."
+    "Streams that take any text, worker processes likewise, and a folder for libraries that write into the home folder."
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
@@ -145,12 +121,12 @@ def _prepare_process() -> None:
             stream.reconfigure(errors="backslashreplace")
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     os.environ.update(PYTHONIOENCODING=f"{encoding}:backslashreplace", PYTHONSAFEPATH="1")  # for worker processes
-    sys.unraisablehook = _stop_again
+    sys.unraisablehook = _interrupt_again
     _prepare_home()
 
 
-def _stop_again(ignored: Any) -> None:
-    "Ctrl-C that came where Python must ignore errors, as in a callback of an import, would be lost: it is given again."
+def _interrupt_again(ignored: Any) -> None:
+    "Repeat a Ctrl-C that came where Python ignores errors, as in a callback of an import."
     if ignored.exc_type is KeyboardInterrupt:
         threading.Timer(0.05, _thread.interrupt_main).start()
     else:
@@ -158,13 +134,11 @@ def _stop_again(ignored: Any) -> None:
 
 
 def _prepare_home() -> None:
-    "Where nothing can be written into the home folder, or there is none, libraries keep their settings in a temporary one."
+    "Where the home folder cannot be written to, libraries keep their settings in a temporary one."
     home = os.path.expanduser("~")
-    try:
-        with tempfile.TemporaryFile(dir=home):
-            return
-    except OSError:
-        own = tempfile.mkdtemp(prefix="leukemia_nb-home-")
+    with suppress(OSError), tempfile.TemporaryFile(dir=home):
+        return
+    own = tempfile.mkdtemp(prefix="leukemia_nb-home-")
     atexit.register(shutil.rmtree, own, ignore_errors=True)
     for name in ("MPLCONFIGDIR", "YOLO_CONFIG_DIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
         os.environ.setdefault(name, own)
@@ -172,352 +146,283 @@ def _prepare_home() -> None:
         os.environ.setdefault("PYTHONUSERBASE", site.getuserbase())
         os.environ["HOME"] = own
 
-# %% ../../nbs/07_study/50_command_line.ipynb #085e2f07
-@app.command()
-def synth(
-    out: Annotated[Path, typer.Argument(help="Folder to write into: one folder of images a class, and truth/ with the cells.")],
-    per_class: Annotated[int, typer.Option(help="Images a class.", min=1)] = 20,
-    classes: Annotated[int, typer.Option(help="3, or 4 with early Pre-B.", min=3, max=4)] = 3,
-    height: Annotated[int, typer.Option(help="Height in pixels.", min=64)] = 768,
-    width: Annotated[int, typer.Option(help="Width in pixels.", min=64)] = 1024,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same images.", min=0)] = 0,
-) -> None:
-    "Draw synthetic blood smears with the true cell masks beside them."
-    from leukemia_nb.data.manifest import find_images
-    from leukemia_nb.data.files import OutputError, check_output, counted, exclusive, is_output_folder
-    from leukemia_nb.study.driver import class_names
-    from leukemia_nb.data.synthetic import write_smears
+# %% ../../nbs/07_study/50_command_line.ipynb #a963b7c6
+def _check_method(name: str | None) -> str | None:
+    "Refuse an unknown segmentation method before anything is done."
+    from leukemia_nb.processing.segmentation import SEGMENTATION_METHODS
 
-    check_output(out, folder=True)
-    if is_output_folder(out):
-        raise OutputError(f"{out}: holds results, so no search would take its images for data. Choose another folder.")
-    try:
-        with exclusive(out):
-            table = write_smears(out, per_class, classes=class_names(classes), seed=seed, height=height, width=width)
-    except KeyboardInterrupt:
-        _say(f"stopped: the smears so far are in {out}; the same command draws all of them.", err=True)
-        raise typer.Exit(130) from None
-    before = len(find_images(out)) - len(table)
-    more = f"; {counted(before, 'other image')} lay there before" if before > 0 else ""
-    _say(f"{counted(len(table), 'smear')} in {out}{more}")
+    if name is not None and name not in SEGMENTATION_METHODS:
+        raise typer.BadParameter(f"there is no method {name!r}. The methods are {', '.join(SEGMENTATION_METHODS)}.")
+    return name
 
-# %% ../../nbs/07_study/50_command_line.ipynb #a633ea85
+
+def _check_path(text: str | None) -> str | None:
+    "Refuse an empty path, as of a shell variable that is not set, which would mean another study."
+    if text is not None and not text.strip():
+        raise typer.BadParameter("it is empty. Name a path, or leave the option out.")
+    return os.path.abspath(text) if text and text != "kaggle" else text
+
+
 @contextmanager
-def _stoppable() -> Iterator[None]:
+def _resumable(remedy: str = "Run again to go on.") -> Iterator[None]:
     "Work that goes on when the command is given again: Ctrl-C is one line and exit status 130."
     try:
         yield
     except KeyboardInterrupt as stop:
-        _report(f"leukemia_nb: {stop}" if str(stop) else "leukemia_nb: stopped. Run again to go on.")
+        _log(f"leukemia_nb: {stop}" if str(stop) else f"leukemia_nb: stopped. {remedy}")
         raise typer.Exit(130) from None
 
 
-def _report(line: str) -> None:
-    "Print a line about the work, beside its results."
-    _say(line, err=True)
+_Images = Annotated[list[str], typer.Argument(help="Images, folders searched with their subfolders, or 'patterns/*.png'.")]
+_Jobs = Annotated[int, typer.Option(help="Worker processes.", min=1)]
+_Classes = Annotated[int, typer.Option(help="3, or 4 with early Pre-B.", min=3, max=4)]
+_Cluster = Annotated[str, typer.Option(help="Address of a Dask scheduler, tcp://host:8786, on a shared file system.")]
+_Method = Annotated[str, typer.Option("--segmentation", help="kmeans or nucleus.", callback=_check_method)]
 
+# %% ../../nbs/07_study/50_command_line.ipynb #3a636085
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Argument(help="Folder to write into: one folder of images a class, and truth/ with the cells.")],
+    per_class: Annotated[int, typer.Option(help="Images a class.", min=1)] = 20,
+    classes: _Classes = 3,
+    height: Annotated[int, typer.Option(help="Height in pixels.", min=64)] = 768,
+    width: Annotated[int, typer.Option(help="Width in pixels.", min=64)] = 1024,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same images.", min=0)] = 0,
+) -> None:
+    "Write synthetic blood smears with the true cell masks beside them."
+    from leukemia_nb.data.files import OutputError, check_output, counted, exclusive, is_output_folder
+    from leukemia_nb.data.manifest import find_images
+    from leukemia_nb.data.synthetic import write_smears
+    from leukemia_nb.study.driver import class_names
 
+    check_output(out, folder=True)
+    if is_output_folder(out):
+        raise OutputError(f"{out}: holds results, so no search would take its images for data. Choose another folder.")
+    with _resumable(f"The smears so far are in {out}; the same command writes all of them."), exclusive(out):
+        table = write_smears(out, per_class, classes=class_names(classes), seed=seed, height=height, width=width)
+    before = len(find_images(out)) - len(table)
+    more = f"; {counted(before, 'other image')} lay there before" if before > 0 else ""
+    _echo(f"{counted(len(table), 'smear')} in {out}{more}")
+
+# %% ../../nbs/07_study/50_command_line.ipynb #d091c3d5
 @app.command()
 def segment(
     images: Annotated[Path, typer.Argument(help="An image, or a folder searched with its subfolders.", exists=True)],
     out: Annotated[Path, typer.Option(help="Folder for masks/, overlays/, records/ and qc.csv.")] = Path("segmented"),
-    method: Annotated[str, typer.Option(help="Segmentation method: deck or seeded.", callback=_known_method)] = "kmeans",
-    n_jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
+    segmentation: _Method = "kmeans",
+    n_jobs: _Jobs = 1,
 ) -> None:
-    """Find the white blood cells of images: masks, overlays and a quality-control table.
-
-    Finished images are kept: after an interruption the same command goes on where it stopped.
-    """
+    "Segment the white blood cells of images: masks, overlays and a quality-control table. Goes on after an interruption."
     from leukemia_nb.data.files import counted
     from leukemia_nb.processing.quality_control import segment_folder
 
-    with _stoppable():
-        table = segment_folder(images, out, method=method, n_jobs=n_jobs, log=_report)
+    with _resumable():
+        table = segment_folder(images, out, segmentation, n_jobs=n_jobs, log=_log)
     bad, flagged = int((table.problem != "").sum()), int((table.flag != "").sum())
-    _say(
-        f"{counted(len(table) - bad, 'image')} segmented into {out}; "
-        f"{counted(flagged, 'mask')} to look at and {bad} unreadable in qc.csv"
-    )
+    found = f"{counted(len(table) - bad, 'image')} segmented into {out}"
+    _echo(f"{found}; {counted(flagged, 'conspicuous mask')} and {bad} unreadable in qc.csv")
     if bad:
         raise typer.Exit(1)
 
-# %% ../../nbs/07_study/50_command_line.ipynb #5f881a88
+# %% ../../nbs/07_study/50_command_line.ipynb #85f1c32a
 @app.command()
 def prepare(
     data: Annotated[Path, typer.Argument(help="Folder with one folder of images a class.", exists=True)],
-    out: Annotated[Path, typer.Option(help="Folder for manifest.csv, pairs.csv and pairs/.")] = Path("prepared"),
-    classes: Annotated[int, typer.Option(help="3, or 4 with early Pre-B.", min=3, max=4)] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for manifest.csv, pairs.csv and the prepared images.")] = Path("prepared"),
+    classes: _Classes = 3,
     size: Annotated[int, typer.Option(help="Side of the prepared images in pixels.", min=16)] = 224,
-    method: Annotated[str, typer.Option(help="Segmentation method: deck or seeded.", callback=_known_method)] = "kmeans",
-    n_jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
+    segmentation: _Method = "kmeans",
+    n_jobs: _Jobs = 1,
 ) -> None:
-    """Turn a folder of images into pairs: each image and its segmented twin, resized.
+    "Turn a folder of images into pairs: each image and its mask image, resized. Goes on after an interruption."
+    from leukemia_nb.data.files import counted
+    from leukemia_nb.processing.dataset import prepare_folder
+    from leukemia_nb.study.driver import class_names
 
-    Finished pairs are kept: after an interruption the same command goes on where it stopped.
-    """
-    from leukemia_nb.data.manifest import build_manifest, check_manifest, search_images
-    from leukemia_nb.data.files import check_output, counted, exclusive, mark_output_folder
-    from leukemia_nb.data.manifest import check_apart
-    from leukemia_nb.data.files import remove_unfinished
-    from leukemia_nb.processing.dataset import prepare_pairs
-    from leukemia_nb.study.driver import Run, class_names
-
-    run, names = Run(out), class_names(classes)
-    check_output(out, folder=True)
-    check_apart(search_images(data).paths, out)
-    with _stoppable():
-        manifest = build_manifest(data, classes=names, exclude=out, log=_report)
-        with exclusive(out / "pairs.csv"):
-            mark_output_folder(out)
-            remove_unfinished(out)
-            run.write_table(manifest, "manifest.csv")
-            check_manifest(manifest, minimum=1, classes=names)
-            pairs = prepare_pairs(manifest, out / "prepared", size=size, segmentation=method, n_jobs=n_jobs)
-            run.write_table(pairs, "pairs.csv")
+    with _resumable():
+        pairs = prepare_folder(data, out, class_names(classes), size, segmentation, n_jobs, _log)
     flagged, bad = int((pairs.flag != "").sum()), int((pairs.problem != "").sum())
-    _say(f"{counted(len(pairs) - bad, 'pair')} in {out}, {flagged} flagged; {counted(bad, 'image')} with problems in pairs.csv")
+    _echo(f"{counted(len(pairs) - bad, 'pair')} in {out}, {flagged} flagged; {counted(bad, 'image')} with problems in pairs.csv")
 
-# %% ../../nbs/07_study/50_command_line.ipynb #ff970d9f
+# %% ../../nbs/07_study/50_command_line.ipynb #f17c6f9b
 @app.command()
 def predict(
-    images: Annotated[list[str], typer.Argument(help="Images, folders searched with their subfolders, or 'patterns/*.png'.")],
+    images: _Images,
     model: Annotated[Path, typer.Option(help="Model file that a study exported: RUN/exported/NAME.onnx.")],
     out: Annotated[Path | None, typer.Option(help="CSV file for the predictions.  [default: they are printed]")] = None,
     json: Annotated[Path | None, typer.Option(help="JSON file for the predictions.")] = None,
-    overlays: Annotated[Path | None, typer.Option(help="Folder for images with cells outlined; no search reads it.")] = None,
-    saliency: Annotated[bool, typer.Option(help="With --overlays: also maps of what mattered to the model (slow).")] = False,
+    overlays: Annotated[Path | None, typer.Option(help="Folder for images with cells outlined.")] = None,
+    saliency: Annotated[bool, typer.Option(help="With --overlays: also saliency maps (slow).")] = False,
     batch_size: Annotated[int, typer.Option(help="Images in memory at a time, in each process.", min=1)] = 32,
-    n_jobs: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
-    cluster: Annotated[
-        str, typer.Option(help="Address of a Dask scheduler, tcp://host:8786, whose workers predict. They share a file system.")
-    ] = "",
+    n_jobs: _Jobs = 1,
+    cluster: _Cluster = "",
 ) -> None:
-    """Predict new images with an exported model: class, probabilities, confidence, number and area of the white blood cells.
+    """Predict new images with an exported model: class, probabilities, confidence, number and area of white blood cells.
 
-    For research use only. A run that was stopped goes on where it was when the same command is given again.
+    For research use only. A run that was stopped goes on when the same command is given again.
     Only open model files from people you trust: their checksum shows damage, and is no signature.
     """
-    from leukemia_nb.inference.predictor import Task, calibration_text, find_inputs, model_of
+    from leukemia_nb.inference.batch import PredictionTask, find_inputs
+    from leukemia_nb.inference.predictor import describe_calibration
 
     if saliency and not overlays:
         raise typer.BadParameter("--saliency needs a folder: --overlays FOLDER")
-    place: Any = os.path.abspath if cluster else str  # the workers are started in a folder of their own
-    task = Task(place(model), place(overlays) if overlays else "", saliency)
-    about = model_of(task).info
+    place: Any = os.path.abspath if cluster else str  # workers are started in a folder of their own
+    task = PredictionTask(place(model), place(overlays) if overlays else "", saliency)
+    about = task.predictor().info
     inputs, found = find_inputs(images, overlays or "")
-    paths = [place(path) for path in inputs]
-    outcomes = Counter({"answered": 0, "abstained": 0, "not read": 0})
-    if out or json:
-        _predict_into_files(paths, task, out, json, batch_size, n_jobs, cluster, outcomes)
-    else:
-        _predict_on_screen(paths, task, batch_size, n_jobs, cluster, outcomes)
-    if found:
-        _say(found, err=True)
-    said = "; ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
-    _say(f"{said}. {calibration_text(about)} Research use only.", err=True)
+    outcomes = _predict(list(map(place, inputs)), task, out, json, batch_size, n_jobs, cluster)
+    summary = "; ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
+    _log("\n".join(filter(None, [found, f"{summary}. {describe_calibration(about)} Research use only."])))
     if outcomes["not read"] or outcomes["without overlay"]:
         raise typer.Exit(1)
 
 
+def _predict(
+    paths: list[str], task: Any, out: Path | None, json: Path | None, batch_size: int, n_jobs: int, cluster: str
+) -> Counter[str]:
+    "Predict into files with a progress bar, or print a line for each image; counts how the predictions ended."
+    from tqdm import tqdm
+
+    from leukemia_nb.data.files import counted
+    from leukemia_nb.inference.batch import predict_files, unfinished_file
+    from leukemia_nb.inference.predictor import format_row
+    from leukemia_nb.study.cluster import parallel
+
+    to_file, outcomes = bool(out or json), Counter({"predicted": 0, "abstained": 0, "not read": 0})
+
+    def log(rows: list[dict[str, Any]]) -> None:
+        outcomes.update(map(_outcome, rows))
+        bar.update(len(rows))
+        for row in rows if not to_file else ():
+            _echo(format_row(row))
+
+    remedy = f"Predictions so far are in {unfinished_file(out, json)}; the same command goes on." if to_file else ""
+    bar = tqdm(total=len(paths), unit="image", disable=None if to_file else True)
+    with _resumable(remedy), parallel(n_jobs, cluster) as workers, bar:
+        resumed = predict_files(paths, task, out, json, batch_size, workers.n_jobs, log)
+    if to_file:
+        kept = f" ({resumed} of them before)" if resumed else ""
+        _echo(f"{counted(len(paths), 'image')} in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
+    return outcomes
+
+
 def _outcome(row: dict[str, Any]) -> str:
-    "How the prediction of one image ended, for the summary."
-    if not row["class"]:
+    "How the prediction of one image ended."
+    if not row["prediction"]:
         return "not read"
     if row["error"]:
         return "without overlay"
-    return "abstained" if row["abstain"] else "answered"
+    return "abstained" if row["abstains"] else "predicted"
 
-
-def _predict_into_files(
-    paths: list[str],
-    task: Any,
-    out: Path | None,
-    json: Path | None,
-    batch_size: int,
-    n_jobs: int,
-    cluster: str,
-    outcomes: Counter[str],
-) -> None:
-    "Predict with a progress bar; what is done stays when it is stopped."
-    from tqdm import tqdm
-
-    from leukemia_nb.study.cluster import parallel
-    from leukemia_nb.data.files import counted
-    from leukemia_nb.inference.predictor import predict_files, unfinished_file
-
-    def count(rows: list[dict[str, Any]]) -> None:
-        outcomes.update(map(_outcome, rows))
-        bar.update(len(rows))
-
-    try:
-        with parallel(n_jobs, cluster) as workers, tqdm(total=len(paths), unit="image", disable=None) as bar:
-            resumed = predict_files(paths, task, out, json, batch_size, workers.n_jobs, count, lambda line: _say(line, err=True))
-    except KeyboardInterrupt:
-        _say(f"stopped: predictions so far are in {unfinished_file(out, json)}; the same command goes on.", err=True)
-        raise typer.Exit(130) from None
-    kept = f" ({resumed} of them before)" if resumed else ""
-    _say(f"{counted(len(paths), 'image')} in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
-
-
-def _predict_on_screen(paths: list[str], task: Any, batch_size: int, n_jobs: int, cluster: str, outcomes: Counter[str]) -> None:
-    "Predict, and print a line for each image as soon as it is there."
-    from leukemia_nb.study.cluster import parallel
-    from leukemia_nb.inference.predictor import check_outputs, iter_answers, row_text, sole_writer
-
-    check_outputs(paths, task)  # as `predict_files` does
-    with sole_writer(task), parallel(n_jobs, cluster) as workers:
-        for rows in iter_answers(task, paths, batch_size, workers.n_jobs):
-            outcomes.update(map(_outcome, rows))
-            for row in rows:
-                _say(row_text(row))
-
-# %% ../../nbs/07_study/50_command_line.ipynb #e5e2a040
+# %% ../../nbs/07_study/50_command_line.ipynb #68660101
 @app.command()
 def compare(
-    images: Annotated[list[str], typer.Argument(help="Images, folders searched with their subfolders, or 'patterns/*.png'.")],
+    images: _Images,
     study: Annotated[Path, typer.Option(help="Run folder of a study with exported models (exported/*.onnx).")],
     out: Annotated[Path, typer.Option(help="Folder for comparison.csv and comparison.png.")] = Path("comparison"),
 ) -> None:
-    "Show what every exported model of a study predicts for new images: a table, a CSV file and a grid of the images."
-    from leukemia_nb.evaluation.metrics import unseen_figure
-    from leukemia_nb.data.files import atomic_path, check_output, exclusive, mark_output_folder, write_table
-    from leukemia_nb.inference.predictor import (
-        check_inputs_apart,
-        compare_models_on,
-        comparison_text,
-        exported_models,
-        find_inputs,
-    )
+    "Predictions of every exported model of a study for new images: a table, a CSV file and a grid of the images."
+    from leukemia_nb.inference.batch import compare_files, find_inputs, format_comparison
 
-    models = exported_models(study)
     paths, found = find_inputs(images, out)
-    for name in ("comparison.csv", "comparison.png"):
-        check_output(out / name)
-    check_inputs_apart(paths, out)
     problems: list[str] = []
 
-    def tell(problem: str) -> None:
+    def log(problem: str) -> None:
         problems.append(problem)
-        _say(problem, err=True)
+        _log(problem)
 
-    with exclusive(out):
-        table = compare_models_on(paths, models, tell)
-        for line in comparison_text(table).split("\n"):
-            _say(line)
-        mark_output_folder(out)
-        write_table(out / "comparison.csv", table, excel=True)
-        seen = table[table["error"] == ""]
-        with atomic_path(out / "comparison.png") as temporary:
-            unseen_figure(seen, most=12).savefig(temporary, dpi=160)
-    if found:
-        _say(found, err=True)
-    _say(f"comparison.csv and comparison.png in {out}. In brackets: the model abstains. Research use only.", err=True)
+    table = compare_files(paths, study, out, log)
+    for line in format_comparison(table).split("\n"):
+        _echo(line)
+    _log(
+        "\n".join(
+            filter(
+                None, [found, f"comparison.csv and comparison.png in {out}. In brackets: the model abstains. Research use only."]
+            )
+        )
+    )
     if problems:
         raise typer.Exit(1)
 
-# %% ../../nbs/07_study/50_command_line.ipynb #9256e468
+# %% ../../nbs/07_study/50_command_line.ipynb #c36f96f1
+_Data = Annotated[
+    str | None,
+    typer.Option(callback=_check_path, help="Folder with one folder of images a class, or 'kaggle'; left out: synthetic smears."),
+]
+_Run = Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/<name of the data folder>]")]
+_Models = Annotated[str | None, typer.Option(help="Models to train, separated by commas.  [default: all]")]
+_Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="imagenet: files in $LEUKEMIA_NB_WEIGHTS, else downloaded; local: files in $LEUKEMIA_NB_WEIGHTS, else random "
+        "initialisation; random.  [default: imagenet; random without --data]"
+    ),
+]
+_Preprocessing = Annotated[
+    str | None, typer.Option(help="native: each backbone's input range; rescale: [0, 1].  [default: native]")
+]
+_Epochs = Annotated[int | None, typer.Option(help="Epochs at most.  [default: each model's own]", min=1)]
+_Train = Annotated[list[str] | None, typer.Option(help="A setting of one model, as yolov8:epochs=5; repeatable.")]
+_Size = Annotated[int | None, typer.Option(help="Side of the images in pixels.  [default: 224; 96 without --data]", min=32)]
+_Segmentation = Annotated[str | None, typer.Option(help="kmeans or nucleus.  [default: kmeans]", callback=_check_method)]
+_Split = Annotated[str | None, typer.Option(help="random: by image; grouped: group-disjoint.  [default: random]")]
+_Groups = Annotated[
+    str | None, typer.Option(help="CSV with columns path and group, joined with the near-duplicates found.", callback=_check_path)
+]
+_SplitFile = Annotated[str | None, typer.Option(help="split.csv of an earlier study, to be used again.", callback=_check_path)]
+_Unseen = Annotated[str | None, typer.Option(help="Folder of new images to predict.", callback=_check_path)]
+_PerClass = Annotated[int | None, typer.Option(help="Synthetic smears a class, without --data.", min=20)]
+_Seed = Annotated[int, typer.Option(help="Seed of split, flips and training.", min=0, max=2**32 - 1)]
+_Redo = Annotated[list[str] | None, typer.Option(help="Finished step to run again, as train-yolov8; repeatable.")]
+
+# %% ../../nbs/07_study/50_command_line.ipynb #49cd1875
 @app.command()
 def study(
-    data: Annotated[
-        str | None,
-        typer.Option(
-            callback=_not_empty,
-            help="Folder with one folder of images a class, or 'kaggle' to download the public set. "
-            "Left out: synthetic smears, small, random weights.",
-        ),
-    ] = None,
-    run: Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/<name of the data folder>]")] = None,
-    classes: Annotated[int, typer.Option(help="3, or 4 with early Pre-B.", min=3, max=4)] = 3,
-    models: Annotated[str | None, typer.Option(help="Models to train, separated by commas.  [default: all]")] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="imagenet: files of the folder LEUKEMIA_NB_WEIGHTS, else downloaded; local: files of that folder, random "
-            "where none is; random.  [default: imagenet; random without --data]"
-        ),
-    ] = None,
-    preprocessing: Annotated[
-        str | None, typer.Option(help="fixed: each backbone's own input range; deck: [0, 1] for all.  [default: fixed]")
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs at most.  [default: each model's own]", min=1)] = None,
-    train: Annotated[list[str] | None, typer.Option(help="A setting of one model, as yolov8:epochs=5; repeatable.")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="Side of the images in pixels.  [default: 224; smaller without --data]", min=32)
-    ] = None,
-    segmentation: Annotated[str | None, typer.Option(help="deck or seeded.  [default: deck]", callback=_known_method)] = None,
-    split: Annotated[
-        str | None, typer.Option(help="deck: by image; grouped: related images stay together.  [default: deck]")
-    ] = None,
-    groups: Annotated[
-        str | None,
-        typer.Option(
-            help="CSV with columns path and group (patient, slide) for --split grouped; joined with the near-duplicates found.",
-            callback=_not_empty,
-        ),
-    ] = None,
-    split_file: Annotated[
-        str | None, typer.Option(help="split.csv of an earlier study, to be used again.", callback=_not_empty)
-    ] = None,
-    unseen: Annotated[
-        str | None, typer.Option(help="Folder of new images for the unseen-images table.", callback=_not_empty)
-    ] = None,
-    per_class: Annotated[int | None, typer.Option(help="Synthetic smears a class, without --data.", min=20)] = None,
-    seed: Annotated[int, typer.Option(help="Seed of split, flips and training.", min=0, max=2**32 - 1)] = 0,
+    data: _Data = None,
+    run: _Run = None,
+    classes: _Classes = 3,
+    models: _Models = None,
+    weights: _Weights = None,
+    preprocessing: _Preprocessing = None,
+    epochs: _Epochs = None,
+    train: _Train = None,
+    image_size: _Size = None,
+    segmentation: _Segmentation = None,
+    split: _Split = None,
+    groups: _Groups = None,
+    split_file: _SplitFile = None,
+    unseen: _Unseen = None,
+    per_class: _PerClass = None,
+    seed: _Seed = 0,
     n_jobs: Annotated[int, typer.Option(help="Steps side by side.", min=1)] = 1,
-    cluster: Annotated[
-        str,
-        typer.Option(help="Address of a Dask scheduler, tcp://host:8786, whose workers run the steps. They share a file system."),
-    ] = "",
-    redo: Annotated[list[str] | None, typer.Option(help="Finished step to run again, as train-yolov8; repeatable.")] = None,
+    cluster: _Cluster = "",
+    redo: _Redo = None,
 ) -> None:
-    """Run the whole study: prepare, train every model, compare, report.
+    "Run the whole study: prepare, train every model, audit, compare, report. Steps that are up to date are kept."
+    options = {name: value for name, value in locals().items() if name not in ("run", "cluster", "redo")}
+    _run_study({name: value for name, value in options.items() if value is not None}, run, cluster, redo or [])
 
-    Finished steps are kept: the same command after an interruption goes on where it stopped, and after a change of
-    settings redoes what depends on it.
-    """
+
+def _run_study(options: dict[str, Any], run: Path | None, cluster: str, redo: list[str]) -> None:
+    "Run a study with the options that were given; the others have the defaults of the settings."
     from dataclasses import replace
 
-    from leukemia_nb.data.manifest import fetch_kaggle
     from leukemia_nb.data.files import counted
-    from leukemia_nb.models.interface import MODELS
+    from leukemia_nb.data.manifest import fetch_kaggle
     from leukemia_nb.study.driver import SYNTHETIC_STUDY, StudySettings, run_study
 
-    folder = str(fetch_kaggle()) if data == "kaggle" else data or ""
-    asked: dict[str, Any] = dict(
-        data=_absolute(folder),
-        classes=classes,
-        models=tuple(MODELS) if models is None else _names(models),
-        weights=weights,
-        preprocessing=preprocessing,
-        epochs=epochs,
-        train=tuple(train or ()),
-        image_size=image_size,
-        segmentation=segmentation,
-        split=split,
-        groups=_absolute(groups),
-        split_file=_absolute(split_file),
-        unseen=_absolute(unseen),
-        per_class=per_class,
-        seed=seed,
-        n_jobs=n_jobs,
-    )
-    given = {name: value for name, value in asked.items() if value is not None}
-    settings = replace(StudySettings() if folder else SYNTHETIC_STUDY, **given)
-    where = run or Path("runs", Path(data).resolve().name if data else "synthetic")
+    data = options.get("data")
+    where = run or Path("runs", Path(data).name if data else "synthetic")
+    if data == "kaggle":
+        options["data"] = str(fetch_kaggle())
+    if "models" in options:
+        options["models"] = tuple(name.strip() for name in options["models"].split(",") if name.strip())
+    settings = replace(StudySettings() if data else SYNTHETIC_STUDY, **options)
     try:
-        done = run_study(settings, where, n_jobs=n_jobs, redo=redo or (), log=_say, cluster=cluster)
+        run_study(settings, where, n_jobs=settings.n_jobs, redo=redo, log=_echo, cluster=cluster)
     except KeyboardInterrupt:
         finished = len(list((where / "steps").glob("*.json")))
-        kept = f"{counted(finished, 'step')} finished and kept in {where}"
-        _say(f"\nleukemia_nb: stopped. {kept}; the same command goes on.", err=True)
+        _log(f"\nleukemia_nb: stopped. {counted(finished, 'step')} finished and kept in {where}; the same command goes on.")
         raise typer.Exit(130) from None
-    _say(f"report: {done.folder / 'report.html'}")
-
-# %% ../../nbs/07_study/50_command_line.ipynb #5988bbfe
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-# %% ../../nbs/07_study/50_command_line.ipynb #ec3c83a0
-def _absolute(path: str | None) -> str:
-    "The path as the notebooks need it, which run in the run folder; none is an empty text."
-    return str(Path(path).resolve()) if path else ""
+    _echo(f"report: {where / 'report.html'}")

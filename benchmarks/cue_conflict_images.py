@@ -1,10 +1,10 @@
-"""Which images the counterfactual images of a finished study were made of, for whoever reads its tables `follow*.csv`.
+"""Which images the cue-conflict composites of a finished study were made of.
 
-    python benchmarks/counterfactual_images.py [--run runs/taleqani] [--shared ../shared]
+    python benchmarks/cue_conflict_images.py [--run runs/taleqani] [--shared ../shared]
 
-Counts those of the validation part (which chose each model's epoch), those with a near-duplicate in training (`taleqani.py`:
+Counts those of the validation subset (which chose each model's epoch), those with a near-duplicate in training (`taleqani.py`:
 found by this project or listed), and those on which the recipe of the cell-centred model was chosen.
-Writes benchmarks/results/counterfactual_images.json.
+Writes benchmarks/results/cue_conflict_images.json.
 """
 
 import argparse
@@ -16,18 +16,17 @@ import pandas as pd
 
 from cell_model import chosen_on
 from leukemia_nb.data.files import read_table
-from leukemia_nb.audit.robustness import stratified_sample
+from leukemia_nb.processing.splitting import stratified_sample
 from taleqani import GROUPED_BY, known_images
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def sampled(run: Path) -> pd.DataFrame:
-    "Pairs that the step `counterfactuals` takes from the test and the validation of a run, and their subset."
+    "Pairs that the step `cue-conflict` takes from the test and validation subsets of a run, and their subset."
     settings = json.loads((run / "study.json").read_text(encoding="utf-8"))
-    pairs, split = read_table(run / "pairs.csv"), read_table(run / "split.csv").set_index("pair").subset
-    pairs["subset"] = pairs["pair"].map(split)
-    table = pd.concat([pairs[pairs["subset"] == subset] for subset in ("test", "validation")], ignore_index=True)
+    split = read_table(run / "split.csv")
+    table = pd.concat([split[split["subset"] == subset] for subset in ("test", "val")], ignore_index=True)
     return table.iloc[stratified_sample(table["class"].to_numpy(), min(settings["audit"], len(table)), settings["seed"])]
 
 
@@ -38,7 +37,7 @@ def main() -> None:
     asked = options.parse_args()
     images, near = known_images(asked.shared / "data")
     place = {Path(file).name: number for number, file in enumerate(images["file"])}
-    split = read_table(asked.run / "split.csv").merge(read_table(asked.run / "pairs.csv")[["pair", "path"]], on="pair")
+    split = read_table(asked.run / "split.csv")
     trained = {place[Path(path).name] for path in split["path"][split["subset"] == "train"]}
     table = sampled(asked.run)
     made_of = np.array([place[Path(path).name] for path in table["path"]])
@@ -53,7 +52,7 @@ def main() -> None:
         "near_duplicate_in_training_directly": int(images["file"].iloc[made_of].isin(partners).sum()),
         "chose_the_recipe_of_cells": int(np.isin(made_of, chosen_on(images)).sum()),
     }
-    target = ROOT / "benchmarks/results/counterfactual_images.json"
+    target = ROOT / "benchmarks/results/cue_conflict_images.json"
     target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))
 

@@ -1,0 +1,195 @@
+"""Exported files predict as the framework does, for every kind of model; thresholds, temperature, version."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from leukemia_nb.inference.export import (
+    choose_thresholds,
+    covers,
+    export_model,
+    export_network,
+    fit_safe_temperature,
+    run_network,
+    weights_version,
+)
+from leukemia_nb.inference.predictor import Predictor
+from leukemia_nb.models.interface import ModelError, make_model
+from leukemia_nb.processing.dataset import Pairs
+from leukemia_nb.testing import dummy_dataset
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return dummy_dataset(tmp_path_factory.mktemp("export") / "dataset", per_class=12, size=SIZE)
+
+
+def subsets(dataset, size=SIZE):
+    """Originals of the training images, validation and test images."""
+    train = Pairs(dataset, "train", size)
+    return (
+        Pairs(dataset, size=size, table=train.table.drop_duplicates("pair")),
+        Pairs(dataset, "val", size),
+        Pairs(dataset, "test", size),
+    )
+
+
+def trained(name, dataset, **settings):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make_model(name, weights="random", image_size=SIZE, epochs=1, **settings).fit(dataset)
+
+
+def check_file(model, dataset, file):
+    """Export a model; its file predicts the test images as the model does. Returns the description."""
+    info = export_model(model, file, *subsets(dataset), split="synthetic", card="# Card")
+    predictor, test = Predictor(file), subsets(dataset)[2]
+    images = test[:] if info["input"] == "pair" else test.read(slice(None))
+    expected = np.log(np.maximum(model.predict_proba(test).astype(float), 1e-12)) / info["temperature"]
+    expected = np.exp(expected - expected.max(axis=1, keepdims=True))
+    expected /= expected.sum(axis=1, keepdims=True)
+    assert info["difference"] < 1e-4 and np.abs(predictor.predict_proba(images) - expected).max() < 1e-4
+    assert np.allclose(predictor.features(images), model.features(test), atol=1e-4, rtol=1e-4)
+    found = {key: value for key, value in predictor.info.items() if key not in ("format", "sha256")}
+    assert found == json.loads(json.dumps({key: info[key] for key in found}))
+    return info
+
+
+@pytest.fixture(scope="module")
+def cells(dataset):
+    return trained("cells", dataset)
+
+
+def test_the_single_cell_model(cells, dataset, tmp_path):
+    info = check_file(cells, dataset, tmp_path / "cells.onnx")
+    assert info["training"]["images"] == 18 and info["training"]["by_class"] == {"Normal": 6, "Pre-B": 6, "Pro-B": 6}
+    assert info["test"]["images"] == 9 and 0 <= info["test"]["low"] <= info["test"]["n_correct"] / 9 <= info["test"]["high"]
+    assert info["coverage"]["val"] >= 0.95 and info["card"] == "# Card" and info["licence"].startswith("Apache-2.0")
+    assert info["version"] == weights_version(export_network(cells))
+
+
+def test_an_image_without_cells_gets_the_class_proportions(cells):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(export_network(cells).SerializeToString())
+    probabilities, features = session.run(None, {"cells": np.zeros((0, 39), np.float32)})
+    assert np.allclose(probabilities, cells.class_proportions_) and not features.any() and features.shape == (1, 78)
+
+
+def test_two_classes(tmp_path):
+    two = dummy_dataset(tmp_path / "dataset", per_class=12, size=SIZE, classes=("Normal", "Pro-B"))
+    assert check_file(trained("cells", two), two, tmp_path / "two.onnx")["classes"] == ["Normal", "Pro-B"]
+
+
+@pytest.mark.slow
+def test_yolo_by_pytorchs_exporter(dataset, tmp_path):
+    import onnx
+
+    info = check_file(trained("yolo12", dataset), dataset, tmp_path / "yolo.onnx")
+    network = onnx.load(tmp_path / "yolo.onnx")
+    assert info["licence"].startswith("AGPL") and info["input"] == "image"
+    assert {node.domain for node in network.graph.node} <= {"", "ai.onnx"}
+    assert not any(tensor.external_data for tensor in network.graph.initializer)
+    assert network.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "n"
+    assert [output.name for output in network.graph.output] == ["probabilities", "features"]
+
+
+KERAS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from test_export import check_file, trained
+dataset = Path(sys.argv[1])
+for name in ("efficientnet_b0", "dual_channel"):
+    print(check_file(trained(name, dataset, fine_tune=False), dataset, Path(sys.argv[2]) / "keras.onnx")["input"])
+"""
+
+
+@pytest.mark.slow
+def test_keras_by_its_own_exporter(dataset, tmp_path):
+    """In a process of its own, as torch and TensorFlow do not share one."""
+    command = [sys.executable, "-c", KERAS, str(dataset), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.stdout.split()[-2:] == ["image", "pair"], done.stdout + done.stderr
+
+
+def test_the_version_depends_on_the_numbers_alone(cells):
+    """Not on the names of tensors or their order, but on every number, its type and shape."""
+    import onnx
+    from onnx import numpy_helper
+
+    graph = export_network(cells).graph
+    arrays = [numpy_helper.to_array(tensor) for tensor in graph.initializer]
+    assert len(arrays) >= 5
+
+    def version(changed):
+        tensors = [numpy_helper.from_array(array, f"t{i}") for i, array in enumerate(changed)]
+        return weights_version(onnx.ModelProto(graph=onnx.GraphProto(initializer=tensors)))
+
+    assert version(arrays[::-1]) == weights_version(export_network(cells))
+    place = max(range(len(arrays)), key=lambda i: arrays[i].size)
+    for changed in (arrays[place] + 1, arrays[place].ravel(), arrays[place].astype(np.float32)):
+        assert version([*arrays[:place], changed, *arrays[place + 1 :]]) != version(arrays)
+
+
+def test_nothing_is_written_where_predictions_differ(cells, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "predict_proba", lambda shown: np.full((len(shown), 3), 1 / 3, np.float32))
+    with pytest.raises(ModelError, match="not written, its probabilities differ"):
+        export_model(cells, tmp_path / "cells.onnx", *subsets(dataset))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_framework_without_exporter_is_named(cells, monkeypatch):
+    from leukemia_nb.inference import export
+
+    monkeypatch.setattr(export, "EXPORTERS", {})
+    with pytest.raises(ModelError, match="cells cannot be exported: no function for 'sklearn'"):
+        export_network(cells)
+
+
+def test_outputs_in_batches_are_those_of_single_images(cells, dataset):
+    test, network = subsets(dataset)[2], export_network(cells)
+    whole = run_network(network, cells, test)
+    one = run_network(network, cells, Pairs(dataset, size=SIZE, table=test.table.iloc[4:5]))
+    assert {name: values.shape for name, values in whole.items()} == {
+        "probabilities": (9, 3),
+        "features": (9, 78),
+        "statistics": (9, 15),
+    }
+    assert all(np.allclose(one[name][0], whole[name][4], atol=1e-5) for name in one)
+
+
+@pytest.mark.parametrize("coverage", [0.9, 0.95, 0.99])
+def test_thresholds_reach_the_coverage(coverage):
+    rng = np.random.default_rng(1)
+    confidence, distance = rng.random(300), rng.random(300)
+    found = covers(confidence, distance, choose_thresholds(confidence, distance, coverage))
+    assert coverage <= found.mean() < coverage + 0.02
+
+
+def test_thresholds_by_hand():
+    """Of 20 images the least confident and the farthest are the same: one may be given up at 95 %, none at 96 %."""
+    confidence, distance = np.linspace(0.5, 0.9, 20), np.linspace(2, 1, 20)
+    assert choose_thresholds(confidence, distance, 0.95) == {"confidence": 0.521052, "distance": 1.9474}
+    assert choose_thresholds(confidence, distance, 0.96) == {"confidence": 0.5, "distance": 2.0}
+
+
+def test_thresholds_hold_after_rounding():
+    confidence, distance = np.float32([0.99999994, 0.9999999, 0.7]), np.float32([1.23456, 0.5, 0.2])
+    limits = choose_thresholds(confidence, distance)
+    assert all(round(float(value), 6) >= limits["confidence"] for value in confidence)
+    assert all(round(float(value), 4) <= limits["distance"] for value in distance)
+
+
+def test_a_temperature_that_cannot_be_fitted_stays_one():
+    reason = "not calibrated: 2 validation images cannot determine the temperature"
+    assert fit_safe_temperature(["a", "b"], np.array([[0.9, 0.1], [0.1, 0.9]]), ["a", "b"]) == (1.0, reason)
+    temperature, reason = fit_safe_temperature(["a", "b", "b"], np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]]), ["a", "b"])
+    assert 1 < temperature < 20 and not reason
