@@ -414,13 +414,7 @@ def test_what_cannot_be_reached_has_a_row_and_stops_nothing(hospital):
     assert status == 0, said
     table = read_table(hospital.parent / "out of the way" / "manifest.csv")
     problems = {Path(row.path).relative_to(hospital).as_posix(): row.problem for row in table.itertuples() if row.problem}
-    assert set(problems) == {
-        "Benign/gone.png",
-        "Benign/round",
-        "Pre/closed",
-        "Pro/Snap_001.png",
-        "Pro/listed",
-    }
+    assert set(problems) == {"Benign/gone.png", "Benign/round", "Pre/closed", "Pro/Snap_001.png", "Pro/listed"}
     assert all(place in problem and "\n" not in problem for place, problem in problems.items()), said
     assert "leads nowhere" in problems["Benign/gone.png"] and "Permission denied" in problems["Pre/closed"]
     assert "Permission denied" in problems["Pro/listed"] and (table["problem"] == "").sum() == 4

@@ -123,7 +123,10 @@ def test_any_error_on_one_image_is_its_row(manifest, tmp_path, monkeypatch):
 
     monkeypatch.setattr(dataset, "segment", fail)
     table = prepare_pairs(manifest[:3], tmp_path, SIZE, progress=False)
-    assert table["problem"].str.contains(r"cannot be processed \(RuntimeError: two lines\)").sum() == 3 - (manifest["problem"][:3] != "").sum()
+    assert (
+        table["problem"].str.contains(r"cannot be processed \(RuntimeError: two lines\)").sum()
+        == 3 - (manifest["problem"][:3] != "").sum()
+    )
 
 
 def test_errors_of_the_output_end_the_run_and_say_what_is_done(manifest, tmp_path, monkeypatch):
@@ -301,7 +304,11 @@ def test_pairs_of_a_subset_another_size_and_cells(written):
     assert len(test) == 3 and set(test.table["subset"]) == {"test"} and test[0].shape == (2, 32, 32, 3)
     assert (test[0][0] == resize_square(Pairs(folder, "test")[0][0], 32)).all()
     cells, train = Pairs(folder).read([0], "cells"), Pairs(folder, "train")
-    assert cells.shape == (1, SIZE, SIZE) and cells.dtype == np.uint16 and Pairs(folder, size=32).read([0], "cells").shape == (1, 32, 32)
+    assert (
+        cells.shape == (1, SIZE, SIZE)
+        and cells.dtype == np.uint16
+        and Pairs(folder, size=32).read([0], "cells").shape == (1, 32, 32)
+    )
     row = train.table.index[train.table["flip"] != "none"][0]
     source = train.table.index[(train.table["pair"] == train.table["pair"][row]) & (train.table["flip"] == "none")][0]
     assert (train.read([row], "cells")[0] == flip(train.read([source], "cells")[0], train.table["flip"][row])).all()

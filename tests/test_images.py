@@ -798,13 +798,7 @@ def test_tiff_of_gigabytes_is_refused_by_its_tags(tmp_path, bits, sample_format)
 def test_short_memory_is_not_damage(tmp_path):
     image = Image.new("RGB", (5000, 4000), (200, 150, 180))
     names = []
-    for name, options in {
-        "a.png": {},
-        "a.jpg": {},
-        "a.bmp": {},
-        "raw.tif": {},
-        "lzw.tif": {"compression": "tiff_lzw"},
-    }.items():
+    for name, options in {"a.png": {}, "a.jpg": {}, "a.bmp": {}, "raw.tif": {}, "lzw.tif": {"compression": "tiff_lzw"}}.items():
         image.save(tmp_path / name, **options)
         names.append(str(tmp_path / name))
     (tmp_path / "16.tif").write_bytes(tiff(np.full((4000, 5000, 3), 50000, np.uint16), compression=None))

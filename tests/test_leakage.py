@@ -206,6 +206,7 @@ def test_benchmarks_on_the_real_images_use_these_groups_and_say_so():
     assert kept["untouched_test"]["cells"]["n"] == kept["test"]
 
 
+@pytest.mark.slow
 def test_listed_groups_of_real_images(shared_data):
     fields = pd.read_csv(shared_data / "taleqani_fields.csv")
     sizes = fields["overlap_group"].value_counts()

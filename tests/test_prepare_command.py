@@ -161,6 +161,7 @@ def test_an_image_that_changed_since_the_manifest_is_a_row(tmp_path):
     assert len(Pairs(tmp_path / "prepared", table=table)) == 4
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused_and_the_first_one_loses_nothing(tmp_path, many):
     with begun(many, tmp_path / "out") as first:
         first.send_signal(signal.SIGSTOP)
@@ -171,6 +172,7 @@ def test_a_second_writer_is_refused_and_the_first_one_loses_nothing(tmp_path, ma
     assert len(check_pairs(tmp_path / "out")) == 15 == len(table_of(tmp_path / "out", "manifest.csv"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_workers_and_is_gone_on_with(tmp_path, many):
     psutil = pytest.importorskip("psutil")
     with begun(many, tmp_path / "out", 2) as run:
@@ -187,6 +189,7 @@ def test_a_killed_run_leaves_no_workers_and_is_gone_on_with(tmp_path, many):
     assert len(check_pairs(tmp_path / "out")) == 15 and not list(tmp_path.rglob(".part-*"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_what_is_done(tmp_path, many):
     with begun(many, tmp_path / "out") as run:
         run.send_signal(signal.SIGINT)
@@ -194,6 +197,7 @@ def test_ctrl_c_says_what_is_done(tmp_path, many):
     assert run.returncode == 130 and "of 15 pairs are done and kept: run again to go on" in error and "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_the_prepare_notebook_goes_on_past_bad_images(tmp_path):
     """The step of the study, with bad files of every kind and all good masks of a class flagged or not."""
     papermill = pytest.importorskip("papermill")

@@ -241,6 +241,7 @@ def test_a_full_disk_keeps_what_is_done_and_the_same_command_goes_on(tmp_path, d
     assert len(check_masks(tmp_path / "in", tmp_path / "out")) == 2 and (tmp_path / "out/masks/a.png").stat().st_mtime_ns == done
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused_and_the_first_one_loses_nothing(tmp_path, many):
     with begun(tmp_path / "out", many, "--out", tmp_path / "out") as first:
         first.send_signal(signal.SIGSTOP)
@@ -251,6 +252,7 @@ def test_a_second_writer_is_refused_and_the_first_one_loses_nothing(tmp_path, ma
     assert table_of(tmp_path / "out")["path"].tolist() == sorted(path.name for path in many.iterdir())
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_workers_and_is_gone_on_with(tmp_path, many):
     psutil = pytest.importorskip("psutil")
     segment_folder(many, tmp_path / "whole", progress=False)
@@ -266,6 +268,7 @@ def test_a_killed_run_leaves_no_workers_and_is_gone_on_with(tmp_path, many):
     pd.testing.assert_frame_equal(table_of(tmp_path / "out"), table_of(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_what_is_done(tmp_path, many):
     with begun(tmp_path / "out", many, "--out", tmp_path / "out", "--n-jobs", 2) as run:
         run.send_signal(signal.SIGINT)
