@@ -1,4 +1,4 @@
-"""Do the exported models refuse what is not like their training images? On the real images, for every model file of a run.
+"""Do the exported models abstain from what is not like their training images? On the real images, for every model file of a run.
 
     nice -n 10 python benchmarks/abstaining.py --run runs/taleqani --exported runs/taleqani/exported [--models cells yolo11]
     nice -n 10 python benchmarks/abstaining.py --choose mobilenet_v2 yolo11   # how the distance was chosen
@@ -23,10 +23,9 @@ import pandas as pd
 from leukemia_nb.data.files import atomic_path
 from leukemia_nb.data.images import read_image
 from leukemia_nb.evaluation.uncertainty import clopper_pearson
-from leukemia_nb.processing.pairing import Pairs
-from leukemia_nb.inference.predictor import PreparedImage, Predictor, answer_row, prepare_image
+from leukemia_nb.processing.dataset import Pairs
+from leukemia_nb.inference.predictor import PreparedImage, Predictor, _rows, prepare_image
 from leukemia_nb.audit.robustness import blur, scale_stains, shift_hue
-from leukemia_nb.study.driver import Run, run_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LEUKEMIA_NB_SHARED", ROOT.parent / "shared")) / "data"
@@ -38,8 +37,8 @@ PHOTOGRAPHS = (
     "clock_motion.png page.png text.png cell.png ihc.png microaneurysms.png"
 ).split()
 ABOUT = {
-    "test": "the test split itself, of which many images have a near-duplicate in training: should be accepted",
-    "full_resolution": "the same photographs in full, some of them of the training part: should be accepted",
+    "test": "the test split itself, of which many images have a near-duplicate in training: should be predicted",
+    "full_resolution": "the same photographs in full, some of them of the training part: should be predicted",
     "bccd": "blood smears of another laboratory (BCCD)",
     "pbc_lymphocyte": "single normal lymphocytes of another laboratory (PBC)",
     "wbc_masks": "single white cells of another laboratory (segmentation_WBC)",
@@ -136,17 +135,17 @@ def area_under_curve(inside: np.ndarray, outside: np.ndarray) -> float:
     return round(float(roc_auc_score(np.r_[np.zeros(len(inside)), np.ones(len(outside))], np.r_[inside, outside])), 4)
 
 
-def share(flags: np.ndarray) -> dict[str, float]:
-    "A share with its exact 95 % interval."
+def proportion(flags: np.ndarray) -> dict[str, float]:
+    "A proportion with its exact 95 % interval."
     low, high = clopper_pearson(int(flags.sum()), len(flags))
-    return {"share": round(float(flags.mean()), 4), "low": round(low, 4), "high": round(high, 4), "n": len(flags)}
+    return {"proportion": round(float(flags.mean()), 4), "low": round(low, 4), "high": round(high, 4), "n": len(flags)}
 
 
 def measure(
     file: Path, images: dict[str, list[np.ndarray]], labels: np.ndarray, looked: dict[str, dict[str, list[PreparedImage]]]
 ) -> dict:
-    "What one model file refuses, source by source; `labels` are those of the test images, `looked` is filled by kind of input."
-    predictor = Predictor.load(file, threads=1)
+    "What one model file abstains from, by source; `labels` are those of the test images, `looked` is filled by kind of input."
+    predictor = Predictor(file, threads=1)
     info, limits = predictor.info, predictor.info["thresholds"]
     if info["input"] not in looked:
         looked[info["input"]] = {name: [prepare_image(image, info) for image in shown] for name, shown in images.items()}
@@ -154,36 +153,35 @@ def measure(
         "version": info["version"],
         "thresholds": limits,
         "validation_images": info["training"]["validation"],
-        "validation_accepted": info["accepted"]["validation"],
+        "validation_coverage": info["coverage"]["val"],
         "sources": {},
     }
     for name, looks in looked[info["input"]].items():
-        answers = zip(*predictor.ask([look.ready for look in looks]))
-        table = pd.DataFrame([answer_row(look.row, answer, info) for look, answer in zip(looks, answers)])
-        unlike, unsure = ~(table["distance"] <= limits["distance"]), ~(table["confidence"] >= limits["confidence"])
+        table = pd.DataFrame(_rows(predictor, looks))
+        unlike, unsure = ~(table["ood_distance"] <= limits["distance"]), ~(table["confidence"] >= limits["confidence"])
         doubt = (1 - table["confidence"]) / max(1 - limits["confidence"], 1e-6)
-        score = np.maximum(table["distance"] / limits["distance"], doubt)
+        score = np.maximum(table["ood_distance"] / limits["distance"], doubt)
         row = {
             "n": len(table),
-            "refused": share(unlike | unsure),
-            "refused_by_distance": share(unlike),
-            "refused_by_confidence": share(unsure),
-            "refused_or_no_cells": share(table["abstain"]),
+            "abstained": proportion(unlike | unsure),
+            "abstained_by_distance": proportion(unlike),
+            "abstained_by_confidence": proportion(unsure),
+            "abstained_or_no_cells": proportion(table["abstains"]),
         }
         if name in OF_TEST:
-            right, kept = table["class"] == labels, ~(unlike | unsure)
-            row |= {"right": share(right), "right_of_accepted": share(right[kept]) if kept.any() else None}
+            correct, kept = table["prediction"] == labels, ~(unlike | unsure)
+            row |= {"accuracy": proportion(correct), "accuracy_of_predicted": proportion(correct[kept]) if kept.any() else None}
         if name == "test":
-            inside = table["distance"], score
+            inside = table["ood_distance"], score
         else:
             row |= {
-                "auroc_distance": area_under_curve(inside[0], table["distance"]),
+                "auroc_distance": area_under_curve(inside[0], table["ood_distance"]),
                 "auroc_combined": area_under_curve(inside[1], score),
             }
         found["sources"][name] = row
         print(
-            f"{file.stem:16s} {name:16s} n {row['n']:4d}  refused {row['refused']['share']:.3f}"
-            f"  by distance {row['refused_by_distance']['share']:.3f}  AUROC {row.get('auroc_distance', '')}",
+            f"{file.stem:16s} {name:16s} n {row['n']:4d}  abstained {row['abstained']['proportion']:.3f}"
+            f"  by distance {row['abstained_by_distance']['proportion']:.3f}  AUROC {row.get('auroc_distance', '')}",
             flush=True,
         )
     return found
@@ -191,7 +189,7 @@ def measure(
 
 def kinds_of_distance(train: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     "The distances that were compared, each a function of features (n, d)."
-    from leukemia_nb.inference.export import distance_to, fit_distance
+    from leukemia_nb.inference.ood import fit_distance, mahalanobis_distance
     from sklearn.neighbors import NearestNeighbors
 
     fitted = fit_distance(train, labels)
@@ -199,44 +197,37 @@ def kinds_of_distance(train: np.ndarray, labels: np.ndarray) -> dict[str, Callab
     near = NearestNeighbors(n_neighbors=5).fit(train)
 
     def outside_axes(values: np.ndarray) -> np.ndarray:
-        centred = values - one["middle"]
+        centred = values - one["mean"]
         return (centred**2).sum(axis=1) - ((centred @ one["axes"]) ** 2).sum(axis=1)
 
     found = {
-        "mahalanobis, nearest class": lambda values: distance_to(values, fitted),
-        "mahalanobis, one cloud": lambda values: distance_to(values, one),
+        "mahalanobis, nearest class": lambda values: mahalanobis_distance(values, fitted),
+        "mahalanobis, one cloud": lambda values: mahalanobis_distance(values, one),
         "fifth nearest neighbour": lambda values: near.kneighbors(values)[0][:, -1],
     }
-    return found | ({"outside the leading axes": outside_axes} if len(one["weights"]) < train.shape[1] else {})
+    return found | ({"outside the leading axes": outside_axes} if len(one["whitening"]) < train.shape[1] else {})
 
 
-def choose(run: Run, name: str) -> dict:
-    "Share of images made unlike themselves that each kind of distance refuses, where it accepts 97.5 % of validation."
-    from leukemia_nb.inference.export import add_appearance, network_graph, run_graph
-    from leukemia_nb.models.interface import Images, load_model
+def choose(run: Path, name: str) -> dict:
+    "Proportion of changed training images beyond the reach of each kind of distance, which holds 97.5 % of validation."
+    from leukemia_nb.inference.export import export_network, run_network
+    from leukemia_nb.models.interface import load_model
 
-    model = load_model(run.folder / "models" / name)
-    train, validation = (run_pairs(run, subset) for subset in ("train", "validation"))
-    train = Pairs(train.table.drop_duplicates("pair").assign(flip="none"), train.folder)
-    graph = network_graph(model)
-    kinds = ["features"]
-    if name != "cells":
-        add_appearance(graph.graph)
-        kinds.append("appearance")
-    data = graph.SerializeToString()
-    see = lambda images: dict(zip(kinds, run_graph(data, model, images, kinds)))
-    fitted, held_out = see(train), see(validation)
-    changed = {title: see(Images(images)) for title, images in shifted(train).items()}
+    model, dataset = load_model(run / "models" / name), run / "dataset"
+    train, val = Pairs(dataset, "train"), Pairs(dataset, "val")
+    train = Pairs(dataset, table=train.table.drop_duplicates("pair"))
+    network, kinds = export_network(model), ["features", "statistics"]
+    fitted, held_out = run_network(network, model, train), run_network(network, model, val)
+    changed = {title: run_network(network, model, np.stack(images)) for title, images in shifted(train).items()}
     table: dict = {}
     distances: dict = {}
     for kind in kinds:
         for title, distance in kinds_of_distance(fitted[kind], train.labels).items():
             reach = np.quantile(distance(held_out[kind]), 0.975)
             distances[kind, title] = {name: distance(values[kind]) / reach for name, values in changed.items()}
-    if len(kinds) == 2:
-        best = "mahalanobis, nearest class"
-        both = zip(distances["features", best].items(), distances["appearance", best].values())
-        distances["the larger of both", best] = {name: np.maximum(a, b) for (name, a), b in both}
+    best = "mahalanobis, nearest class"
+    both = zip(distances["features", best].items(), distances["statistics", best].values())
+    distances["the larger of both", best] = {name: np.maximum(a, b) for (name, a), b in both}
     for (kind, title), values in distances.items():
         table[f"{kind}: {title}"] = {name: round(float((far > 1).mean()), 3) for name, far in values.items()}
     return table
@@ -261,9 +252,9 @@ if __name__ == "__main__":
     began = time.time()
     if asked.choose:
         for name in asked.choose:
-            save("choice", name, choose(Run(asked.run), name))
+            save("choice", name, choose(asked.run, name))
     else:
-        test = run_pairs(Run(asked.run), "test")
+        test = Pairs(asked.run / "dataset", "test")
         made, looked = sources(test.read(slice(None))), {}
         folder = asked.exported or asked.run / "exported"
         for file in sorted(folder.glob("*.onnx")):

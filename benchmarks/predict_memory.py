@@ -19,7 +19,8 @@ import psutil
 
 from leukemia_nb.data.files import atomic_path
 from leukemia_nb.data.images import write_image
-from leukemia_nb.inference.predictor import Predictor, dummy_model_file
+from leukemia_nb.inference.model_file import open_model_file
+from leukemia_nb.testing import dummy_model_file
 from leukemia_nb.data.synthetic import smear
 
 RESULTS = Path(__file__).parent / "results" / "predict_memory.json"
@@ -48,9 +49,9 @@ def run(folder: Path, model: Path, work: Path, n_jobs: int) -> dict:
         "--n-jobs",
         str(n_jobs),
         "--out",
-        str(work / "answers.csv"),
+        str(work / "predictions.csv"),
         "--json",
-        str(work / "answers.json"),
+        str(work / "predictions.json"),
     ]
     start = time.perf_counter()
     largest, worker = 0, 0
@@ -62,10 +63,10 @@ def run(folder: Path, model: Path, work: Path, n_jobs: int) -> dict:
                 worker = max([worker, *(child.memory_info().rss for child in process.children(recursive=True))])
             except psutil.Error:
                 continue
-    answers = json.loads((work / "answers.json").read_text())
-    assert process.returncode == 0 and not any(row["error"] for row in answers)
+    predictions = json.loads((work / "predictions.json").read_text())
+    assert process.returncode == 0 and not any(row["error"] for row in predictions)
     return {
-        "images": len(answers),
+        "images": len(predictions),
         "workers": n_jobs,
         "seconds": round(time.perf_counter() - start, 1),
         "peak_memory_mb": round(largest / 2**20, 1),
@@ -77,7 +78,7 @@ def main(model: str, number: int) -> None:
     "Measure and write the results."
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        file = Path(model) if model else dummy_model_file(work / "made_up.onnx")
+        file = Path(model) if model else dummy_model_file(work / "dummy.onnx")
         runs = []
         for n_jobs in (1, 2):
             for count in (100, number):
@@ -98,7 +99,7 @@ def main(model: str, number: int) -> None:
         result = {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
             "load": round(os.getloadavg()[0], 1),
-            "model": Predictor.load(file).info["title"],
+            "model": open_model_file(file).info["title"],
             "runs": runs,
             **growth,
         }
@@ -108,7 +109,7 @@ def main(model: str, number: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="", help="exported model file; a made-up one if left out")
+    parser.add_argument("--model", default="", help="exported model file; a dummy one if left out")
     parser.add_argument("--images", type=int, default=10_000)
     options = parser.parse_args()
     main(options.model, options.images)

@@ -1,11 +1,11 @@
-"""From image files to answers: our exported files beside Keras' `predict` and ultralytics' `predict`, the same weights.
+"""From image files to predictions: our exported files beside Keras' `predict` and ultralytics' `predict`, the same weights.
 
     python benchmarks/predict_speed.py [--run runs/taleqani] [--exported FOLDER] [--repeats 15]
 
 Every side has a process of its own, loaded and warm; the sides take turns, in a new order each time. Reading and resizing
-are the same functions on our side and Keras'; ultralytics reads with its own loader. With segmentation, every side also
-runs our segmentation and count. Times are wall time and, less disturbed by neighbours, processor time; medians, ratios of
-medians, and bootstrapped 95 % intervals. Writes benchmarks/results/predict_speed.json.
+are the same functions on our side and Keras'; ultralytics reads with its own loader. With `count`, every side also finds and
+counts the white blood cells as ours does. Times are wall time and, less disturbed by neighbours, processor time; medians,
+ratios of medians, and bootstrapped 95 % intervals. Writes benchmarks/results/predict_speed.json.
 """
 
 import argparse
@@ -26,90 +26,83 @@ OTHERS = {"mobilenet_v2": "keras", "yolov8": "ultralytics"}
 SIZES = {"224x224": (224, 224), "1024x768": (768, 1024)}
 
 
-# ---- inside a process: a function that answers files ----
+# ---- inside a process: a function that predicts files ----
 
 
 def ours(model: Path):
     "Our exported file."
     from leukemia_nb.inference.predictor import Predictor
 
-    predictors = {count: Predictor.load(model, count=count) for count in (False, True)}
+    predictor = Predictor(model)
 
-    def answer(files: list[str], segment: bool) -> np.ndarray:
-        rows = predictors[segment].predict(files, batch_size=len(files)).rows
-        return np.array([[row[f"p_{name}"] for name in predictors[segment].classes_] for row in rows])
+    def predict(files: list[str], count: bool) -> np.ndarray:
+        if not count:
+            return predictor.predict_proba(files)
+        rows = predictor.predict(files, batch_size=len(files)).rows
+        return np.array([[row[f"p_{name}"] for name in predictor.classes_] for row in rows])
 
-    return answer
+    return predict
 
 
 def count_in(images: list[np.ndarray]) -> None:
-    "Segmentation and number of cells, as in our predictor."
-    from leukemia_nb.processing.cells import count_cells
-    from leukemia_nb.processing.segmentation import segment
+    "Number of white blood cells, as in our predictor."
+    from leukemia_nb.data.images import resize_square
+    from leukemia_nb.processing.cells import find_cells
 
     for image in images:
-        count_cells(segment(image))
+        find_cells(resize_square(image, 224)).max()
 
 
 def keras(folder: Path):
-    "The study's model as one Keras model, asked with `predict`."
+    "The study's Keras model, with its `predict`."
+    from leukemia_nb.data.images import read_image, resize_square
     from leukemia_nb.models.interface import load_model
 
     model = load_model(folder)
-    import keras as framework
 
-    images = framework.Input((model.image_size, model.image_size, 3), dtype="uint8")
-    values = model.maps_(framework.ops.cast(images, "float32"))
-    scores = model.head_(framework.layers.GlobalAveragePooling2D()(values))
-    whole = framework.Model(images, framework.layers.Softmax()(scores))
-    from leukemia_nb.data.images import read_image
-    from leukemia_nb.models.interface import resize_square
-
-    def answer(files: list[str], segment: bool) -> np.ndarray:
+    def predict(files: list[str], count: bool) -> np.ndarray:
         images = [read_image(file) for file in files]
-        if segment:
+        if count:
             count_in(images)
         batch = np.stack([resize_square(image, model.image_size) for image in images])
-        return whole.predict(batch, batch_size=32, verbose=0)
+        return model.network_.predict(batch, batch_size=32, verbose=0)
 
-    return answer
+    return predict
 
 
 def ultralytics(folder: Path):
-    "The study's weights in an ultralytics `YOLO` object, asked with `predict`."
+    "The study's `best.pt` in an ultralytics `YOLO` object, with its `predict`."
     from leukemia_nb.models.interface import load_model
-    from leukemia_nb.models.yolo import yolo_framework
 
     model = load_model(folder)
-    yolo = yolo_framework().YOLO(f"{folder.name}n-cls.yaml", task="classify")
-    yolo.model = model.network_
-    yolo.model.names = dict(enumerate(model.classes_))
+    order = [list(model.network_.names.values()).index(name) for name in model.classes_]
 
-    def answer(files: list[str], segment: bool) -> np.ndarray:
-        found = yolo.predict(files, imgsz=model.image_size, batch=len(files), device="cpu", verbose=False, save=False)
-        if segment:
+    def predict(files: list[str], count: bool) -> np.ndarray:
+        settings = {"imgsz": model.image_size, "batch": len(files), "device": "cpu", "verbose": False, "save": False}
+        found = model.network_.predict(files, **settings)
+        if count:
             count_in([np.ascontiguousarray(result.orig_img[..., ::-1]) for result in found])
-        return np.stack([result.probs.data.numpy() for result in found])
+        return np.stack([result.probs.data.numpy()[order] for result in found])
 
-    return answer
+    return predict
 
 
 def serve(side: str, model: str) -> None:
     "Answer the requests that come on standard input, one JSON line each."
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a framework prints does not disturb
-    answer = globals()[side](Path(model))
+    predict = globals()[side](Path(model))
     print("ready", file=out, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         wall, processor = time.perf_counter(), time.process_time()
-        found = answer(request["files"], request["segment"])
+        found = predict(request["files"], request["count"])
         print(
             json.dumps(
                 {
                     "wall": time.perf_counter() - wall,
                     "processor": time.process_time() - processor,
-                    "answers": np.asarray(found, float).tolist(),
+                    "probabilities": np.asarray(found, float).tolist(),
                 }
             ),
             file=out,
@@ -118,7 +111,7 @@ def serve(side: str, model: str) -> None:
 
 
 class Side:
-    "A process that answers."
+    "A process that predicts."
 
     def __init__(self, side: str, model: Path):
         environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false"}
@@ -135,8 +128,8 @@ class Side:
         )
         assert self.process.stdout.readline() == "ready\n", f"{side} did not start"
 
-    def ask(self, files: list[str], segment: bool) -> dict:
-        self.process.stdin.write(json.dumps({"files": files, "segment": segment}) + "\n")
+    def predict(self, files: list[str], count: bool) -> dict:
+        self.process.stdin.write(json.dumps({"files": files, "count": count}) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
@@ -148,7 +141,7 @@ class Side:
 # ---- comparing ----
 
 
-def compare(first: Side, second: Side, files: list[str], batch: int, segment: bool, repeats: int, temperature: float) -> dict:
+def compare(first: Side, second: Side, files: list[str], batch: int, count: bool, repeats: int, temperature: float) -> dict:
     "Both sides on the same files, in turns; the temperature is only in our file, and is applied to theirs to compare."
     times: dict[str, list[list[float]]] = {"wall": [[], []], "processor": [[], []]}
     worst, random = 0.0, np.random.default_rng(0)
@@ -156,21 +149,21 @@ def compare(first: Side, second: Side, files: list[str], batch: int, segment: bo
         some = [files[(repeat * batch + i) % len(files)] for i in range(batch)]
         found: list[dict] = [{}, {}]
         for which in random.permutation(2):
-            found[which] = (first, second)[which].ask(some, segment)
+            found[which] = (first, second)[which].predict(some, count)
         if repeat < 0:
             continue
-        calibrated = np.array(found[1]["answers"]) ** (1 / temperature)
+        calibrated = np.array(found[1]["probabilities"]) ** (1 / temperature)
         calibrated /= calibrated.sum(axis=1, keepdims=True)
-        worst = max(worst, float(np.abs(np.array(found[0]["answers"]) - calibrated).max()))
+        worst = max(worst, float(np.abs(np.array(found[0]["probabilities"]) - calibrated).max()))
         for clock in times:
             for which in range(2):
                 times[clock][which].append(found[which][clock] / batch * 1e3)
     result: dict = {
         "batch": batch,
-        "segmentation": segment,
+        "count": count,
         "repeats": repeats,
         "largest_difference": round(worst, 6),
-        "same_answers": worst < 1e-3,
+        "same_predictions": worst < 1e-3,
     }  # ultralytics' predict cuts the sides off an image that is not square
     for clock, (ours_ms, theirs_ms) in times.items():
         a, b = np.array(ours_ms), np.array(theirs_ms)
@@ -212,36 +205,39 @@ def operations(model: Path) -> float:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options)
     size = session.get_inputs()[0].shape[1]
-    outputs = session.run(names, {"images": np.zeros((1, size, size, 3), np.uint8)})
+    outputs = session.run(
+        names,
+        {
+            session.get_inputs()[0].name: np.zeros(
+                (1, size, size, 3), np.float32 if "float" in session.get_inputs()[0].type else np.uint8
+            )
+        },
+    )
     places = [np.prod(out.shape[2:]) if node.op_type == "Conv" else 1 for node, out in zip(nodes, outputs)]
     return float(sum(2 * np.prod(weights[node.input[1]]) * place for node, place in zip(nodes, places)))
 
 
 def steps_of(file: str) -> dict:
-    "Reading, segmenting, counting and resizing of one image, each alone."
+    "Reading, resizing and finding the cells of one image, each alone."
     from leukemia_nb.data.images import read_image
-    from leukemia_nb.models.interface import resize_square
-    from leukemia_nb.processing.cells import count_cells
-    from leukemia_nb.processing.segmentation import segment
+    from leukemia_nb.data.images import resize_square
+    from leukemia_nb.processing.cells import find_cells
 
     image = read_image(file)
-    mask = segment(image)
+    square = resize_square(image, 224)
     return {
         "read_ms": median_ms(lambda: read_image(file)),
-        "segment_ms": median_ms(lambda: segment(image)),
-        "count_ms": median_ms(lambda: count_cells(mask)),
+        "find_cells_ms": median_ms(lambda: find_cells(square)),
         "resize_ms": median_ms(lambda: resize_square(image, 224)),
     }
 
 
 def network_of(model: Path, file: str) -> dict:
     "The network beside this machine's matrix product, in processor time; with single images waiting threads count, too."
-    from leukemia_nb.data.images import read_image
-    from leukemia_nb.models.interface import resize_square
-    from leukemia_nb.inference.predictor import Predictor
+    from leukemia_nb.inference.predictor import Predictor, prepare_image
 
-    predictor = Predictor.load(model)
-    one = resize_square(read_image(file), predictor.image_size)
+    predictor = Predictor(model)
+    one = prepare_image(file, predictor.info)
     square = np.random.default_rng(0).random((1536, 1536), dtype=np.float32)
     seconds: dict[str, list[float]] = {"product": [], "1": [], "8": [], "32": []}
     for _ in range(12):  # in turns, so that neighbours disturb all alike
@@ -251,7 +247,7 @@ def network_of(model: Path, file: str) -> dict:
             if name == "product":
                 square @ square
             else:
-                predictor.ask([one] * int(name))
+                predictor._run([one] * int(name))
             times.append((time.process_time() - start) / (1 if name == "product" else int(name)))
     best = {name: min(times[1:]) * 1e3 for name, times in seconds.items()}
     peak, needed = 2 * 1536**3 / best.pop("product") / 1e6, operations(model) / 1e9  # GFLOP/s, GFLOP
@@ -261,12 +257,12 @@ def network_of(model: Path, file: str) -> dict:
         "gflop_per_image": round(needed, 3),
         "matrix_product_gflop_per_processor_second": round(peak, 1),
         "limit_processor_ms_per_image": round(limit, 2),
-        "share_of_the_limit": {name: round(limit / value, 2) for name, value in best.items()},
+        "proportion_of_the_limit": {name: round(limit / value, 2) for name, value in best.items()},
     }
 
 
-def first_answer(python: str, model: Path, file: str, repeats: int) -> dict:
-    "Seconds from the command to its answer and its processor time, each time a new process."
+def first_prediction(python: str, model: Path, file: str, repeats: int) -> dict:
+    "Seconds from the command to its prediction and its processor time, each time a new process."
     wall, processor = [], []
     for _ in range(repeats):
         before, start = os.times(), time.perf_counter()
@@ -287,7 +283,7 @@ def main(run: Path, exported: Path, repeats: int, python: str, models: list[str]
     "Measure and write the results; those of models that are not asked for stay."
     from leukemia_nb.data.files import atomic_path
     from leukemia_nb.data.images import write_image
-    from leukemia_nb.inference.predictor import open_model_file
+    from leukemia_nb.inference.model_file import open_model_file
     from leukemia_nb.data.synthetic import smear
 
     result: dict = json.loads(RESULTS.read_text()) if RESULTS.exists() and set(models) != set(OTHERS) else {}
@@ -296,7 +292,7 @@ def main(run: Path, exported: Path, repeats: int, python: str, models: list[str]
         "load_before": round(os.getloadavg()[0], 1),
         "images": "synthetic smears, JPEG",
     }
-    for part in ("network", "first_answer", "compared"):
+    for part in ("network", "first_prediction", "compared"):
         result.setdefault(part, {})
     with tempfile.TemporaryDirectory() as name:
         files: dict[str, list[str]] = {}
@@ -311,15 +307,15 @@ def main(run: Path, exported: Path, repeats: int, python: str, models: list[str]
             if not file.is_file() or not folder.is_dir():
                 print(f"{model}: no exported file or no trained model, left out")
                 continue
-            temperature = float(open_model_file(file)[1]["temperature"])
+            temperature = float(open_model_file(file).info["temperature"])
             result["network"][model] = network_of(file, files["224x224"][1])
-            result["first_answer"][model] = first_answer(python, file, files["1024x768"][1], 5)
+            result["first_prediction"][model] = first_prediction(python, file, files["1024x768"][1], 5)
             sides = Side("ours", file), Side(theirs, folder)
             rows = result["compared"][f"{model}: ours against {theirs}"] = []
             for size in SIZES:
-                for batch, segment in ((1, False), (1, True), (32, False), (32, True)):
+                for batch, count in ((1, False), (1, True), (32, False), (32, True)):
                     times = repeats if batch == 1 else max(5, repeats // 3)
-                    rows.append({"images": size, **compare(*sides, files[size], batch, segment, times, temperature)})
+                    rows.append({"images": size, **compare(*sides, files[size], batch, count, times, temperature)})
                     print(model, rows[-1], flush=True)
             for side in sides:
                 side.close()

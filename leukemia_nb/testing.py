@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 
 from .data.files import write_table
 from .data.synthetic import smear
@@ -22,7 +23,7 @@ from .evaluation.metrics import ORIGINAL_ACCURACY, class_table, compare_models, 
 from .evaluation.predictions import model_title, read_all_predictions, take_subset, write_predictions
 from .evaluation.uncertainty import GROUPED, clopper_pearson, compare_model_pairs
 from .processing.dataset import save_pair, write_dataset
-from .study.driver import StudySettings, run_study
+from .study.driver import StudySettings, _library_digest, run_study
 
 # %% ../nbs/00_shared/30_testing.ipynb #d2a50004
 def dummy_dataset(
@@ -72,6 +73,48 @@ def dummy_predictions(
     table = pd.DataFrame({"pair": pair, "path": path, "subset": subset, "class": true})
     return table.assign(**{f"p_{name}": values[:, i] for i, name in enumerate(classes)})
 
+# %% ../nbs/00_shared/30_testing.ipynb #a1b0f4a3
+_LEVELS = (90, 115, 140, 165)
+
+
+def _dummy_features(prepared: Any) -> np.ndarray:
+    "Mean features of the cells, or proportions of green values below each level, of the original and of the segmented image."
+    if prepared.cells is not None:
+        return prepared.cells.mean(axis=0)
+    images = [prepared.square] if prepared.segmented is None else [prepared.square, prepared.segmented]
+    return np.concatenate([(image[..., 1, None] < _LEVELS).mean(axis=(0, 1)) for image in images])
+
+# %% ../nbs/00_shared/30_testing.ipynb #a1b0f4a4
+_DUMMY_STEPS = """green{i} = Gather<axis=-1>({name}, channel) value{i} = Cast<to=1>(green{i})
+    column{i} = Unsqueeze(value{i}, last) below{i} = Less(column{i}, levels)
+    part{i} = Cast<to=1>(below{i}) raw{i} = ReduceMean<keepdims=0, axes=[1, 2]>(part{i})"""
+
+
+def _dummy_network(kind: str, size: int, means: np.ndarray, scale: np.ndarray) -> Any:
+    "ONNX model: `_dummy_features` divided by `scale`, and the softmax of the negative squared distances to `means` (k, d)."
+    import onnx.parser
+
+    k, d = means.shape
+    names = {"image": ["original"], "pair": ["original", "segmented"], "cells": ["cells"]}[kind]
+    inputs = ", ".join(f"float[m, {d}] cells" if kind == "cells" else f"uint8[n, {size}, {size}, 3] {name}" for name in names)
+    n, numbers = "1" if kind == "cells" else "n", lambda array: ", ".join(f"{value:.6g}" for value in np.ravel(array))
+    steps = " ".join(_DUMMY_STEPS.format(i=i, name=name) for i, name in enumerate(names))
+    joined = f"raw = Concat<axis=1>({', '.join(f'raw{i}' for i in range(len(names)))})"
+    if kind == "cells":
+        steps, joined = "", "raw = ReduceMean<keepdims=1, axes=[0]>(cells)"
+    return onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17]>
+        dummy ({inputs}) => (float[{n}, {k}] probabilities, float[{n}, {d}] features)
+        <int64 channel = {{1}}, int64[1] last = {{-1}}, int64[1] middle = {{1}}, float[4] levels = {{{numbers(_LEVELS)}}},
+         float[{d}] scale = {{{numbers(scale)}}}, float[1, {k}, {d}] means = {{{numbers(means)}}}>
+        {{ {steps} {joined}
+        features = Div(raw, scale)
+        row = Unsqueeze(features, middle)
+        difference = Sub(row, means)
+        square = Mul(difference, difference)
+        squares = ReduceMean<keepdims=0, axes=[-1]>(square)
+        opposite = Neg(squares)
+        probabilities = Softmax<axis=-1>(opposite) }}""")
+
 # %% ../nbs/00_shared/30_testing.ipynb #a1b0f4a1
 def dummy_model_file(
     path: str | os.PathLike,  # file to be written
@@ -107,47 +150,6 @@ def dummy_model_file(
     constants = fit_ood(seen, labels, seen)
     write_model_file(path, _dummy_network(kind, size, means / scale, scale), info, constants)
     return Path(path)
-
-
-_LEVELS = (90, 115, 140, 165)
-
-
-def _dummy_features(prepared: Any) -> np.ndarray:
-    "Mean features of the cells, or proportions of green values below each level, of the original and of the segmented image."
-    if prepared.cells is not None:
-        return prepared.cells.mean(axis=0)
-    images = [prepared.square] if prepared.segmented is None else [prepared.square, prepared.segmented]
-    return np.concatenate([(image[..., 1, None] < _LEVELS).mean(axis=(0, 1)) for image in images])
-
-
-_DUMMY_STEPS = """green{i} = Gather<axis=-1>({name}, channel) value{i} = Cast<to=1>(green{i}) column{i} = Unsqueeze(value{i}, last)
-    below{i} = Less(column{i}, levels) part{i} = Cast<to=1>(below{i}) raw{i} = ReduceMean<keepdims=0, axes=[1, 2]>(part{i})"""
-
-
-def _dummy_network(kind: str, size: int, means: np.ndarray, scale: np.ndarray) -> Any:
-    "ONNX model: `_dummy_features` divided by `scale`, and the softmax of the negative squared distances to `means` (k, d)."
-    import onnx.parser
-
-    k, d = means.shape
-    names = {"image": ["original"], "pair": ["original", "segmented"], "cells": ["cells"]}[kind]
-    inputs = ", ".join(f"float[m, {d}] cells" if kind == "cells" else f"uint8[n, {size}, {size}, 3] {name}" for name in names)
-    n, numbers = "1" if kind == "cells" else "n", lambda array: ", ".join(f"{value:.6g}" for value in np.ravel(array))
-    steps = " ".join(_DUMMY_STEPS.format(i=i, name=name) for i, name in enumerate(names))
-    joined = f"raw = Concat<axis=1>({', '.join(f'raw{i}' for i in range(len(names)))})"
-    if kind == "cells":
-        steps, joined = "", "raw = ReduceMean<keepdims=1, axes=[0]>(cells)"
-    return onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17]>
-        dummy ({inputs}) => (float[{n}, {k}] probabilities, float[{n}, {d}] features)
-        <int64 channel = {{1}}, int64[1] last = {{-1}}, int64[1] middle = {{1}}, float[4] levels = {{{numbers(_LEVELS)}}},
-         float[{d}] scale = {{{numbers(scale)}}}, float[1, {k}, {d}] means = {{{numbers(means)}}}>
-        {{ {steps} {joined}
-        features = Div(raw, scale)
-        row = Unsqueeze(features, middle)
-        difference = Sub(row, means)
-        square = Mul(difference, difference)
-        squares = ReduceMean<keepdims=0, axes=[-1]>(square)
-        opposite = Neg(squares)
-        probabilities = Softmax<axis=-1>(opposite) }}""")
 
 # %% ../nbs/00_shared/30_testing.ipynb #3950379d
 _SIZES = {"Normal": 60, "Pre-B": 110, "Pro-B": 90}
@@ -200,7 +202,9 @@ def _dummy_audit(folder: Path, models: list[str]) -> None:
                 row = {"model": model, "title": model_title(model), "kind": kind, "cue": cue, "n": n, "count": round(n * p)}
                 rows.append(row | {"proportion": p, "low": low, "high": high})
     write_table(folder / "metrics" / "cue_conflict.csv", pd.DataFrame(rows))
-    levels = [(model, corruption, level, k) for model in models for corruption in ("hue", "blur") for level, k in ((0, 60), (2, 41))]
+    levels = [
+        (model, corruption, level, k) for model in models for corruption in ("hue", "blur") for level, k in ((0, 60), (2, 41))
+    ]
     robustness = pd.DataFrame(levels, columns=["model", "corruption", "level", "n_correct"]).assign(images=60, chance=0.42)
     robustness = robustness.assign(title=robustness["model"].map(model_title), clean=robustness["level"] == 0)
     write_table(folder / "metrics" / "robustness.csv", robustness.assign(accuracy=robustness["n_correct"] / 60))
@@ -253,8 +257,11 @@ SMOKE = StudySettings(per_class=24, image_size=32, weights="random", models=("mo
 def smoke_run(
     *until: str,  # steps or kinds of step to run, with all they need; none: the split
 ) -> str:  # path of the run
-    "Run the smoke study up to some steps in a temporary folder."
+    "A copy of the smoke study, run up to some steps; what an earlier call with the same code has run is not run again."
+    import shutil
     import tempfile
 
-    folder = tempfile.mkdtemp(prefix="smoke-")
-    return str(run_study(SMOKE, folder, until=until or ("split",), log=lambda line: None).folder)
+    cache = Path(tempfile.gettempdir(), f"leukemia_nb-smoke-{_library_digest()[:16]}")
+    with FileLock(f"{cache}.lock"):
+        run_study(SMOKE, cache, until=until or ("split",), log=lambda line: None)
+        return str(shutil.copytree(cache, Path(tempfile.mkdtemp(prefix="smoke-"), "run")))

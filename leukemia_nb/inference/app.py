@@ -253,13 +253,13 @@ def panel(
     except ModelError as error:
         return Panel([], f"{error} Then open this page again; for another run: make app RUN=runs/name.")
 
-# %% ../../nbs/06_inference/60_app.ipynb #473c96a3
+# %% ../../nbs/06_inference/60_app.ipynb #d10305c4
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; frame-ancestors 'self'; base-uri 'self'; form-action 'self'"
 )
 
-
+# %% ../../nbs/06_inference/60_app.ipynb #473c96a3
 def serve(
     run: str | os.PathLike = "runs/synthetic",  # a study's run folder
     port: int = 8866,  # on 127.0.0.1; the next free one is taken

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from leukemia_nb.processing.dataset import Pairs
 
 # %% auto #0
-__all__ = ['OPSET', 'EXPORTERS', 'RESEARCH_USE', 'export_network', 'run_network', 'fit_safe_temperature', 'covers',
-           'choose_thresholds', 'weights_version', 'export_model']
+__all__ = ['EXPORTERS', 'export_network', 'run_network', 'fit_safe_temperature', 'covers', 'choose_thresholds', 'weights_version',
+           'export_model']
 
 # %% ../../nbs/06_inference/50_export.ipynb #c08eefa6
-OPSET = 18  # version of ONNX' operators
+_OPSET = 18  # version of ONNX' operators
 
 
 def _export_keras(model: Any) -> onnx.ModelProto:
@@ -50,7 +50,7 @@ def _export_keras(model: Any) -> onnx.ModelProto:
         warnings.simplefilter("ignore")  # tf2onnx uses names that numpy has deprecated
         path = Path(folder, "network.onnx")
         signature = specs if len(specs) == 1 else [specs]
-        extractor.export(path, format="onnx", verbose=False, input_signature=signature, opset_version=OPSET)
+        extractor.export(path, format="onnx", verbose=False, input_signature=signature, opset_version=_OPSET)
         exported = onnx.load(path)
     _rename_outputs(exported, ("probabilities", "features"))
     return exported
@@ -110,7 +110,7 @@ def _trace(module: Any, example: Any, name: str) -> onnx.ModelProto:
             written,  # type: ignore[arg-type]
             input_names=names[:1],
             output_names=names[1:],
-            opset_version=OPSET,
+            opset_version=_OPSET,
             dynamic_axes=axes,
             dynamo=False,
         )
@@ -182,14 +182,14 @@ def export_network(
 def run_network(
     network: onnx.ModelProto,  # from `export_network`
     model: ImageClassifier,  # the model it was exported from
-    pairs: Pairs,  # n images
+    pairs: Pairs | np.ndarray,  # n image pairs, or images uint8 (n, H, W, 3)
 ) -> dict[str, np.ndarray]:  # float32: probabilities (n, k), features (n, d), statistics (n, 15)
     "Outputs of an exported network for image pairs, and the statistics of the images."
     import onnxruntime
 
     session = onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
     found: dict[str, list[np.ndarray]] = {"probabilities": [], "features": [], "statistics": []}
-    info = {"input": MODELS[model.name].input, "image_size": model.image_size, "seed": model.seed}
+    info = {"input": MODELS[model.name].input, "image_size": model.image_size, "seed": model.seed, "segmentation": "kmeans"}
     for start in range(0, len(pairs), 32):
         (prepared,) = prepare_images(pairs[start : start + 32], info)
         for feed in network_inputs(prepared, session):
@@ -255,7 +255,7 @@ def weights_version(
     return set_sha256(digest(numpy_helper.to_array(tensor)) for tensor in network.graph.initializer)[:12]
 
 # %% ../../nbs/06_inference/50_export.ipynb #db70e307
-RESEARCH_USE = "For research only. Not a medical device; no prediction of this model is medical advice."
+_RESEARCH_USE = "For research only. Not a medical device; no prediction of this model is medical advice."
 
 
 def _describe_model(model: ImageClassifier, train: Pairs, val: Pairs, segmentation: str, card: str) -> dict[str, Any]:
@@ -279,7 +279,7 @@ def _describe_model(model: ImageClassifier, train: Pairs, val: Pairs, segmentati
         "weights_source": model.weights_source_,
         "versions": package_versions("leukemia_nb", "numpy", "keras", "tensorflow", "torch", "ultralytics", "onnx", "tf2onnx"),
         "licence": f"{entry.licence}. The terms of the training images apply as well.",
-        "research_use": RESEARCH_USE,
+        "research_use": _RESEARCH_USE,
         "card": card,
     }
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 # %% auto #0
-__all__ = ['FORMAT', 'INPUTS', 'add_checksum', 'check_checksum', 'write_model_file', 'ModelFile', 'open_model_file']
+__all__ = ['FORMAT', 'add_checksum', 'check_checksum', 'write_model_file', 'ModelFile', 'open_model_file']
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #7a4b97b2
 FORMAT = 3  # of model files; files of another format are refused
@@ -52,7 +52,7 @@ def check_checksum(
     return found
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #11012883
-INPUTS = ("image", "pair", "cells")  # what a network takes: an image, an image with its segmented image, cell features
+_INPUTS = ("image", "pair", "cells")  # what a network takes: an image, an image with its segmented image, cell features
 
 _ENTRIES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("name", "title", "version", "input", "segmentation", "calibration", "weights_source", "licence"), str),
@@ -72,7 +72,7 @@ def _check_description(info: Any, file: str | os.PathLike) -> None:
     if found != FORMAT:
         raise ModelError(f"{file}: written by an older leukemia_nb (format {found}; this one reads {FORMAT}). {_AGAIN}")
     wrong = [name for name, kind in _ENTRIES.items() if not isinstance(info.get(name), kind)]
-    if not wrong and info["input"] not in INPUTS:
+    if not wrong and info["input"] not in _INPUTS:
         wrong = ["input"]
     if not wrong and not {"confidence", "distance"} <= info["thresholds"].keys():
         wrong = ["thresholds"]

@@ -12,7 +12,7 @@ import numpy as np
 from ..models.interface import ModelError
 
 # %% auto #0
-__all__ = ['DISTANCES', 'image_statistics', 'fit_distance', 'mahalanobis_distance', 'fit_ood', 'ood_distance']
+__all__ = ['image_statistics', 'fit_distance', 'mahalanobis_distance', 'fit_ood', 'ood_distance']
 
 # %% ../../nbs/06_inference/10_ood.ipynb #4c67df13
 def image_statistics(
@@ -81,7 +81,7 @@ def mahalanobis_distance(
     return np.sqrt((nearest + outside) / (len(fitted["whitening"]) + 1))
 
 # %% ../../nbs/06_inference/10_ood.ipynb #b4c5b9bd
-DISTANCES = ("features", "statistics")
+_DISTANCES = ("features", "statistics")
 
 
 def fit_ood(
@@ -92,7 +92,7 @@ def fit_ood(
 ) -> dict[str, np.ndarray]:  # float32 arrays named features_mean, …, statistics_reach
     "Fit both distances on training images and their reach on validation images."
     constants = {}
-    for kind in DISTANCES:
+    for kind in _DISTANCES:
         fitted = fit_distance(train[kind], labels, standardise and kind == "features")
         reach = np.quantile(mahalanobis_distance(validation[kind], fitted), 0.975)
         fitted["reach"] = np.float32(max(reach, 1e-6))
@@ -107,7 +107,7 @@ def ood_distance(
 ) -> np.ndarray:  # float (n,): at most about 1 for an image like the training images
     "The larger of the two distances, each as a multiple of its reach."
     relative = []
-    for kind, values in zip(DISTANCES, (features, statistics)):
+    for kind, values in zip(_DISTANCES, (features, statistics)):
         fitted = {name.removeprefix(f"{kind}_"): value for name, value in constants.items() if name.startswith(f"{kind}_")}
         relative.append(mahalanobis_distance(values, fitted) / fitted["reach"])
     return np.maximum(*relative)

@@ -241,7 +241,7 @@ def prepare_images(
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #807c0cfe
 class _Network:
-    "An opened model file: the network, and what is computed from its outputs."
+    "An opened model file: the network, its calibrated probabilities and its features."
 
     def __init__(self, file: str | os.PathLike, threads: int | None):
         self.file, self.threads = os.path.abspath(file), threads
@@ -265,17 +265,25 @@ class _Network:
         scaled = np.log(np.maximum(probabilities, 1e-12)) / self.info["temperature"]
         return softmax(scaled, axis=1), ood_distance(features, statistics, self.constants)
 
-    def _rows(self, prepared: Sequence[PreparedImage]) -> list[dict[str, Any]]:
-        "A row for each image, whether or not it could be read."
-        readable = [each for each in prepared if each.square is not None]
-        try:
-            found = iter(zip(*self._judge(readable)) if readable else ())
-        except Exception as error:  # of the network; without it there is no prediction
-            found, readable = iter(()), []
-            prepared = [PreparedImage(each.row | {"error": describe_error(each.row["path"], error)}) for each in prepared]
-        return [
-            _prediction_row(each.row, *((None, np.nan) if each.square is None else next(found)), self.info) for each in prepared
-        ]
+    def predict_proba(self, images: Any) -> np.ndarray:
+        "Calibrated probabilities (n, k), columns as `classes_`. Raises ImageError."
+        return np.concatenate([self._judge(batch)[0] for batch in prepare_images(images, self.info)])
+
+    def features(self, images: Any) -> np.ndarray:
+        "Features float32 (n, d), the input of the last layers. Raises ImageError."
+        return np.concatenate([self._run(batch)[1] for batch in prepare_images(images, self.info)])
+
+# %% ../../nbs/06_inference/30_predictor.ipynb #2e9bf0ed
+def _rows(network: _Network, prepared: Sequence[PreparedImage]) -> list[dict[str, Any]]:
+    "A row for each image, whether or not it could be read."
+    readable = [each for each in prepared if each.square is not None]
+    try:
+        found = iter(zip(*network._judge(readable)) if readable else ())
+    except Exception as error:  # of the network; without it there is no prediction
+        found = iter(())
+        prepared = [PreparedImage(each.row | {"error": describe_error(each.row["path"], error)}) for each in prepared]
+    judged = [(None, np.nan) if each.square is None else next(found) for each in prepared]
+    return [_prediction_row(each.row, *part, network.info) for each, part in zip(prepared, judged)]
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #2ca7867c
 class Predictor(_Network):
@@ -301,20 +309,12 @@ class Predictor(_Network):
             for start in range(0, len(every), batch_size):
                 batch = every[start : start + batch_size]
                 prepared = list(pool.map(functools.partial(prepare_image, info=self.info), batch))
-                yield Predictions(self._rows(prepared), self.info, batch)
+                yield Predictions(_rows(self, prepared), self.info, batch)
 
     def predict(self, images: Any, batch_size: int = 32) -> Predictions:
         "Predictions of all images; `batch_size` of them are in memory at a time."
         every = image_list(images)
         return Predictions([row for part in self.iter_predict(every, batch_size) for row in part.rows], self.info, every)
-
-    def predict_proba(self, images: Any) -> np.ndarray:
-        "Calibrated probabilities (n, k), columns as `classes_`. Raises ImageError."
-        return np.concatenate([self._judge(batch)[0] for batch in prepare_images(images, self.info)])
-
-    def features(self, images: Any) -> np.ndarray:
-        "Features float32 (n, d), the input of the last layers. Raises ImageError."
-        return np.concatenate([self._run(batch)[1] for batch in prepare_images(images, self.info)])
 
     def score(self, images: Any, labels: Sequence[str]) -> float:
         "Accuracy on labelled images; abstaining is ignored. Raises ImageError."
@@ -356,7 +356,7 @@ class Predictions:
             calibration=describe_calibration(self.info),
         )
 
-
+# %% ../../nbs/06_inference/30_predictor.ipynb #c0ffee01
 def _card(row: dict[str, Any], info: dict[str, Any], image: Any) -> dict[str, Any]:
     "What the display shows of one prediction."
     name = shown(os.path.basename(row["path"])) or "image"
