@@ -287,13 +287,14 @@ def test_axis_names_the_methods_of_the_intervals():
 
 def test_interval_of_permuted_labels_holds_the_spread_of_shuffling():
     """Two colours a class, so images of a colour are predicted alike: accuracies after a shuffle spread far more than coin tosses."""
-    random = np.random.default_rng(3)
-    y = pd.Series(np.repeat(["a", "b"], 30), [f"p{i}" for i in range(60)])
-    X = {"permuted": (np.arange(60) // 15)[:, None] + 1e-6 * random.normal(size=(60, 3))}
-    found = cross_validate_baselines(X, y, folds=2, permutations=15)["permuted"]
-    row = baseline_table({"permuted": found}).iloc[0]
-    fresh = permutation_table(cross_validate_baselines(X, y, folds=2, permutations=5, seed=1000)["permuted"])["accuracy"]
-    assert permutation_table(found)["accuracy"].std() > 1.2 * np.sqrt(0.25 / 60)
+    split = pd.DataFrame(
+        {"pair": [f"p{i}" for i in range(60)], "class": np.repeat(["a", "b"], 30), "subset": ["train", "test"] * 30}
+    )
+    X = {"permuted": (np.arange(60) // 15)[:, None] + 1e-6 * np.random.default_rng(3).normal(size=(60, 3))}
+    found = run_baselines(X, split, permutations=20)["permuted"]
+    row, accuracy = baseline_table({"permuted": found}).iloc[0], permutation_table(found)["accuracy"]
+    fresh = permutation_table(run_baselines(X, split, seed=1000, permutations=10)["permuted"])["accuracy"]
+    assert accuracy.std() > 1.2 * np.sqrt(0.25 / 30)
     assert fresh.between(row["low"], row["high"]).mean() >= 0.8  # shuffles that the interval has not seen
 
 

@@ -221,7 +221,7 @@ KINDS: dict[str, str] = {
     "other_scale_bar": "scale bar of another class",
 }
 
-
+# %% ../../nbs/05_audit/20_cue_conflict.ipynb #9f7e71ef
 def make_composites(
     images: np.ndarray,  # uint8 (n, H, W, 3) RGB
     cells: np.ndarray,  # int labels or bool masks (n, H, W)

@@ -113,7 +113,7 @@ def grad_cam(
         found.append(np.einsum("nhwd,nd->nhw", maps[:, 0], weights[:, 0]))
     return _heatmaps(np.concatenate(found), model.image_size)
 
-
+# %% ../../nbs/05_audit/40_saliency.ipynb #04652639
 def _target_places(model: Classifier, images: np.ndarray, targets: str | Sequence[str] | None) -> np.ndarray:
     "Places in classes_ of the classes to explain. Raises `ModelError`."
     if targets is None:
@@ -278,7 +278,7 @@ def randomisation_check(
         found[part] = pd.DataFrame(values).mean()  # leaves out NaN
     return pd.DataFrame(found)
 
-
+# %% ../../nbs/05_audit/40_saliency.ipynb #01968fee
 def _rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     from scipy.stats import spearmanr
 

@@ -201,7 +201,7 @@ def accuracy_figure(
     figure.legend(loc="outside upper right", ncols=3, fontsize=8)
     return figure
 
-
+# %% ../../nbs/04_evaluation/30_metrics.ipynb #d89bdb04
 def _reference_marks(axis: "Axes", table: pd.DataFrame, place: np.ndarray) -> None:
     if "original" in table and table["original"].notna().any():
         settings: dict[str, Any] = {"markersize": 10, "markerfacecolor": "none", "color": CLASS_COLOURS["Pro-B"]}
@@ -247,7 +247,7 @@ def curves_figure(
         axis.set_xlabel("epoch")
     return grid.figure
 
-
+# %% ../../nbs/04_evaluation/30_metrics.ipynb #5e817a8e
 def _long_histories(histories: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     "A row a model, epoch, metric and subset."
     parts = []
@@ -318,7 +318,7 @@ def precision_recall_figure(
 
     return _curve_panels(predictions, subset, points, average_precision, "AP", "steps-post")
 
-
+# %% ../../nbs/04_evaluation/30_metrics.ipynb #2140b054
 def _curve_panels(
     predictions: Mapping[str, pd.DataFrame],
     subset: str,

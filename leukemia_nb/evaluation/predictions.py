@@ -67,7 +67,7 @@ def check_predictions(
         raise PredictionsError(f"{os.fspath(source)}: {problem}")
     return table
 
-
+# %% ../../nbs/04_evaluation/10_predictions.ipynb #0ec30633
 def _problem_of_columns(table: pd.DataFrame) -> str:
     missing, classes = [name for name in _KEYS if name not in table.columns], classes_of(table)
     if missing:

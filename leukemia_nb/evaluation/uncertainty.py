@@ -99,7 +99,7 @@ def grouped_interval(
     high = beta.ppf(1 - tail, correct + 1, trials - correct) if mean < 1 else 1.0
     return Interval(float(mean), float(low), float(high), n, int(group.max()) + 1, effective, GROUPED)
 
-
+# %% ../../nbs/04_evaluation/20_uncertainty.ipynb #de5029c7
 def _grouped_values(values: Sequence[float] | np.ndarray, groups: Sequence | np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     "Values as numbers and the number of the group of each. Raises ValueError."
     values = np.asarray(values, float)
@@ -182,7 +182,7 @@ def compare_model_pairs(
     table["p_holm"] = holm(table["p"])
     return table.assign(significant=table["p_holm"] < level, test="McNemar's exact test" if groups is None else "group sign test")
 
-
+# %% ../../nbs/04_evaluation/20_uncertainty.ipynb #4c433587
 def _correct_images(predictions: Mapping[str, pd.DataFrame], subset: str) -> dict[str, pd.Series]:
     "Whether each model is correct, by pair, for models that predicted the same images."
     correct: dict[str, pd.Series] = {}
