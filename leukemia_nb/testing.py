@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 
 from .data.files import write_table
 from .data.synthetic import smear
@@ -22,7 +23,7 @@ from .evaluation.metrics import ORIGINAL_ACCURACY, class_table, compare_models, 
 from .evaluation.predictions import model_title, read_all_predictions, take_subset, write_predictions
 from .evaluation.uncertainty import GROUPED, clopper_pearson, compare_model_pairs
 from .processing.dataset import save_pair, write_dataset
-from .study.driver import StudySettings, run_study
+from .study.driver import StudySettings, _library_digest, run_study
 
 # %% ../nbs/00_shared/30_testing.ipynb #d2a50004
 def dummy_dataset(
@@ -256,8 +257,11 @@ SMOKE = StudySettings(per_class=24, image_size=32, weights="random", models=("mo
 def smoke_run(
     *until: str,  # steps or kinds of step to run, with all they need; none: the split
 ) -> str:  # path of the run
-    "Run the smoke study up to some steps in a temporary folder."
+    "A copy of the smoke study, run up to some steps; what an earlier call with the same code has run is not run again."
+    import shutil
     import tempfile
 
-    folder = tempfile.mkdtemp(prefix="smoke-")
-    return str(run_study(SMOKE, folder, until=until or ("split",), log=lambda line: None).folder)
+    cache = Path(tempfile.gettempdir(), f"leukemia_nb-smoke-{_library_digest()[:16]}")
+    with FileLock(f"{cache}.lock"):
+        run_study(SMOKE, cache, until=until or ("split",), log=lambda line: None)
+        return str(shutil.copytree(cache, Path(tempfile.mkdtemp(prefix="smoke-"), "run")))

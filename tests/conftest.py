@@ -13,10 +13,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LEUKEMIA_NB_SHARED", ROOT.parent / "shared"))
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than 10 seconds")
-
-
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of the real images; the test skips where it is missing."""
@@ -61,9 +57,15 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# test modules that load no framework in this process
+WITHOUT_FRAMEWORK = {f"test_{name}" for name in "cards cluster collect command_line environment names pages report study".split()}
+
+
 @pytest.fixture(scope="session", autouse=True)
-def torch_before_tensorflow() -> None:
+def torch_before_tensorflow(request: pytest.FixtureRequest) -> None:
     """All test modules share a process: torch must be loaded first, the other order aborts it."""
+    if {Path(item.path).stem for item in request.session.items} <= WITHOUT_FRAMEWORK:
+        return
     from leukemia_nb.models.yolo import import_ultralytics
 
     import_ultralytics()

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from leukemia_nb.data.images import read_image
-from leukemia_nb.inference.predictor import dummy_model_file
+from leukemia_nb.testing import dummy_model_file
 
 
 def call(*arguments):
@@ -65,26 +65,26 @@ def test_prepare_writes_pairs(smears, tmp_path):
     status, out, error = call("prepare", smears, "--out", tmp_path / "out", "--size", 64)
     assert status == 0, error
     assert (
-        len(list((tmp_path / "out" / "pairs").rglob("ori_*.png")))
+        len(list((tmp_path / "out" / "prepared").rglob("ori_*.png")))
         == 12
-        == len(list((tmp_path / "out" / "pairs").rglob("mask_*.png")))
+        == len(list((tmp_path / "out" / "prepared").rglob("mask_*.png")))
     )
 
 
-def test_predict_answers_files_folders_and_patterns(smears, tmp_path):
+def test_predict_takes_files_folders_and_patterns(smears, tmp_path):
     model = dummy_model_file(tmp_path / "m.onnx")
     bad = tmp_path / "broken.jpg"
     bad.write_bytes(b"\xff\xd8\xff")
     status, out, error = call("predict", smears / "Normal", f"{smears}/Pre-B/*_00[12].png", bad, "--model", model)
-    assert status == 1 and len(out.splitlines()) == 7 and f"not answered: {bad}" in out
+    assert status == 1 and len(out.splitlines()) == 7 and f"not predicted: {bad}" in out
     assert "1 not read" in error and "Research use only" in error
 
 
 def test_predict_says_that_a_folder_has_no_images(tmp_path):
     model = dummy_model_file(tmp_path / "m.onnx")
     (tmp_path / "EMPTY").mkdir()
-    status, out, _ = call("predict", tmp_path / "EMPTY", "--model", model)
-    assert status == 1 and "EMPTY: no images in it" in out
+    status, out, error = call("predict", tmp_path / "EMPTY", "--model", model)
+    assert status == 1 and "EMPTY: cannot be opened: it is a folder" in out and "EMPTY: 0 images found" in error
 
 
 def test_predict_writes_tables_and_overlays(smears, tmp_path):
@@ -104,17 +104,17 @@ def test_predict_writes_tables_and_overlays(smears, tmp_path):
     )
     assert status == 0, error
     table, rows = pd.read_csv(tmp_path / "a.csv"), json.loads((tmp_path / "a.json").read_text())
-    assert len(table) == len(rows) == 4 and set(table["model"]) == {"made_up_pair"}
+    assert len(table) == len(rows) == 4 and set(table["model"]) == {"dummy_pair"}
     assert len(list((tmp_path / "seen").glob("*-cells.jpg"))) == 4 == len(list((tmp_path / "seen").glob("*-saliency.jpg")))
 
 
-def test_compare_writes_a_table_and_a_image_grid(smears, tmp_path):
+def test_compare_writes_a_table_and_an_image_grid(smears, tmp_path):
     for kind in ("image", "pair"):
         dummy_model_file(tmp_path / f"run/exported/{kind}.onnx", kind)
     status, out, error = call("compare", smears / "Pro-B", "--study", tmp_path / "run", "--out", tmp_path / "out")
     assert status == 0 and len(out.splitlines()) == 5, error
     table = pd.read_csv(tmp_path / "out" / "comparison.csv", keep_default_na=False)
-    assert set(table["true label"]) == {"Pro-B"} and {"made_up_image", "made_up_pair confidence", "made_up_pair doubt"} <= set(
+    assert set(table["true label"]) == {"Pro-B"} and {"Dummy (image)", "Dummy (pair) confidence", "Dummy (pair) abstains"} <= set(
         table
     )
     assert read_image(tmp_path / "out" / "comparison.png").shape[1] > 700
@@ -129,7 +129,7 @@ def bytes_folder(smears, tmp_path):
     return tmp_path / "in"
 
 
-def test_names_that_are_no_utf8_are_answered_and_escaped(bytes_folder, tmp_path):
+def test_names_that_are_no_utf8_are_predicted_and_escaped(bytes_folder, tmp_path):
     model = dummy_model_file(tmp_path / "run/exported/m.onnx")
     name = f"{bytes_folder}/Pre-B/caf\\xe9.png"
     status, out, error = call("predict", bytes_folder, "--model", model)
@@ -147,11 +147,10 @@ def test_names_that_are_no_utf8_are_answered_and_escaped(bytes_folder, tmp_path)
         tmp_path / "ov",
     )
     assert status == 0 and len(list((tmp_path / "ov").glob("*.jpg"))) == 1, error
-    assert (
-        pd.read_csv(tmp_path / "a.csv")["path"].tolist()
-        == [name]
-        == [row["path"] for row in json.loads((tmp_path / "a.json").read_text())]
-    )
+    assert pd.read_csv(tmp_path / "a.csv")["path"].tolist() == [name]
+    assert [row["path"] for row in json.loads((tmp_path / "a.json").read_text())] == [
+        os.fsdecode(b"%s/Pre-B/caf\xe9.png" % bytes(bytes_folder))
+    ]
     status, out, error = call("compare", bytes_folder, "--study", tmp_path / "run", "--out", tmp_path / "compared")
     assert status == 0 and "caf\\xe9.png" in out, error
     assert pd.read_csv(tmp_path / "compared/comparison.csv")["path"].tolist() == [name]
@@ -179,7 +178,7 @@ def test_names_that_are_no_utf8_are_segmented_and_prepared(bytes_folder, smears,
     assert (
         table.loc["Pre-B/caf\\xe9", "problem"] == "" and "n\\xef.jpg: the file is empty" in table.loc["Pro-B/n\\xef", "problem"]
     )
-    assert (tmp_path / "pairs/pairs" / table.loc["Pre-B/caf\\xe9", "original"]).is_file()
+    assert (tmp_path / "pairs/prepared" / table.loc["Pre-B/caf\\xe9", "original"]).is_file()
 
 
 def test_what_a_command_wrote_is_not_read_again(smears, tmp_path, monkeypatch):
@@ -204,8 +203,8 @@ def test_predict_looks_at_its_outputs_first(smears, tmp_path):
     image = next((smears / "Normal").glob("*.png"))
     before = image.read_bytes(), model.read_bytes()
     for option, file, message in [
-        ("--out", image, "is one of the images"),
-        ("--json", model, "is the model file"),
+        ("--out", image, "must end in .csv"),
+        ("--json", model, "must end in .json"),
         ("--out", smears, "choose another name"),
         ("--overlays", model, "A file stands"),
     ]:
@@ -235,16 +234,16 @@ def test_help_waits_for_nothing():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["predict", "a.png", "--model", "EMPTY/none.onnx"], "No such file"),
-        (["predict", "a.png", "--model", "EMPTY"], "Is a directory"),
+        (["predict", "a.png", "--model", "EMPTY/none.onnx"], "no such file"),
+        (["predict", "a.png", "--model", "EMPTY"], "a folder, where a model file is needed"),
         (["predict", "a.png", "--model", __file__], "not a model file"),
         (["predict", "a.png", "--model", __file__, "--saliency"], "--overlays FOLDER"),
         (["compare", "a.png", "--study", "EMPTY"], "no exported models"),
         (["compare", "a.png", "--study", "EMPTY/none"], "there is no such folder"),
         (["segment", "EMPTY"], "no images in it"),
-        (["segment", "EMPTY", "--method", "foo"], "The methods are deck, seeded"),
-        (["prepare", "EMPTY", "--method", "foo"], "The methods are deck, seeded"),
-        (["study", "--segmentation", "foo"], "The methods are deck, seeded"),
+        (["segment", "EMPTY", "--segmentation", "foo"], "The methods are kmeans, nucleus"),
+        (["prepare", "EMPTY", "--segmentation", "foo"], "The methods are kmeans, nucleus"),
+        (["study", "--segmentation", "foo"], "The methods are kmeans, nucleus"),
         (["synth", "EMPTY", "--seed", "-1"], "Invalid value for '--seed'"),
         (["study", "--seed", "-1"], "Invalid value for '--seed'"),
         (["prepare", "EMPTY"], "EMPTY"),

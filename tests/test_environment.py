@@ -68,7 +68,7 @@ def test_closed_streams_and_full_disks_behind_them_are_no_crash(smears, tmp_path
 
 
 def test_a_reader_who_leaves_ends_the_work_without_a_traceback(smears, tmp_path):
-    from leukemia_nb.inference.predictor import dummy_model_file
+    from leukemia_nb.testing import dummy_model_file
 
     model = dummy_model_file(tmp_path / "m.onnx")
     with start("predict", smears, "--model", model, "--batch-size", 1) as process:

@@ -1,40 +1,37 @@
 """Names of files, classes, models and runs are shown letter by letter: in figures, on pages, in cards and on the terminal."""
 
 import html
-import json
-import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 
-from leukemia_nb.models import interface as models
-from leukemia_nb.study.cards import classes_of_run, dummy_measurements, model_card, reporting_blocks
+from leukemia_nb.audit.baselines import baseline_table, baseline_views_figure
+from leukemia_nb.audit.robustness import robustness_figure
+from leukemia_nb.audit.saliency import saliency_figure
 from leukemia_nb.data.files import shown
+from leukemia_nb.data.images import write_image
+from leukemia_nb.data.synthetic import smear
+from leukemia_nb.evaluation.calibration import reliability_figure
 from leukemia_nb.evaluation.metrics import (
     accuracy_figure,
     compare_models,
     confusion_figure,
     curves_figure,
-    dummy_predictions,
-    markdown_text,
+    precision_recall_figure,
     roc_figure,
-    unseen_figure,
-    unseen_html,
-    unseen_table,
 )
+from leukemia_nb.evaluation.predictions import unseen_figure, unseen_table
+from leukemia_nb.evaluation.uncertainty import compare_model_pairs, difference_figure
+from leukemia_nb.models import interface as models
 from leukemia_nb.plotting import plot_style
-from leukemia_nb.data.images import write_image
-from leukemia_nb.inference.predictor import dummy_model_file
-from leukemia_nb.study.report import build_report, dummy_run, prose
-from leukemia_nb.audit.robustness import robustness_figure
-from leukemia_nb.audit.saliency import saliency_figure
-from leukemia_nb.audit.baselines import baseline_table, baselines_figure, views_figure
-from leukemia_nb.data.synthetic import smear
-from leukemia_nb.evaluation.uncertainty import compare_pairs, difference_figure, precision_recall_figure, reliability_figure
+from leukemia_nb.study.cards import markdown_text, model_card, render
+from leukemia_nb.study.report import build_report
+from leukemia_nb.testing import dummy_model_file, dummy_predictions, dummy_run
 
 NAMES = ["a$b_{c.jpg", "$\\frac{1}{$.png", "x^$y$_2$.png", "50 $ (1).png"]
 CLASSES = ["a$b_{c", "$\\alphaa$", "p^$_"]  # matplotlib knows no alphaa
@@ -58,7 +55,7 @@ def drawn(figure, tmp_path):
 @pytest.mark.parametrize("name", NAMES[:2])
 def test_compare_draws_files_of_any_name(tmp_path, name):
     write_image(tmp_path / "in" / name.replace(".jpg", ".png"), smear("Pro-B", 1, 64, 64).image)
-    dummy_model_file(tmp_path / "run" / "exported" / "made_up.onnx", size=64)
+    dummy_model_file(tmp_path / "run" / "exported" / "dummy.onnx", size=64)
     done = subprocess.run(
         [sys.executable, "-m", "leukemia_nb", "compare", tmp_path / "in", "--study", tmp_path / "run", "--out", tmp_path / "out"],
         capture_output=True,
@@ -79,8 +76,8 @@ def test_figures_of_predictions_take_any_class_and_title(predictions, tmp_path):
         roc_figure(predictions),
         precision_recall_figure(predictions),
         reliability_figure(predictions),
-        difference_figure(compare_pairs(predictions)),
-        baselines_figure(baseline_table({"colour": predictions["yolo11"], **predictions})),
+        difference_figure(compare_model_pairs(predictions)),
+        accuracy_figure(baseline_table({"colour": predictions["yolo11"], **predictions})),
         curves_figure(
             {first: pd.DataFrame({"epoch": [1, 2], "accuracy": 0.5, "loss": 1.0, "val_accuracy": 0.5, "val_loss": 1.0})}
         ),
@@ -88,7 +85,22 @@ def test_figures_of_predictions_take_any_class_and_title(predictions, tmp_path):
         text = drawn(figure, tmp_path)
         assert "$" not in first or first in text
     table = pd.DataFrame(
-        [dict(model=first, change="hue", level=level, accuracy=0.5, low=0.4, high=0.6, chance=0.4) for level in (0, 5)]
+        [
+            dict(
+                model=first,
+                title=first,
+                corruption="hue",
+                level=level,
+                clean=level == 0,
+                agreement=0.5,
+                confidence=0.5,
+                accuracy=0.5,
+                low=0.4,
+                high=0.6,
+                chance=0.4,
+            )
+            for level in (0, 5)
+        ]
     )
     drawn(robustness_figure(table), tmp_path)
 
@@ -107,7 +119,7 @@ def test_figures_of_images_take_any_file_and_class(predictions, tmp_path):
     text = drawn(unseen_figure(unseen_table(unseen), tmp_path / "new"), tmp_path)
     assert all(name.replace(".jpg", ".png") in text for name in NAMES) and CLASSES[0] in text
     image = smear("Pro-B", 1, 64, 64).image
-    assert CLASSES[0] in drawn(views_figure([image], CLASSES[:1]), tmp_path)
+    assert CLASSES[0] in drawn(baseline_views_figure([image], CLASSES[:1]), tmp_path)
     masks = np.zeros((1, 64, 64), bool)
     assert CLASSES[0] in drawn(
         saliency_figure(image[None], {next(iter(predictions)): np.ones((1, 64, 64))}, masks, CLASSES[:1]), tmp_path
@@ -140,46 +152,21 @@ MARKS = [
 
 @pytest.mark.parametrize("name", MARKS)
 def test_names_in_markdown_are_read_as_they_are(name):
-    """Once as a text, once as a cell of a table, by another parser of Markdown; line ends are escaped, as on a terminal."""
+    """Once as a text, once as a cell of a table; line ends are escaped, as on a terminal."""
     plain = html.escape(shown(name))
-    assert prose(f"It is {markdown_text(name)}.").strip() == f"<p>It is {plain}.</p>"
-    page = MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(
-        f"| a | b |\n| --- | --- |\n| {markdown_text(name)} | 2 |\n"
-    )
+    markdown = MarkdownIt("gfm-like", {"html": True, "linkify": False})
+    assert markdown.render(f"It is {markdown_text(name)}.").strip() == f"<p>It is {plain}.</p>"
+    page = markdown.render(f"| a | b |\n| --- | --- |\n| {markdown_text(name)} | 2 |\n")
     assert f"<td>{plain}</td>" in page and page.count("<td") == 2
 
 
-@pytest.mark.parametrize("name", MARKS)
-def test_names_on_pages_are_escaped(name):
-    table = pd.DataFrame({"image": [name], "path": [name], "true label": [name], "M": ["b"], "M confidence": [0.5]})
-    page = unseen_html(table)
-    assert "<script" not in page and html.escape(name) in page
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("names") / "made-up"
-    dummy_run(folder)
-    dummy_measurements(folder)
-    return folder
-
-
-def test_a_run_and_a_model_of_any_name_give_a_whole_report_and_card(made, tmp_path, monkeypatch):
+def test_a_run_and_a_model_of_any_name_give_a_whole_report_and_card(tmp_path, monkeypatch):
     title = "Mine | `x` *y* <script>alert(1)</script> $z$"
-    monkeypatch.setitem(models.MODELS, "yolo11", models.ModelEntry(title, "leukemia_nb.models.yolo", "Yolo", "torch"))
-    run = shutil.copytree(made, tmp_path / "a*b*_c_[d](e) <script>`$", ignore=shutil.ignore_patterns("pairs"))
-    for name in ("grouped_accuracy", "models", "follow", "robustness"):
-        file = run / "metrics" / f"{name}.csv"
-        table = pd.read_csv(file, keep_default_na=False)
-        table.loc[table["model"] == "yolo11", "title"] = title
-        table.to_csv(file, index=False)
+    monkeypatch.setitem(models.MODELS, "yolo11", replace(models.MODELS["yolo11"], title=title))
+    run = dummy_run(tmp_path / "a*b*_c_[d](e) <script>`$")
     card = model_card(run, "yolo11")
     body = MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(card.split("---", 2)[2])
     assert "<script" not in body and "a*b*_c_[d](e)" in body and html.escape(title) in body
-    (run / "sections").mkdir(exist_ok=True)
-    (run / "sections" / "70.json").write_text(
-        json.dumps({"title": "Reporting", "blocks": reporting_blocks(run, list(models.MODELS)[:2])})
-    )
     page = build_report(run).read_text(encoding="utf-8")
     assert "<script" not in page and html.escape(title) in page
-    assert len(classes_of_run(run)) == 3
+    assert "<script" not in render("flow.html.j2", run)

@@ -235,8 +235,8 @@ def _channel_gradients(
     "Proportion of each channel in the sum of absolute gradients of the class with respect to its features."
     _, weights = _feature_maps(model, _square(images, model.image_size), _target_places(model, images, targets))
     sums = np.abs(weights.astype(np.float64)).sum(axis=2)
-    total = sums.sum(axis=1, keepdims=True)
-    return sums / np.where(total > 0, total, np.nan)
+    with np.errstate(invalid="ignore"):
+        return sums / sums.sum(axis=1, keepdims=True)
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #0ba6c39b
 @contextmanager

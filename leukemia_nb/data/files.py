@@ -184,10 +184,7 @@ def check_output(
 
 # %% ../../nbs/01_data/10_files.ipynb #6a195cda
 OUTPUT_MARKER = ".leukemia_nb-output"  # file name
-_MARKER_TEXT = (
-    "Signature: leukemia_nb output\n# leukemia_nb wrote this folder, so its searches for images leave it out.\n"
-    "# Delete this file to use the images in here as data.\n"
-)
+_MARKER_TEXT = "Signature: leukemia_nb output, left out by its searches. Delete this file to use the images as data.\n"
 
 
 def mark_output_folder(

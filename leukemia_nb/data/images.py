@@ -206,7 +206,7 @@ def _used_bits(page: TiffPage) -> int:
     most = {declared} if isinstance(declared, int) else set(declared)
     return next((bits for bits in range(9, 16) if most == {2**bits - 1}), 16)
 
-
+# %% ../../nbs/01_data/20_images.ipynb #578cea68
 def _image_of(page: TiffPage) -> Image.Image:
     "Image of grey, RGB or CMYK samples of 8 or 16 bits. Raises `ImageError`."
     values, count = page.asarray(maxworkers=1), _COLOURS[page.photometric]

@@ -29,7 +29,7 @@ class CellKind:
     radius: float  # mean radius of the whole cell
     spread: float  # standard deviation of its logarithm
     nucleus: float  # radius of the nucleus, in radii of the cell
-    density: float  # how much light the nucleus takes: natural logarithms, relative to the violet dye
+    density: float  # how much light the nucleus takes: natural logarithms, 1 is that of the violet dye
     cytoplasm: float  # the same of the cytoplasm
     grain: float  # size of the chromatin's clumps
     clump: float  # contrast of the chromatin
@@ -79,7 +79,7 @@ def _rho(
         outline += np.float32(radius * wave.real) * power.real - np.float32(radius * wave.imag) * power.imag
     return far / outline
 
-
+# %% ../../nbs/01_data/40_synthetic.ipynb #02ee5c47
 def _blob(
     centre: Sequence[float] | np.ndarray,  # x, y in pixels
     radius: float,  # mean radius in pixels
@@ -396,7 +396,7 @@ def write_smears(
     height: int = 768,
     width: int = 1024,  # in pixels
     confounded: float = 0.5,  # see smear
-) -> pd.DataFrame:  # class, path, truth, cells, laboratory, seed; paths relative to the folder
+) -> pd.DataFrame:  # class, path, truth, cells, laboratory, seed; paths below the folder
     "Write smears as folder/<class>/<class>_001.png and their label images (16 bit) below folder/truth, named alike."
     folder, rows = Path(folder), []
     for label in classes:

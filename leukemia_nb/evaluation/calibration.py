@@ -28,7 +28,7 @@ def reliability_table(
     "Mean confidence and accuracy, with its exact 95 % interval, by bin of confidence."
     confidence = probabilities_of(table).max(axis=1)
     correct = (predicted_labels(table) == table["class"]).to_numpy()
-    bin_of = np.clip(np.ceil(confidence * bins - 1e-9).astype(int) - 1, 0, bins - 1)
+    bin_of = np.ceil(confidence * bins - 1e-9).astype(int) - 1
     found = pd.DataFrame({"bin": bin_of, "confidence": confidence, "correct": correct})
     found = found.groupby("bin").agg(
         images=("correct", "size"), confidence=("confidence", "mean"), accuracy=("correct", "mean"), n_correct=("correct", "sum")
@@ -64,7 +64,7 @@ def log_loss(
 
     classes = classes_of(table)
     truth = pd.Categorical(table["class"], classes).codes
-    return float(loss(truth, np.clip(probabilities_of(table), 1e-12, 1), labels=np.arange(len(classes))))
+    return float(loss(truth, probabilities_of(table), labels=np.arange(len(classes))))
 
 # %% ../../nbs/04_evaluation/40_calibration.ipynb #1f1a1bba
 _TEMPERATURES = (0.05, 20.0)  # range of the search

@@ -127,7 +127,7 @@ def _summary_metrics(table: pd.DataFrame) -> dict[str, Any]:
     present = by_class[by_class["images"] > 0]
     collapsed = len(table) > 1 and len(set(predicted)) == 1 and len(present) > 1
     return {
-        "macro_f1": float(present["f1"].fillna(0).mean()),
+        "macro_f1": float(present["f1"].mean()),
         "balanced_accuracy": float(present["sensitivity"].mean()),
         "auc": float(roc_auc(table).mean()) if len(present) == len(by_class) else np.nan,
         "collapsed": predicted[0] if collapsed else "",

@@ -278,6 +278,14 @@ def _check_features(path: Path, expected: str, train: Pairs, val: Pairs) -> None
         raise ModelError(f"{path}: features {other}. Compute the features again.")
 
 # %% ../../nbs/03_models/20_transfer.ipynb #80d59c6b
+def _set_trainable(keras: ModuleType, backbone: "keras.Model", trainable: bool, pretrained: bool) -> None:
+    "Freeze or unfreeze a backbone; batch normalisation of a pretrained one stays frozen, with ImageNet's statistics."
+    backbone.trainable = trainable
+    for layer in backbone.layers:
+        if pretrained and isinstance(layer, keras.layers.BatchNormalization):
+            layer.trainable = False
+
+
 class KerasClassifier(ImageClassifier):
     "A head on a backbone of `BACKBONES`; the model's entry says which, and which head. `network_` is the whole network."
 
@@ -290,9 +298,9 @@ class KerasClassifier(ImageClassifier):
                 self.entry.backbone, self.weights, self.preprocessing, self.image_size, self.seed
             )
             pretrained = self.weights_source_ != "random initialisation"
-            backbone.trainable = not pretrained if self.fine_tune is None else self.fine_tune
+            _set_trainable(keras, backbone, not pretrained if self.fine_tune is None else self.fine_tune, pretrained)
             head = self._build_head(keras)
-            self.network_ = self._join(keras, backbone, head, pretrained)
+            self.network_ = self._join(keras, backbone, head)
             train, val = (Pairs(dataset, subset, self.image_size) for subset in ("train", "val"))
             targets = [self._targets(part.labels) for part in (train, val)]
             if backbone.trainable:
@@ -315,11 +323,10 @@ class KerasClassifier(ImageClassifier):
         output = keras.layers.Dense(len(self.classes_), activation="softmax")
         return keras.Sequential([inputs, *layers, output], name="head")
 
-    def _join(self, keras: ModuleType, backbone: "keras.Model", head: "keras.Model", pretrained: bool) -> "keras.Model":
-        "Pixels to probabilities; a pretrained backbone stays in inference mode, with ImageNet's batch statistics."
+    def _join(self, keras: ModuleType, backbone: "keras.Model", head: "keras.Model") -> "keras.Model":
+        "The network from pixels to probabilities."
         inputs = [keras.Input((self.image_size, self.image_size, 3), name=channel) for channel in self.channels]
-        mode = {"training": False} if pretrained or not backbone.trainable else {}
-        maps = [backbone(pixels, **mode) for pixels in inputs]
+        maps = [backbone(pixels) for pixels in inputs]
         if len(inputs) == 1:
             features = keras.layers.GlobalAveragePooling2D(name="features")(maps[0])
             return keras.Model(inputs[0], head(features), name=self.name)
@@ -361,12 +368,12 @@ class KerasClassifier(ImageClassifier):
         return pixels if len(self.channels) == 1 else [pixels[:, i] for i in range(len(self.channels))]
 
     def _predict(self, batch: np.ndarray) -> np.ndarray:
-        return self.network_.predict_on_batch(self._inputs(batch))
+        return self.network_.predict(self._inputs(batch), verbose=0)
 
     def _features(self, batch: np.ndarray) -> np.ndarray:
         if getattr(self, "_extractor", None) is None or self._extractor.inputs[0] is not self.network_.inputs[0]:
             self._extractor = import_keras().Model(self.network_.inputs, self.network_.get_layer("features").output)
-        return self._extractor.predict_on_batch(self._inputs(batch))
+        return self._extractor.predict(self._inputs(batch), verbose=0)
 
     def _save(self, folder: Path) -> None:
         self.network_.save(folder / "model.keras")

@@ -66,7 +66,7 @@ def _windows(labels: np.ndarray) -> list:
 
     return find_objects(labels)
 
-
+# %% ../../nbs/02_processing/15_cells.ipynb #64248c92
 def _components(mask: np.ndarray, solid: float) -> Iterator[tuple[tuple[slice, slice], np.ndarray, bool]]:
     "Window, pixels in it, and whether it is left whole, of each component."
     _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), ltype=cv2.CV_32S)
@@ -84,7 +84,7 @@ def _rebuild(seed: np.ndarray, limit: np.ndarray) -> np.ndarray:
             return grown
         seed = grown
 
-
+# %% ../../nbs/02_processing/15_cells.ipynb #64248c93
 def _peaks(mask: np.ndarray, depth: float) -> tuple[int, np.ndarray, np.ndarray]:
     "Number of peaks of one component's distance to the outside, the peaks numbered, and the distance."
     distance = cv2.distanceTransform(np.pad(mask.astype(np.uint8), 1), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]

@@ -175,7 +175,7 @@ def prepare_pairs(
     size: int = 224,  # side of the saved images, pixels
     segmentation: str = "kmeans",  # method, one of SEGMENTATION_METHODS
     n_jobs: int | None = None,  # worker processes; None: joblib's configuration, else 1
-    images: str | os.PathLike = ".",  # folder that relative paths start from
+    images: str | os.PathLike = ".",  # folder that paths start from, where they are not absolute
     progress: bool = True,  # show a bar
 ) -> pd.DataFrame:  # the pairs table, columns PAIR_COLUMNS, in the order of the manifest
     "Make the pairs of a manifest, but for those that are finished. Raises ValueError for a name twice, and as `run_tasks`."
@@ -301,6 +301,22 @@ def write_dataset(
     write_table(f"{folder}.csv", table)
     return table
 
+# %% ../../nbs/02_processing/30_dataset.ipynb #34a91065
+def _check_files(folder: Path, table: pd.DataFrame) -> None:
+    "Raise `ImageError` when images of a table are missing."
+    files = [folder / name for channel in CHANNELS[:2] for name in table[channel]]
+    if lost := [path for path in files if not path.is_file()]:
+        raise ImageError(f"{lost[0]}: missing ({len(lost)} in all). Prepare the pairs again.")
+
+
+def _read_pngs(paths: list[Path], size: int | None) -> np.ndarray:
+    "Images of one size, (n, S, S, 3) or (n, S, S). Raises `ImageError`."
+    with ThreadPoolExecutor(2) as pool:
+        images = list(pool.map(_read_png, paths, [size] * len(paths)))
+    if len({image.shape for image in images}) > 1:
+        raise ImageError(f"{paths[0].parent}: images of different sizes. Prepare the pairs again, or ask for one size.")
+    return np.stack(images) if images else np.empty((0, size or 0, size or 0, 3), np.uint8)
+
 # %% ../../nbs/02_processing/30_dataset.ipynb #5f444b30
 class Pairs(Sequence):
     "Image pairs of a dataset folder, read when asked for: `pairs[i]` is uint8 (2, S, S, 3), original then segmented."
@@ -316,16 +332,13 @@ class Pairs(Sequence):
         "Raises `TableError` without a table, ValueError for an unknown subset, `ImageError` when files are missing."
         self.folder, self.size = Path(folder), size
         table = read_table(f"{self.folder}.csv") if table is None else table
-        if subset is not None:
-            if subset not in _SUBSETS:
-                raise ValueError(f"no subset {subset!r}: there are {', '.join(_SUBSETS)}")
-            table = table[table["subset"] == subset]
+        if subset not in (None, *_SUBSETS):
+            raise ValueError(f"no subset {subset!r}: there are {', '.join(_SUBSETS)}")
+        table = table if subset is None else table[table["subset"] == subset]
         if "problem" in table:
             table = table[table["problem"] == ""]
         self.table = table.reset_index(drop=True)
-        files = [self.folder / name for channel in CHANNELS[:2] for name in self.table[channel]]
-        if lost := [path for path in files if not path.is_file()]:
-            raise ImageError(f"{lost[0]}: missing ({len(lost)} in all). Prepare the pairs again.")
+        _check_files(self.folder, self.table)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -346,9 +359,4 @@ class Pairs(Sequence):
         channel: str = "original",  # original, segmented or cells
     ) -> np.ndarray:  # uint8 (n, S, S, 3) RGB; uint16 (n, S, S) of cells
         "Read one image of each pair. Raises `ImageError`."
-        paths = [self.folder / name for name in self.table[channel].to_numpy()[rows]]
-        with ThreadPoolExecutor(2) as pool:
-            images = list(pool.map(_read_png, paths, [self.size] * len(paths)))
-        if len({image.shape for image in images}) > 1:
-            raise ImageError(f"{self.folder}: images of different sizes. Prepare the pairs again, or ask for one size.")
-        return np.stack(images) if images else np.empty((0, self.size or 0, self.size or 0, 3), np.uint8)
+        return _read_pngs([self.folder / name for name in self.table[channel].to_numpy()[rows]], self.size)

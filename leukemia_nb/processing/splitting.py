@@ -365,7 +365,7 @@ def _common_tail(one: tuple[str, ...], other: tuple[str, ...]) -> int:
 def _matches(
     name: str,  # listed path
     images: Mapping[str, tuple[str, ...]],  # real path: parts
-    folders: Sequence[str | os.PathLike],  # that it may be relative to
+    folders: Sequence[str | os.PathLike],  # that it may start at
     once: bool,  # no other row has its file name
 ) -> tuple[list[str], bool]:  # images that it may mean; whether by its file name alone, in another folder
     "Images that a listed path may mean."
@@ -386,7 +386,7 @@ def _matches(
 def image_groups(
     path: str | os.PathLike,  # CSV for read_groups
     images: Sequence[str | os.PathLike],  # paths of the images
-    data: str | os.PathLike = "",  # folder of the images, that listed paths may be relative to
+    data: str | os.PathLike = "",  # folder of the images, at which listed paths may start
     log: Callable[[str], object] = warnings.warn,  # gets a line about images and rows that were not matched
 ) -> list[str]:  # group of each image, empty where none is listed
     "Find the group of each image in a list. Raises `SplitError` where a row may mean two images, or an image is in two groups."

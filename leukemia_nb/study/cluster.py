@@ -35,7 +35,9 @@ class Workers:
         from distributed import as_completed
 
         futures = self.client.map(function, *zip(*calls, strict=True), pure=False)
-        for _, result in as_completed(futures, with_results=True):
+        with self.client.as_current():
+            completed = as_completed(futures, with_results=True)
+        for _, result in completed:
             yield result
 
 # %% ../../nbs/07_study/10_cluster.ipynb #1165b10f
@@ -65,7 +67,9 @@ def _connect(address: str) -> Iterator[Any]:
 
         from distributed import Client, KilledWorker
     except ImportError as error:
-        raise ClusterError(f"a cluster needs Dask ({error}). Install it: pip install 'dask[distributed]'.") from None
+        raise ClusterError(
+            f"a cluster needs Dask ({error}). Install it: pip install '.[train]' in the checkout, or 'dask[distributed]'."
+        ) from None
     _check_reachable(address)
     try:
         with Client(address, set_as_default=False) as client:

@@ -236,7 +236,8 @@ def _make_step(
 
     def paths(names: Sequence[str]) -> tuple[str, ...]:
         found: list[str] = []
-        for name in (each for name in names for each in (groups[name[1:]] if name.startswith("$") else [name])):
+        expanded = [each for name in names for each in (groups[name[1:]] if name.startswith("$") else [name])]
+        for name in expanded:
             if name == "*":
                 found += [path for step in before for path in step.writes]
             elif name.startswith("@"):
@@ -359,10 +360,10 @@ def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     found: list[Path] = []
-    for folder, names, files in os.walk(path):
+    for folder, folders, names in os.walk(path):
         here = Path(folder)
-        names[:] = [name for name in names if _is_content(name) and not is_output_folder(here / name)]
-        found += [here / name for name in files if _is_content(name)]
+        folders[:] = [name for name in folders if _is_content(name) and not is_output_folder(here / name)]
+        found += [here / name for name in names if _is_content(name)]
     return sorted(found)
 
 
