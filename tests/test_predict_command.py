@@ -132,7 +132,8 @@ def test_own_output_is_never_input(paths, model, place, tmp_path):
     mine = list_images(tmp_path)
     status, _, error = call("predict", ".", "--model", model, "--overlays", "ov", "--saliency", "--out", "a.csv", cwd=tmp_path)
     assert status == 0 and len(list(tmp_path.rglob("*.jpg"))) == 12, error
-    assert call("compare", ".", "--study", place / "run", cwd=tmp_path)[0] == 0
+    status, _, error = call("compare", ".", "--study", place / "run", cwd=tmp_path)
+    assert status == 0, error
     assert list_images(tmp_path) == mine
     status, out, error = call("predict", ".", "**/*.jpg", "ov", "--model", model, cwd=tmp_path)
     assert status == 1 and len(out.splitlines()) == 8 and "6 images found" in error and "written by leukemia_nb" in error
