@@ -24,7 +24,7 @@ from leukemia_nb.data.files import atomic_path
 from leukemia_nb.data.images import read_image
 from leukemia_nb.evaluation.uncertainty import clopper_pearson
 from leukemia_nb.processing.dataset import Pairs
-from leukemia_nb.inference.predictor import PreparedImage, Predictor, prepare_image
+from leukemia_nb.inference.predictor import PreparedImage, Predictor, _rows, prepare_image
 from leukemia_nb.audit.robustness import blur, scale_stains, shift_hue
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,7 +157,7 @@ def measure(
         "sources": {},
     }
     for name, looks in looked[info["input"]].items():
-        table = pd.DataFrame(predictor._rows(looks))
+        table = pd.DataFrame(_rows(predictor, looks))
         unlike, unsure = ~(table["ood_distance"] <= limits["distance"]), ~(table["confidence"] >= limits["confidence"])
         doubt = (1 - table["confidence"]) / max(1 - limits["confidence"], 1e-6)
         score = np.maximum(table["ood_distance"] / limits["distance"], doubt)

@@ -1,6 +1,6 @@
 """Leakage search on the real images: time, recall against taleqani_fields.csv, false pairs, what a random split leaks.
 
-    nice -n 10 python benchmarks/leakage.py [--out benchmarks/results/leakage.json] [--pairs FILE.csv] [--figures FOLDER]
+    nice -n 10 python benchmarks/leakage.py [--out benchmarks/results/leakage.json] [--pairs FILE.csv]
 
 Halves A and B of the listed groups (every second of a seeded shuffle) are reported apart, but B was not strictly held
 out: recall of all groups was seen while the method was built, and the votes for blurred pairs went from 12 to 8 after
@@ -78,7 +78,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=SHARED / "data")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/leakage.json")
     parser.add_argument("--pairs", type=Path, help="write all pairs found and all proposed to this CSV")
-    parser.add_argument("--figures", type=Path, help="folder for montages of the new pairs, outside the repository")
     parser.add_argument("--n_jobs", type=int, default=2)
     args = parser.parse_args()
     fields = pd.read_csv(args.data / "taleqani_fields.csv")
@@ -169,7 +168,7 @@ def main() -> None:
             "false": 0,
             "interval": interval(0, 90),
             "riskiest": "33 of lowest score and 18 of 4 votes and least share: none false",
-            "how": "by eye on the montages of --figures, one reader, 2026-11-24",
+            "how": "by eye on montages, one reader, 2026-11-24",
         },
         "thresholds": table,
     }
@@ -198,11 +197,6 @@ def main() -> None:
     if args.pairs:
         proposed.to_csv(args.pairs, index=False)
         duplicates.to_csv(args.pairs.with_name("duplicates.csv"), index=False)
-    if args.figures:
-        args.figures.mkdir(parents=True, exist_ok=True)
-        shuffled = new.sample(frac=1, random_state=0)
-        for page in range(0, min(len(shuffled), 90), 18):
-            leakage.show_pairs(shuffled[page : page + 18], columns=3).savefig(args.figures / f"new_{page // 18}.png")
 
 
 if __name__ == "__main__":

@@ -181,6 +181,10 @@ def test_baselines_are_trained_and_tested_as_the_models(features):
         > 0.8
         > permutation_table(permuted)["accuracy"].mean()
     )
+    train = (split["subset"] == "train").to_numpy()
+    model = BASELINES["background_colour"].estimator(0).fit(X["background_colour"][train], split["class"][train])
+    expected_p = model.predict_proba(X["background_colour"][~train])
+    np.testing.assert_allclose(found["background_colour"][[f"p_{name}" for name in model.classes_]], expected_p)
     again = run_baselines({"permuted": X["permuted"]}, split, permutations=7)["permuted"]
     assert again["repeat"].nunique() == 7
     pd.testing.assert_frame_equal(again[again["repeat"] < 5], permuted)

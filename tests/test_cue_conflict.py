@@ -147,7 +147,9 @@ def test_removal_mask_by_hand():
     image = np.full((224, 224, 3), 240, np.uint8)
     image[distance < 26] = (215, 185, 225)
     image[distance < 20] = (120, 60, 160)
+    image[5:30, 5:30] = (215, 185, 225)  # pale, and far from any cell
     removed = removal_mask(image, distance < 20)
+    assert not removed[:40, :40].any()
     assert removed[distance < 26].all() and not removed[distance > 40].any()
     assert not removal_mask(image, np.zeros((224, 224), bool)).any() and removal_mask(image, np.ones((224, 224), bool)).all()
     wide = removal_mask(image, distance < 20, margin=0.1)

@@ -310,7 +310,9 @@ def test_reliability_by_hand(ten):
 
 
 def test_log_loss_of_impossible_predictions_is_finite():
-    assert log_loss(two_classes(["Normal", "Pro-B"], [0.0, 0.5])) == pytest.approx((-np.log(1e-12) - np.log(0.5)) / 2, rel=1e-3)
+    assert log_loss(two_classes(["Normal", "Pro-B"], [0.0, 0.5])) == pytest.approx(
+        (-np.log(np.finfo(float).eps) - np.log(0.5)) / 2, rel=1e-3
+    )
 
 
 def test_certain_predictions_fall_into_the_last_bin():

@@ -126,8 +126,9 @@ def linked(number):
     return st.tuples(st.just(number), st.lists(st.tuples(place, place)))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12).flatmap(linked))
-def test_groups_are_what_hangs_together(case):
+def test_groups_are_what_is_connected(case):
     number, links = case
     groups = leakage.group_images(
         list("abcdefghijkl"[:number]),
@@ -161,7 +162,7 @@ def test_report_separates_direct_pairs_from_those_by_way_of_a_third_image():
 
 @pytest.fixture
 def benchmarks(monkeypatch, tmp_path):
-    "The modules of benchmarks/ for data that are made up: five images, of which the finder pairs a and b, and the list b and c."
+    "The modules of benchmarks/ for dummy data: five images, of which the finder pairs a and b, and the list b and c."
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     files = ["Benign/a.jpg", "Benign/b.jpg", "Pre/c.jpg", "Pro/d.jpg", "Early/e.jpg"]
@@ -221,7 +222,7 @@ def test_listed_groups_of_real_images(shared_data):
     assert not any(across)
 
 
-def test_originals_find_their_small_twins(shared_data):
+def test_originals_find_their_small_copies(shared_data):
     matches = pd.read_csv(shared_data / "kaggle_fullres/matches.csv")
     full = [str(shared_data / "kaggle_fullres" / file) for file in matches["file"]]
     small = [str(shared_data / "taleqani" / file) for file in matches["taleqani_match"]]

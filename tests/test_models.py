@@ -24,7 +24,7 @@ def trained(dataset):
 
 def test_the_models_of_the_original_study_and_the_fields_of_their_entries():
     assert [name for name in MODELS if MODELS[name].in_original_study and name != "stub"] == [
-        *("efficientnet_b0", "mobilenet_v2", "nasnet_mobile", "dual_channel", "yolov8", "yolo11", "yolo12"),
+        *("efficientnet_b0", "mobilenet_v2", "nasnet_mobile", "dual_channel", "yolov8", "yolo11", "yolo12")
     ]
     assert MODELS["dual_channel"].input == "pair" and MODELS["cells"].input == "cells" and MODELS["yolo11"].input == "image"
     assert {MODELS[name].licence for name in MODELS if MODELS[name].framework == "torch"} == {"AGPL-3.0"}
@@ -210,7 +210,9 @@ def test_saving_replaces_a_model_and_nothing_else(trained, tmp_path):
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("file, text", [("row.npy", "row.npy is missing or was changed"), ("model.json", "model.json is damaged")])
+@pytest.mark.parametrize(
+    "file, text", [("row.npy", "row.npy is missing or was changed"), ("model.json", "model.json is damaged")]
+)
 def test_files_that_were_changed_are_refused(trained, tmp_path, file, text):
     (trained.save(tmp_path / "stub") / file).write_bytes(b"{")
     with pytest.raises(ModelError, match=text):
@@ -225,7 +227,14 @@ def test_a_folder_without_model_json_is_no_model(tmp_path):
 @pytest.mark.parametrize(
     "facts",
     [
-        *({"name": None}, {"name": ["stub"]}, {"name": "os"}, {"files": None}, {"files": "row.npy"}, {"files": {"row.npy": None}}),
+        *(
+            {"name": None},
+            {"name": ["stub"]},
+            {"name": "os"},
+            {"files": None},
+            {"files": "row.npy"},
+            {"files": {"row.npy": None}},
+        ),
         *({"files": {"../../secret": "0"}}, {"settings": None}, {"settings": []}, {"settings": {"epochs": "many"}}),
         *({"settings": {"unknown": 1}}, {"classes": None}, {"classes": 3}, {"weights_source": None}, {"collapsed": None}),
     ],

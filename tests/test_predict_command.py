@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from leukemia_nb.data.files import OutputError, exclusive
-from leukemia_nb.data.images import ImageError, read_image, write_image
+from leukemia_nb.data.images import ImageError, write_image
 from leukemia_nb.data.synthetic import smear, write_smears
 from leukemia_nb.inference.batch import (
     PredictionTask,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 # %% auto #0
-__all__ = ["FORMAT", "INPUTS", "add_checksum", "check_checksum", "write_model_file", "ModelFile", "open_model_file"]
+__all__ = ['FORMAT', 'add_checksum', 'check_checksum', 'write_model_file', 'ModelFile', 'open_model_file']
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #7a4b97b2
 FORMAT = 3  # of model files; files of another format are refused
@@ -36,7 +36,6 @@ def add_checksum(
 ) -> bytes:  # the same, with its SHA-256 as the last metadata entry
     "Append the checksum of a model file."
     return content + _ENTRY + hashlib.sha256(content).hexdigest().encode()
-
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #045c6353
 def check_checksum(
@@ -52,9 +51,8 @@ def check_checksum(
         raise ModelError(f"{file}: damaged, its checksum does not match. Copy it again, or export the model again.")
     return found
 
-
 # %% ../../nbs/06_inference/20_model_file.ipynb #11012883
-INPUTS = ("image", "pair", "cells")  # what a network takes: an image, an image with its segmented image, cell features
+_INPUTS = ("image", "pair", "cells")  # what a network takes: an image, an image with its segmented image, cell features
 
 _ENTRIES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("name", "title", "version", "input", "segmentation", "calibration", "weights_source", "licence"), str),
@@ -65,7 +63,6 @@ _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "temperature": (int, float),
 }
 
-
 # %% ../../nbs/06_inference/20_model_file.ipynb #0397abf8
 def _check_description(info: Any, file: str | os.PathLike) -> None:
     "Raise ModelError for a description of another format, or one that lacks an entry."
@@ -75,7 +72,7 @@ def _check_description(info: Any, file: str | os.PathLike) -> None:
     if found != FORMAT:
         raise ModelError(f"{file}: written by an older leukemia_nb (format {found}; this one reads {FORMAT}). {_AGAIN}")
     wrong = [name for name, kind in _ENTRIES.items() if not isinstance(info.get(name), kind)]
-    if not wrong and info["input"] not in INPUTS:
+    if not wrong and info["input"] not in _INPUTS:
         wrong = ["input"]
     if not wrong and not {"confidence", "distance"} <= info["thresholds"].keys():
         wrong = ["thresholds"]
@@ -84,7 +81,6 @@ def _check_description(info: Any, file: str | os.PathLike) -> None:
 
 
 _AGAIN = "Export the model again."
-
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #8f58bb33
 def write_model_file(
@@ -105,7 +101,6 @@ def write_model_file(
         temporary.write_bytes(content)
     return check_checksum(content, path)
 
-
 # %% ../../nbs/06_inference/20_model_file.ipynb #97d009de
 class ModelFile(NamedTuple):
     "An opened model file."
@@ -113,7 +108,6 @@ class ModelFile(NamedTuple):
     session: onnxruntime.InferenceSession  # takes the arrays that `info["input"]` says, gives probabilities and features
     info: dict[str, Any]  # the description, and `sha256`
     constants: dict[str, np.ndarray]  # float32 arrays
-
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #d3c7b0ca
 def open_model_file(
@@ -137,7 +131,6 @@ def open_model_file(
         raise ModelError(f"{file}: its network gives {outputs}, not {expected}. {_AGAIN}")
     return ModelFile(session, info | {"sha256": digest}, constants)
 
-
 # %% ../../nbs/06_inference/20_model_file.ipynb #e37348fd
 def _read_content(file: str | os.PathLike) -> bytes:
     "All bytes of a file of a possible size; pipes and devices would never end. Raises ModelError."
@@ -151,7 +144,6 @@ def _read_content(file: str | os.PathLike) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ModelError(f"{file}: cannot be read: {error.strerror}. Check the path of the model file.") from None
-
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #69817f77
 def _start_session(content: bytes, file: str | os.PathLike, threads: int | None) -> onnxruntime.InferenceSession:
