@@ -376,7 +376,12 @@ class KerasClassifier(ImageClassifier):
             keras.callbacks.TerminateOnNaN(),
             keras.callbacks.LambdaCallback(on_epoch_end=end_epoch),
         ]
-        network.compile(keras.optimizers.Adam(learning_rate), loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+        network.compile(
+            keras.optimizers.Adam(learning_rate),
+            loss="sparse_categorical_crossentropy",
+            metrics=["accuracy"],
+            jit_compile=False,  # XLA takes longer to compile these networks than a short training takes
+        )
         arguments = {"epochs": self.epochs, "verbose": 0, "callbacks": callbacks} | data | (self.train_arguments or {})
         table = pd.DataFrame(network.fit(**arguments).history)
         table = table.assign(epoch=np.arange(1, len(table) + 1), seconds=np.diff(seconds)[: len(table)])
