@@ -160,7 +160,7 @@ def test_frozen_backbones_are_computed_once_and_read_by_their_models():
     assert {name for name in steps if name.startswith("features-")} == {"features-mobilenet_v2", "features-efficientnet_b0"}
     readers = {name for name, step in steps.items() if "features/mobilenet_v2.npz" in step.reads}
     expected = {"train-mobilenet_v2", "train-dual_channel", "export-mobilenet_v2", "export-dual_channel"}
-    assert readers == expected | {"cross-validate", "shortcut-audit", "report"}
+    assert readers == expected | {"cross-validate", "report"}
     assert not any("nasnet" in path for path in steps["train-nasnet_mobile"].reads)
 
 
