@@ -24,33 +24,10 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # %% auto #0
-__all__ = [
-    "OUTPUT_MARKER",
-    "shown",
-    "shown_lines",
-    "counted",
-    "OutputError",
-    "writing",
-    "atomic_path",
-    "check_output",
-    "mark_output_folder",
-    "is_output_folder",
-    "remove_unfinished",
-    "unique_names",
-    "exclusive",
-    "file_sha256",
-    "finished_row",
-    "save_record",
-    "safe_cell",
-    "restored_cell",
-    "write_table",
-    "TableError",
-    "read_table",
-    "shown_table",
-    "write_json",
-    "read_json",
-    "set_sha256",
-]
+__all__ = ['OUTPUT_MARKER', 'shown', 'shown_lines', 'counted', 'OutputError', 'writing', 'atomic_path', 'check_output',
+           'mark_output_folder', 'is_output_folder', 'remove_unfinished', 'unique_names', 'exclusive', 'file_sha256',
+           'finished_row', 'save_record', 'safe_cell', 'restored_cell', 'write_table', 'TableError', 'read_table',
+           'shown_table', 'write_json', 'read_json', 'set_sha256']
 
 # %% ../../nbs/01_data/10_files.ipynb #15819cb8
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
@@ -83,7 +60,6 @@ def counted(
     "A number with its noun: 1 image, 2 images."
     return f"{number} {what}{'' if number == 1 else 's'}"
 
-
 # %% ../../nbs/01_data/10_files.ipynb #1170949f
 class OutputError(LeukemiaError, OSError):
     "A file that could not be written; the message names it, the reason and the remedy, errno is the system's."
@@ -113,7 +89,6 @@ def _output_error(path: Path, number: int, left: str = "") -> OutputError:
     problem = OutputError(f"{path}: cannot be written: {os.strerror(number)}. {_REMEDIES[number]}. {left}".strip())
     problem.errno = number
     return problem
-
 
 # %% ../../nbs/01_data/10_files.ipynb #91c7b2aa
 @contextmanager
@@ -153,7 +128,6 @@ def _error_of_writing(path: Path) -> int | None:
             probe.unlink()
     return None
 
-
 # %% ../../nbs/01_data/10_files.ipynb #c5d1f0e2
 @contextmanager
 def atomic_path(
@@ -185,7 +159,6 @@ def _check_regular(path: Path) -> None:
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OutputError(f"{path}: is a device, pipe or socket. Choose the name of a file.")
 
-
 # %% ../../nbs/01_data/10_files.ipynb #0b6e5d7c
 _MAX_NAME = 255  # bytes of one file name on common file systems
 
@@ -209,7 +182,6 @@ def check_output(
     if not os.access(there, os.W_OK | os.X_OK):
         raise _output_error(path, errno.EACCES)
 
-
 # %% ../../nbs/01_data/10_files.ipynb #6a195cda
 OUTPUT_MARKER = ".leukemia_nb-output"  # file name
 _MARKER_TEXT = "Signature: leukemia_nb output, left out by its searches. Delete this file to use the images as data.\n"
@@ -225,14 +197,12 @@ def mark_output_folder(
             temporary.write_text(_MARKER_TEXT, encoding="utf-8")
     return folder
 
-
 # %% ../../nbs/01_data/10_files.ipynb #4d126b11
 def is_output_folder(
     folder: str | os.PathLike,  # any folder
 ) -> bool:
     "Whether leukemia_nb wrote a folder, by its marker; folders inside a marked one do not count."
     return os.path.isfile(os.path.join(folder, OUTPUT_MARKER))
-
 
 # %% ../../nbs/01_data/10_files.ipynb #3652e6dc
 def remove_unfinished(
@@ -242,7 +212,6 @@ def remove_unfinished(
     for path in Path(folder).rglob(".part-*"):
         if path.is_file():
             path.unlink(missing_ok=True)
-
 
 # %% ../../nbs/01_data/10_files.ipynb #b3c7a813
 def _shortened(name: str, ending: str, most: int) -> str:
@@ -271,7 +240,6 @@ def unique_names(
         found.append(name)
     return found
 
-
 # %% ../../nbs/01_data/10_files.ipynb #64128de3
 @contextmanager
 def exclusive(
@@ -296,7 +264,6 @@ def exclusive(
     finally:
         lock.release()
 
-
 # %% ../../nbs/01_data/10_files.ipynb #9493eef2
 def file_sha256(
     path: str | os.PathLike,  # any file
@@ -304,7 +271,6 @@ def file_sha256(
     "SHA-256 of a file, read in pieces."
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 # %% ../../nbs/01_data/10_files.ipynb #a1d1d4a9
 def finished_row(
@@ -331,7 +297,6 @@ def save_record(
     text = json.dumps({"made_from": made_from, "files": files, "row": row}, indent=1)
     with atomic_path(record, durable=False) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
 
 # %% ../../nbs/01_data/10_files.ipynb #4fba9392
 _FORMULA = r"'*[=+\-@\t\r\n＝＋－＠]"
@@ -362,7 +327,6 @@ def _changed(table: DataFrame, change: Callable[[Any], Any]) -> DataFrame:
             table.isetitem(place, table.iloc[:, place].map(change))
     return table
 
-
 # %% ../../nbs/01_data/10_files.ipynb #e2d4a6f8
 _TEXT = ("pair", "class", "path", "sha256", "problem", "flip", "flag", "subset", "group", "original", "segmented", "cells")
 
@@ -380,7 +344,6 @@ def write_table(
         text = table.to_csv(index=False, float_format=float_format, lineterminator="\r\n")
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode("utf-8-sig" if excel else "utf-8"))
-
 
 # %% ../../nbs/01_data/10_files.ipynb #38bbdbc0
 class TableError(LeukemiaError, OSError):
@@ -407,14 +370,12 @@ def read_table(
         raise TableError(f"{path}: not a table, or damaged ({str(error).strip()}). Make it again, or remove it.") from error
     return _changed(table.fillna({name: "" for name in text if name in table}), restored_cell)
 
-
 # %% ../../nbs/01_data/10_files.ipynb #1dea5eed
 def shown_table(
     table: DataFrame,  # any table
 ) -> DataFrame:  # a copy
     "A table for people to look at: every text as `shown`."
     return _changed(table, lambda value: shown(value) if isinstance(value, str) else value)
-
 
 # %% ../../nbs/01_data/10_files.ipynb #a9b8c7d6
 def write_json(
@@ -426,7 +387,6 @@ def write_json(
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
-
 # %% ../../nbs/01_data/10_files.ipynb #e3cf1342
 def read_json(
     folder: str | os.PathLike,  # run folder
@@ -435,7 +395,6 @@ def read_json(
     "A JSON file of a study; empty where there is none."
     path = Path(folder).joinpath(*names)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
 
 # %% ../../nbs/01_data/10_files.ipynb #5a744fac
 def set_sha256(

@@ -31,21 +31,8 @@ if TYPE_CHECKING:
     from tifffile import TiffFile, TiffPage
 
 # %% auto #0
-__all__ = [
-    "MAX_PIXELS",
-    "MAX_SIDE",
-    "MIN_SIDE",
-    "SCALE_BAR_CORNER",
-    "SUFFIXES",
-    "ImageError",
-    "read_image",
-    "show_images",
-    "image_problem",
-    "as_rgb",
-    "resize_square",
-    "read_grey",
-    "write_image",
-]
+__all__ = ['MAX_PIXELS', 'MAX_SIDE', 'MIN_SIDE', 'SCALE_BAR_CORNER', 'SUFFIXES', 'ImageError', 'read_image', 'show_images',
+           'image_problem', 'as_rgb', 'resize_square', 'read_grey', 'write_image']
 
 # %% ../../nbs/01_data/20_images.ipynb #b45b7d59
 MAX_PIXELS = 50_000_000  # 150 MB decoded; the largest images of the study have 5 million
@@ -70,7 +57,6 @@ def _check_size(width: int, height: int) -> None:
     if min(width, height) < MIN_SIDE:
         raise ImageError(f"too small, {size}; {MIN_SIDE} pixels a side at least. Remove it.")
 
-
 # %% ../../nbs/01_data/20_images.ipynb #1630ac86
 @contextmanager
 def _errors_about(name: str | os.PathLike) -> Iterator[None]:
@@ -91,7 +77,6 @@ def _errors_about(name: str | os.PathLike) -> Iterator[None]:
 
 _AS_PNG = "Save it as 8-bit RGB PNG."
 
-
 # %% ../../nbs/01_data/20_images.ipynb #042304bd
 def _eight_bits(
     values: np.ndarray,  # uint16, any shape; or uint8, the upper halves of such
@@ -110,7 +95,6 @@ def _eight_bits(
             f"and it does not declare which. {_AS_PNG}"
         )
     return upper
-
 
 # %% ../../nbs/01_data/20_images.ipynb #efcffcd4
 _TRANSPOSE = Image.Transpose
@@ -133,7 +117,6 @@ def _upright(image: Image.Image) -> Image.Image:
         return image  # no readable EXIF
     return image if method is None else image.transpose(method)
 
-
 # %% ../../nbs/01_data/20_images.ipynb #4cd70af1
 @lru_cache(maxsize=8)
 def _transform_to_srgb(profile: bytes) -> tuple[str, ImageCmsTransform | None] | None:
@@ -153,7 +136,6 @@ def _transform_to_srgb(profile: bytes) -> tuple[str, ImageCmsTransform | None] |
             return mode, None
     return mode, transform
 
-
 # %% ../../nbs/01_data/20_images.ipynb #592fca1b
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     "RGB image of one in mode L, RGB or CMYK; without a profile that fits, its colours are taken for sRGB."
@@ -161,7 +143,6 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     if mode == "RGB" and image.mode == "L":  # grey photographs often carry sRGB
         image = image.convert("RGB")
     return transform.apply(image) if transform and mode == image.mode else image.convert("RGB")
-
 
 # %% ../../nbs/01_data/20_images.ipynb #ba98afc7
 _OPAQUE_MODES = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}  # without transparency and palette; all others: RGB
@@ -186,7 +167,6 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         if opaque:
             colours = Image.composite(colours, Image.new("RGB", colours.size, "white"), alpha)
     return np.array(colours)
-
 
 # %% ../../nbs/01_data/20_images.ipynb #70e5c74c
 def _only_page(file: TiffFile) -> TiffPage:
@@ -219,14 +199,12 @@ def _check_samples(page: TiffPage) -> None:
     if not 0 <= page.samplesperpixel - _COLOURS[page.photometric] <= 1:
         raise ImageError(f"it has {page.samplesperpixel} channels where {_COLOURS[page.photometric]} are expected. {_AS_PNG}")
 
-
 # %% ../../nbs/01_data/20_images.ipynb #19e47187
 def _used_bits(page: TiffPage) -> int:
     "Bits that a page's MaxSampleValue declares, or 16."
     declared = page.tags.valueof(281, default=0)
     most = {declared} if isinstance(declared, int) else set(declared)
     return next((bits for bits in range(9, 16) if most == {2**bits - 1}), 16)
-
 
 # %% ../../nbs/01_data/20_images.ipynb #578cea68
 def _image_of(page: TiffPage) -> Image.Image:
@@ -273,7 +251,6 @@ def _decode_tiff(data: bytes) -> Image.Image:
     _eight_bits(np.asarray(image.convert("RGB")))  # Pillow keeps the upper bytes
     return image
 
-
 # %% ../../nbs/01_data/20_images.ipynb #d157d96e
 _PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"acTL", b"IEND", b"iCCP", b"eXIf")
 
@@ -290,7 +267,6 @@ def _png_pixels(data: bytes) -> bytes:
             kept.append(data[at:end])
         at = end
     return b"".join(kept)
-
 
 # %% ../../nbs/01_data/20_images.ipynb #66873efb
 _FORMATS: dict[bytes, Callable] = {  # first bytes: Pillow's reader
@@ -320,7 +296,6 @@ def _decode(data: bytes) -> Image.Image:
         _eight_bits(np.asarray(image.convert("RGB")))
     return image
 
-
 # %% ../../nbs/01_data/20_images.ipynb #33d5fe82
 def _content(path: str | os.PathLike) -> bytes:
     "The bytes of a file of a size that an image can have. Raises `ImageError`."
@@ -341,7 +316,6 @@ def _content(path: str | os.PathLike) -> bytes:
         reason = getattr(error, "strerror", error)
         raise ImageError(f"cannot be opened: {reason}. Check what it is and who may read it.") from None
 
-
 # %% ../../nbs/01_data/20_images.ipynb #5ed88bf0
 SCALE_BAR_CORNER = (0.16, 0.22)  # height and width of the corner, as proportions of the image's
 
@@ -355,7 +329,6 @@ def read_image(
     "Read an image as sRGB, upright. Raises `ImageError`, naming the file and the remedy."
     with _errors_about(path):
         return _to_rgb(_decode(_content(path)))
-
 
 # %% ../../nbs/01_data/20_images.ipynb #dc9a425f
 def show_images(
@@ -376,7 +349,6 @@ def show_images(
             axis.set_title(title, fontsize=8)
     return figure
 
-
 # %% ../../nbs/01_data/20_images.ipynb #3652e6db
 def image_problem(
     path: str | os.PathLike,  # the image
@@ -391,7 +363,6 @@ def image_problem(
         return f"{path}: not enough memory for it. Use fewer processes (--n-jobs), or scale the image down."
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return f"{path}: cannot be processed ({reason}). Cut out fields of it, or remove it."
-
 
 # %% ../../nbs/01_data/20_images.ipynb #5a35ee9e
 def as_rgb(
@@ -417,7 +388,6 @@ def as_rgb(
         _check_size(*image.shape[1::-1])
     return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
 
-
 # %% ../../nbs/01_data/20_images.ipynb #dc9a425e
 def resize_square(
     image: np.ndarray,  # uint8 (H, W) or (H, W, 3)
@@ -430,7 +400,6 @@ def resize_square(
         return image
     shrinks = min(image.shape[:2]) >= size
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-
 
 # %% ../../nbs/01_data/20_images.ipynb #131614c9
 def read_grey(
@@ -449,7 +418,6 @@ def read_grey(
         if found.ndim != 2:
             raise ImageError(f"{found.shape[-1]} channels, where a mask has one. Check the path.")
         return found.astype(np.uint8 if found.dtype == np.uint8 else np.uint16, copy=False)
-
 
 # %% ../../nbs/01_data/20_images.ipynb #45f8c7d8
 _JPEG, _LOSSLESS16 = (".jpg", ".jpeg", ".jpe", ".jfif"), (".png", ".tif", ".tiff")

@@ -22,26 +22,9 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # %% auto #0
-__all__ = [
-    "CLASSES",
-    "FOUR_CLASSES",
-    "IGNORED_FOLDERS",
-    "NO_IMAGES",
-    "ARCHIVES",
-    "COLUMNS",
-    "KAGGLE_SET",
-    "class_of",
-    "ImageSearch",
-    "check_folder",
-    "check_apart",
-    "search_images",
-    "find_images",
-    "Selection",
-    "select_classes",
-    "build_manifest",
-    "check_manifest",
-    "fetch_kaggle",
-]
+__all__ = ['CLASSES', 'FOUR_CLASSES', 'IGNORED_FOLDERS', 'NO_IMAGES', 'ARCHIVES', 'COLUMNS', 'KAGGLE_SET', 'class_of',
+           'ImageSearch', 'check_folder', 'check_apart', 'search_images', 'find_images', 'Selection', 'select_classes',
+           'build_manifest', 'check_manifest', 'fetch_kaggle']
 
 # %% ../../nbs/01_data/30_manifest.ipynb #49895644
 CLASSES = ("Normal", "Pre-B", "Pro-B")
@@ -67,7 +50,6 @@ def class_of(
 ) -> str | None:  # one of FOUR_CLASSES, or None
     "Class that a folder's name means, or None."
     return _FOLDER_NAMES.get(re.sub(r"malignant|[\W_]", "", unicodedata.normalize("NFKC", folder_name).lower()))
-
 
 # %% ../../nbs/01_data/30_manifest.ipynb #af8d9c2f
 IGNORED_FOLDERS = ("truth", "segmented", "masks")  # folders, in any case
@@ -98,7 +80,6 @@ class ImageSearch:
         if self.unreachable:
             text += f", {len(self.unreachable)} could not be reached"
         return shown(text)
-
 
 # %% ../../nbs/01_data/30_manifest.ipynb #b7a1c0de
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
@@ -144,7 +125,6 @@ def _marked(folder: str | os.PathLike) -> Path | None:
             return None
     return None
 
-
 # %% ../../nbs/01_data/30_manifest.ipynb #5ea7c4f1
 def _real(path: str | os.PathLike) -> Path:
     return Path(os.path.realpath(path))
@@ -177,7 +157,6 @@ def _skip_file(entry: os.DirEntry[str]) -> str:
     if suffix not in SUFFIXES:
         return f"{suffix} files" if suffix else "files without a suffix"
     return ""
-
 
 # %% ../../nbs/01_data/30_manifest.ipynb #d3adb33f
 def _search(here: Path, linked: bool, search: ImageSearch, exclude: Path | None, seen: set) -> None:
@@ -214,7 +193,6 @@ def _search(here: Path, linked: bool, search: ImageSearch, exclude: Path | None,
         else:
             search.paths.append(path)
 
-
 # %% ../../nbs/01_data/30_manifest.ipynb #214083e0
 def search_images(
     folder: str | os.PathLike,  # searched with all that is below it
@@ -229,7 +207,6 @@ def search_images(
         found.sort()
     return search
 
-
 # %% ../../nbs/01_data/30_manifest.ipynb #decade01
 def find_images(
     folder: str | os.PathLike,  # searched with all that is below it
@@ -243,7 +220,6 @@ def _class_of_path(path: Path, folder: Path) -> str | None:
     "Class of the nearest folder above an image, up to `folder` itself, whose name means one."
     names = [parent.name for parent in path.parents if parent == folder or folder in parent.parents]
     return next((found for found in map(class_of, names) if found), None)
-
 
 # %% ../../nbs/01_data/30_manifest.ipynb #b1d75bb6
 COLUMNS = ("pair", "class", "path", "sha256", "width", "height", "problem")
@@ -262,7 +238,6 @@ def _examine(path: Path, missed: str) -> tuple[str, int, int, str]:
     except ImageError as error:
         return digest, 0, 0, str(error)
     return digest, width, height, ""
-
 
 # %% ../../nbs/01_data/30_manifest.ipynb #dc56a53b
 def _name_pairs(labels: Sequence[str], paths: Sequence[Path]) -> list[str]:
@@ -286,7 +261,6 @@ def _mark_two_classes(manifest: DataFrame) -> None:
             others = ", ".join(same.loc[same["class"] != label, "path"])
             problem = f"{path}: the same image lies under another class: {others}. Remove the wrong one."
             manifest.loc[index, "problem"] = shown(problem)
-
 
 # %% ../../nbs/01_data/30_manifest.ipynb #0dd72185
 @dataclass
@@ -324,7 +298,6 @@ def select_classes(
         raise ImageError(_nothing_found(selection, classes))
     return selection
 
-
 # %% ../../nbs/01_data/30_manifest.ipynb #3586416d
 def _nothing_found(selection: Selection, classes: Sequence[str]) -> str:
     "Why there is no manifest, and what to do."
@@ -338,7 +311,6 @@ def _nothing_found(selection: Selection, classes: Sequence[str]) -> str:
     there = f"{counted(others, 'image')}, but in no folder of the classes {', '.join(classes)}"
     names = f" (found: {', '.join(unknown[:8])})" if unknown else ""
     return f"{search.folder}: {there}{names}. Sort them into folders named after the classes, such as Benign, Pre, Pro."
-
 
 # %% ../../nbs/01_data/30_manifest.ipynb #9f2c57f6
 def build_manifest(
@@ -369,7 +341,6 @@ def build_manifest(
     _mark_two_classes(manifest)
     return manifest[list(COLUMNS)]
 
-
 # %% ../../nbs/01_data/30_manifest.ipynb #15151153
 def check_manifest(
     manifest: DataFrame,  # as of build_manifest
@@ -387,7 +358,6 @@ def check_manifest(
             need = f"has {counted(good, 'usable image')}, fewer than the {minimum} that a split needs"
             raise ImageError(f"class {label} {need}{bad}. Add images, or leave the class out.")
     return usable.reset_index(drop=True)
-
 
 # %% ../../nbs/01_data/30_manifest.ipynb #8bedeb9a
 KAGGLE_SET = "mohammadamireshraghi/blood-cell-cancer-all-4class"

@@ -37,19 +37,8 @@ if TYPE_CHECKING:
     from ipywidgets import Widget
 
 # %% auto #0
-__all__ = [
-    "MAX_UPLOAD",
-    "POLICY",
-    "read_upload",
-    "image_html",
-    "headline",
-    "predictions_html",
-    "saliency_map",
-    "drop_zone",
-    "Panel",
-    "panel",
-    "serve",
-]
+__all__ = ['MAX_UPLOAD', 'POLICY', 'read_upload', 'image_html', 'headline', 'predictions_html', 'saliency_map', 'drop_zone',
+           'Panel', 'panel', 'serve']
 
 # %% ../../nbs/06_inference/60_app.ipynb #deaf59ba
 MAX_UPLOAD = 64  # megabytes
@@ -72,7 +61,6 @@ def read_upload(
         except ImageError as error:
             raise ImageError(str(error).replace(str(file), name)) from None
 
-
 # %% ../../nbs/06_inference/60_app.ipynb #5fa4bbab
 def image_html(
     name: str,  # the file's name
@@ -94,7 +82,6 @@ def _outline(mask: np.ndarray) -> dict[str, Any]:
     height, width = mask.shape
     x, y = min(np.concatenate(contours)[:, 0], key=lambda point: point[1])
     return {"path": path, "x": min(max(x, width // 60), width - width // 60), "y": max(y - height // 100, height // 30)}
-
 
 # %% ../../nbs/06_inference/60_app.ipynb #a001dd97
 def headline(
@@ -122,7 +109,6 @@ def headline(
     )
     return f"{who} {name}", f"{', '.join(abstaining)}." if abstaining else "None abstains."
 
-
 # %% ../../nbs/06_inference/60_app.ipynb #0284cf00
 def predictions_html(
     rows: Sequence[dict[str, Any]],  # one prediction a model
@@ -138,7 +124,6 @@ def predictions_html(
     coloured = list(zip(classes, class_colours(classes)))
     return render_template("app_predictions.html.j2", rows=lines, classes=coloured, headline=words, sentence=sentence)
 
-
 # %% ../../nbs/06_inference/60_app.ipynb #d59ea978
 def saliency_map(
     model: Predictor,  # an exported model
@@ -153,7 +138,6 @@ def saliency_map(
     energy, area, _ = energy_pointing_game(heat, mask)
     text = f"{energy:.0%} on the cells, {area:.0%} by chance" if heat.any() else "no part alone changes the prediction"
     return {"title": shown(model.info["title"]), "source": data_uri(overlay(image, heat), 480), "text": text}
-
 
 # %% ../../nbs/06_inference/60_app.ipynb #970d8f71
 def drop_zone(
@@ -173,7 +157,6 @@ def drop_zone(
 
     zone.on_msg(arrived)
     return zone
-
 
 # %% ../../nbs/06_inference/60_app.ipynb #863dca59
 class _Layout:
@@ -203,7 +186,6 @@ class _Layout:
             part.value = ""
         self.message.value = render_template("app_error.html.j2", message=shown(message)) if message else ""
         self.button.layout.display = "none"
-
 
 # %% ../../nbs/06_inference/60_app.ipynb #b4a6a9a3
 class Panel(_Layout):
@@ -259,7 +241,6 @@ class Panel(_Layout):
 
         display(self.widget)
 
-
 # %% ../../nbs/06_inference/60_app.ipynb #cad12a49
 def panel(
     run: str | os.PathLike | None = None,  # a study's run folder; None: $LEUKEMIA_NB_RUN, else runs/synthetic
@@ -272,13 +253,11 @@ def panel(
     except ModelError as error:
         return Panel([], f"{error} Then open this page again; for another run: make app RUN=runs/name.")
 
-
 # %% ../../nbs/06_inference/60_app.ipynb #d10305c4
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; frame-ancestors 'self'; base-uri 'self'; form-action 'self'"
 )
-
 
 # %% ../../nbs/06_inference/60_app.ipynb #473c96a3
 def serve(

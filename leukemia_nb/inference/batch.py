@@ -40,20 +40,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # %% auto #0
-__all__ = [
-    "find_inputs",
-    "PredictionTask",
-    "predict_batch",
-    "unfinished_file",
-    "read_unfinished",
-    "predict_files",
-    "exported_models",
-    "open_predictors",
-    "compare_models",
-    "format_comparison",
-    "compare_files",
-]
-
+__all__ = ['find_inputs', 'PredictionTask', 'predict_batch', 'unfinished_file', 'read_unfinished', 'predict_files',
+           'exported_models', 'open_predictors', 'compare_models', 'format_comparison', 'compare_files']
 
 # %% ../../nbs/06_inference/40_batch.ipynb #9a752a31
 def find_inputs(
@@ -80,7 +68,6 @@ def _matches(pattern: str) -> list[str]:
     literal = glob.glob(pattern.replace("[", "[[]"), recursive=True)
     return sorted(literal or glob.glob(pattern, recursive=True))
 
-
 # %% ../../nbs/06_inference/40_batch.ipynb #a3cb290f
 def _search(given: str, matches: Sequence[str], exclude: str | os.PathLike) -> ImageSearch:
     "Files, and images in folders; none of a folder that leukemia_nb wrote."
@@ -96,7 +83,6 @@ def _search(given: str, matches: Sequence[str], exclude: str | os.PathLike) -> I
             known = getattr(whole, name)
             known.extend(each for each in getattr(part, name) if each not in known)
     return whole
-
 
 # %% ../../nbs/06_inference/40_batch.ipynb #ac59acf5
 @dataclass(frozen=True)
@@ -119,12 +105,10 @@ class PredictionTask:
         kinds = ["cells", "saliency"][: 1 + self.saliency] if self.overlays else []
         return {kind: Path(self.overlays, f"{name}-{kind}.jpg") for kind in kinds}
 
-
 # %% ../../nbs/06_inference/40_batch.ipynb #f37e0a4f
 @functools.lru_cache(maxsize=1)
 def _open_predictor(file: str, threads: int | None, modified: float) -> Predictor:
     return Predictor(file, threads=threads)
-
 
 # %% ../../nbs/06_inference/40_batch.ipynb #17c6333b
 def predict_batch(
@@ -146,7 +130,6 @@ def predict_batch(
             row["error"] = describe_error(row["path"], error)
     return rows
 
-
 # %% ../../nbs/06_inference/40_batch.ipynb #97a923ff
 def _check_outputs(
     paths: Sequence[str], task: PredictionTask, out: str | os.PathLike | None, json_file: str | os.PathLike | None
@@ -166,7 +149,6 @@ def _check_outputs(
                 what = "the model file" if read == task.model else "one of the images"
                 raise OutputError(f"{file}: is {what}. Choose another name for the predictions.")
 
-
 # %% ../../nbs/06_inference/40_batch.ipynb #8c1fdc5c
 def unfinished_file(
     out: str | os.PathLike | None,  # CSV file that is wanted
@@ -182,7 +164,6 @@ def _append(journal: Path, rows: Sequence[dict[str, Any]]) -> None:
         lines.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
         lines.flush()
         os.fsync(lines.fileno())
-
 
 # %% ../../nbs/06_inference/40_batch.ipynb #7e5be2b9
 def read_unfinished(
@@ -200,7 +181,6 @@ def read_unfinished(
             rows[row["path"]] = row
     return rows
 
-
 # %% ../../nbs/06_inference/40_batch.ipynb #f1985d7c
 def _resume(journal: Path, paths: Sequence[str], task: PredictionTask) -> set[str]:
     "Reduce a journal to the rows that still hold, and return their paths."
@@ -217,7 +197,6 @@ def _still_holds(row: dict[str, Any], task: PredictionTask) -> bool:
     if row["error"] or not os.path.isfile(row["path"]) or file_sha256(row["path"]) != row["sha256"]:
         return False
     return all(file.is_file() for file in task.overlay_files(row).values())
-
 
 # %% ../../nbs/06_inference/40_batch.ipynb #a2d9f910
 def _write_tables(
@@ -238,7 +217,6 @@ def _write_tables(
         write_json(json_file, ordered)
     journal.unlink()
 
-
 # %% ../../nbs/06_inference/40_batch.ipynb #bc3a0c0e
 def _run_batches(paths: Sequence[str], task: PredictionTask, size: int, n_jobs: int | None) -> Iterator[list[dict[str, Any]]]:
     "Rows of batches as they are done; the first file is a batch of its own, so that something is seen at once."
@@ -255,7 +233,6 @@ def _run_batches(paths: Sequence[str], task: PredictionTask, size: int, n_jobs: 
         reason = "a worker process was killed; memory may have run out"
         raise ClusterError(f"{reason}. Give the same command with a smaller --batch-size or fewer --n-jobs.") from None
 
-
 # %% ../../nbs/06_inference/40_batch.ipynb #0a5dbd24
 @contextmanager
 def _sole_writer(task: PredictionTask, outputs: Sequence[str | os.PathLike]) -> Iterator[None]:
@@ -266,7 +243,6 @@ def _sole_writer(task: PredictionTask, outputs: Sequence[str | os.PathLike]) -> 
         if task.overlays:
             mark_output_folder(task.overlays)
         yield
-
 
 # %% ../../nbs/06_inference/40_batch.ipynb #651a7b0f
 def predict_files(
@@ -298,7 +274,6 @@ def predict_files(
             raise type(error)(f"{error} {hint}".strip()) from error
     return len(kept)
 
-
 # %% ../../nbs/06_inference/40_batch.ipynb #3fe6a331
 def exported_models(
     run: str | os.PathLike,  # a study's run folder
@@ -313,7 +288,6 @@ def exported_models(
             f"{run}: no exported models in it (exported/*.onnx). Resume the study: `leukemia_nb study … --run {run}`."
         )
     return files
-
 
 # %% ../../nbs/06_inference/40_batch.ipynb #a1aa49f2
 def open_predictors(
@@ -332,7 +306,6 @@ def open_predictors(
     for predictor, title in zip(opened, unique_names(predictor.info["title"] for predictor in opened)):
         predictor.info["title"] = title
     return opened
-
 
 # %% ../../nbs/06_inference/40_batch.ipynb #746300a0
 def compare_models(
@@ -359,7 +332,6 @@ def compare_models(
         raise ImageError("No image can be read. Check the paths.")
     return compared[[name for name in compared if name != "error"] + ["error"]]
 
-
 # %% ../../nbs/06_inference/40_batch.ipynb #73a4dcd4
 def format_comparison(
     table: DataFrame,  # from `compare_models`
@@ -375,7 +347,6 @@ def format_comparison(
         lines.append([shown(image), row["true label"] or "-", *cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)
-
 
 # %% ../../nbs/06_inference/40_batch.ipynb #109fabeb
 def compare_files(

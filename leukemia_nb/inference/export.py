@@ -30,16 +30,8 @@ if TYPE_CHECKING:
     from leukemia_nb.processing.dataset import Pairs
 
 # %% auto #0
-__all__ = [
-    "EXPORTERS",
-    "export_network",
-    "run_network",
-    "fit_safe_temperature",
-    "covers",
-    "choose_thresholds",
-    "weights_version",
-    "export_model",
-]
+__all__ = ['EXPORTERS', 'export_network', 'run_network', 'fit_safe_temperature', 'covers', 'choose_thresholds', 'weights_version',
+           'export_model']
 
 # %% ../../nbs/06_inference/50_export.ipynb #c08eefa6
 _OPSET = 18  # version of ONNX' operators
@@ -63,7 +55,6 @@ def _export_keras(model: Any) -> onnx.ModelProto:
     _rename_outputs(exported, ("probabilities", "features"))
     return exported
 
-
 # %% ../../nbs/06_inference/50_export.ipynb #1a8c626d
 def _make_constant(network: Any, keras: Any) -> None:
     "Turn the tensors of `Normalization` layers into arrays, in a network and in those inside it."
@@ -82,7 +73,6 @@ def _rename_outputs(network: onnx.ModelProto, names: Sequence[str]) -> None:
         node.output[:] = [renamed.get(name, name) for name in node.output]
     for output in network.graph.output:
         output.name = renamed[output.name]
-
 
 # %% ../../nbs/06_inference/50_export.ipynb #94a0bf5b
 def _export_torch(model: Any) -> onnx.ModelProto:
@@ -103,7 +93,6 @@ def _export_torch(model: Any) -> onnx.ModelProto:
 
     example = torch.zeros((2, model.image_size, model.image_size, 3), dtype=torch.uint8)
     return _trace(Classifier(model.network_.model.model, [names.index(name) for name in model.classes_]), example, "original")
-
 
 # %% ../../nbs/06_inference/50_export.ipynb #bb89969c
 def _trace(module: Any, example: Any, name: str) -> onnx.ModelProto:
@@ -127,7 +116,6 @@ def _trace(module: Any, example: Any, name: str) -> onnx.ModelProto:
         )
     return onnx.load_model_from_string(written.getvalue())
 
-
 # %% ../../nbs/06_inference/50_export.ipynb #f4ece443
 def _export_cells(model: Any) -> onnx.ModelProto:
     "A fitted `CellClassifier` as ONNX, in double precision."
@@ -148,7 +136,6 @@ def _export_cells(model: Any) -> onnx.ModelProto:
             return torch.where(number > 0, scores.softmax(1), self.prior).float(), features.float()
 
     return _trace(Classifier(), torch.zeros((2, len(FEATURE_NAMES))), "cells")
-
 
 # %% ../../nbs/06_inference/50_export.ipynb #a2f4b6cc
 def _perceptron(layers: Sequence[tuple[np.ndarray, np.ndarray]]) -> Any:
@@ -173,7 +160,6 @@ def _aggregate(cells: Any, number: Any) -> Any:
     mean = cells.sum(0, keepdim=True) / number.clamp(min=1)
     return torch.cat([mean, (((cells - mean) ** 2).sum(0, keepdim=True) / number.clamp(min=1)).sqrt()], dim=1)
 
-
 # %% ../../nbs/06_inference/50_export.ipynb #3d1ce04b
 EXPORTERS: dict[str, Callable[[Any], Any]] = {"keras": _export_keras, "torch": _export_torch, "sklearn": _export_cells}
 
@@ -191,7 +177,6 @@ def export_network(
         return EXPORTERS[framework](model)
     except ImportError as error:
         raise ModelError(f"{model.name} cannot be exported: {error}. Install it: pip install '.[train]'.") from error
-
 
 # %% ../../nbs/06_inference/50_export.ipynb #4e234da5
 def run_network(
@@ -213,7 +198,6 @@ def run_network(
         found["statistics"].append(image_statistics(np.stack([each.square for each in prepared if each.square is not None])))
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
-
 # %% ../../nbs/06_inference/50_export.ipynb #cec22b36
 def fit_safe_temperature(
     labels: Sequence[str] | np.ndarray,  # n true classes of the validation images
@@ -232,7 +216,6 @@ def fit_safe_temperature(
         return 1.0, f"not calibrated: {len(labels)} validation images cannot determine the temperature"
     return temperature, ""
 
-
 # %% ../../nbs/06_inference/50_export.ipynb #100a08d9
 def covers(
     confidence: np.ndarray,  # float (n,), highest probability of each image
@@ -241,7 +224,6 @@ def covers(
 ) -> np.ndarray:  # bool (n,)
     "Which images a model predicts; the mean is its coverage."
     return (confidence >= thresholds["confidence"]) & (distance <= thresholds["distance"])
-
 
 # %% ../../nbs/06_inference/50_export.ipynb #2b9c9e79
 def choose_thresholds(
@@ -260,7 +242,6 @@ def choose_thresholds(
         chosen = thresholds
     return chosen
 
-
 # %% ../../nbs/06_inference/50_export.ipynb #e0add387
 def weights_version(
     network: onnx.ModelProto,  # from `export_network`
@@ -272,7 +253,6 @@ def weights_version(
         return f"{values.dtype} {values.shape} {hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()}"
 
     return set_sha256(digest(numpy_helper.to_array(tensor)) for tensor in network.graph.initializer)[:12]
-
 
 # %% ../../nbs/06_inference/50_export.ipynb #db70e307
 _RESEARCH_USE = "For research only. Not a medical device; no prediction of this model is medical advice."
@@ -303,7 +283,6 @@ def _describe_model(model: ImageClassifier, train: Pairs, val: Pairs, segmentati
         "card": card,
     }
 
-
 # %% ../../nbs/06_inference/50_export.ipynb #94554154
 def _scale(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     "Calibrated probabilities, as `Predictor` computes them."
@@ -319,7 +298,6 @@ def _test_entry(correct: np.ndarray, split: str) -> dict[str, Any]:
     interval = binomtest(int(correct.sum()), len(correct)).proportion_ci(method="exact")
     low, high = float(interval.low), float(interval.high)
     return {"n_correct": int(correct.sum()), "images": len(correct), "low": low, "high": high, "split": split}
-
 
 # %% ../../nbs/06_inference/50_export.ipynb #257fc731
 def export_model(

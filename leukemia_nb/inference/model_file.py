@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 # %% auto #0
-__all__ = ["FORMAT", "add_checksum", "check_checksum", "write_model_file", "ModelFile", "open_model_file"]
+__all__ = ['FORMAT', 'add_checksum', 'check_checksum', 'write_model_file', 'ModelFile', 'open_model_file']
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #7a4b97b2
 FORMAT = 3  # of model files; files of another format are refused
@@ -36,7 +36,6 @@ def add_checksum(
 ) -> bytes:  # the same, with its SHA-256 as the last metadata entry
     "Append the checksum of a model file."
     return content + _ENTRY + hashlib.sha256(content).hexdigest().encode()
-
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #045c6353
 def check_checksum(
@@ -52,7 +51,6 @@ def check_checksum(
         raise ModelError(f"{file}: damaged, its checksum does not match. Copy it again, or export the model again.")
     return found
 
-
 # %% ../../nbs/06_inference/20_model_file.ipynb #11012883
 _INPUTS = ("image", "pair", "cells")  # what a network takes: an image, an image with its segmented image, cell features
 
@@ -64,7 +62,6 @@ _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "image_size": int,
     "temperature": (int, float),
 }
-
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #0397abf8
 def _check_description(info: Any, file: str | os.PathLike) -> None:
@@ -85,7 +82,6 @@ def _check_description(info: Any, file: str | os.PathLike) -> None:
 
 _AGAIN = "Export the model again."
 
-
 # %% ../../nbs/06_inference/20_model_file.ipynb #8f58bb33
 def write_model_file(
     path: str | os.PathLike,  # file to be written, whole or not at all
@@ -105,7 +101,6 @@ def write_model_file(
         temporary.write_bytes(content)
     return check_checksum(content, path)
 
-
 # %% ../../nbs/06_inference/20_model_file.ipynb #97d009de
 class ModelFile(NamedTuple):
     "An opened model file."
@@ -113,7 +108,6 @@ class ModelFile(NamedTuple):
     session: onnxruntime.InferenceSession  # takes the arrays that `info["input"]` says, gives probabilities and features
     info: dict[str, Any]  # the description, and `sha256`
     constants: dict[str, np.ndarray]  # float32 arrays
-
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #d3c7b0ca
 def open_model_file(
@@ -137,7 +131,6 @@ def open_model_file(
         raise ModelError(f"{file}: its network gives {outputs}, not {expected}. {_AGAIN}")
     return ModelFile(session, info | {"sha256": digest}, constants)
 
-
 # %% ../../nbs/06_inference/20_model_file.ipynb #e37348fd
 def _read_content(file: str | os.PathLike) -> bytes:
     "All bytes of a file of a possible size; pipes and devices would never end. Raises ModelError."
@@ -151,7 +144,6 @@ def _read_content(file: str | os.PathLike) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ModelError(f"{file}: cannot be read: {error.strerror}. Check the path of the model file.") from None
-
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #69817f77
 def _start_session(content: bytes, file: str | os.PathLike, threads: int | None) -> onnxruntime.InferenceSession:

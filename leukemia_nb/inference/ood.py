@@ -12,8 +12,7 @@ import numpy as np
 from ..models.interface import ModelError
 
 # %% auto #0
-__all__ = ["image_statistics", "fit_distance", "mahalanobis_distance", "fit_ood", "ood_distance"]
-
+__all__ = ['image_statistics', 'fit_distance', 'mahalanobis_distance', 'fit_ood', 'ood_distance']
 
 # %% ../../nbs/06_inference/10_ood.ipynb #4c67df13
 def image_statistics(
@@ -39,7 +38,6 @@ def _shrink(images: np.ndarray, factor: int) -> np.ndarray:
 def _edge_strength(images: np.ndarray) -> np.ndarray:
     "Mean absolute difference of neighbouring pixels, down plus across, float (n, 3)."
     return sum(np.abs(np.diff(images, axis=axis)).mean(axis=(1, 2)) for axis in (1, 2))
-
 
 # %% ../../nbs/06_inference/10_ood.ipynb #e1b5492c
 def fit_distance(
@@ -69,7 +67,6 @@ def fit_distance(
     fitted = dict(mean=mean, scale=scale, axes=axes, whitening=whitening, centroids=centroids @ whitening, residual=residual)
     return {name: np.asarray(value, np.float32) for name, value in fitted.items()}
 
-
 # %% ../../nbs/06_inference/10_ood.ipynb #5eac3ff9
 def mahalanobis_distance(
     values: np.ndarray,  # float (n, d)
@@ -82,7 +79,6 @@ def mahalanobis_distance(
     difference = (scores @ fitted["whitening"])[:, None] - fitted["centroids"]
     nearest = (difference**2).sum(axis=2).min(axis=1)
     return np.sqrt((nearest + outside) / (len(fitted["whitening"]) + 1))
-
 
 # %% ../../nbs/06_inference/10_ood.ipynb #b4c5b9bd
 _DISTANCES = ("features", "statistics")
@@ -102,7 +98,6 @@ def fit_ood(
         fitted["reach"] = np.float32(max(reach, 1e-6))
         constants |= {f"{kind}_{name}": value for name, value in fitted.items()}
     return constants
-
 
 # %% ../../nbs/06_inference/10_ood.ipynb #411fff96
 def ood_distance(

@@ -29,27 +29,9 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # %% auto #0
-__all__ = [
-    "PreparedImage",
-    "describe_error",
-    "prepare_image",
-    "abstain_reasons",
-    "prediction_columns",
-    "format_confidence",
-    "format_row",
-    "describe_calibration",
-    "image_list",
-    "network_inputs",
-    "prepare_images",
-    "Predictor",
-    "Predictions",
-    "render_template",
-    "data_uri",
-    "find_image_cells",
-    "overlay",
-    "saliency",
-]
-
+__all__ = ['PreparedImage', 'describe_error', 'prepare_image', 'abstain_reasons', 'prediction_columns', 'format_confidence',
+           'format_row', 'describe_calibration', 'image_list', 'network_inputs', 'prepare_images', 'Predictor',
+           'Predictions', 'render_template', 'data_uri', 'find_image_cells', 'overlay', 'saliency']
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #e3489002
 class PreparedImage(NamedTuple):
@@ -59,7 +41,6 @@ class PreparedImage(NamedTuple):
     square: np.ndarray | None = None  # uint8 (S, S, 3) RGB; None where the image could not be read
     segmented: np.ndarray | None = None  # uint8 (S, S, 3) RGB, for models of pairs
     cells: np.ndarray | None = None  # float32 (m, 39), features of the cells, for the single-cell model
-
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #49e1daf5
 def describe_error(
@@ -72,7 +53,6 @@ def describe_error(
     reason = (str(error).splitlines() or ["no message"])[0]
     remedy = "Save the image as PNG, predict fewer at a time (--batch-size, --n-jobs), or report this."
     return f"{path or 'image'}: the software failed ({type(error).__name__}: {reason}). {remedy}"
-
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #33984db5
 def _prepare_pixels(pixels: Any, info: dict[str, Any], count: bool, row: dict[str, Any]) -> PreparedImage:
@@ -98,7 +78,6 @@ def _cell_features(square: np.ndarray, cells: np.ndarray, seed: int) -> np.ndarr
     crops, masks, *_ = cell_crops(resize_square(square, SIDE), labels, seed=seed)
     return np.array([cell_features(*cell) for cell in zip(crops, masks)], np.float32).reshape(-1, len(FEATURE_NAMES))
 
-
 # %% ../../nbs/06_inference/30_predictor.ipynb #2c578e77
 def prepare_image(
     image: str
@@ -120,7 +99,6 @@ def prepare_image(
     except Exception as error:  # one image must not end the prediction of the others
         return PreparedImage(row | {"error": describe_error(row["path"], error)})
 
-
 # %% ../../nbs/06_inference/30_predictor.ipynb #b8047329
 def abstain_reasons(
     confidence: float,  # highest probability
@@ -135,7 +113,6 @@ def abstain_reasons(
         "no cells found": n_cells == 0,
     }
     return "; ".join(text for text, holds in reasons.items() if holds)
-
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #fc679759
 def prediction_columns(
@@ -152,7 +129,6 @@ def prediction_columns(
         "abstain_reasons",
     ]
     return [*before, "n_cells", "cell_share", "flag", "sha256", "model", "model_version", "model_sha256", "error"]
-
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #7c5086df
 def _prediction_row(
@@ -177,7 +153,6 @@ def _prediction_row(
         "abstain_reasons": reasons,
     }
 
-
 # %% ../../nbs/06_inference/30_predictor.ipynb #1b04e3ec
 def format_confidence(
     row: dict[str, Any],  # a prediction
@@ -190,7 +165,6 @@ def format_confidence(
     others = {name[2:]: p for name, p in row.items() if name.startswith("p_") and name[2:] != row["prediction"]}
     second = max(others, key=lambda name: others[name])
     return f"Confidence {row['confidence']:.1%}; next is {second}, {others[second]:.1%}."
-
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #95095ea6
 def format_row(
@@ -211,7 +185,6 @@ def format_row(
         parts.append(f"incomplete: {row['error']}")
     return shown(f"{row['path']}: {'; '.join(parts)}")
 
-
 # %% ../../nbs/06_inference/30_predictor.ipynb #8bf14ebf
 def describe_calibration(
     info: dict[str, Any],  # description of a model
@@ -220,7 +193,6 @@ def describe_calibration(
     if info["calibration"] or info["temperature"] == 1:
         return f"Probabilities are {info['calibration'] or 'not calibrated: the temperature is 1'}."
     return f"Probabilities are calibrated with temperature {info['temperature']:.3g}, fitted on validation images."
-
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #ae83d713
 def image_list(
@@ -231,7 +203,6 @@ def image_list(
         return list(images) if images.ndim in (4, 5) else [images]
     single = isinstance(images, str | os.PathLike | Image.Image) or not isinstance(images, Iterable)
     return [images] if single else list(images)
-
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #b14b17b4
 _NETWORK_BATCH = 4  # images given to the network at a time: as fast as more, in a fraction of the memory
@@ -252,7 +223,6 @@ def network_inputs(
         channels = [[each.square for each in batch], [each.segmented for each in batch]]
         yield {name: np.stack(images).astype(dtype) for name, images in zip(names, channels)}
 
-
 # %% ../../nbs/06_inference/30_predictor.ipynb #ea8df02f
 def prepare_images(
     images: Any,  # what `image_list` takes
@@ -268,7 +238,6 @@ def prepare_images(
         if errors := [each.row["error"] for each in batch if each.row["error"]]:
             raise ImageError(errors[0])
         yield batch
-
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #807c0cfe
 class _Network:
@@ -304,7 +273,6 @@ class _Network:
         "Features float32 (n, d), the input of the last layers. Raises ImageError."
         return np.concatenate([self._run(batch)[1] for batch in prepare_images(images, self.info)])
 
-
 # %% ../../nbs/06_inference/30_predictor.ipynb #2e9bf0ed
 def _rows(network: _Network, prepared: Sequence[PreparedImage]) -> list[dict[str, Any]]:
     "A row for each image, whether or not it could be read."
@@ -316,7 +284,6 @@ def _rows(network: _Network, prepared: Sequence[PreparedImage]) -> list[dict[str
         prepared = [PreparedImage(each.row | {"error": describe_error(each.row["path"], error)}) for each in prepared]
     judged = [(None, np.nan) if each.square is None else next(found) for each in prepared]
     return [_prediction_row(each.row, *part, network.info) for each, part in zip(prepared, judged)]
-
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #2ca7867c
 class Predictor(_Network):
@@ -352,7 +319,6 @@ class Predictor(_Network):
     def score(self, images: Any, labels: Sequence[str]) -> float:
         "Accuracy on labelled images; abstaining is ignored. Raises ImageError."
         return float(np.mean(self.classes_[self.predict_proba(images).argmax(axis=1)] == np.asarray(labels)))
-
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #dd3e2cf3
 class Predictions:
@@ -390,7 +356,6 @@ class Predictions:
             calibration=describe_calibration(self.info),
         )
 
-
 # %% ../../nbs/06_inference/30_predictor.ipynb #c0ffee01
 def _card(row: dict[str, Any], info: dict[str, Any], image: Any) -> dict[str, Any]:
     "What the display shows of one prediction."
@@ -405,7 +370,6 @@ def _card(row: dict[str, Any], info: dict[str, Any], image: Any) -> dict[str, An
     except Exception:
         drawn = ""  # the file is gone, say: the prediction is shown all the same
     return {"name": name, "row": row, "bars": bars, "image": drawn, "confidence": shown(format_confidence(row))}
-
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #1208295a
 def render_template(
@@ -422,7 +386,6 @@ def _templates() -> Any:
 
     return Environment(loader=PackageLoader("leukemia_nb"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
-
 # %% ../../nbs/06_inference/30_predictor.ipynb #f178257f
 def data_uri(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
@@ -435,7 +398,6 @@ def data_uri(
     jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])[1]
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg.tobytes()).decode()}"
 
-
 # %% ../../nbs/06_inference/30_predictor.ipynb #01c7d4c1
 def find_image_cells(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
@@ -444,7 +406,6 @@ def find_image_cells(
     "The cells that a `Predictor` counts, at the image's own size."
     cells = find_cells(resize_square(image, size)).astype(np.float32)
     return cv2.resize(cells, image.shape[1::-1], interpolation=cv2.INTER_NEAREST).astype(np.int32)
-
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #77b28559
 def overlay(
@@ -461,7 +422,6 @@ def overlay(
     colours = cv2.applyColorMap((255 * strength).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
     mixed = grey + (colours - grey.astype(np.float32)) * (0.1 + 0.7 * strength[..., None])
     return draw_outlines(np.clip(mixed, 0, 255).astype(np.uint8), cells, (25, 211, 224), line)
-
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #ebebcf6b
 def saliency(
