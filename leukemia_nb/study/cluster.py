@@ -67,7 +67,9 @@ def _connect(address: str) -> Iterator[Any]:
 
         from distributed import Client, KilledWorker
     except ImportError as error:
-        raise ClusterError(f"a cluster needs Dask ({error}). Install it: pip install '.[train]' in the checkout, or 'dask[distributed]'.") from None
+        raise ClusterError(
+            f"a cluster needs Dask ({error}). Install it: pip install '.[train]' in the checkout, or 'dask[distributed]'."
+        ) from None
     _check_reachable(address)
     try:
         with Client(address, set_as_default=False) as client:
