@@ -44,7 +44,7 @@ from leukemia_nb.data.manifest import (
     select_classes,
 )
 from ..errors import LeukemiaError
-from ..models.interface import MODELS, ModelError, make_model, package_versions
+from ..models.interface import MODELS, ModelError, local_weights, make_model, package_versions
 from ..processing.dataset import Pairs
 from ..processing.segmentation import SEGMENTATION_METHODS
 from ..processing.splitting import SplitError, image_groups, read_groups, read_split, smallest_class
@@ -231,8 +231,7 @@ def _make_step(
     if key:
         values[key] = [value]
     if key == "model":
-        pretrained = settings.model_settings(value)["weights"] != "random"
-        values["backbone"] = [MODELS[value].backbone] if pretrained and MODELS[value].backbone else []
+        values["backbone"] = [backbone] if (backbone := _frozen_backbone(settings, value)) else []
 
     def paths(names: Sequence[str]) -> tuple[str, ...]:
         found: list[str] = []
