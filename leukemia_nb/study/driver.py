@@ -267,8 +267,18 @@ def _derived(settings: StudySettings, step: str, model: str) -> dict[str, Any]:
 
 def _frozen_backbones(settings: StudySettings) -> list[str]:
     "Backbones whose features the study needs: MobileNetV2's for the baselines, and those of models that keep theirs frozen."
-    frozen = [MODELS[name].backbone for name in settings.models if settings.model_settings(name)["weights"] != "random"]
+    frozen = [_frozen_backbone(settings, model) for model in settings.models]
     return list(dict.fromkeys(["mobilenet_v2", *filter(None, frozen)]))
+
+
+def _frozen_backbone(settings: StudySettings, model: str) -> str:
+    "The backbone whose features a model is trained on; empty where it has none, or trains it."
+    from leukemia_nb.models.transfer import BACKBONES
+
+    chosen, name = settings.model_settings(model), MODELS[model].backbone
+    if not name or chosen.get("fine_tune") or chosen["weights"] == "random":
+        return ""
+    return name if chosen["weights"] == "imagenet" or local_weights(*BACKBONES[name].files) else ""
 
 # %% ../../nbs/07_study/20_driver.ipynb #34f3a0c4
 def _dependencies(steps: Sequence[Step]) -> dict[str, set[str]]:
