@@ -361,7 +361,7 @@ def check_parameters(
         raise StudyError(f"{notebook.name}: unknown parameter {', '.join(unknown)}; it knows {', '.join(known)}.")
 
 # %% ../../nbs/07_study/20_driver.ipynb #09f7bbf4
-_LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "__pycache__")  # what file managers and Python leave behind
+_LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "__pycache__")  # what file managers and Python leave behind; *.cache: ultralytics' list of a folder's images
 
 
 def _files(path: Path) -> list[Path]:
@@ -377,7 +377,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _is_content(name: str) -> bool:
-    return not name.startswith(".") and name.lower() not in _LITTER
+    return not name.startswith(".") and name.lower() not in _LITTER and not name.endswith(".cache")
 
 
 def _digest(path: Path) -> str:
