@@ -359,13 +359,13 @@ def test_tables_give_back_every_name_and_hold_no_formula(tmp_path_factory, names
 
 
 def test_rows_written_with_csv_hold_no_formula_either():
-    assert [files.restored_cell(files.safe_cell(name)) for name in NAMES] == NAMES
+    assert [files.restored_cell(files._safe_cell(name)) for name in NAMES] == NAMES
     assert (
-        files.safe_cell("=cmd|'/c calc'!A1") == "'=cmd|'/c calc'!A1"
-        and files.safe_cell(-1.5) == -1.5
-        and files.safe_cell(None) is None
+        files._safe_cell("=cmd|'/c calc'!A1") == "'=cmd|'/c calc'!A1"
+        and files._safe_cell(-1.5) == -1.5
+        and files._safe_cell(None) is None
     )
-    assert files.safe_cell("x;=cmd.png") == "x;'=cmd.png"  # where Excel splits at semicolons
+    assert files._safe_cell("x;=cmd.png") == "x;'=cmd.png"  # where Excel splits at semicolons
 
 
 def test_a_damaged_table_is_one_line_and_short_memory_is_no_damage(tmp_path, monkeypatch):

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # %% auto #0
-__all__ = ['OUTPUT_MARKER', 'shown', 'shown_lines', 'counted', 'OutputError', 'writing', 'atomic_path', 'check_output',
-           'mark_output_folder', 'is_output_folder', 'remove_unfinished', 'unique_names', 'exclusive', 'file_sha256',
-           'finished_row', 'save_record', 'safe_cell', 'restored_cell', 'write_table', 'TableError', 'read_table',
-           'shown_table', 'write_json', 'read_json', 'set_sha256']
+__all__ = ['shown', 'shown_lines', 'counted', 'OutputError', 'writing', 'atomic_path', 'check_output', 'mark_output_folder',
+           'is_output_folder', 'unique_names', 'exclusive', 'file_sha256', 'finished_row', 'save_record',
+           'restored_cell', 'write_table', 'TableError', 'read_table', 'shown_table', 'write_json', 'read_json',
+           'set_sha256']
 
 # %% ../../nbs/01_data/10_files.ipynb #15819cb8
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
@@ -183,7 +183,7 @@ def check_output(
         raise _output_error(path, errno.EACCES)
 
 # %% ../../nbs/01_data/10_files.ipynb #6a195cda
-OUTPUT_MARKER = ".leukemia_nb-output"  # file name
+_OUTPUT_MARKER = ".leukemia_nb-output"  # file name
 _MARKER_TEXT = "Signature: leukemia_nb output, left out by its searches. Delete this file to use the images as data.\n"
 
 
@@ -193,7 +193,7 @@ def mark_output_folder(
     "Mark a folder as written by leukemia_nb, so that no search takes its images for data. Raises `OutputError`."
     folder = Path(folder)
     if not is_output_folder(folder):
-        with atomic_path(folder / OUTPUT_MARKER) as temporary:
+        with atomic_path(folder / _OUTPUT_MARKER) as temporary:
             temporary.write_text(_MARKER_TEXT, encoding="utf-8")
     return folder
 
@@ -202,13 +202,11 @@ def is_output_folder(
     folder: str | os.PathLike,  # any folder
 ) -> bool:
     "Whether leukemia_nb wrote a folder, by its marker; folders inside a marked one do not count."
-    return os.path.isfile(os.path.join(folder, OUTPUT_MARKER))
+    return os.path.isfile(os.path.join(folder, _OUTPUT_MARKER))
 
 # %% ../../nbs/01_data/10_files.ipynb #3652e6dc
-def remove_unfinished(
-    folder: str | os.PathLike,  # that nobody else writes now
-) -> None:
-    "Remove what a killed run left half-written in a folder and below it."
+def _remove_unfinished(folder: str | os.PathLike) -> None:
+    "Remove what a killed run left half-written in a folder and below it, which nobody else writes now."
     for path in Path(folder).rglob(".part-*"):
         if path.is_file():
             path.unlink(missing_ok=True)
@@ -303,17 +301,15 @@ _FORMULA = r"'*[=+\-@\t\r\n＝＋－＠]"
 _STARTS = r"(?:^|(?<=[;\t\r\n]))"  # of a cell; also behind a semicolon, where Excel in many countries splits
 
 
-def safe_cell(
-    value: Any,  # of one cell
-) -> Any:  # text with an apostrophe where a formula could start; anything else as it was
-    "A cell that no spreadsheet takes for a formula; `restored_cell` undoes it."
+def _safe_cell(value: Any) -> Any:
+    "A cell that no spreadsheet takes for a formula, by an apostrophe before it; `restored_cell` undoes it."
     return re.sub(f"{_STARTS}(?={_FORMULA})", "'", _utf8(value).replace("\0", "\\x00")) if isinstance(value, str) else value
 
 
 def restored_cell(
     value: Any,  # as a table holds it
 ) -> Any:
-    "A cell as it was before `safe_cell`."
+    "A cell as it was before `_safe_cell`."
     return re.sub(f"{_STARTS}'(?={_FORMULA})", "", value) if isinstance(value, str) else value
 
 
@@ -338,7 +334,7 @@ def write_table(
     float_format: str | None = None,  # of numbers, as pandas takes it; all digits where left out
 ) -> None:
     "Write a table as CSV, whole or not at all; names that are no UTF-8 are escaped. Raises `OutputError`."
-    table = _changed(table, safe_cell)
+    table = _changed(table, _safe_cell)
     text = table.to_csv(index=False, float_format=float_format, lineterminator="\n")
     if "\r" in text:  # in a name: csv quotes it only where the lines end in it as well
         text = table.to_csv(index=False, float_format=float_format, lineterminator="\r\n")

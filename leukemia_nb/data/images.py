@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from tifffile import TiffFile, TiffPage
 
 # %% auto #0
-__all__ = ['MAX_PIXELS', 'MAX_SIDE', 'MIN_SIDE', 'SCALE_BAR_CORNER', 'SUFFIXES', 'ImageError', 'read_image', 'show_images',
-           'image_problem', 'as_rgb', 'resize_square', 'read_grey', 'write_image']
+__all__ = ['SCALE_BAR_CORNER', 'SUFFIXES', 'ImageError', 'read_image', 'show_images', 'image_problem', 'as_rgb', 'resize_square',
+           'read_grey', 'write_image']
 
 # %% ../../nbs/01_data/20_images.ipynb #b45b7d59
-MAX_PIXELS = 50_000_000  # 150 MB decoded; the largest images of the study have 5 million
-MAX_SIDE = 32_000  # pixels; OpenCV's resize and remap end at 32,767, JPEG at 65,535
-MIN_SIDE = 16  # pixels; a red cell is about 60 across in the study's images
+_MAX_PIXELS = 50_000_000  # 150 MB decoded; the largest images of the study have 5 million
+_MAX_SIDE = 32_000  # pixels; OpenCV's resize and remap end at 32,767, JPEG at 65,535
+_MIN_SIDE = 16  # pixels; a red cell is about 60 across in the study's images
 
 
 class ImageError(LeukemiaError, ValueError):
@@ -50,12 +50,12 @@ class ImageError(LeukemiaError, ValueError):
 def _check_size(width: int, height: int) -> None:
     "Raise `ImageError` for a size outside the limits."
     size = f"{width} x {height}"
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"too large, {size} is over the limit of {MAX_PIXELS:,} pixels. Scale it down, or cut out the field.")
-    if max(width, height) > MAX_SIDE:
-        raise ImageError(f"too large, {size}; {MAX_SIDE:,} pixels a side at most. Cut out the field.")
-    if min(width, height) < MIN_SIDE:
-        raise ImageError(f"too small, {size}; {MIN_SIDE} pixels a side at least. Remove it.")
+    if width * height > _MAX_PIXELS:
+        raise ImageError(f"too large, {size} is over the limit of {_MAX_PIXELS:,} pixels. Scale it down, or cut out the field.")
+    if max(width, height) > _MAX_SIDE:
+        raise ImageError(f"too large, {size}; {_MAX_SIDE:,} pixels a side at most. Cut out the field.")
+    if min(width, height) < _MIN_SIDE:
+        raise ImageError(f"too small, {size}; {_MIN_SIDE} pixels a side at least. Remove it.")
 
 # %% ../../nbs/01_data/20_images.ipynb #1630ac86
 @contextmanager
@@ -305,7 +305,7 @@ def _content(path: str | os.PathLike) -> bytes:
             raise ImageError("cannot be opened: it is a folder, a pipe or a device. Name an image file.")
         if not found.st_size:
             raise ImageError("the file is empty. Copy it again, or remove it.")
-        if found.st_size > 9 * MAX_PIXELS:  # 16 bits with transparency, and as much again for metadata
+        if found.st_size > 9 * _MAX_PIXELS:  # 16 bits with transparency, and as much again for metadata
             raise ImageError(f"too large, {found.st_size:,} bytes. Scale it down, or cut out the field.")
         return Path(path).read_bytes()
     except FileNotFoundError:

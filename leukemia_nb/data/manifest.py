@@ -15,16 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import OUTPUT_MARKER, OutputError, counted, file_sha256, is_output_folder, shown, unique_names
+from .files import _OUTPUT_MARKER, OutputError, counted, file_sha256, is_output_folder, shown, unique_names
 from .images import SUFFIXES, ImageError, read_image
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 # %% auto #0
-__all__ = ['CLASSES', 'FOUR_CLASSES', 'IGNORED_FOLDERS', 'NO_IMAGES', 'ARCHIVES', 'COLUMNS', 'KAGGLE_SET', 'class_of',
-           'ImageSearch', 'check_folder', 'check_apart', 'search_images', 'find_images', 'Selection', 'select_classes',
-           'build_manifest', 'check_manifest', 'fetch_kaggle']
+__all__ = ['CLASSES', 'FOUR_CLASSES', 'NO_IMAGES', 'class_of', 'ImageSearch', 'check_folder', 'check_apart', 'search_images',
+           'find_images', 'select_classes', 'build_manifest', 'check_manifest', 'fetch_kaggle']
 
 # %% ../../nbs/01_data/30_manifest.ipynb #49895644
 CLASSES = ("Normal", "Pre-B", "Pro-B")
@@ -52,7 +51,7 @@ def class_of(
     return _FOLDER_NAMES.get(re.sub(r"malignant|[\W_]", "", unicodedata.normalize("NFKC", folder_name).lower()))
 
 # %% ../../nbs/01_data/30_manifest.ipynb #af8d9c2f
-IGNORED_FOLDERS = ("truth", "segmented", "masks")  # folders, in any case
+_IGNORED_FOLDERS = ("truth", "segmented", "masks")  # folders, in any case
 NO_IMAGES = "no images in it. Name a folder with JPEG, PNG, BMP, TIFF or WebP files."
 
 
@@ -82,7 +81,7 @@ class ImageSearch:
         return shown(text)
 
 # %% ../../nbs/01_data/30_manifest.ipynb #b7a1c0de
-ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
 def check_folder(
@@ -92,14 +91,14 @@ def check_folder(
     if not os.path.lexists(folder):
         raise ImageError(f"{folder}: there is no such folder. Check the path.")
     if os.path.isfile(folder):
-        archive = os.fspath(folder).lower().endswith(ARCHIVES)
+        archive = os.fspath(folder).lower().endswith(_ARCHIVES)
         remedy = "is an archive. Unpack it and give the unpacked folder." if archive else "is a file. Give the folder it lies in."
         raise ImageError(f"{folder}: {remedy}")
     if marked := _marked(folder):
         where = "" if os.path.samefile(marked, folder) else f" lies in {marked}, which"
         raise ImageError(
             f"{folder}:{where} was written by leukemia_nb, so its images are no data. "
-            f"To use them as data, delete {marked / OUTPUT_MARKER}."
+            f"To use them as data, delete {marked / _OUTPUT_MARKER}."
         )
 
 
@@ -135,8 +134,8 @@ def _skip_folder(path: Path, linked: bool, search: ImageSearch, exclude: Path | 
     real, status = _real(path), os.stat(path)
     if exclude in ((real, *real.parents) if linked else (real,)):
         return "folder of the results"
-    if path.name.lower() in IGNORED_FOLDERS and path != search.folder:
-        return f"named {', '.join(IGNORED_FOLDERS)}"
+    if path.name.lower() in _IGNORED_FOLDERS and path != search.folder:
+        return f"named {', '.join(_IGNORED_FOLDERS)}"
     if path != search.folder and (is_output_folder(path) or linked and _marked(path)):
         return "written by leukemia_nb"
     if linked and _real(path.parent).is_relative_to(real):
@@ -152,7 +151,7 @@ def _skip_file(entry: os.DirEntry[str]) -> str:
     suffix = Path(entry.name).suffix.lower()
     if not entry.is_file():
         return "devices or pipes"
-    if suffix in ARCHIVES:
+    if suffix in _ARCHIVES:
         return f"{suffix} archives, to be unpacked"
     if suffix not in SUFFIXES:
         return f"{suffix} files" if suffix else "files without a suffix"
@@ -222,7 +221,7 @@ def _class_of_path(path: Path, folder: Path) -> str | None:
     return next((found for found in map(class_of, names) if found), None)
 
 # %% ../../nbs/01_data/30_manifest.ipynb #b1d75bb6
-COLUMNS = ("pair", "class", "path", "sha256", "width", "height", "problem")
+_COLUMNS = ("pair", "class", "path", "sha256", "width", "height", "problem")
 
 
 def _examine(path: Path, missed: str) -> tuple[str, int, int, str]:
@@ -264,7 +263,7 @@ def _mark_two_classes(manifest: DataFrame) -> None:
 
 # %% ../../nbs/01_data/30_manifest.ipynb #0dd72185
 @dataclass
-class Selection:
+class _Selection:
     "Images of the classes that are looked for."
 
     search: ImageSearch  # with only these images
@@ -275,7 +274,7 @@ class Selection:
 def select_classes(
     search: ImageSearch,  # of search_images
     classes: Sequence[str],  # some of FOUR_CLASSES
-) -> Selection:
+) -> _Selection:
     "The images of some classes; others are left out, as are second links to an image. Raises `ImageError` without any."
     labels = {path: _class_of_path(path, search.folder) for path in search.paths}
     seen, paths, others = set(), [], []
@@ -293,13 +292,13 @@ def select_classes(
     rows = sorted([(path, labels[path]) for path in paths] + [(path, places[path] or "") for path, _ in unreachable])
     unknown = sorted({path.parent.relative_to(search.folder).as_posix() for path, label in labels.items() if label is None})
     left_out = sorted([*search.left_out, *others])
-    selection = Selection(ImageSearch(search.folder, sorted(paths), left_out, unreachable), rows, unknown)
+    selection = _Selection(ImageSearch(search.folder, sorted(paths), left_out, unreachable), rows, unknown)
     if not paths:
         raise ImageError(_nothing_found(selection, classes))
     return selection
 
 # %% ../../nbs/01_data/30_manifest.ipynb #3586416d
-def _nothing_found(selection: Selection, classes: Sequence[str]) -> str:
+def _nothing_found(selection: _Selection, classes: Sequence[str]) -> str:
     "Why there is no manifest, and what to do."
     search, unknown = selection.search, selection.unknown
     if search.unreachable:
@@ -319,7 +318,7 @@ def build_manifest(
     n_jobs: int = 1,  # images opened side by side, in threads
     exclude: str | os.PathLike = "",  # a folder that is left out where it lies in the other
     log: Callable[[str], object] | None = None,  # gets a line: found, left out, why; None: warn of unknown folders
-) -> DataFrame:  # columns COLUMNS; path absolute; width and height upright, 0 where unreadable
+) -> DataFrame:  # columns _COLUMNS; path absolute; width and height upright, 0 where unreadable
     "Open every image once and describe it in a row. Raises `ImageError` where there is nothing to describe."
     import pandas as pd
     from joblib import Parallel, delayed
@@ -339,7 +338,7 @@ def build_manifest(
     manifest = pd.DataFrame(found, columns=["sha256", "width", "height", "problem"])
     manifest = manifest.assign(**{"pair": _name_pairs(labels, paths), "class": labels, "path": [str(path) for path in paths]})
     _mark_two_classes(manifest)
-    return manifest[list(COLUMNS)]
+    return manifest[list(_COLUMNS)]
 
 # %% ../../nbs/01_data/30_manifest.ipynb #15151153
 def check_manifest(
@@ -360,11 +359,11 @@ def check_manifest(
     return usable.reset_index(drop=True)
 
 # %% ../../nbs/01_data/30_manifest.ipynb #8bedeb9a
-KAGGLE_SET = "mohammadamireshraghi/blood-cell-cancer-all-4class"
+_KAGGLE_SET = "mohammadamireshraghi/blood-cell-cancer-all-4class"
 
 
 def fetch_kaggle(
-    name: str = KAGGLE_SET,  # owner/name of a Kaggle data set
+    name: str = _KAGGLE_SET,  # owner/name of a Kaggle data set
 ) -> Path:  # folder with the images, for build_manifest
     "Download the public images with kagglehub, or find them in its cache. Raises ConnectionError with the remedy."
     by_hand = (
