@@ -36,31 +36,56 @@ def make_smears():
     from leukemia_nb.data.synthetic import smear
 
     # 11 has a smudge, 3 has touching cells; each class once in its own laboratory and once in another one
-    small = {f"{name} {seed}": smear(name, seed, 192, 256, 0.3) for name in ("Normal", "Early Pre-B", "Pre-B", "Pro-B") for seed in (3, 11)}
+    small = {
+        f"{name} {seed}": smear(name, seed, 192, 256, 0.3)
+        for name in ("Normal", "Early Pre-B", "Pre-B", "Pro-B")
+        for seed in (3, 11)
+    }
     return small | {"large": smear("Pre-B", 5, 480, 640, 1.0), "seen": smear("Pro-B", 7, 384, 512, laboratory="Normal")}
 
 
 def synthetic(smears):
     return {
-        name: {"image": coarse(each.image), "cells": areas(each.cells), "nuclei": int(each.nuclei.sum()), "laboratory": each.laboratory}
+        name: {
+            "image": coarse(each.image),
+            "cells": areas(each.cells),
+            "nuclei": int(each.nuclei.sum()),
+            "laboratory": each.laboratory,
+        }
         for name, each in smears.items()
     }
 
 
 def segmentation(smears):
-    from leukemia_nb.processing.segmentation import a_channel, check_mask, draw_outlines, mask_quality, segment, segmentation_steps, two_means
+    from leukemia_nb.processing.segmentation import (
+        a_channel,
+        check_mask,
+        draw_outlines,
+        mask_quality,
+        segment,
+        segmentation_steps,
+        two_means,
+    )
 
     found = {}
     for name in ("Normal 3", "large", "seen"):
         image, truth = smears[name].image, smears[name].cells > 0
         for method in ("kmeans", "nucleus"):
             mask = segment(image, method, 450)
-            found[f"{name} {method}"] = {"mask": coarse(mask), **mask_quality(mask, truth), "outlined": coarse(draw_outlines(image, mask))}
+            found[f"{name} {method}"] = {
+                "mask": coarse(mask),
+                **mask_quality(mask, truth),
+                "outlined": coarse(draw_outlines(image, mask)),
+            }
     found["two means"] = two_means(a_channel(smears["seen"].image))
     found["steps"] = {step: coarse(image) for step, image in segmentation_steps(smears["seen"].image, 300).items()}
     square = np.zeros((100, 100), bool)
     square[:1, :10] = True
-    masks = {"small": square[:, ::-1] & (np.arange(100) < 91), "large": ~square, "border": np.pad(np.zeros((96, 96), bool), 2, constant_values=True)}
+    masks = {
+        "small": square[:, ::-1] & (np.arange(100) < 91),
+        "large": ~square,
+        "border": np.pad(np.zeros((96, 96), bool), 2, constant_values=True),
+    }
     masks["one"] = np.pad(np.ones((70, 70), bool), 15)
     found["flags"] = {name: check_mask(mask) for name, mask in masks.items()}
     return found
@@ -68,14 +93,32 @@ def segmentation(smears):
 
 def cells(smears):
     from leukemia_nb.data.images import resize_square
-    from leukemia_nb.processing.cells import FEATURE_NAMES, cell_crops, cell_table, count_cells, count_quality, find_cells, label_cells, typical_area
+    from leukemia_nb.processing.cells import (
+        FEATURE_NAMES,
+        cell_crops,
+        cell_table,
+        count_cells,
+        count_quality,
+        find_cells,
+        label_cells,
+        typical_area,
+    )
 
     found = {}
     for name, each in smears.items():
         labels = find_cells(each.image, 400)
-        found[name] = {"areas": areas(labels), "where": coarse(labels > 0), **count_quality(labels, each.cells), "typical": typical_area(labels)}
+        found[name] = {
+            "areas": areas(labels),
+            "where": coarse(labels > 0),
+            **count_quality(labels, each.cells),
+            "typical": typical_area(labels),
+        }
     truth = smears["large"].cells > 0
-    found["divided"] = {"areas": sorted(areas(label_cells(truth))), "count": count_cells(truth), "deep": areas(label_cells(truth, 0.3, 0.97))}
+    found["divided"] = {
+        "areas": sorted(areas(label_cells(truth))),
+        "count": count_cells(truth),
+        "deep": areas(label_cells(truth, 0.3, 0.97)),
+    }
     for name in ("large", "seen"):
         image = resize_square(smears[name].image)
         crops, masks = cell_crops(image, most=3, seed=4)
@@ -90,7 +133,10 @@ def colour(smears):
 
     first, second = smears["large"], smears["seen"]
     own, wanted = colour_statistics(first.image, first.cells > 0), colour_statistics(second.image)
-    return {"statistics": [*own.ravel().tolist(), *wanted.ravel().tolist()], "moved": coarse(reinhard_transfer(first.image, own, wanted))}
+    return {
+        "statistics": [*own.ravel().tolist(), *wanted.ravel().tolist()],
+        "moved": coarse(reinhard_transfer(first.image, own, wanted)),
+    }
 
 
 def near_duplicates(folder, smears):
@@ -108,7 +154,11 @@ def near_duplicates(folder, smears):
     split = pd.DataFrame({"pair": [str(path) for path in paths], "subset": ["train", "test", "train", "val", "test", "test"]})
     split["group"] = group_images(paths, pairs)
     short = pairs.assign(a=pairs["a"].map(lambda path: Path(path).stem), b=pairs["b"].map(lambda path: Path(path).stem))
-    return {"pairs": short.to_dict("list"), "groups": split["group"].tolist(), "leakage": leakage_report(split, pairs).to_dict("list")}
+    return {
+        "pairs": short.to_dict("list"),
+        "groups": split["group"].tolist(),
+        "leakage": leakage_report(split, pairs).to_dict("list"),
+    }
 
 
 def splitting():
@@ -118,7 +168,9 @@ def splitting():
     from leukemia_nb.processing.splitting import smallest_class, split_pairs, stratified_sample
 
     names = [f"{label}/{number:02}" for label, size in (("Normal", 31), ("Pre-B", 44), ("Pro-B", 57)) for number in range(size)]
-    pairs = pd.DataFrame({"pair": names, "class": [name.split("/")[0] for name in names], "path": names, "sha256": names, "pixels": names})
+    pairs = pd.DataFrame(
+        {"pair": names, "class": [name.split("/")[0] for name in names], "path": names, "sha256": names, "pixels": names}
+    )
     pairs.loc[5:7, "sha256"], pairs.loc[40:42, "pixels"], pairs.loc[43:45, "pixels"] = "x", "y", "z"
     groups = [name[:-1] + str(int(name[-1]) // 3) for name in names]
     found = {"smallest": [smallest_class(), smallest_class(0.6, 0.2), smallest_class(0.5, 0.34)]}

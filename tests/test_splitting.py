@@ -11,13 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from leukemia_nb.data.manifest import mark_two_classes, merge_groups
 from leukemia_nb.processing.splitting import (
     SplitError,
     check_split,
     _assign_groups,
     image_groups,
-    mark_two_classes,
-    merge_groups,
     read_groups,
     read_split,
     smallest_class,

@@ -18,13 +18,14 @@ from tqdm.auto import tqdm
 
 from .files import file_sha256
 from .images import SCALE_BAR_CORNER, read_image, resize_square
+from .manifest import _connected
 
-# %% ../../nbs/01_data/50_near_duplicates.ipynb #020a6748
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #e1de204c
 def _read_frame(path: str | os.PathLike, size: int) -> np.ndarray:
     "Green channel of an image as a square, uint8 (size, size). Raises `ImageError`."
     return resize_square(np.ascontiguousarray(read_image(path)[..., 1]), size)
 
-
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #020a6748
 def _read_frames(paths: Sequence[str | os.PathLike], size: int = 224, n_jobs: int = 2, progress: bool = True) -> np.ndarray:
     "Frames of many images, uint8 (n, size, size), green: 150 MB for 3,000 images. Raises `ImageError`, naming the file."
     work = Parallel(n_jobs, prefer="threads", return_as="generator")(delayed(_read_frame)(path, size) for path in paths)
@@ -33,14 +34,14 @@ def _read_frames(paths: Sequence[str | os.PathLike], size: int = 224, n_jobs: in
         frames[number] = frame
     return frames
 
-# %% ../../nbs/01_data/50_near_duplicates.ipynb #1b5c3cef
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #917a4759
 def _comparable(size: int = 224) -> np.ndarray:
     "Where frames are compared, bool (size, size): everywhere but in the scale bar's corner."
     mask = np.ones((size, size), bool)
     mask[round(size * (1 - SCALE_BAR_CORNER[0])) :, round(size * (1 - SCALE_BAR_CORNER[1])) :] = False
     return mask
 
-
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #1b5c3cef
 def _band_pass(frame: np.ndarray) -> np.ndarray:
     "Difference of Gaussians of a frame, float32 (S, S), around 0."
     frame, side = frame.astype(np.float32), frame.shape[0]
@@ -76,11 +77,11 @@ def _align(first: np.ndarray, second: np.ndarray, dx: float, dy: float, mask: np
         best, place = found, there
     return *best, *place
 
-# %% ../../nbs/01_data/50_near_duplicates.ipynb #02c617af
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #b8319cf7
 _ORIENTATIONS = ("none", "horizontal", "vertical", "both", "transposed", "turned left", "turned right", "transversed")
 "What was done to the second image: flips, turns by a quarter, and both at once. All eight ways to lay down a square."
 
-
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #02c617af
 def _orient(image: np.ndarray, orientation: str) -> np.ndarray:
     "Flip or turn an image, by a name of _ORIENTATIONS."
     place = _ORIENTATIONS.index(orientation)
@@ -105,11 +106,11 @@ def _similar_thumbnails(frames: np.ndarray, least: float = 0.9, side: int = 32, 
             found.append(pd.DataFrame({"a": a[a < b], "b": b[a < b], "flip": orientation}))
     return pd.concat(found, ignore_index=True)
 
-# %% ../../nbs/01_data/50_near_duplicates.ipynb #e0cfa3b6
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #6bed2417
 _PAIR_COLUMNS = ("a", "b", "kind", "flip", "dx", "dy", "overlap", "votes", "score")
 "a, b: paths; flip: of b; dx, dy: place of b's corner in a, in widths and heights; overlap: proportion compared."
 
-
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #9cf95039
 def find_duplicates(
     paths: Sequence[str | os.PathLike],  # images of any size
     frames: np.ndarray | None = None,  # uint8 (n, S, S) from _read_frames, if they are there already
@@ -130,7 +131,7 @@ def find_duplicates(
     table.loc[table["a"].map(digests) == table["b"].map(digests), "kind"] = "same file"
     return _with_paths(table, paths)
 
-
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #e0cfa3b6
 def _with_paths(table: pd.DataFrame, paths: Sequence[str | os.PathLike]) -> pd.DataFrame:
     "Paths instead of places in the columns a and b."
     names = np.array([str(path) for path in paths], object)
@@ -225,13 +226,8 @@ def group_images(
     pairs: pd.DataFrame,  # a, b: paths
 ) -> np.ndarray:  # int (n,), numbered in order of appearance
     "Number the groups of images that are connected through pairs. Raises KeyError for a pair of unknown paths."
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     place = {str(path): number for number, path in enumerate(paths)}
-    a, b = ([place[path] for path in pairs[side]] for side in "ab")
-    links = coo_array((np.ones(len(a)), (a, b)), shape=(len(place), len(place)))
-    return pd.factorize(connected_components(links, directed=False)[1])[0] if place else np.zeros(0, int)
+    return _connected(len(place), [[place[path] for path in pairs[side]] for side in "ab"])
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #579d9a9f
 def find_near_duplicates(

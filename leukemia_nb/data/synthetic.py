@@ -75,7 +75,7 @@ def _rho(z: np.ndarray, radius: float, waves: dict[int, complex]) -> np.ndarray:
         outline += np.float32(radius * wave.real) * power.real - np.float32(radius * wave.imag) * power.imag
     return far / outline
 
-# %% ../../nbs/01_data/40_synthetic.ipynb #02ee5c47
+# %% ../../nbs/01_data/40_synthetic.ipynb #f3b7dfba
 def _blob(centre: Sequence[float] | np.ndarray, radius: float, waves: dict[int, complex], shape: tuple[int, ...]) -> tuple | None:
     "Window of a blob in an image of a shape, positions in it about the centre, and rho; None for a blob outside."
     reach = radius * (1 + sum(abs(wave) for wave in waves.values())) + 2.5
@@ -88,12 +88,12 @@ def _blob(centre: Sequence[float] | np.ndarray, radius: float, waves: dict[int, 
     z = x[None] + 1j * y[:, None]
     return (slice(top, bottom), slice(left, right)), z, _rho(z, radius, waves)
 
-
+# %% ../../nbs/01_data/40_synthetic.ipynb #61d6e6fd
 def _waves(rng: np.random.Generator, **sizes: float) -> dict[int, complex]:
     "Random outline: a complex normal for each wave number; k2=0.1 swings by about 10 % of the radius with two crests."
     return {int(k[1:]): complex(*rng.normal(0, size * 0.7, 2)) for k, size in sizes.items()}
 
-
+# %% ../../nbs/01_data/40_synthetic.ipynb #02ee5c47
 def _inside(rho: np.ndarray, radius: float, softness: float = 1.5) -> np.ndarray:
     "Inside of a blob, 0 to 1, its edge so many pixels soft."
     return np.clip((1 - rho) * np.float32(radius / softness) + np.float32(0.5), 0, 1)
@@ -138,7 +138,7 @@ def _places(seed: int, kind: _CellKind, shape: tuple[int, int], scale: float) ->
                 break
     return done
 
-# %% ../../nbs/01_data/40_synthetic.ipynb #7d973229
+# %% ../../nbs/01_data/40_synthetic.ipynb #b872c226
 @lru_cache(maxsize=32)
 def _chromatin(grain: float) -> np.ndarray:
     "Noise that looks like chromatin, (256, 256) that tile without a seam; grain: size of the clumps in pixels."
@@ -149,7 +149,7 @@ def _chromatin(grain: float) -> np.ndarray:
     texture = layers[0] * 0.45 + np.tanh(layers[1] * 1.4) + 0.35 * layers[2]
     return ((texture - texture.mean()) / texture.std()).astype(np.float32)
 
-
+# %% ../../nbs/01_data/40_synthetic.ipynb #7d973229
 def _texture(rng: np.random.Generator, grain: float, scale: float, shape: tuple[int, ...]) -> np.ndarray:
     "A piece of chromatin, turned at random."
     turn, corner, step = rng.uniform(0, 2 * np.pi), rng.uniform(0, 256, 2), 1 / scale
@@ -164,7 +164,7 @@ def _texture(rng: np.random.Generator, grain: float, scale: float, shape: tuple[
     )
     return piece * np.float32(min(1, visible**0.5))
 
-# %% ../../nbs/01_data/40_synthetic.ipynb #c3211640
+# %% ../../nbs/01_data/40_synthetic.ipynb #453935dc
 @dataclass
 class _Layers:
     "What absorbs light, float32 (H, W) each, and the truth beside it."
@@ -176,7 +176,7 @@ class _Layers:
     nuclei: np.ndarray  # bool
     depth: np.ndarray  # float32, rho in the cell that owns a pixel
 
-
+# %% ../../nbs/01_data/40_synthetic.ipynb #c3211640
 def _nucleus(
     rng: np.random.Generator, z: np.ndarray, radius: float, kind: _CellKind, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -233,7 +233,7 @@ def _debris(layers: _Layers, rng: np.random.Generator, scale: float) -> None:
         inside = _inside(rho, radius * scale, softness * max(scale, 0.3))
         layers.violet[window] += inside * (1 + np.float32(0.3) * _texture(rng, grain, scale, rho.shape)) * np.float32(density)
 
-# %% ../../nbs/01_data/40_synthetic.ipynb #04a6c297
+# %% ../../nbs/01_data/40_synthetic.ipynb #7931b851
 def _lamp(rng: np.random.Generator, background: Sequence[int] | np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     "Empty glass as the lamp lights it: float32 (H, W, 3), RGB 0-255 and a little beyond."
     y, x = np.mgrid[-1:1:9j, -1:1:12j][..., None]
@@ -242,7 +242,7 @@ def _lamp(rng: np.random.Generator, background: Sequence[int] | np.ndarray, shap
     light = background * np.exp(rng.normal(0.012, 0.004, 3)) * (1 + tilt[0] * x + tilt[1] * y - falloff * (x * x + y * y))
     return cv2.resize(light.astype(np.float32), shape[::-1], interpolation=cv2.INTER_LINEAR)
 
-
+# %% ../../nbs/01_data/40_synthetic.ipynb #04a6c297
 def _develop(layers: _Layers, laboratory: _Laboratory, rng: np.random.Generator, scale: float) -> np.ndarray:
     "Image of the layers as a laboratory's microscope would take it, uint8 (H, W, 3) RGB."
     height, width = layers.red.shape
@@ -260,7 +260,7 @@ def _develop(layers: _Layers, laboratory: _Laboratory, rng: np.random.Generator,
     image += grain[..., None] * np.float32(rng.uniform(2, 4.5) * max(scale, 0.3))
     return np.clip(image, 0, 255, out=image).astype(np.uint8)
 
-# %% ../../nbs/01_data/40_synthetic.ipynb #2fcd4df9
+# %% ../../nbs/01_data/40_synthetic.ipynb #0ef41923
 @lru_cache
 def _scale_bar(kind: str) -> tuple[np.ndarray, np.ndarray]:
     "Scale bar of a 1024 x 768 field and its opacity, as long as its label says: a red cell of 7.5 micrometres is 62 pixels."
@@ -275,7 +275,7 @@ def _scale_bar(kind: str) -> tuple[np.ndarray, np.ndarray]:
     opacity = 1 - bar[..., 1].astype(np.float32) / 255 if kind == "small red" else np.ones(bar.shape[:2], np.float32)
     return (np.full_like(bar, ink) if kind == "small red" else bar), opacity
 
-
+# %% ../../nbs/01_data/40_synthetic.ipynb #2fcd4df9
 def _burn_in(image: np.ndarray, kind: str, scale: float) -> np.ndarray:
     "Draw the scale bar into the bottom right corner, in place; return what it hides, bool (H, W)."
     bar, opacity = _scale_bar(kind)

@@ -45,26 +45,26 @@ def _purple_pixels(
     purple = ((lab[..., 1] > max(least_a, threshold)) & (lab[..., 2] < most_b)).view(np.uint8)
     return cv2.morphologyEx(purple, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)).view(bool)
 
-# %% ../../nbs/02_processing/15_cells.ipynb #64248c91
+# %% ../../nbs/02_processing/15_cells.ipynb #ab9e3a2f
 def _contour(mask: np.ndarray) -> np.ndarray:
     "Longest outer contour of a mask that is not empty."
     return max(cv2.findContours(np.pad(mask.astype(np.uint8), 1), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0], key=len) - 1
 
-
+# %% ../../nbs/02_processing/15_cells.ipynb #7d751e6c
 def _solidity(mask: np.ndarray) -> float:
     "Area of a shape divided by its convex hull's; 1 for a convex one and for a few pixels."
     contour = _contour(mask)
     hull = cv2.contourArea(cv2.convexHull(contour))
     return cv2.contourArea(contour) / hull if hull > 6 else 1.0
 
-
+# %% ../../nbs/02_processing/15_cells.ipynb #64248c91
 def _windows(labels: np.ndarray) -> list:
     "Bounding box of each label 1..n as a pair of slices, None for a number that is not used."
     from scipy.ndimage import find_objects
 
     return find_objects(labels)
 
-# %% ../../nbs/02_processing/15_cells.ipynb #64248c92
+# %% ../../nbs/02_processing/15_cells.ipynb #3e0bd331
 def _components(mask: np.ndarray, solid: float) -> Iterator[tuple[tuple[slice, slice], np.ndarray, bool]]:
     "Window, pixels in it, and whether it is left whole, of each component."
     _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), ltype=cv2.CV_32S)
@@ -73,7 +73,7 @@ def _components(mask: np.ndarray, solid: float) -> Iterator[tuple[tuple[slice, s
         part = labels[window] == label
         yield window, part, area < 12 or _solidity(part) >= solid
 
-
+# %% ../../nbs/02_processing/15_cells.ipynb #64248c92
 def _rebuild(seed: np.ndarray, limit: np.ndarray) -> np.ndarray:
     "Grey-scale reconstruction: the seed grown under the limit until nothing changes, float32."
     while True:
@@ -82,7 +82,7 @@ def _rebuild(seed: np.ndarray, limit: np.ndarray) -> np.ndarray:
             return grown
         seed = grown
 
-# %% ../../nbs/02_processing/15_cells.ipynb #64248c93
+# %% ../../nbs/02_processing/15_cells.ipynb #bae1da10
 def _peaks(mask: np.ndarray, depth: float) -> tuple[int, np.ndarray, np.ndarray]:
     "Number of peaks of one component's distance to the outside, the peaks numbered, and the distance."
     distance = cv2.distanceTransform(np.pad(mask.astype(np.uint8), 1), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
@@ -93,7 +93,7 @@ def _peaks(mask: np.ndarray, depth: float) -> tuple[int, np.ndarray, np.ndarray]
     number, peaks = cv2.connectedComponents(highest.view(np.uint8))
     return number - 1, peaks, distance
 
-
+# %% ../../nbs/02_processing/15_cells.ipynb #64248c93
 def _divide(mask: np.ndarray, depth: float) -> np.ndarray:
     "Parts of one component, int32, divided at its waists."
     number, peaks, distance = _peaks(mask, depth)
@@ -143,14 +143,14 @@ def _smooth_nuclei(purple: np.ndarray, smallest: float) -> np.ndarray:
     small[0] = False
     return core | small[holes]
 
-# %% ../../nbs/02_processing/15_cells.ipynb #3524506f
+# %% ../../nbs/02_processing/15_cells.ipynb #0cc9a219
 def _renumber(labels: np.ndarray, keep: np.ndarray) -> np.ndarray:
     "Labels marked in `keep` (one bool a label, background first) numbered 1..n, the others 0."
     table = np.zeros(len(keep), np.int32)
     table[keep] = np.arange(1, keep.sum() + 1)
     return table[labels]
 
-
+# %% ../../nbs/02_processing/15_cells.ipynb #3524506f
 def _find_nuclei(
     white: np.ndarray,  # uint8 (H, W, 3) RGB with a white background
     min_area: float = 500,  # smallest nucleus, in pixels of a 1024x768 image
@@ -169,13 +169,13 @@ def _find_nuclei(
     solid = [1.0] + [_solidity(labels[window] == label) for label, window in enumerate(_windows(labels), 1)]
     return _renumber(labels, keep & (dark * solid >= pale * min(float(np.median(dark[keep])), 100)))
 
-# %% ../../nbs/02_processing/15_cells.ipynb #768be1ae
+# %% ../../nbs/02_processing/15_cells.ipynb #d842da09
 def _colour_histogram(colour: np.ndarray, where: np.ndarray) -> np.ndarray:
     "Smoothed counts of the 64x64 colours at the chosen pixels, float32 (4096,)."
     counts = np.bincount(colour[where], minlength=4096).astype(np.float64)
     return cv2.GaussianBlur(counts.reshape(64, 64), (0, 0), 1).astype(np.float32).ravel()
 
-
+# %% ../../nbs/02_processing/15_cells.ipynb #768be1ae
 def _nearest(nuclei: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Distance to the nearest nucleus in pixels, float32, and that nucleus' number, int32."
     inside = nuclei > 0
@@ -213,7 +213,7 @@ def _grow_cells(
     reddish = scale * _colour_histogram(colour, far) > red * _colour_histogram(colour, ring)
     return np.where(inside | (near & ~reddish[colour]), nearest, 0)
 
-# %% ../../nbs/02_processing/15_cells.ipynb #a8d23f07
+# %% ../../nbs/02_processing/15_cells.ipynb #cefe8a9b
 def _roundness(mask: np.ndarray) -> float:
     "Area of a mask divided by its smallest enclosing circle's."
     _, radius = cv2.minEnclosingCircle(
@@ -221,7 +221,7 @@ def _roundness(mask: np.ndarray) -> float:
     )
     return float(mask.sum() / (np.pi * (radius + 0.5) ** 2))
 
-
+# %% ../../nbs/02_processing/15_cells.ipynb #a8d23f07
 def _neighbours(labels: np.ndarray) -> np.ndarray:
     "Pairs of labels that touch, (n, 2), the smaller first."
     pairs = [
@@ -330,17 +330,17 @@ def count_quality(
     counts = {"true": len(true), "found": len(found), "matched": int(matched)}
     return counts | {"missed": len(true) - matched, "false": len(found) - matched, "count_error": len(found) - len(true)}
 
-# %% ../../nbs/02_processing/15_cells.ipynb #d28608d5
+# %% ../../nbs/02_processing/15_cells.ipynb #9b5bfee6
 SIDE, _WINDOW = 224, 48  # side of the image, and of the window around a cell
 _SQUARE = np.ones((3, 3), np.uint8)
 
-
+# %% ../../nbs/02_processing/15_cells.ipynb #0a0426c1
 def _grow(mask: np.ndarray, steps: int) -> np.ndarray:
     "A mask dilated by some pixels, eroded where steps is negative."
     kernel = cv2.dilate if steps > 0 else cv2.erode
     return kernel(mask.astype(np.uint8), _SQUARE, iterations=abs(steps)) > 0
 
-
+# %% ../../nbs/02_processing/15_cells.ipynb #d28608d5
 def _refine_mask(crop: np.ndarray, mask: np.ndarray) -> np.ndarray:
     "Part of a cell's mask that is stained like the cell, without holes; the mask itself if hardly anything would be left."
     if mask.all() or not mask.any():
@@ -375,7 +375,7 @@ def _usable_cells(image: np.ndarray, cells: np.ndarray) -> list[tuple[int, int, 
         (whole if inside else cut).append((label, (2 * y + h) // 2, (2 * x + w) // 2))
     return whole or cut
 
-# %% ../../nbs/02_processing/15_cells.ipynb #1b5bb4b2
+# %% ../../nbs/02_processing/15_cells.ipynb #6601965d
 def _crop(image: np.ndarray, cells: np.ndarray, chosen: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
     "Windows around chosen cells, and their refined masks."
     half = _WINDOW // 2
@@ -388,7 +388,7 @@ def _crop(image: np.ndarray, cells: np.ndarray, chosen: list[tuple[int, int, int
         masks[i] = _refine_mask(crops[i], labels[window] == label)
     return crops, masks
 
-
+# %% ../../nbs/02_processing/15_cells.ipynb #1b5bb4b2
 def cell_crops(
     image: np.ndarray,  # uint8 (224, 224, 3) RGB
     cells: np.ndarray | None = None,  # int labels (224, 224); None: found here
@@ -402,7 +402,7 @@ def cell_crops(
         chosen = [chosen[i] for i in np.sort(np.random.default_rng(seed).choice(len(chosen), most, replace=False))]
     return _crop(image, cells, chosen)
 
-# %% ../../nbs/02_processing/15_cells.ipynb #e85a27fa
+# %% ../../nbs/02_processing/15_cells.ipynb #f97122dd
 FEATURE_NAMES = (
     *("log area", "axis ratio", "solidity", "extent", "roughness", "length", "width"),
     *("dark proportion", "skewness", "kurtosis"),
@@ -413,7 +413,7 @@ FEATURE_NAMES = (
     *(f"{what} {channel}" for what in ("mean", "deviation") for channel in "LAB"),
 )
 
-
+# %% ../../nbs/02_processing/15_cells.ipynb #cedff485
 def _shape_features(mask: np.ndarray) -> list[float]:
     contour = max(cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0], key=len)
     area, moments = float(mask.sum()), cv2.moments(mask.astype(np.uint8), True)
@@ -423,7 +423,7 @@ def _shape_features(mask: np.ndarray) -> list[float]:
     roughness = cv2.arcLength(contour, True) ** 2 / (4 * np.pi * area)
     return [np.log(area), short / long, min(area / max(hull, 1), 1.3), area / box, roughness, 4 * long, 4 * short]
 
-
+# %% ../../nbs/02_processing/15_cells.ipynb #e85a27fa
 def _texture_features(z: np.ndarray, mask: np.ndarray, core: np.ndarray) -> list[float]:
     features, weight = [], core.astype(np.float32)
     for scale in (0.7, 1, 2, 4):

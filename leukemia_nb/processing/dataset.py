@@ -20,14 +20,11 @@ import pandas as pd
 
 from leukemia_nb.data.files import (
     atomic_path,
+    _output_folder,
     check_output,
-    exclusive,
     file_sha256,
-    finished_row,
-    mark_output_folder,
+    make_once,
     read_table,
-    _remove_unfinished,
-    save_record,
     unique_names,
     write_table,
 )
@@ -37,20 +34,20 @@ from ..data.processes import run_tasks
 from .cells import cell_table, find_cells
 from .segmentation import apply_mask, check_mask, segment
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #00db32e7
+# %% ../../nbs/02_processing/30_dataset.ipynb #0fd2ba73
 _CHANNELS = ("original", "segmented", "cells")
 _PREFIXES = {"original": "ori", "segmented": "mask", "cells": "cells"}
 
-
+# %% ../../nbs/02_processing/30_dataset.ipynb #00db32e7
 def _pair_files(pair: str) -> dict[str, str]:
     "Files of a pair: original/class/ori_stem.png, segmented/class/mask_stem.png, cells/class/cells_stem.png."
     label, stem = PurePosixPath(pair).parent, PurePosixPath(pair).name
     return {channel: str(PurePosixPath(channel) / label / f"{prefix}_{stem}.png") for channel, prefix in _PREFIXES.items()}
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #93bb2704
+# %% ../../nbs/02_processing/30_dataset.ipynb #f4cb4d0a
 _FLIPS = ("none", "horizontal", "vertical", "both")
 
-
+# %% ../../nbs/02_processing/30_dataset.ipynb #93bb2704
 def flip(
     image: np.ndarray,  # (H, W) or (H, W, C), any dtype
     kind: str,  # one of _FLIPS
@@ -68,14 +65,14 @@ def _pixel_hash(image: np.ndarray) -> str:
     first = min(flip(image, kind).tobytes() for kind in _FLIPS)
     return hashlib.sha256(f"{image.shape}".encode() + first).hexdigest()
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #00212584
+# %% ../../nbs/02_processing/30_dataset.ipynb #c4f333d2
 _FAST_PNG = [
     *(cv2.IMWRITE_PNG_COMPRESSION, 1),
     *(cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE),
     *(cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP),
 ]
 
-
+# %% ../../nbs/02_processing/30_dataset.ipynb #00212584
 def _save_png(path: Path, image: np.ndarray) -> str:
     "Write a PNG quickly, whole or not at all; return its SHA-256. Raises OutputError."
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image
@@ -117,31 +114,29 @@ def save_pair(
     files = {names[channel]: _save_png(Path(folder) / names[channel], saved[channel]) for channel in _CHANNELS}
     return {"mask": mask, "n_cells": int(cells.max()), "files": files}
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #3e1f80c7
+# %% ../../nbs/02_processing/30_dataset.ipynb #a2c9b273
 _VERSION = 2  # grows when the pixels that these steps make change, so that older pairs are made again
 
-
+# %% ../../nbs/02_processing/30_dataset.ipynb #3e1f80c7
 def _prepared_row(row: dict, source: Path, folder: Path, size: int, segmentation: str, record: Path) -> dict:
     "Rest of a pair's row. Raises `ImageError` for the source, `OutputError` for the pair."
-    made_from = {"sha256": row["sha256"], "size": size, "segmentation": segmentation, "version": _VERSION}
-    try:
-        if file_sha256(source) != row["sha256"]:
-            raise ImageError(f"{source}: changed since the manifest was made. Make the manifest again.")
-        if finished := finished_row(record, folder, made_from):
-            return finished
+
+    def make() -> tuple[dict, dict[str, str]]:
         image = read_image(source)
+        saved = save_pair(image, row["pair"], folder, size, segmentation)
+        mask = saved["mask"]
+        found = {"pixels": _pixel_hash(image), "cell_share": round(float(mask.mean()), 5)}
+        found |= {"n_cells": saved["n_cells"], "flag": check_mask(mask)}
+        return _pair_files(row["pair"]) | found, saved["files"]
+
+    try:
+        changed = file_sha256(source) != row["sha256"]
     except OSError as error:
         raise ImageError(image_problem(source, error)) from None
-    saved = save_pair(image, row["pair"], folder, size, segmentation)
-    mask = saved["mask"]
-    result = _pair_files(row["pair"]) | {
-        "pixels": _pixel_hash(image),
-        "cell_share": round(float(mask.mean()), 5),
-        "n_cells": saved["n_cells"],
-        "flag": check_mask(mask),
-    }
-    save_record(record, made_from, saved["files"], result)
-    return result
+    if changed:
+        raise ImageError(f"{source}: changed since the manifest was made. Make the manifest again.")
+    made_from = {"sha256": row["sha256"], "size": size, "segmentation": segmentation, "version": _VERSION}
+    return make_once(record, folder, made_from, make)
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #26b37023
 def _prepare_pair(row: dict, folder: Path, size: int, segmentation: str, images: Path) -> dict:
@@ -160,10 +155,10 @@ def _prepare_pair(row: dict, folder: Path, size: int, segmentation: str, images:
         path.unlink(missing_ok=True)
     return base | {"problem": problem}
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #6c91334a
+# %% ../../nbs/02_processing/30_dataset.ipynb #b099d9a7
 _PAIR_COLUMNS = ("pair", "class", "path", "sha256", *_CHANNELS, "pixels", "cell_share", "n_cells", "flag", "problem")
 
-
+# %% ../../nbs/02_processing/30_dataset.ipynb #6c91334a
 def prepare_pairs(
     manifest: pd.DataFrame,  # a row an image: pair, class, path, sha256, problem
     folder: str | os.PathLike,  # written to: original/, segmented/, cells/, records/
@@ -182,13 +177,13 @@ def prepare_pairs(
     texts = [*_CHANNELS, "pixels", "flag", "problem"]
     return table.fillna(dict.fromkeys(texts, ""))
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #bdad2707
+# %% ../../nbs/02_processing/30_dataset.ipynb #85802102
 def _cell_rows(pair: str, folder: Path, original: str, cells: str) -> pd.DataFrame:
     "Features of the cells of one pair."
     table = cell_table(_read_png(folder / original), _read_png(folder / cells))
     return table.assign(pair=pair)[["pair", *table.columns]]
 
-
+# %% ../../nbs/02_processing/30_dataset.ipynb #bdad2707
 def prepare_folder(
     data: str | os.PathLike,  # one folder of images a class
     out: str | os.PathLike,  # folder to be written
@@ -205,9 +200,7 @@ def prepare_folder(
         check_apart(search_images(data).paths, out)
     manifest = build_manifest(data, classes, exclude=out, log=log)
     check_manifest(manifest, minimum=1, classes=classes)
-    with exclusive(out / "pairs.csv"):
-        mark_output_folder(out)
-        _remove_unfinished(out)
+    with _output_folder(out / "pairs.csv"):
         write_table(out / "manifest.csv", manifest)
         pairs = prepare_pairs(manifest, out / "prepared", size, segmentation, n_jobs)
         good = pairs[pairs["problem"] == ""]
@@ -246,10 +239,10 @@ def oversample_with_flips(
         tables.append(copies.merge(rows.drop(columns=["flip", "repeat"]), on="pair")[train.columns])
     return pd.concat(tables, ignore_index=True)
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #0839867f
+# %% ../../nbs/02_processing/30_dataset.ipynb #ff80eb22
 _SUBSETS = ("train", "val", "test")  # in the order of the table
 
-
+# %% ../../nbs/02_processing/30_dataset.ipynb #d607652b
 def _dataset_paths(rows: pd.DataFrame) -> pd.DataFrame:
     "Rows with a path for each channel; a copy's name ends in its flip, and in a number where that is taken."
     parts = []
@@ -262,7 +255,7 @@ def _dataset_paths(rows: pd.DataFrame) -> pd.DataFrame:
         parts.append(part.assign(**names))
     return pd.concat(parts).loc[rows.index]
 
-
+# %% ../../nbs/02_processing/30_dataset.ipynb #0839867f
 def _link_or_flip(source: Path, target: Path, kind: str) -> None:
     "Put one image into the dataset: flipped, or as a hard link, or as a copy where the disk has no links. Raises `OutputError`."
     if kind != "none":
@@ -296,14 +289,14 @@ def write_dataset(
     write_table(f"{folder}.csv", table)
     return table
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #34a91065
+# %% ../../nbs/02_processing/30_dataset.ipynb #16de720b
 def _check_files(folder: Path, table: pd.DataFrame) -> None:
     "Raise `ImageError` when images of a table are missing."
     files = [folder / name for channel in _CHANNELS[:2] for name in table[channel]]
     if lost := [path for path in files if not path.is_file()]:
         raise ImageError(f"{lost[0]}: missing ({len(lost)} in all). Prepare the pairs again.")
 
-
+# %% ../../nbs/02_processing/30_dataset.ipynb #34a91065
 def _read_pngs(paths: list[Path], size: int | None) -> np.ndarray:
     "Images of one size, (n, S, S, 3) or (n, S, S). Raises `ImageError`."
     with ThreadPoolExecutor(2) as pool:

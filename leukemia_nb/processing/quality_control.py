@@ -16,27 +16,17 @@ from pathlib import Path, PurePath
 import numpy as np
 import pandas as pd
 
-from leukemia_nb.data.files import (
-    check_output,
-    exclusive,
-    file_sha256,
-    finished_row,
-    mark_output_folder,
-    _remove_unfinished,
-    save_record,
-    shown,
-    write_table,
-)
+from ..data.files import _output_folder, check_output, file_sha256, make_once, shown, write_table
 from ..data.images import SUFFIXES, ImageError, image_problem, read_image, write_image
 from ..data.manifest import NO_IMAGES, ImageSearch, check_apart, search_images
 from ..data.processes import run_tasks
 from .cells import count_cells, find_cells
 from .segmentation import check_mask, draw_outlines, segment
 
-# %% ../../nbs/02_processing/20_quality_control.ipynb #58b0821a
+# %% ../../nbs/02_processing/20_quality_control.ipynb #5536fead
 _MAX_BYTES = 240  # of a name: file systems take 255, and a record has five more
 
-
+# %% ../../nbs/02_processing/20_quality_control.ipynb #58b0821a
 def _mask_names(names: Sequence[str]) -> list[str]:
     "Names for masks and overlays: a.png for a.png, a.jpg.png for a.jpg, with a hash where that is taken or too long."
 
@@ -58,36 +48,38 @@ def _mask_names(names: Sequence[str]) -> list[str]:
         found.append(target.as_posix())
     return found
 
-# %% ../../nbs/02_processing/20_quality_control.ipynb #dd69232e
+# %% ../../nbs/02_processing/20_quality_control.ipynb #f634d0a8
 _QC_COLUMNS = ("path", "width", "height", "n_cells", "cell_share", "flag", "mask", "overlay", "problem")
 _MAX_SIDE = 1_000_000  # pixels, of a PNG file
 
-
+# %% ../../nbs/02_processing/20_quality_control.ipynb #dd69232e
 def _segmented_row(path: str | os.PathLike, out: Path, method: str, files: tuple[str, str], record: Path) -> dict:
     "Rest of the row of one image. Raises `ImageError` for the image, `OutputError` and OSError for what is written."
-    try:
-        made_from = {"sha256": file_sha256(path), "segmentation": method, "version": 2}
-        if finished := finished_row(record, out, made_from):
-            return finished
+
+    def make() -> tuple[dict, dict[str, str]]:
         image = read_image(path)
+        if max(image.shape) > _MAX_SIDE:
+            most = f"a PNG has {_MAX_SIDE:,} at most. Cut out fields of it."
+            raise ImageError(f"{path}: a side of {max(image.shape):,} pixels; {most}")
+        cells = find_cells(image) if method == "nucleus" else segment(image, method)
+        mask = np.asarray(cells > 0)
+        row = {"width": mask.shape[1], "height": mask.shape[0], "n_cells": count_cells(cells)}
+        row |= {"cell_share": round(float(mask.mean()), 5), "flag": check_mask(mask)}
+        for file, drawn in zip(files, (mask.astype(np.uint8) * 255, draw_outlines(image, cells))):
+            write_image(out / file, drawn)
+        saved = {"mask": files[0], "overlay": files[1], "problem": ""}
+        return row | saved, {file: file_sha256(out / file) for file in files}
+
+    try:
+        digest = file_sha256(path)
     except OSError as error:
         raise ImageError(image_problem(path, error)) from None
-    if max(image.shape) > _MAX_SIDE:
-        raise ImageError(f"{path}: a side of {max(image.shape):,} pixels; a PNG has {_MAX_SIDE:,} at most. Cut out fields of it.")
-    cells = find_cells(image) if method == "nucleus" else segment(image, method)
-    mask = np.asarray(cells > 0)
-    row = {"width": mask.shape[1], "height": mask.shape[0], "n_cells": count_cells(cells)}
-    row |= {"cell_share": round(float(mask.mean()), 5), "flag": check_mask(mask)}
-    row |= {"mask": files[0], "overlay": files[1], "problem": ""}
-    for file, drawn in zip(files, (mask.astype(np.uint8) * 255, draw_outlines(image, cells))):
-        write_image(out / file, drawn)
-    save_record(record, made_from, {file: file_sha256(out / file) for file in files}, row)
-    return row
+    return make_once(record, out, {"sha256": digest, "segmentation": method, "version": 2}, make)
 
 # %% ../../nbs/02_processing/20_quality_control.ipynb #bd1baa34
-def _segment_file(path: str | os.PathLike, name: str, out: str | os.PathLike, method: str = "kmeans", saved: str = "") -> dict:
+def _segment_file(path: str | os.PathLike, name: str, out: str | os.PathLike, method: str, saved: str) -> dict:
     "Row of one image, its mask and overlay saved unless they are finished; saved: their name. Raises `OutputError`."
-    out, saved = Path(out), saved or _mask_names([name])[0]
+    out = Path(out)
     files, record = (f"masks/{saved}", f"overlays/{saved}"), out / "records" / f"{saved}.json"
     try:
         return {"path": name, **_segmented_row(path, out, method, files, record)}
@@ -121,9 +113,7 @@ def segment_folder(
     check_output(out, folder=True)
     check_apart(search.paths, out)
     names = [path.name if root.is_file() else path.relative_to(root).as_posix() for path in search.paths]
-    with exclusive(table_file):
-        mark_output_folder(out)
-        _remove_unfinished(out)
+    with _output_folder(table_file):
         table_file.unlink(missing_ok=True)  # of masks that may now change
         calls = [(path, name, out, method, saved) for path, name, saved in zip(search.paths, names, _mask_names(names))]
         rows = run_tasks(_segment_file, calls, out, "image", n_jobs, progress)

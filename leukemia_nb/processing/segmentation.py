@@ -25,7 +25,7 @@ def a_channel(
         return np.full(image.shape, 128, np.uint8)
     return cv2.extractChannel(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2LAB), 1)
 
-# %% ../../nbs/02_processing/10_segmentation.ipynb #030c2f7e
+# %% ../../nbs/02_processing/10_segmentation.ipynb #918dfcdb
 def _two_means_of(histogram: np.ndarray) -> tuple[int, tuple[float, float]]:
     "Exact 2-means of a histogram with a bin for each of the values 0 to 255."
     counts = histogram.astype(np.int64)
@@ -38,7 +38,7 @@ def _two_means_of(histogram: np.ndarray) -> tuple[int, tuple[float, float]]:
     best = int(t[gain >= gain.max() * (1 - 1e-12)][0])
     return best, (float(s[best] / n[best]), float((s[-1] - s[best]) / (n[-1] - n[best])))
 
-
+# %% ../../nbs/02_processing/10_segmentation.ipynb #030c2f7e
 def two_means(
     values: np.ndarray,  # uint8, any shape, not empty
 ) -> tuple[int, tuple[float, float]]:  # threshold t (clusters: values <= t, values > t), their two means
@@ -85,12 +85,12 @@ def clean_mask(
         ready = cv2.morphologyEx(ready, step, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)))
     return ready.view(bool)
 
-# %% ../../nbs/02_processing/10_segmentation.ipynb #332cd3b6
+# %% ../../nbs/02_processing/10_segmentation.ipynb #ed47b77d
 def _smallest_area(shape: tuple[int, ...], min_area: float) -> float:
     "Pixels of an image of this shape that are the same proportion as min_area of 1024x768."
     return min_area * shape[0] * shape[1] / (1024 * 768)
 
-
+# %% ../../nbs/02_processing/10_segmentation.ipynb #332cd3b6
 def drop_small(
     mask: np.ndarray,  # bool (H, W)
     min_area: float = 500,  # pixels, in an image of 1024x768; the same proportion of area at other sizes
@@ -138,7 +138,7 @@ def segmentation_steps(
         "masked": apply_mask(image, kept),
     }
 
-# %% ../../nbs/02_processing/10_segmentation.ipynb #0fdf44a3
+# %% ../../nbs/02_processing/10_segmentation.ipynb #2b8428cc
 @dataclass(frozen=True)
 class SegmentationMethod:
     "An entry of the registry of segmentation methods."
@@ -147,7 +147,7 @@ class SegmentationMethod:
     description: str
     function: Callable[..., np.ndarray]  # (image, min_area) -> bool mask (H, W)
 
-
+# %% ../../nbs/02_processing/10_segmentation.ipynb #0fdf44a3
 def _nucleus_mask(image: np.ndarray, min_area: float = 500) -> np.ndarray:
     from leukemia_nb.processing.cells import find_cells
 
@@ -210,10 +210,10 @@ def mask_quality(
         "recall": proportion(both, true),
     }
 
-# %% ../../nbs/02_processing/10_segmentation.ipynb #51219c83
+# %% ../../nbs/02_processing/10_segmentation.ipynb #d989b00a
 _MOST, _LEAST, _BORDER, _LARGEST = 0.6, 0.002, 0.5, 0.4  # proportions of image, image, border, image
 
-
+# %% ../../nbs/02_processing/10_segmentation.ipynb #51219c83
 def check_mask(
     mask: np.ndarray,  # bool (H, W)
 ) -> str:  # empty, or what is suspicious, joined by "; "
