@@ -303,7 +303,7 @@ def _safe_cell(value: Any) -> Any:
 def restored_cell(
     value: Any,  # as a table holds it
 ) -> Any:
-    "A cell as it was before `_safe_cell`."
+    "A cell as it was before `write_table` made it safe for spreadsheets."
     return re.sub(f"{_STARTS}'(?={_FORMULA})", "", value) if isinstance(value, str) else value
 
 # %% ../../nbs/01_data/10_files.ipynb #4fba9392

@@ -352,7 +352,7 @@ def build_manifest(
     n_jobs: int = 1,  # images opened side by side, in threads
     exclude: str | os.PathLike = "",  # a folder that is left out where it lies in the other
     log: Callable[[str], object] | None = None,  # gets a line: found, left out, why; None: warn of unknown folders
-) -> DataFrame:  # columns _COLUMNS; path absolute; width and height upright, 0 where unreadable
+) -> DataFrame:  # pair, class, path, sha256, width, height, problem; path absolute; width and height upright, 0 where unreadable
     "Open every image once and describe it in a row. Raises `ImageError` where there is nothing to describe."
     import pandas as pd
     from joblib import Parallel, delayed

@@ -117,7 +117,7 @@ def find_duplicates(
     least: float = 0.95,  # correlation of the band-passed frames of a copy
     n_jobs: int = 2,  # threads
     progress: bool = True,  # show bars
-) -> pd.DataFrame:  # _PAIR_COLUMNS; kind "same file", "copy" or "flipped copy"
+) -> pd.DataFrame:  # a, b, kind ("same file", "copy" or "flipped copy"), flip, dx, dy, overlap, votes, score
     "Pairs of images that show one field, whole: the same file, re-encoded, resized, flipped or turned."
     frames = _read_frames(paths, n_jobs=n_jobs, progress=progress) if frames is None else frames
     whole, rows = _comparable(frames.shape[1]), []
@@ -196,7 +196,7 @@ def find_overlaps(
     number: int = 150,  # points described in an image
     seed: int = 0,  # of the index
     progress: bool = True,  # show bars
-) -> pd.DataFrame:  # _PAIR_COLUMNS with kind "overlap"
+) -> pd.DataFrame:  # columns of find_duplicates, with kind "overlap"
     "Pairs of images whose fields of view overlap, unturned and unflipped, by about 3 % of their area or more."
     frames = _read_frames(paths, n_jobs=n_jobs, progress=progress) if frames is None else frames
     size = frames.shape[1]
@@ -235,7 +235,7 @@ def find_near_duplicates(
     n_jobs: int = 2,  # threads
     seed: int = 0,  # of the index
     progress: bool = True,  # show bars
-) -> pd.DataFrame:  # _PAIR_COLUMNS, each pair once
+) -> pd.DataFrame:  # columns of find_duplicates, each pair once
     "All pairs of images that show the same thing: copies, flipped copies and overlapping fields. Raises `ImageError`."
     frames = _read_frames(paths, n_jobs=n_jobs, progress=progress)
     found = [

@@ -18,16 +18,8 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from leukemia_nb.data.files import (
-    atomic_path,
-    _output_folder,
-    check_output,
-    file_sha256,
-    make_once,
-    read_table,
-    unique_names,
-    write_table,
-)
+from ..data.files import _output_folder, atomic_path, check_output, file_sha256
+from ..data.files import make_once, read_table, unique_names, write_table
 from ..data.images import ImageError, image_problem, read_image, resize_square
 from ..data.manifest import CLASSES, build_manifest, check_apart, check_manifest, search_images
 from ..data.processes import run_tasks
@@ -50,7 +42,7 @@ _FLIPS = ("none", "horizontal", "vertical", "both")
 # %% ../../nbs/02_processing/30_dataset.ipynb #93bb2704
 def flip(
     image: np.ndarray,  # (H, W) or (H, W, C), any dtype
-    kind: str,  # one of _FLIPS
+    kind: str,  # none, horizontal, vertical or both
 ) -> np.ndarray:  # same shape and dtype
     "Mirror an image left-right (horizontal), top-bottom (vertical) or both. Raises ValueError."
     if kind not in _FLIPS:
@@ -167,7 +159,7 @@ def prepare_pairs(
     n_jobs: int | None = None,  # worker processes; None: joblib's configuration, else 1
     images: str | os.PathLike = ".",  # folder that paths start from, where they are not absolute
     progress: bool = True,  # show a bar
-) -> pd.DataFrame:  # the pairs table, columns _PAIR_COLUMNS, in the order of the manifest
+) -> pd.DataFrame:  # the pairs table, in the order of the manifest
     "Make the pairs of a manifest, but for those that are finished. Raises ValueError for a name twice, and as `run_tasks`."
     if manifest["pair"].duplicated().any():
         raise ValueError(f"two rows named {manifest['pair'][manifest['pair'].duplicated()].iloc[0]}: names must be unique")

@@ -102,7 +102,7 @@ def segment_folder(
     n_jobs: int | None = None,  # worker processes; None: joblib's configuration
     progress: bool = True,  # show a bar
     log: Callable[[str], object] | None = None,  # gets a line: how many images were found, how many left out, why
-) -> pd.DataFrame:  # columns _QC_COLUMNS, a row an image
+) -> pd.DataFrame:  # path, width, height, n_cells, cell_share, flag, mask, overlay, problem; a row an image
     "Segment every image of a folder, but for those that are finished, and write qc.csv. Raises `ImageError`, and as `run_tasks`."
     root, table_file = Path(images), Path(out) / "qc.csv"
     search = ImageSearch(root, [root]) if root.is_file() else search_images(root)
