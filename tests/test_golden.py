@@ -57,6 +57,7 @@ def synthetic(smears):
 
 
 def segmentation(smears):
+    from leukemia_nb.processing.cells import find_cells
     from leukemia_nb.processing.segmentation import (
         a_channel,
         check_mask,
@@ -88,6 +89,7 @@ def segmentation(smears):
     }
     masks["one"] = np.pad(np.ones((70, 70), bool), 15)
     found["flags"] = {name: check_mask(mask) for name, mask in masks.items()}
+    found["grey"] = [float(a_channel(np.full((20, 30), 77, np.uint8)).mean()), len(find_cells(np.full((20, 30), 77, np.uint8)))]
     return found
 
 
