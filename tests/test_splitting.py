@@ -460,7 +460,9 @@ def split_step(tmp_path_factory):
     run.write_json({"data": str(data), "classes": 3}, "study.json")
     notebook = Path(__file__).parents[1] / "nbs/study/15_split.ipynb"
     parameters = {"run": str(run.folder), "split": "grouped", "groups": str(folder / "patients.csv")}
-    done = papermill.execute_notebook(str(notebook), str(folder / "split.ipynb"), parameters, progress_bar=False)
+    done = papermill.execute_notebook(
+        str(notebook), str(folder / "split.ipynb"), parameters, progress_bar=False, start_timeout=300
+    )
     outputs = [output for cell in done.cells for output in cell.get("outputs", [])]
     return run, "".join("".join(output["data"].get("text/plain", "")) for output in outputs if "data" in output)
 
