@@ -185,7 +185,7 @@ def test_the_second_writer_is_refused_and_the_lock_ends_with_its_process(tmp_pat
     assert run("die").returncode == -9 and run().returncode == 0
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(
         st.one_of(
