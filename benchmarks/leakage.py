@@ -85,7 +85,7 @@ def main() -> None:
     truth, classes = fields["overlap_group"].to_numpy(), fields["file"].str.split("/").str[0].to_numpy()
 
     times, load, start = {}, os.getloadavg()[0], time.perf_counter()
-    frames = leakage.read_frames(paths, n_jobs=args.n_jobs)
+    frames = leakage._read_frames(paths, n_jobs=args.n_jobs)
     times["reading"] = time.perf_counter() - start
     duplicates = leakage.find_duplicates(paths, frames, n_jobs=args.n_jobs)
     times["duplicates"] = time.perf_counter() - start - times["reading"]
@@ -108,7 +108,7 @@ def main() -> None:
     proposed["listed"] = truth[proposed["na"]] == truth[proposed["nb"]]
     proposed["across"] = classes[proposed["na"]] != classes[proposed["nb"]]
     overlaps = proposed[proposed["kept"]]
-    pairs = pd.concat([duplicates, overlaps[list(leakage.PAIR_COLUMNS)]]).drop_duplicates(["a", "b"])
+    pairs = pd.concat([duplicates, overlaps[list(leakage._PAIR_COLUMNS)]]).drop_duplicates(["a", "b"])
     groups = leakage.group_images(paths, pairs)
 
     numbers = np.unique(truth[pd.Series(truth).duplicated(keep=False)])

@@ -24,7 +24,7 @@ import numpy as np
 from leukemia_nb.data.manifest import build_manifest
 from leukemia_nb.data.files import atomic_path
 from leukemia_nb.data.images import read_image, resize_square, write_image
-from leukemia_nb.processing.dataset import Pairs, _save_png, pair_files, prepare_pairs
+from leukemia_nb.processing.dataset import Pairs, _save_png, _pair_files, prepare_pairs
 from leukemia_nb.processing.segmentation import a_channel, apply_mask, cluster_mask, study_mask
 from leukemia_nb.data.synthetic import smear
 
@@ -71,7 +71,7 @@ def prepare(folder: str, out: str, workers: int, times: int) -> None:
 
 def exact_recipe(image: np.ndarray, folder: Path, pair: str) -> np.ndarray:
     "The same steps as here: mask, original and segmented image, saved."
-    mask, names = study_mask(image), pair_files(pair)
+    mask, names = study_mask(image), _pair_files(pair)
     for channel, one in (("original", image), ("segmented", apply_mask(image, mask))):
         _save_png(folder / names[channel], resize_square(one))
     return mask
@@ -90,7 +90,7 @@ def kmeans_recipe(image: np.ndarray, folder: Path, pair: str) -> tuple[np.ndarra
     large[0] = False
     mask = large[parts]
     segmented = cv2.bitwise_and(image, image, mask=mask.astype(np.uint8))
-    names = pair_files(pair)
+    names = _pair_files(pair)
     for name, one in ((names["original"], image), (names["segmented"], segmented)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         small = cv2.resize(one, (224, 224), interpolation=cv2.INTER_AREA)
@@ -123,7 +123,7 @@ def compare(files: list[Path], folder: Path) -> dict:
             tighter.append(scatter(image, cluster_mask(a_channel(image))) < scatter(image, cluster))
         same_files += all(
             (read_image(folder / one) == read_image(folder / other)).all()
-            for one, other in list(zip(pair_files("Pre-B/ours").values(), pair_files("Pre-B/kmeans").values()))[:2]
+            for one, other in list(zip(_pair_files("Pre-B/ours").values(), _pair_files("Pre-B/kmeans").values()))[:2]
         )
     ours, kmeans = (float(np.median(seconds[name])) for name in ("ours", "kmeans"))
     return {

@@ -24,7 +24,7 @@ from leukemia_nb.data.manifest import (
     search_images,
 )
 from leukemia_nb.data.files import (
-    OUTPUT_MARKER,
+    _OUTPUT_MARKER,
     OutputError,
     file_sha256,
     mark_output_folder,
@@ -100,7 +100,7 @@ def hospital(tmp_path) -> Path:
 
 def test_rows(hospital):
     manifest = build_manifest(hospital)
-    assert list(manifest.columns) == list(data.COLUMNS)
+    assert list(manifest.columns) == list(data._COLUMNS)
     assert (
         len(manifest) == 5
         and (manifest["problem"] == "").all()
@@ -290,7 +290,7 @@ def test_what_leukemia_nb_wrote_is_no_data_at_any_depth(hospital):
     assert "written by leukemia_nb: 3" in search_images(hospital).summary()
     (hospital / "Pre" / "link").symlink_to(hospital / "Pro/deep/run/pairs")  # a way round the marker
     assert names(hospital) == before
-    (hospital / "Pro/run2" / OUTPUT_MARKER).unlink()
+    (hospital / "Pro/run2" / _OUTPUT_MARKER).unlink()
     assert names(hospital) == before | {"Pro/run2/Pre/c.png"}
 
 
@@ -301,7 +301,7 @@ def test_a_folder_that_leukemia_nb_wrote_is_refused_with_the_remedy(tmp_path, in
     for search in (find_images, search_images, build_manifest):
         with pytest.raises(ImageError, match=r"was written by leukemia_nb.*delete .*/seg/\.leukemia_nb-output\.$"):
             search(tmp_path / "seg" / inner)
-    (tmp_path / "seg" / OUTPUT_MARKER).unlink()
+    (tmp_path / "seg" / _OUTPUT_MARKER).unlink()
     assert len(find_images(tmp_path / "seg")) == 0 and len(find_images(tmp_path / "seg/masks")) == 1
 
 

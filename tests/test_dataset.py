@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,19 +14,19 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from leukemia_nb.data.files import OutputError, TableError, read_table
-from leukemia_nb.data.images import ImageError, read_grey, read_image, resize_square, write_image
+from leukemia_nb.data.images import ImageError, read_image, resize_square, write_image
 from leukemia_nb.data.manifest import build_manifest
 from leukemia_nb.data.synthetic import write_smears
 from leukemia_nb.processing import dataset
 from leukemia_nb.processing.cells import FEATURE_NAMES, find_cells
 from leukemia_nb.processing.dataset import (
-    FLIPS,
-    PAIR_COLUMNS,
+    _FLIPS,
+    _PAIR_COLUMNS,
     Pairs,
     flip,
     oversample_with_flips,
-    pair_files,
-    pixel_hash,
+    _pair_files,
+    _pixel_hash,
     prepare_folder,
     prepare_pairs,
     write_dataset,
@@ -67,15 +68,15 @@ def written(prepared, split, tmp_path_factory):
 
 def test_pixels_are_segment_mask_resize_in_that_order(prepared):
     table, folder = prepared
-    assert tuple(table.columns) == PAIR_COLUMNS and (table["problem"] != "").sum() == 1
+    assert tuple(table.columns) == _PAIR_COLUMNS and (table["problem"] != "").sum() == 1
     for row in table[table["problem"] == ""].iloc[::5].itertuples():
         image = read_image(row.path)
         mask, square = segment(image), resize_square(image, SIZE)
         assert (read_image(folder / row.original) == square).all()
         assert (read_image(folder / row.segmented) == resize_square(apply_mask(image, mask), SIZE)).all()
-        cells = read_grey(folder / row.cells)
+        cells = cv2.imread(str(folder / row.cells), cv2.IMREAD_UNCHANGED)
         assert cells.dtype == np.uint16 and (cells == find_cells(square)).all() and row.n_cells == cells.max()
-        assert row.cell_share == round(mask.mean(), 5) and row.pixels == pixel_hash(image)
+        assert row.cell_share == round(mask.mean(), 5) and row.pixels == _pixel_hash(image)
 
 
 def test_same_table_and_files_with_two_workers(manifest, prepared, tmp_path):
@@ -97,7 +98,7 @@ def test_only_what_is_not_finished_is_done(manifest, tmp_path):
     (tmp_path / "records" / f"{good['pair'][3]}.json").write_text("{")
     pd.testing.assert_frame_equal(prepare_pairs(manifest, tmp_path, SIZE, progress=False), first)
     changed = {path for path, date in dates.items() if path.stat().st_mtime_ns != date}
-    assert changed == {tmp_path / name for pair in good["pair"][:4] for name in pair_files(pair).values()}
+    assert changed == {tmp_path / name for pair in good["pair"][:4] for name in _pair_files(pair).values()}
     prepare_pairs(manifest, tmp_path, 32, progress=False)  # other settings
     assert all(path.stat().st_mtime_ns != date for path, date in dates.items())
 
@@ -114,7 +115,7 @@ def test_image_that_changed_or_went_bad_is_a_row_and_keeps_no_files(manifest, tm
     assert "changed since the manifest was made" in table["problem"][0] and "No such file" in table["problem"][1]
     assert (table["problem"][2:] == "").all() and (table.loc[:1, ["original", "flag"]] == "").all(axis=None)
     for pair in copy["pair"][:2]:
-        assert not any((tmp_path / "out" / name).exists() for name in pair_files(pair).values())
+        assert not any((tmp_path / "out" / name).exists() for name in _pair_files(pair).values())
 
 
 def test_any_error_on_one_image_is_its_row(manifest, tmp_path, monkeypatch):
@@ -157,7 +158,7 @@ def test_record_holds_what_a_pair_was_made_from(prepared):
     row = table[table["problem"] == ""].iloc[0]
     record = json.loads((folder / "records" / f"{row['pair']}.json").read_text())
     assert record["made_from"] == {"sha256": row["sha256"], "size": SIZE, "segmentation": "kmeans", "version": 2}
-    assert set(record["files"]) == set(pair_files(row["pair"]).values())
+    assert set(record["files"]) == set(_pair_files(row["pair"]).values())
 
 
 def test_folder_is_prepared_for_later_steps(manifest, tmp_path):
@@ -174,18 +175,18 @@ def test_folder_is_prepared_for_later_steps(manifest, tmp_path):
         prepare_folder(tmp_path / "out", tmp_path / "other")
 
 
-@given(arrays(np.uint8, (3, 4, 3)), st.sampled_from(FLIPS))
+@given(arrays(np.uint8, (3, 4, 3)), st.sampled_from(_FLIPS))
 def test_pixel_hash_is_equal_for_mirror_images(image, kind):
-    assert pixel_hash(flip(image, kind)) == pixel_hash(image)
+    assert _pixel_hash(flip(image, kind)) == _pixel_hash(image)
     other = image.copy()
     other[0, 0, 0] ^= 1
-    assert pixel_hash(other) != pixel_hash(image) or any((flip(other, each) == image).all() for each in FLIPS)
-    assert pixel_hash(image.reshape(4, 3, 3)) != pixel_hash(image)
+    assert _pixel_hash(other) != _pixel_hash(image) or any((flip(other, each) == image).all() for each in _FLIPS)
+    assert _pixel_hash(image.reshape(4, 3, 3)) != _pixel_hash(image)
 
 
 def test_flips_by_hand():
     image = np.array([[1, 2], [3, 4]])
-    flips = {kind: flip(image, kind).tolist() for kind in FLIPS}
+    flips = {kind: flip(image, kind).tolist() for kind in _FLIPS}
     assert flips == {
         "none": [[1, 2], [3, 4]],
         "horizontal": [[2, 1], [4, 3]],
@@ -252,7 +253,7 @@ def test_dataset_folder_holds_what_its_table_lists(written, split):
 def test_unflipped_files_are_links_and_flipped_ones_are_flipped(written, prepared, tmp_path, monkeypatch, split):
     table, folder = written
     for row in table.to_dict("records"):
-        source = prepared[1] / pair_files(row["pair"])["segmented"]
+        source = prepared[1] / _pair_files(row["pair"])["segmented"]
         if row["flip"] == "none":
             assert (folder / row["segmented"]).samefile(source)
         assert (read_image(folder / row["segmented"]) == flip(read_image(source), row["flip"])).all()
@@ -342,5 +343,5 @@ def test_segmentation_commutes_with_flips_on_real_images(shared_data):
     for path in sorted((shared_data / "taleqani").glob("*/*.jpg"))[::400]:
         image = read_image(path)
         mask = segment(image)
-        for kind in FLIPS[1:]:
+        for kind in _FLIPS[1:]:
             assert (segment(flip(image, kind)) != flip(mask, kind)).mean() < 0.002

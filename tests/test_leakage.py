@@ -36,13 +36,13 @@ def names(pairs):
     return {tuple(sorted((a.split("/")[-1], b.split("/")[-1]))) for a, b in zip(pairs["a"], pairs["b"])}
 
 
-@given(st.sampled_from(leakage.ORIENTATIONS), st.integers(1, 6), st.integers(1, 6))
+@given(st.sampled_from(leakage._ORIENTATIONS), st.integers(1, 6), st.integers(1, 6))
 def test_orientations_move_pixels_and_can_be_undone(orientation, height, width):
     image = np.arange(height * width).reshape(height, width)
-    turned = leakage.orient(image, orientation)
+    turned = leakage._orient(image, orientation)
     assert sorted(turned.ravel()) == sorted(image.ravel())
     back = {"turned left": "turned right", "turned right": "turned left"}.get(orientation, orientation)
-    np.testing.assert_array_equal(leakage.orient(turned, back), image)
+    np.testing.assert_array_equal(leakage._orient(turned, back), image)
 
 
 @settings(max_examples=25, deadline=None)
@@ -84,10 +84,10 @@ def test_unrelated_smears_with_the_same_scale_bar_do_not_match(others, tmp_path)
     )
 
 
-@pytest.mark.parametrize("orientation", leakage.ORIENTATIONS[1:])
+@pytest.mark.parametrize("orientation", leakage._ORIENTATIONS[1:])
 def test_flipped_resized_and_saved_again(field, others, tmp_path, orientation):
     image = field[:480, :640]
-    changed = cv2.resize(np.ascontiguousarray(leakage.orient(image, orientation)), (300, 300), interpolation=cv2.INTER_AREA)
+    changed = cv2.resize(np.ascontiguousarray(leakage._orient(image, orientation)), (300, 300), interpolation=cv2.INTER_AREA)
     save(tmp_path, a=image, c=others[0])
     write_image(tmp_path / "b.jpg", changed, quality=60)
     pairs = leakage.find_duplicates(sorted(tmp_path.glob("*.*")), progress=False)
@@ -106,7 +106,7 @@ def test_same_file_under_a_name_outside_ascii(field, tmp_path):
 def test_empty_images_are_similar_to_nothing(tmp_path):
     paths = save(tmp_path, a=np.full((60, 80, 3), 240, np.uint8), b=np.full((60, 80, 3), 250, np.uint8))
     assert len(leakage.find_near_duplicates(paths, progress=False)) == 0
-    assert list(leakage.find_near_duplicates([], progress=False).columns) == list(leakage.PAIR_COLUMNS)
+    assert list(leakage.find_near_duplicates([], progress=False).columns) == list(leakage._PAIR_COLUMNS)
 
 
 def test_torn_image_is_named(tmp_path):
@@ -172,7 +172,7 @@ def benchmarks(monkeypatch, tmp_path):
     pd.DataFrame({"file": files, "overlap_group": [0, 1, 1, 2, 2]}).to_csv(tmp_path / "taleqani_fields.csv", index=False)
     found = pd.DataFrame(
         [
-            {name: None for name in leakage.PAIR_COLUMNS}
+            {name: None for name in leakage._PAIR_COLUMNS}
             | {side: str(tmp_path / "taleqani" / file) for side, file in zip("ab", files)}
         ]
     )

@@ -19,7 +19,7 @@ from leukemia_nb.processing import quality_control
 from leukemia_nb.data.files import counted
 from leukemia_nb.errors import LeukemiaError
 from leukemia_nb.data.images import read_image, write_image
-from leukemia_nb.processing.quality_control import mask_names, segment_folder
+from leukemia_nb.processing.quality_control import _mask_names, segment_folder
 from leukemia_nb.processing.segmentation import segment
 from leukemia_nb.data.synthetic import smear
 
@@ -118,10 +118,10 @@ def test_inputs_of_one_stem_have_a_mask_each(tmp_path, drawn):
 
 def test_a_name_stays_when_other_images_come_to_it():
     names = ["a.bmp", "a.jpg", "a.jpg.png", "a.png", "a.png.png", "b/a.png", "b/a.tif", "ü" * 124 + ".jpg"]
-    alone = [mask_names([name])[0] for name in names]
-    assert mask_names(names) == alone and len(set(alone)) == len(names)
+    alone = [_mask_names([name])[0] for name in names]
+    assert _mask_names(names) == alone and len(set(alone)) == len(names)
     assert all(len(name.encode()) <= 255 for name in alone) and alone[3] == "a.png"
-    both = mask_names(["A.jpg", "a.jpg", "É.png", "É.png"])  # one letter, or a letter and its accent
+    both = _mask_names(["A.jpg", "a.jpg", "É.png", "É.png"])  # one letter, or a letter and its accent
     assert len({unicodedata.normalize("NFC", name).casefold() for name in both}) == 4
 
 

@@ -19,7 +19,7 @@ from leukemia_nb.processing.cells import (
     count_quality,
     find_cells,
     label_cells,
-    refine_mask,
+    _refine_mask,
     typical_area,
 )
 from leukemia_nb.processing.segmentation import (
@@ -29,7 +29,7 @@ from leukemia_nb.processing.segmentation import (
     apply_mask,
     check_mask,
     clean_mask,
-    cluster_overlay,
+    _cluster_overlay,
     drop_small,
     draw_outlines,
     kmeans_mask,
@@ -216,7 +216,7 @@ def test_golden_values_by_hand():
     found, truth = np.int32([[1, 1, 1, 0, 2, 2]]), np.int32([[7, 7, 0, 0, 0, 8]])
     assert count_quality(found, truth) == {"true": 2, "found": 2, "matched": 2, "missed": 0, "false": 0, "count_error": 0}
     assert count_quality(found, truth, 0.6)["matched"] == 1 and count_quality(found, truth, 2 / 3)["matched"] == 1
-    tinted = cluster_overlay(np.full((1, 2, 3), 100, np.uint8), np.array([[True, False]]), strength=0.5)
+    tinted = _cluster_overlay(np.full((1, 2, 3), 100, np.uint8), np.array([[True, False]]), strength=0.5)
     assert tinted.tolist() == [[[165, 70, 70], [70, 135, 85]]]
 
 
@@ -274,10 +274,10 @@ def test_features_depend_on_nothing_outside_the_mask_and_not_on_mirroring():
 def test_refined_mask_drops_a_pale_rim_and_never_everything():
     crop, mask = disc(12, (120, 60, 160))
     wide = np.hypot(*(np.mgrid[:48, :48] - 24)) <= 18
-    refined = refine_mask(crop, wide)
+    refined = _refine_mask(crop, wide)
     assert mask_quality(refined, mask)["iou"] > 0.9
     flat = np.full_like(crop, 200)
-    assert (refine_mask(flat, mask) == mask).all() and not refine_mask(flat, mask & False).any()
+    assert (_refine_mask(flat, mask) == mask).all() and not _refine_mask(flat, mask & False).any()
 
 
 def test_cells_of_a_smear_one_row_each():

@@ -11,19 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from leukemia_nb.data.manifest import mark_two_classes, merge_groups
 from leukemia_nb.processing.splitting import (
     SplitError,
     check_split,
     _assign_groups,
     image_groups,
-    mark_two_classes,
-    merge_groups,
     read_groups,
     read_split,
     smallest_class,
     split_pairs,
     stratified_sample,
-    subset_sizes,
+    _subset_sizes,
 )
 
 COUNTS = {"Normal": 512, "Pre-B": 955, "Pro-B": 796}
@@ -39,7 +38,7 @@ def example_pairs(counts: dict[str, int]) -> pd.DataFrame:
 def test_sizes_are_exact_floors(number, train, test):
     if train + test >= 100:
         return
-    sizes = subset_sizes(number, train / 100, test / 100)
+    sizes = _subset_sizes(number, train / 100, test / 100)
     assert sizes["train"] == train * number // 100 and sizes["test"] == test * number // 100
     assert sum(sizes.values()) == number and min(sizes.values()) >= 0
 
@@ -47,14 +46,14 @@ def test_sizes_are_exact_floors(number, train, test):
 @pytest.mark.parametrize("train, test", [(0.9, 0.1), (0, 0.1), (0.5, 0), (1.2, -0.3)])
 def test_shares_that_cannot_be(train, test):
     with pytest.raises(ValueError, match="must be above 0"):
-        subset_sizes(100, train, test)
+        _subset_sizes(100, train, test)
 
 
 @given(st.sampled_from([(0.85, 0.05), (0.6, 0.2), (0.7, 0.29)]))
 def test_smallest_class_is_smallest(shares):
     need = smallest_class(*shares)
-    assert min(subset_sizes(need, *shares).values()) >= 1
-    assert all(min(subset_sizes(number, *shares).values()) < 1 for number in range(need))
+    assert min(_subset_sizes(need, *shares).values()) >= 1
+    assert all(min(_subset_sizes(number, *shares).values()) < 1 for number in range(need))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -85,11 +84,11 @@ def test_duplicates_stay_together_and_counts_stay_exact(data):
     for column in ("sha256", "pixels", "group"):
         assert split.groupby(column)["subset"].nunique().max() == 1
     for label, rows in split.groupby("class"):
-        assert rows["subset"].value_counts().to_dict() == subset_sizes(counts[label])
+        assert rows["subset"].value_counts().to_dict() == _subset_sizes(counts[label])
 
 
 def test_split_is_random_and_uniform():
-    assigned = [_assign_groups([2, 2] + [1] * 36, subset_sizes(40), np.random.default_rng(seed)) for seed in range(300)]
+    assigned = [_assign_groups([2, 2] + [1] * 36, _subset_sizes(40), np.random.default_rng(seed)) for seed in range(300)]
     tested = np.mean(np.array(assigned) == "test", axis=0)
     assert tested.min() > 0.01 and tested.max() < 0.12  # 5 % each; no image and no couple is favoured
 
@@ -420,7 +419,7 @@ def test_real_images(shared_data):
     table = table.assign(pair=table["path"], sha256=[file_sha256(shared_data / "taleqani" / path) for path in table["path"]])
     random, grouped = (split_pairs(table, method, table["field"]) for method in ("random", "grouped"))
     for _, rows in random.groupby("class"):
-        assert rows["subset"].value_counts().to_dict() == subset_sizes(len(rows))
+        assert rows["subset"].value_counts().to_dict() == _subset_sizes(len(rows))
     with pytest.raises(SplitError, match="same group"):
         check_split(random, grouped=True)
     shares = pd.crosstab(grouped["class"], grouped["subset"], normalize="index")
@@ -461,7 +460,9 @@ def split_step(tmp_path_factory):
     run.write_json({"data": str(data), "classes": 3}, "study.json")
     notebook = Path(__file__).parents[1] / "nbs/study/15_split.ipynb"
     parameters = {"run": str(run.folder), "split": "grouped", "groups": str(folder / "patients.csv")}
-    done = papermill.execute_notebook(str(notebook), str(folder / "split.ipynb"), parameters, progress_bar=False)
+    done = papermill.execute_notebook(
+        str(notebook), str(folder / "split.ipynb"), parameters, progress_bar=False, start_timeout=300
+    )
     outputs = [output for cell in done.cells for output in cell.get("outputs", [])]
     return run, "".join("".join(output["data"].get("text/plain", "")) for output in outputs if "data" in output)
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings, strategies as st
 from leukemia_nb.data import synthetic
 from leukemia_nb.data.manifest import CLASSES, FOUR_CLASSES, build_manifest
 from leukemia_nb.data.files import mark_output_folder
-from leukemia_nb.data.images import read_grey, read_image
-from leukemia_nb.data.synthetic import KINDS, LABORATORIES, smear, write_smears
+from leukemia_nb.data.images import read_image
+from leukemia_nb.data.synthetic import _KINDS, _LABORATORIES, smear, write_smears
 
 
 def a_channel(image):
@@ -93,7 +93,7 @@ def test_classes_differ_as_the_original_study_says(measured):
     assert light["Normal"] < light["Pre-B"] < light["Pro-B"]  # condensed and dark; open; lighter
     assert share["Normal"] > share["Pre-B"]  # scant cytoplasm
     assert radius["Pro-B"] < radius["Early Pre-B"] < radius["Pre-B"]
-    for label, kind in KINDS.items():
+    for label, kind in _KINDS.items():
         assert radius[label] == pytest.approx(kind.radius, rel=0.1)
 
 
@@ -170,7 +170,7 @@ def test_background_alone_gives_the_class_away_only_where_confounded():
             field = smear(label, seed, 96, 128, confounded)
             bright = np.quantile(field.image.reshape(-1, 3), 0.8, axis=0)
             names = list(CLASSES)
-            guess = names[np.argmin([np.abs(bright - LABORATORIES[name].background).sum() for name in names])]
+            guess = names[np.argmin([np.abs(bright - _LABORATORIES[name].background).sum() for name in names])]
             right.append(guess == label)
         return np.mean(right)
 
@@ -205,7 +205,7 @@ def test_write_smears(tmp_path):
     for row in table.itertuples():
         drawn = smear(row[1], row.seed, 48, 64)
         assert (read_image(tmp_path / row.path) == drawn.image).all()
-        assert (read_grey(tmp_path / row.truth) == drawn.cells).all() and row.cells == drawn.cells.max()
+        assert (cv2.imread(str(tmp_path / row.truth), cv2.IMREAD_UNCHANGED) == drawn.cells).all() and row.cells == drawn.cells.max()
         assert row.laboratory == drawn.laboratory
     manifest = build_manifest(tmp_path, classes=FOUR_CLASSES)
     assert len(manifest) == 12 and (manifest["problem"] == "").all()  # the truth is no class

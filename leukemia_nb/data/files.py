@@ -24,35 +24,27 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # %% auto #0
-__all__ = ['OUTPUT_MARKER', 'shown', 'shown_lines', 'counted', 'OutputError', 'writing', 'atomic_path', 'check_output',
-           'mark_output_folder', 'is_output_folder', 'remove_unfinished', 'unique_names', 'exclusive', 'file_sha256',
-           'finished_row', 'save_record', 'safe_cell', 'restored_cell', 'write_table', 'TableError', 'read_table',
-           'shown_table', 'write_json', 'read_json', 'set_sha256']
+__all__ = ['shown', 'counted', 'OutputError', 'writing', 'atomic_path', 'check_output', 'mark_output_folder', 'is_output_folder',
+           'unique_names', 'exclusive', 'file_sha256', 'make_once', 'restored_cell', 'write_table', 'TableError',
+           'read_table', 'shown_table', 'write_json', 'read_json', 'set_sha256']
 
-# %% ../../nbs/01_data/10_files.ipynb #15819cb8
+# %% ../../nbs/01_data/10_files.ipynb #7ae08956
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
 
-
+# %% ../../nbs/01_data/10_files.ipynb #0167b109
 def _utf8(text: str) -> str:
     "Text that can be saved: bytes that were no UTF-8 as backslash, x and two digits."
     text = re.sub("[\ud800-\udc7f\udd00-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)  # from JSON; no bytes of a name
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
-
+# %% ../../nbs/01_data/10_files.ipynb #addadc56
 def shown(
     text: str | os.PathLike,  # a path, or words with a path in them
 ) -> str:  # on one line; bytes that are no UTF-8, control characters and changes of direction are escaped
     "Text that any terminal, table or page can take."
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), _utf8(os.fspath(text)))
 
-
-def shown_lines(
-    text: str,  # several lines, each of which may hold a path
-) -> str:
-    "Lines that any terminal can take: as `shown`, but for the line ends."
-    return "\n".join(map(shown, text.split("\n")))
-
-
+# %% ../../nbs/01_data/10_files.ipynb #e6caa27b
 def counted(
     number: int,  # how many
     what: str,  # of what, in the singular
@@ -60,14 +52,20 @@ def counted(
     "A number with its noun: 1 image, 2 images."
     return f"{number} {what}{'' if number == 1 else 's'}"
 
-# %% ../../nbs/01_data/10_files.ipynb #1170949f
+# %% ../../nbs/01_data/10_files.ipynb #15819cb8
+def _listing(names: Iterable[str], most: int = 6) -> str:
+    "Some names, and how many more there are."
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+# %% ../../nbs/01_data/10_files.ipynb #91b82d7c
 class OutputError(LeukemiaError, OSError):
     "A file that could not be written; the message names it, the reason and the remedy, errno is the system's."
 
     def __str__(self) -> str:
         return shown(super().__str__())
 
-
+# %% ../../nbs/01_data/10_files.ipynb #415382a5
 _SPACE, _PERMISSION = "Free some space or choose another folder", "Choose a folder you may write to"
 _DISK = "Check that the disk or network drive is still there and sound, or choose another folder"
 _NO_FOLDER = "A file stands where a folder is needed; choose another folder"
@@ -84,13 +82,13 @@ _REMEDIES = (
     }
 )
 
-
+# %% ../../nbs/01_data/10_files.ipynb #1170949f
 def _output_error(path: Path, number: int, left: str = "") -> OutputError:
     problem = OutputError(f"{path}: cannot be written: {os.strerror(number)}. {_REMEDIES[number]}. {left}".strip())
     problem.errno = number
     return problem
 
-# %% ../../nbs/01_data/10_files.ipynb #91c7b2aa
+# %% ../../nbs/01_data/10_files.ipynb #9662b3d7
 @contextmanager
 def writing(
     path: str | os.PathLike,  # file that is written in the block
@@ -113,7 +111,7 @@ def writing(
             raise
         raise _output_error(path, number, left) from error
 
-
+# %% ../../nbs/01_data/10_files.ipynb #91c7b2aa
 def _error_of_writing(path: Path) -> int | None:
     "Number of the error that more content beside a file meets now, or None."
     probe = path.with_name(f".part-{os.getpid()}-{secrets.token_hex(4)}") if not path.name.startswith(".part-") else path
@@ -128,7 +126,7 @@ def _error_of_writing(path: Path) -> int | None:
             probe.unlink()
     return None
 
-# %% ../../nbs/01_data/10_files.ipynb #c5d1f0e2
+# %% ../../nbs/01_data/10_files.ipynb #8d4787ab
 @contextmanager
 def atomic_path(
     path: str | os.PathLike,  # file to be written; its folder is made where it is missing
@@ -153,16 +151,16 @@ def atomic_path(
             else:
                 temporary.unlink(missing_ok=True)
 
-
+# %% ../../nbs/01_data/10_files.ipynb #c5d1f0e2
 def _check_regular(path: Path) -> None:
     "Raise `OutputError` for a device, pipe or socket, which a file must not replace."
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OutputError(f"{path}: is a device, pipe or socket. Choose the name of a file.")
 
-# %% ../../nbs/01_data/10_files.ipynb #0b6e5d7c
+# %% ../../nbs/01_data/10_files.ipynb #ec30ec3f
 _MAX_NAME = 255  # bytes of one file name on common file systems
 
-
+# %% ../../nbs/01_data/10_files.ipynb #0b6e5d7c
 def check_output(
     path: str | os.PathLike,  # file or folder that is to be written in the end
     folder: bool = False,  # it is a folder
@@ -182,18 +180,18 @@ def check_output(
     if not os.access(there, os.W_OK | os.X_OK):
         raise _output_error(path, errno.EACCES)
 
-# %% ../../nbs/01_data/10_files.ipynb #6a195cda
-OUTPUT_MARKER = ".leukemia_nb-output"  # file name
+# %% ../../nbs/01_data/10_files.ipynb #228b1733
+_OUTPUT_MARKER = ".leukemia_nb-output"  # file name
 _MARKER_TEXT = "Signature: leukemia_nb output, left out by its searches. Delete this file to use the images as data.\n"
 
-
+# %% ../../nbs/01_data/10_files.ipynb #6a195cda
 def mark_output_folder(
     folder: str | os.PathLike,  # made where it is missing
 ) -> Path:  # the folder
     "Mark a folder as written by leukemia_nb, so that no search takes its images for data. Raises `OutputError`."
     folder = Path(folder)
     if not is_output_folder(folder):
-        with atomic_path(folder / OUTPUT_MARKER) as temporary:
+        with atomic_path(folder / _OUTPUT_MARKER) as temporary:
             temporary.write_text(_MARKER_TEXT, encoding="utf-8")
     return folder
 
@@ -202,18 +200,9 @@ def is_output_folder(
     folder: str | os.PathLike,  # any folder
 ) -> bool:
     "Whether leukemia_nb wrote a folder, by its marker; folders inside a marked one do not count."
-    return os.path.isfile(os.path.join(folder, OUTPUT_MARKER))
+    return os.path.isfile(os.path.join(folder, _OUTPUT_MARKER))
 
-# %% ../../nbs/01_data/10_files.ipynb #3652e6dc
-def remove_unfinished(
-    folder: str | os.PathLike,  # that nobody else writes now
-) -> None:
-    "Remove what a killed run left half-written in a folder and below it."
-    for path in Path(folder).rglob(".part-*"):
-        if path.is_file():
-            path.unlink(missing_ok=True)
-
-# %% ../../nbs/01_data/10_files.ipynb #b3c7a813
+# %% ../../nbs/01_data/10_files.ipynb #8572fdfe
 def _shortened(name: str, ending: str, most: int) -> str:
     "A name with its ending in at most so many bytes: the end of one that is too long becomes a hash of it."
     if len(os.fsencode(name + ending)) <= most:
@@ -222,7 +211,7 @@ def _shortened(name: str, ending: str, most: int) -> str:
     room = most - len(os.fsencode(ending)) - len(digest) - 1
     return f"{os.fsencode(name)[:room].decode('utf-8', 'ignore')}-{digest}{ending}"
 
-
+# %% ../../nbs/01_data/10_files.ipynb #b3c7a813
 def unique_names(
     names: Iterable[str],  # wanted file names without prefix and ending, such as the stems of the inputs
     most: int = 200,  # bytes a name may have, so that prefixes and endings fit as well
@@ -264,6 +253,16 @@ def exclusive(
     finally:
         lock.release()
 
+# %% ../../nbs/01_data/10_files.ipynb #3652e6dc
+@contextmanager
+def _output_folder(table: Path) -> Iterator[None]:
+    "Hold the lock of a table; its folder is marked, and rid of what a killed run left half-written. Raises `OutputError`."
+    with exclusive(table):
+        for path in mark_output_folder(table.parent).rglob(".part-*"):
+            if path.is_file():
+                path.unlink(missing_ok=True)
+        yield
+
 # %% ../../nbs/01_data/10_files.ipynb #9493eef2
 def file_sha256(
     path: str | os.PathLike,  # any file
@@ -273,50 +272,41 @@ def file_sha256(
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 # %% ../../nbs/01_data/10_files.ipynb #a1d1d4a9
-def finished_row(
-    record: str | os.PathLike,  # JSON file that save_record wrote
+def make_once(
+    record: str | os.PathLike,  # JSON file of what is finished, read and written
     folder: str | os.PathLike,  # folder that the files of the record lie in
     made_from: dict,  # source and settings wanted
-) -> dict | None:  # row of the table, or None
-    "Row of what is finished: its files are whole and made from the same source and settings. None for anything else."
-    try:
+    make: Callable[[], tuple[dict, dict[str, str]]],  # returns row of a table, and SHA-256 by name of each file it wrote
+) -> dict:  # row of the table
+    "Row of what is finished: its files are whole and made from the same source and settings. Else make it. Raises `OutputError`."
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content = json.loads(Path(record).read_text(encoding="utf-8"))
         whole = all(file_sha256(Path(folder) / name) == digest for name, digest in content["files"].items())
-        return dict(content["row"]) if content["made_from"] == made_from and whole else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def save_record(
-    record: str | os.PathLike,  # JSON file to be written
-    made_from: dict,  # source and settings
-    files: dict[str, str],  # SHA-256 by file name
-    row: dict,  # of the table
-) -> None:
-    "Write down that some files are finished, after they are. Raises `OutputError`."
+        if content["made_from"] == made_from and whole:
+            return dict(content["row"])
+    row, files = make()
     text = json.dumps({"made_from": made_from, "files": files, "row": row}, indent=1)
     with atomic_path(record, durable=False) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    return row
 
-# %% ../../nbs/01_data/10_files.ipynb #4fba9392
+# %% ../../nbs/01_data/10_files.ipynb #e9a106ed
 _FORMULA = r"'*[=+\-@\t\r\n＝＋－＠]"
 _STARTS = r"(?:^|(?<=[;\t\r\n]))"  # of a cell; also behind a semicolon, where Excel in many countries splits
 
-
-def safe_cell(
-    value: Any,  # of one cell
-) -> Any:  # text with an apostrophe where a formula could start; anything else as it was
-    "A cell that no spreadsheet takes for a formula; `restored_cell` undoes it."
+# %% ../../nbs/01_data/10_files.ipynb #88cf7231
+def _safe_cell(value: Any) -> Any:
+    "A cell that no spreadsheet takes for a formula, by an apostrophe before it; `restored_cell` undoes it."
     return re.sub(f"{_STARTS}(?={_FORMULA})", "'", _utf8(value).replace("\0", "\\x00")) if isinstance(value, str) else value
 
-
+# %% ../../nbs/01_data/10_files.ipynb #b5fc3046
 def restored_cell(
     value: Any,  # as a table holds it
 ) -> Any:
-    "A cell as it was before `safe_cell`."
+    "A cell as it was before `write_table` made it safe for spreadsheets."
     return re.sub(f"{_STARTS}'(?={_FORMULA})", "", value) if isinstance(value, str) else value
 
-
+# %% ../../nbs/01_data/10_files.ipynb #4fba9392
 def _changed(table: DataFrame, change: Callable[[Any], Any]) -> DataFrame:
     "A copy with every cell of the columns of text changed."
     from pandas.api.types import is_bool_dtype, is_numeric_dtype
@@ -327,10 +317,10 @@ def _changed(table: DataFrame, change: Callable[[Any], Any]) -> DataFrame:
             table.isetitem(place, table.iloc[:, place].map(change))
     return table
 
-# %% ../../nbs/01_data/10_files.ipynb #e2d4a6f8
+# %% ../../nbs/01_data/10_files.ipynb #20a78dd5
 _TEXT = ("pair", "class", "path", "sha256", "problem", "flip", "flag", "subset", "group", "original", "segmented", "cells")
 
-
+# %% ../../nbs/01_data/10_files.ipynb #e2d4a6f8
 def write_table(
     path: str | os.PathLike,  # the CSV
     table: DataFrame,  # its index is not written
@@ -338,21 +328,21 @@ def write_table(
     float_format: str | None = None,  # of numbers, as pandas takes it; all digits where left out
 ) -> None:
     "Write a table as CSV, whole or not at all; names that are no UTF-8 are escaped. Raises `OutputError`."
-    table = _changed(table, safe_cell)
+    table = _changed(table, _safe_cell)
     text = table.to_csv(index=False, float_format=float_format, lineterminator="\n")
     if "\r" in text:  # in a name: csv quotes it only where the lines end in it as well
         text = table.to_csv(index=False, float_format=float_format, lineterminator="\r\n")
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode("utf-8-sig" if excel else "utf-8"))
 
-# %% ../../nbs/01_data/10_files.ipynb #38bbdbc0
+# %% ../../nbs/01_data/10_files.ipynb #98bff889
 class TableError(LeukemiaError, OSError):
     "A table that cannot be read; the message names it, what is wrong and the remedy."
 
     def __str__(self) -> str:
         return shown(super().__str__())
 
-
+# %% ../../nbs/01_data/10_files.ipynb #38bbdbc0
 def read_table(
     path: str | os.PathLike,  # a CSV of the study
 ) -> DataFrame:  # text columns as text, '' where empty

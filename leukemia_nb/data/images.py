@@ -31,31 +31,31 @@ if TYPE_CHECKING:
     from tifffile import TiffFile, TiffPage
 
 # %% auto #0
-__all__ = ['MAX_PIXELS', 'MAX_SIDE', 'MIN_SIDE', 'SCALE_BAR_CORNER', 'SUFFIXES', 'ImageError', 'read_image', 'show_images',
-           'image_problem', 'as_rgb', 'resize_square', 'read_grey', 'write_image']
+__all__ = ['SCALE_BAR_CORNER', 'SUFFIXES', 'ImageError', 'read_image', 'show_images', 'image_problem', 'as_rgb', 'resize_square',
+           'write_image']
 
-# %% ../../nbs/01_data/20_images.ipynb #b45b7d59
-MAX_PIXELS = 50_000_000  # 150 MB decoded; the largest images of the study have 5 million
-MAX_SIDE = 32_000  # pixels; OpenCV's resize and remap end at 32,767, JPEG at 65,535
-MIN_SIDE = 16  # pixels; a red cell is about 60 across in the study's images
+# %% ../../nbs/01_data/20_images.ipynb #5723a928
+_MAX_PIXELS = 50_000_000  # 150 MB decoded; the largest images of the study have 5 million
+_MAX_SIDE = 32_000  # pixels; OpenCV's resize and remap end at 32,767, JPEG at 65,535
+_MIN_SIDE = 16  # pixels; a red cell is about 60 across in the study's images
 
-
+# %% ../../nbs/01_data/20_images.ipynb #3ed420e0
 class ImageError(LeukemiaError, ValueError):
     "An image that cannot be used; the message names the file, what is wrong and the remedy."
 
     def __str__(self) -> str:
         return shown(super().__str__())
 
-
+# %% ../../nbs/01_data/20_images.ipynb #b45b7d59
 def _check_size(width: int, height: int) -> None:
     "Raise `ImageError` for a size outside the limits."
     size = f"{width} x {height}"
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"too large, {size} is over the limit of {MAX_PIXELS:,} pixels. Scale it down, or cut out the field.")
-    if max(width, height) > MAX_SIDE:
-        raise ImageError(f"too large, {size}; {MAX_SIDE:,} pixels a side at most. Cut out the field.")
-    if min(width, height) < MIN_SIDE:
-        raise ImageError(f"too small, {size}; {MIN_SIDE} pixels a side at least. Remove it.")
+    if width * height > _MAX_PIXELS:
+        raise ImageError(f"too large, {size} is over the limit of {_MAX_PIXELS:,} pixels. Scale it down, or cut out the field.")
+    if max(width, height) > _MAX_SIDE:
+        raise ImageError(f"too large, {size}; {_MAX_SIDE:,} pixels a side at most. Cut out the field.")
+    if min(width, height) < _MIN_SIDE:
+        raise ImageError(f"too small, {size}; {_MIN_SIDE} pixels a side at least. Remove it.")
 
 # %% ../../nbs/01_data/20_images.ipynb #1630ac86
 @contextmanager
@@ -96,19 +96,14 @@ def _eight_bits(
         )
     return upper
 
-# %% ../../nbs/01_data/20_images.ipynb #efcffcd4
+# %% ../../nbs/01_data/20_images.ipynb #276a5d7b
 _TRANSPOSE = Image.Transpose
-_EXIF_ORIENTATIONS = {
-    2: _TRANSPOSE.FLIP_LEFT_RIGHT,
-    3: _TRANSPOSE.ROTATE_180,
-    4: _TRANSPOSE.FLIP_TOP_BOTTOM,
-    5: _TRANSPOSE.TRANSPOSE,
-    6: _TRANSPOSE.ROTATE_270,
-    7: _TRANSPOSE.TRANSVERSE,
-    8: _TRANSPOSE.ROTATE_90,
+_EXIF_ORIENTATIONS: dict = {
+    **{2: _TRANSPOSE.FLIP_LEFT_RIGHT, 3: _TRANSPOSE.ROTATE_180, 4: _TRANSPOSE.FLIP_TOP_BOTTOM, 5: _TRANSPOSE.TRANSPOSE},
+    **{6: _TRANSPOSE.ROTATE_270, 7: _TRANSPOSE.TRANSVERSE, 8: _TRANSPOSE.ROTATE_90},
 }
 
-
+# %% ../../nbs/01_data/20_images.ipynb #efcffcd4
 def _upright(image: Image.Image) -> Image.Image:
     "Turned as its EXIF orientation says; `ImageOps.exif_transpose` fails on other, damaged EXIF entries."
     try:
@@ -144,10 +139,10 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         image = image.convert("RGB")
     return transform.apply(image) if transform and mode == image.mode else image.convert("RGB")
 
-# %% ../../nbs/01_data/20_images.ipynb #ba98afc7
+# %% ../../nbs/01_data/20_images.ipynb #b7be71dd
 _OPAQUE_MODES = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}  # without transparency and palette; all others: RGB
 
-
+# %% ../../nbs/01_data/20_images.ipynb #ba98afc7
 def _to_rgb(image: Image.Image) -> np.ndarray:
     "uint8 (H, W, 3) sRGB of a decoded image, upright and over white. Raises `ImageError`."
     profile, kind = image.info.get("icc_profile"), image.format
@@ -168,7 +163,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
             colours = Image.composite(colours, Image.new("RGB", colours.size, "white"), alpha)
     return np.array(colours)
 
-# %% ../../nbs/01_data/20_images.ipynb #70e5c74c
+# %% ../../nbs/01_data/20_images.ipynb #28e92615
 def _only_page(file: TiffFile) -> TiffPage:
     "The page that is the image. Raises `ImageError` for a stack, a thumbnail, or strips that are missing."
     page, *others = file.pages
@@ -184,11 +179,11 @@ def _only_page(file: TiffFile) -> TiffPage:
         raise ValueError("strips or tiles are missing")
     return page
 
-
+# %% ../../nbs/01_data/20_images.ipynb #ea31b0d6
 _COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # samples of a colour, by photometric interpretation; 6, YCbCr, only in JPEG
 _OWN_DECODERS = (1, 8, 32946, 32773)  # none, deflate, PackBits: tifffile needs no other package for them
 
-
+# %% ../../nbs/01_data/20_images.ipynb #70e5c74c
 def _check_samples(page: TiffPage) -> None:
     "Raise `ImageError` for samples that are no colours of 1 to 16 bits."
     if page.sampleformat not in (1, (1,) * page.samplesperpixel) or page.bitspersample not in (1, 2, 4, 8, 16):
@@ -206,7 +201,7 @@ def _used_bits(page: TiffPage) -> int:
     most = {declared} if isinstance(declared, int) else set(declared)
     return next((bits for bits in range(9, 16) if most == {2**bits - 1}), 16)
 
-# %% ../../nbs/01_data/20_images.ipynb #578cea68
+# %% ../../nbs/01_data/20_images.ipynb #032a832b
 def _image_of(page: TiffPage) -> Image.Image:
     "Image of grey, RGB or CMYK samples of 8 or 16 bits. Raises `ImageError`."
     values, count = page.asarray(maxworkers=1), _COLOURS[page.photometric]
@@ -228,7 +223,7 @@ def _image_of(page: TiffPage) -> Image.Image:
     image.info["icc_profile"], image.getexif()[0x0112] = page.iccprofile, page.tags.valueof(274, default=1)
     return image
 
-
+# %% ../../nbs/01_data/20_images.ipynb #578cea68
 def _decode_tiff(data: bytes) -> Image.Image:
     "Decode the one image in a TIFF. Raises `ImageError` and decoders' errors."
     import tifffile
@@ -251,10 +246,10 @@ def _decode_tiff(data: bytes) -> Image.Image:
     _eight_bits(np.asarray(image.convert("RGB")))  # Pillow keeps the upper bytes
     return image
 
-# %% ../../nbs/01_data/20_images.ipynb #d157d96e
+# %% ../../nbs/01_data/20_images.ipynb #9d4f5c2d
 _PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"acTL", b"IEND", b"iCCP", b"eXIf")
 
-
+# %% ../../nbs/01_data/20_images.ipynb #d157d96e
 def _png_pixels(data: bytes) -> bytes:
     "A PNG without its comments. Raises ValueError for a wrong checksum."
     at, kept = 8, [data[:8]]
@@ -268,7 +263,7 @@ def _png_pixels(data: bytes) -> bytes:
         at = end
     return b"".join(kept)
 
-# %% ../../nbs/01_data/20_images.ipynb #66873efb
+# %% ../../nbs/01_data/20_images.ipynb #a391b29c
 _FORMATS: dict[bytes, Callable] = {  # first bytes: Pillow's reader
     b"\xff\xd8\xff": JpegImagePlugin.JpegImageFile,
     b"\x89PNG\r\n\x1a\n": PngImagePlugin.PngImageFile,
@@ -277,7 +272,7 @@ _FORMATS: dict[bytes, Callable] = {  # first bytes: Pillow's reader
     b"GIF8": GifImagePlugin.GifImageFile,
 }
 
-
+# %% ../../nbs/01_data/20_images.ipynb #66873efb
 def _decode(data: bytes) -> Image.Image:
     "Decode an image file, its format taken from its first bytes. Raises `ImageError` and decoders' errors."
     if data[:4] in (b"II*\0", b"MM\0*", b"II+\0"):
@@ -305,7 +300,7 @@ def _content(path: str | os.PathLike) -> bytes:
             raise ImageError("cannot be opened: it is a folder, a pipe or a device. Name an image file.")
         if not found.st_size:
             raise ImageError("the file is empty. Copy it again, or remove it.")
-        if found.st_size > 9 * MAX_PIXELS:  # 16 bits with transparency, and as much again for metadata
+        if found.st_size > 9 * _MAX_PIXELS:  # 16 bits with transparency, and as much again for metadata
             raise ImageError(f"too large, {found.st_size:,} bytes. Scale it down, or cut out the field.")
         return Path(path).read_bytes()
     except FileNotFoundError:
@@ -316,13 +311,11 @@ def _content(path: str | os.PathLike) -> bytes:
         reason = getattr(error, "strerror", error)
         raise ImageError(f"cannot be opened: {reason}. Check what it is and who may read it.") from None
 
-# %% ../../nbs/01_data/20_images.ipynb #5ed88bf0
+# %% ../../nbs/01_data/20_images.ipynb #577a0132
 SCALE_BAR_CORNER = (0.16, 0.22)  # height and width of the corner, as proportions of the image's
-
-# %% ../../nbs/01_data/20_images.ipynb #e5e92470
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")  # of images, for searches
 
-
+# %% ../../nbs/01_data/20_images.ipynb #e5e92470
 def read_image(
     path: str | os.PathLike,  # JPEG, PNG, TIFF, BMP, WebP or GIF
 ) -> np.ndarray:  # uint8 (H, W, 3) RGB
@@ -401,28 +394,10 @@ def resize_square(
     shrinks = min(image.shape[:2]) >= size
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
-# %% ../../nbs/01_data/20_images.ipynb #131614c9
-def read_grey(
-    path: str | os.PathLike,  # one-channel PNG or TIFF, such as a mask or a label image
-) -> np.ndarray:  # uint8 or uint16 (H, W), as stored
-    "Read a one-channel image with its values unchanged. Raises `ImageError`."
-    with _errors_about(path):
-        data = _content(path)
-        if data[:4] in (b"II*\0", b"MM\0*"):
-            import tifffile
-
-            found = tifffile.imread(BytesIO(data))
-        else:
-            image = _decode(data)
-            found = np.asarray(image.convert("L") if image.mode == "1" else image)
-        if found.ndim != 2:
-            raise ImageError(f"{found.shape[-1]} channels, where a mask has one. Check the path.")
-        return found.astype(np.uint8 if found.dtype == np.uint8 else np.uint16, copy=False)
-
-# %% ../../nbs/01_data/20_images.ipynb #45f8c7d8
+# %% ../../nbs/01_data/20_images.ipynb #be01a270
 _JPEG, _LOSSLESS16 = (".jpg", ".jpeg", ".jpe", ".jfif"), (".png", ".tif", ".tiff")
 
-
+# %% ../../nbs/01_data/20_images.ipynb #45f8c7d8
 def write_image(
     path: str | os.PathLike,  # suffix .png, .jpg, .tif, .bmp or .webp
     image: np.ndarray,  # uint8 (H, W, 3) RGB; or uint8 or uint16 (H, W)

@@ -15,47 +15,51 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import OUTPUT_MARKER, OutputError, counted, file_sha256, is_output_folder, shown, unique_names
+import numpy as np
+
+from leukemia_nb.data.files import (
+    _OUTPUT_MARKER,
+    _listing,
+    OutputError,
+    counted,
+    file_sha256,
+    is_output_folder,
+    shown,
+    unique_names,
+)
 from .images import SUFFIXES, ImageError, read_image
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 # %% auto #0
-__all__ = ['CLASSES', 'FOUR_CLASSES', 'IGNORED_FOLDERS', 'NO_IMAGES', 'ARCHIVES', 'COLUMNS', 'KAGGLE_SET', 'class_of',
-           'ImageSearch', 'check_folder', 'check_apart', 'search_images', 'find_images', 'Selection', 'select_classes',
-           'build_manifest', 'check_manifest', 'fetch_kaggle']
+__all__ = ['CLASSES', 'FOUR_CLASSES', 'NO_IMAGES', 'class_of', 'ImageSearch', 'check_folder', 'check_apart', 'search_images',
+           'find_images', 'merge_groups', 'mark_two_classes', 'select_classes', 'build_manifest', 'check_manifest',
+           'fetch_kaggle']
 
-# %% ../../nbs/01_data/30_manifest.ipynb #49895644
+# %% ../../nbs/01_data/30_manifest.ipynb #1499df4b
 CLASSES = ("Normal", "Pre-B", "Pro-B")
 FOUR_CLASSES = ("Normal", "Early Pre-B", "Pre-B", "Pro-B")
 
 _FOLDER_NAMES = {
-    "normal": "Normal",
-    "benign": "Normal",
-    "hematogone": "Normal",
-    "hematogones": "Normal",
-    "early": "Early Pre-B",
-    "earlypre": "Early Pre-B",
-    "earlypreb": "Early Pre-B",
-    "pre": "Pre-B",
-    "preb": "Pre-B",
-    "pro": "Pro-B",
-    "prob": "Pro-B",
+    **dict.fromkeys(("normal", "benign", "hematogone", "hematogones"), "Normal"),
+    **dict.fromkeys(("early", "earlypre", "earlypreb"), "Early Pre-B"),
+    **dict.fromkeys(("pre", "preb"), "Pre-B"),
+    **dict.fromkeys(("pro", "prob"), "Pro-B"),
 }
 
-
+# %% ../../nbs/01_data/30_manifest.ipynb #49895644
 def class_of(
     folder_name: str,  # name of one folder, such as [Malignant] Pre-B
 ) -> str | None:  # one of FOUR_CLASSES, or None
     "Class that a folder's name means, or None."
     return _FOLDER_NAMES.get(re.sub(r"malignant|[\W_]", "", unicodedata.normalize("NFKC", folder_name).lower()))
 
-# %% ../../nbs/01_data/30_manifest.ipynb #af8d9c2f
-IGNORED_FOLDERS = ("truth", "segmented", "masks")  # folders, in any case
+# %% ../../nbs/01_data/30_manifest.ipynb #60a9bb66
+_IGNORED_FOLDERS = ("truth", "segmented", "masks")  # folders, in any case
 NO_IMAGES = "no images in it. Name a folder with JPEG, PNG, BMP, TIFF or WebP files."
 
-
+# %% ../../nbs/01_data/30_manifest.ipynb #af8d9c2f
 @dataclass(frozen=True)
 class ImageSearch:
     "What a search found, left out and could not reach, sorted."
@@ -81,10 +85,10 @@ class ImageSearch:
             text += f", {len(self.unreachable)} could not be reached"
         return shown(text)
 
-# %% ../../nbs/01_data/30_manifest.ipynb #b7a1c0de
-ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+# %% ../../nbs/01_data/30_manifest.ipynb #10e3b5ab
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
-
+# %% ../../nbs/01_data/30_manifest.ipynb #243fa829
 def check_folder(
     folder: str | os.PathLike,  # to be searched
 ) -> None:
@@ -92,17 +96,17 @@ def check_folder(
     if not os.path.lexists(folder):
         raise ImageError(f"{folder}: there is no such folder. Check the path.")
     if os.path.isfile(folder):
-        archive = os.fspath(folder).lower().endswith(ARCHIVES)
+        archive = os.fspath(folder).lower().endswith(_ARCHIVES)
         remedy = "is an archive. Unpack it and give the unpacked folder." if archive else "is a file. Give the folder it lies in."
         raise ImageError(f"{folder}: {remedy}")
     if marked := _marked(folder):
         where = "" if os.path.samefile(marked, folder) else f" lies in {marked}, which"
         raise ImageError(
             f"{folder}:{where} was written by leukemia_nb, so its images are no data. "
-            f"To use them as data, delete {marked / OUTPUT_MARKER}."
+            f"To use them as data, delete {marked / _OUTPUT_MARKER}."
         )
 
-
+# %% ../../nbs/01_data/30_manifest.ipynb #c96968d8
 def check_apart(
     images: str | os.PathLike | Iterable[str | os.PathLike],  # folder that is searched, or images that are read
     out: str | os.PathLike,  # folder of results, which no search for images enters
@@ -114,7 +118,7 @@ def check_apart(
         if results in (real, *real.parents):
             raise OutputError(f"{out}: holds the images that are read ({path}). Choose another folder for the results.")
 
-
+# %% ../../nbs/01_data/30_manifest.ipynb #b7a1c0de
 def _marked(folder: str | os.PathLike) -> Path | None:
     "The nearest folder around, or this one, that leukemia_nb wrote; synthetic smears are data wherever they lie."
     real = Path(os.path.realpath(folder))
@@ -125,18 +129,18 @@ def _marked(folder: str | os.PathLike) -> Path | None:
             return None
     return None
 
-# %% ../../nbs/01_data/30_manifest.ipynb #5ea7c4f1
+# %% ../../nbs/01_data/30_manifest.ipynb #645f84be
 def _real(path: str | os.PathLike) -> Path:
     return Path(os.path.realpath(path))
 
-
+# %% ../../nbs/01_data/30_manifest.ipynb #ebe30bf7
 def _skip_folder(path: Path, linked: bool, search: ImageSearch, exclude: Path | None, seen: set) -> str:
     "Why a folder is left out; empty where it is searched."
     real, status = _real(path), os.stat(path)
     if exclude in ((real, *real.parents) if linked else (real,)):
         return "folder of the results"
-    if path.name.lower() in IGNORED_FOLDERS and path != search.folder:
-        return f"named {', '.join(IGNORED_FOLDERS)}"
+    if path.name.lower() in _IGNORED_FOLDERS and path != search.folder:
+        return f"named {', '.join(_IGNORED_FOLDERS)}"
     if path != search.folder and (is_output_folder(path) or linked and _marked(path)):
         return "written by leukemia_nb"
     if linked and _real(path.parent).is_relative_to(real):
@@ -146,13 +150,13 @@ def _skip_folder(path: Path, linked: bool, search: ImageSearch, exclude: Path | 
     seen.add((status.st_dev, status.st_ino))
     return ""
 
-
+# %% ../../nbs/01_data/30_manifest.ipynb #5ea7c4f1
 def _skip_file(entry: os.DirEntry[str]) -> str:
     "Why a file is left out; empty for an image, by suffix."
     suffix = Path(entry.name).suffix.lower()
     if not entry.is_file():
         return "devices or pipes"
-    if suffix in ARCHIVES:
+    if suffix in _ARCHIVES:
         return f"{suffix} archives, to be unpacked"
     if suffix not in SUFFIXES:
         return f"{suffix} files" if suffix else "files without a suffix"
@@ -207,7 +211,7 @@ def search_images(
         found.sort()
     return search
 
-# %% ../../nbs/01_data/30_manifest.ipynb #decade01
+# %% ../../nbs/01_data/30_manifest.ipynb #3c7a6182
 def find_images(
     folder: str | os.PathLike,  # searched with all that is below it
     exclude: str | os.PathLike = "",  # a folder left out where it lies in the other, such as the one to write to
@@ -215,16 +219,16 @@ def find_images(
     "The images that `search_images` finds."
     return search_images(folder, exclude).paths
 
-
+# %% ../../nbs/01_data/30_manifest.ipynb #decade01
 def _class_of_path(path: Path, folder: Path) -> str | None:
     "Class of the nearest folder above an image, up to `folder` itself, whose name means one."
     names = [parent.name for parent in path.parents if parent == folder or folder in parent.parents]
     return next((found for found in map(class_of, names) if found), None)
 
+# %% ../../nbs/01_data/30_manifest.ipynb #30c91c71
+_COLUMNS = ("pair", "class", "path", "sha256", "width", "height", "problem")
+
 # %% ../../nbs/01_data/30_manifest.ipynb #b1d75bb6
-COLUMNS = ("pair", "class", "path", "sha256", "width", "height", "problem")
-
-
 def _examine(path: Path, missed: str) -> tuple[str, int, int, str]:
     "sha256, width, height and problem of one image, or of what could not be reached."
     if missed:
@@ -242,40 +246,69 @@ def _examine(path: Path, missed: str) -> tuple[str, int, int, str]:
 # %% ../../nbs/01_data/30_manifest.ipynb #dc56a53b
 def _name_pairs(labels: Sequence[str], paths: Sequence[Path]) -> list[str]:
     "A unique name for each image: class/stem, with -2, -3 … where it is taken (also by the same name in other case)."
-    places = {label: [i for i, each in enumerate(labels) if each == label] for label in dict.fromkeys(labels)}
-    names = {
-        i: f"{label}/{name}" if label else name
-        for label, found in places.items()
-        for i, name in zip(found, unique_names(paths[i].stem for i in found))
-    }
-    return [names[i] for i in range(len(names))]
+    import pandas as pd
 
+    stems = pd.Series([path.stem for path in paths], dtype=object)
+    names = stems.groupby(list(labels)).transform(lambda same: np.array(unique_names(same), object))
+    return [f"{label}/{name}" if label else name for label, name in zip(labels, names)]
 
-def _mark_two_classes(manifest: DataFrame) -> None:
-    "Enter a problem, in place, for images whose sha256 occurs under more than one class."
-    good = manifest[manifest["problem"] == ""]
-    for _, same in good.groupby("sha256"):
-        if same["class"].nunique() < 2:
+# %% ../../nbs/01_data/30_manifest.ipynb #bc3b3ba9
+def _connected(size: int, ends: Sequence) -> np.ndarray:
+    "Number the groups of so many nodes that edges (two rows of node numbers) connect, in order of appearance."
+    import pandas as pd
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    graph = coo_array((np.ones(len(ends[0])), (ends[0], ends[1])), shape=(size, size))
+    return pd.factorize(connected_components(graph, directed=False)[1])[0] if size else np.zeros(0, int)
+
+# %% ../../nbs/01_data/30_manifest.ipynb #35576c61
+def merge_groups(
+    table: DataFrame,  # any table
+    columns: Sequence[str],  # rows equal in any of them are tied; empty cells are equal to nothing
+) -> np.ndarray:  # int (n,), numbered in order of appearance
+    "Number the groups of rows that are tied together, directly or through others."
+    import pandas as pd
+
+    edges = [np.empty((2, 0), int)]
+    for column in columns:
+        filled = np.flatnonzero(table[column].notna() & (table[column].astype(str) != ""))
+        first = pd.Series(filled).groupby(table[column].to_numpy()[filled]).transform("first")
+        edges.append(np.stack([filled, first.to_numpy(int)]))
+    return _connected(len(table), np.concatenate(edges, axis=1))
+
+# %% ../../nbs/01_data/30_manifest.ipynb #e84e5a2f
+def mark_two_classes(
+    pairs: DataFrame,  # pair, class, path, sha256, problem; pixels where there is such
+    copies: Sequence | None = None,  # a value for each row, equal for copies of one image
+) -> DataFrame:  # the same, with a problem for each image that also lies under another class
+    "Enter a problem for images of which a copy lies under another class."
+    table = pairs.assign(problem=pairs["problem"].fillna(""), _copies="" if copies is None else list(copies))
+    good = table[table["problem"] == ""]
+    columns = [column for column in ("sha256", "pixels", "_copies") if column in good]
+    for _, same in good.groupby(merge_groups(good, columns)):
+        if same["class"].nunique() == 1:
             continue
         for index, label, path in zip(same.index, same["class"], same["path"]):
-            others = ", ".join(same.loc[same["class"] != label, "path"])
+            others = _listing(same["path"][same["class"] != label], 2)
             problem = f"{path}: the same image lies under another class: {others}. Remove the wrong one."
-            manifest.loc[index, "problem"] = shown(problem)
+            table.loc[index, "problem"] = shown(problem)
+    return table.drop(columns="_copies")
 
-# %% ../../nbs/01_data/30_manifest.ipynb #0dd72185
+# %% ../../nbs/01_data/30_manifest.ipynb #598c064a
 @dataclass
-class Selection:
+class _Selection:
     "Images of the classes that are looked for."
 
     search: ImageSearch  # with only these images
     rows: list[tuple[Path, str]]  # path and class; also of what was not reached
     unknown: list[str]  # folders of no class
 
-
+# %% ../../nbs/01_data/30_manifest.ipynb #0dd72185
 def select_classes(
     search: ImageSearch,  # of search_images
     classes: Sequence[str],  # some of FOUR_CLASSES
-) -> Selection:
+) -> _Selection:
     "The images of some classes; others are left out, as are second links to an image. Raises `ImageError` without any."
     labels = {path: _class_of_path(path, search.folder) for path in search.paths}
     seen, paths, others = set(), [], []
@@ -293,13 +326,13 @@ def select_classes(
     rows = sorted([(path, labels[path]) for path in paths] + [(path, places[path] or "") for path, _ in unreachable])
     unknown = sorted({path.parent.relative_to(search.folder).as_posix() for path, label in labels.items() if label is None})
     left_out = sorted([*search.left_out, *others])
-    selection = Selection(ImageSearch(search.folder, sorted(paths), left_out, unreachable), rows, unknown)
+    selection = _Selection(ImageSearch(search.folder, sorted(paths), left_out, unreachable), rows, unknown)
     if not paths:
         raise ImageError(_nothing_found(selection, classes))
     return selection
 
 # %% ../../nbs/01_data/30_manifest.ipynb #3586416d
-def _nothing_found(selection: Selection, classes: Sequence[str]) -> str:
+def _nothing_found(selection: _Selection, classes: Sequence[str]) -> str:
     "Why there is no manifest, and what to do."
     search, unknown = selection.search, selection.unknown
     if search.unreachable:
@@ -319,7 +352,7 @@ def build_manifest(
     n_jobs: int = 1,  # images opened side by side, in threads
     exclude: str | os.PathLike = "",  # a folder that is left out where it lies in the other
     log: Callable[[str], object] | None = None,  # gets a line: found, left out, why; None: warn of unknown folders
-) -> DataFrame:  # columns COLUMNS; path absolute; width and height upright, 0 where unreadable
+) -> DataFrame:  # pair, class, path, sha256, width, height, problem; path absolute; width and height upright, 0 where unreadable
     "Open every image once and describe it in a row. Raises `ImageError` where there is nothing to describe."
     import pandas as pd
     from joblib import Parallel, delayed
@@ -338,8 +371,7 @@ def build_manifest(
     found = list(tqdm(jobs, total=len(paths), desc="reading images", disable=None))
     manifest = pd.DataFrame(found, columns=["sha256", "width", "height", "problem"])
     manifest = manifest.assign(**{"pair": _name_pairs(labels, paths), "class": labels, "path": [str(path) for path in paths]})
-    _mark_two_classes(manifest)
-    return manifest[list(COLUMNS)]
+    return mark_two_classes(manifest)[list(_COLUMNS)]
 
 # %% ../../nbs/01_data/30_manifest.ipynb #15151153
 def check_manifest(
@@ -359,23 +391,22 @@ def check_manifest(
             raise ImageError(f"class {label} {need}{bad}. Add images, or leave the class out.")
     return usable.reset_index(drop=True)
 
+# %% ../../nbs/01_data/30_manifest.ipynb #769eeb3e
+_KAGGLE_SET = "mohammadamireshraghi/blood-cell-cancer-all-4class"
+
 # %% ../../nbs/01_data/30_manifest.ipynb #8bedeb9a
-KAGGLE_SET = "mohammadamireshraghi/blood-cell-cancer-all-4class"
-
-
 def fetch_kaggle(
-    name: str = KAGGLE_SET,  # owner/name of a Kaggle data set
+    name: str = _KAGGLE_SET,  # owner/name of a Kaggle data set
 ) -> Path:  # folder with the images, for build_manifest
     "Download the public images with kagglehub, or find them in its cache. Raises ConnectionError with the remedy."
-    by_hand = (
-        f"Download https://www.kaggle.com/datasets/{name} with a browser, unpack it, "
-        "and give the unpacked folder instead (make study DATA=folder)."
-    )
+    by_hand = f"Download https://www.kaggle.com/datasets/{name} with a browser, unpack it, and give the unpacked folder instead"
     try:
         import kagglehub
-    except ImportError:
-        raise ConnectionError(f"{name}: kagglehub is not installed. pip install kagglehub, or: {by_hand}") from None
-    try:
+
         return Path(kagglehub.dataset_download(name))
-    except Exception as error:  # no network, no such set, licence to be accepted, disk full: each has its own class
-        raise ConnectionError(f"{name}: cannot be fetched from Kaggle ({type(error).__name__}). {by_hand}") from error
+    except (
+        Exception
+    ) as error:  # not installed, no network, no such set, licence to be accepted, disk full: each has its own class
+        missing = "kagglehub is not installed. pip install kagglehub, or:"
+        why = missing if isinstance(error, ImportError) else f"cannot be fetched from Kaggle ({type(error).__name__})."
+        raise ConnectionError(f"{name}: {why} {by_hand} (make study DATA=folder).") from error

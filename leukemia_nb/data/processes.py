@@ -32,11 +32,11 @@ def die_with_parent() -> None:
 
     threading.Thread(target=watch, daemon=True, name="watch the parent").start()
 
-# %% ../../nbs/01_data/60_processes.ipynb #01b01d59
+# %% ../../nbs/01_data/60_processes.ipynb #7ba9c52c
 class ClusterError(LeukemiaError, OSError):
     "Workers that cannot be used or were lost; the message says what to do."
 
-
+# %% ../../nbs/01_data/60_processes.ipynb #01b01d59
 def _call(place: int, function: Callable[..., Any], arguments: tuple) -> tuple[int, Any]:
     die_with_parent()
     return place, function(*arguments)
