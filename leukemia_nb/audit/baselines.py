@@ -9,7 +9,7 @@ __all__ = ['BASELINES', 'BACKGROUND_ONLY', 'scale_bar_corner', 'background_pixel
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #24997e61
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -50,11 +50,8 @@ def background_pixels(
     return free
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #1e7a793f
-def _colour_features(
-    image: np.ndarray,  # uint8 (H, W, 3) RGB
-    mask: np.ndarray | None = None,  # bool (H, W), the pixels that count; None: all
-) -> np.ndarray:  # float32 (21,)
-    "Mean, standard deviation and percentiles 5, 25, 50, 75, 95 of R, G and B; zeros where no pixel counts."
+def _colour_features(image: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    "Mean, standard deviation and percentiles 5, 25, 50, 75, 95 of R, G and B, float32 (21,); zeros where no pixel counts."
     pixels = (image if mask is None else image[mask]).reshape(-1, 3).astype(np.float32)
     if not len(pixels):
         return np.zeros(21, np.float32)
@@ -62,26 +59,20 @@ def _colour_features(
     return np.concatenate([pixels.mean(axis=0), pixels.std(axis=0), percentiles.ravel()]).astype(np.float32)
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #914e2141
-def _texture_features(
-    image: np.ndarray,  # uint8 (H, W, 3) RGB
-    mask: np.ndarray | None = None,  # bool (H, W), the pixels that count; None: all
-    radii: Sequence[int] = (1, 3),  # distances of the neighbours, pixels
-) -> np.ndarray:  # float32 (10 a radius,), or zeros where no pixel counts
-    "Proportions of the ten uniform local binary patterns in the grey image, at each radius."
+def _texture_features(image: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    "Proportions of the ten uniform local binary patterns in the grey image, at radii of 1 and 3 pixels, float32 (20,)."
     from skimage.feature import local_binary_pattern
 
     grey, found = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY), []
-    for radius in radii:
+    for radius in (1, 3):
         patterns = local_binary_pattern(grey, 8, radius, "uniform").astype(np.uint8)
         counts = np.bincount(patterns.ravel() if mask is None else patterns[mask], minlength=10)
         found.append(counts / max(1, counts.sum()))
     return np.concatenate(found).astype(np.float32)
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #725f9f82
-def _shape_features(
-    image: np.ndarray,  # uint8 (H, W, 3) RGB
-) -> np.ndarray:  # float32 (324,)
-    "Histograms of oriented gradients of the grey image at 64 x 64 pixels."
+def _shape_features(image: np.ndarray) -> np.ndarray:
+    "Histograms of oriented gradients of the grey image at 64 x 64 pixels, float32 (324,)."
     from skimage.feature import hog
 
     return hog(_stretched_grey(image, 64), 9, (16, 16), (2, 2)).astype(np.float32)
@@ -96,10 +87,8 @@ def _stretched_grey(image: np.ndarray, side: int | None = None) -> np.ndarray:
     return np.clip((grey - low) / max(high - low, 1), 0, 1).astype(np.float32)
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #5a58d6dc
-def _silhouette_features(
-    cells: np.ndarray,  # int (H, W), 0 background, 1..n white cells
-) -> np.ndarray:  # float32 (30,), independent of the image's size
-    "Number of cells, their area, and mean, deviation, minimum and maximum of seven region properties of scikit-image."
+def _silhouette_features(cells: np.ndarray) -> np.ndarray:
+    "Number of cells, their area, and mean, deviation, minimum and maximum of seven region properties, float32 (30,)."
     from skimage.measure import regionprops_table
 
     properties = ("area", "perimeter", "axis_major_length", "axis_minor_length", "solidity", "eccentricity", "extent")
@@ -135,11 +124,8 @@ class Baseline:
         return RandomForestClassifier(150, class_weight="balanced", random_state=seed)
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #d11a4621
-_HIDDEN = (122, 135, 147)  # RGB of what a baseline does not see
-
-
 def _only(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    return np.where(mask[..., None], image, np.array(_HIDDEN, np.uint8))
+    return np.where(mask[..., None], image, np.array([122, 135, 147], np.uint8))
 
 
 def _only_corner(image: np.ndarray, cells: np.ndarray) -> np.ndarray:
@@ -217,14 +203,10 @@ BASELINES |= {
         lambda image, cells: _shape_features(image),
         lambda image, cells: _grey_view(image, cells, 64),
     ),
-    "permuted": Baseline(
-        "Permuted labels",
-        "colour statistics, labels shuffled",
-        lambda image, cells: _colour_features(image),
-        _palette,
-        permuted=True,
-    ),
 }
+BASELINES["permuted"] = replace(
+    BASELINES["colour"], title="Permuted labels", sees="colour statistics, labels shuffled", permuted=True
+)
 BACKGROUND_ONLY = tuple(name for name, baseline in BASELINES.items() if baseline.background_only)
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #bc267a29
@@ -232,22 +214,21 @@ BACKGROUND_ONLY = tuple(name for name, baseline in BASELINES.items() if baseline
 def baseline_views_figure(
     images: Sequence[np.ndarray],  # uint8 (H, W, 3) RGB each
     labels: Sequence[str],  # their classes
-    names: Sequence[str] = tuple(BASELINES),  # keys of `BASELINES`
+    names: Sequence[str] = tuple(BASELINES),  # keys of BASELINES
 ) -> "Figure":
     "What each baseline is shown of some images: a row an image, a column a baseline."
     import textwrap
 
-    across, (height, width) = 1 + len(names), images[0].shape[:2]
-    figure, axes = blank_figure(len(images), across, (1.12 * across, 0.5 + 1.12 * len(images) * height / width))
+    titles, (height, width) = ["Image", *(BASELINES[name].title for name in names)], images[0].shape[:2]
+    figure, axes = blank_figure(len(images), len(titles), (1.12 * len(titles), 0.5 + 1.12 * len(images) * height / width))
     for row, image, label in zip(axes, images, labels):
         found = find_cells(image)
-        views = [image, *(BASELINES[name].view(image, found) for name in names)]
-        for axis, view in zip(row, views):
+        for axis, view in zip(row, [image, *(BASELINES[name].view(image, found) for name in names)]):
             axis.imshow(view)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         row[0].set_ylabel(label, fontsize=9)
-    for axis, title in zip(axes[0], ["Image", *(BASELINES[name].title for name in names)]):
+    for axis, title in zip(axes[0], titles):
         axis.set_title(textwrap.fill(title, 11), fontsize=8)
     return figure
 
@@ -255,7 +236,7 @@ def baseline_views_figure(
 def baseline_features(
     images: Pairs | Sequence[np.ndarray],  # Pairs, with their saved cells, or uint8 (H, W, 3) RGB each
     cells: Sequence[np.ndarray] | None = None,  # int labels (H, W) of each; None: those of the pairs, or found here
-    names: Sequence[str] = tuple(BASELINES),  # keys of `BASELINES`
+    names: Sequence[str] = tuple(BASELINES),  # keys of BASELINES
     n_jobs: int | None = None,  # processes
 ) -> dict[str, np.ndarray]:  # name -> float32 (n, d)
     "Features of every image for every baseline. Raises ValueError for an unknown baseline."
@@ -281,7 +262,7 @@ def _features_of(images: Any, row: int, cells: np.ndarray | None, names: Sequenc
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #e03482b5
 def run_baselines(
-    features: Mapping[str, np.ndarray],  # name -> (n, d), from `baseline_features`
+    features: Mapping[str, np.ndarray],  # name -> (n, d), from baseline_features
     split: pd.DataFrame,  # (n rows) with pair, class, subset and, optionally, path
     subset: str = "test",  # rows to predict; those of train are fitted
     seed: int = 0,  # of forests and shuffling
@@ -291,8 +272,7 @@ def run_baselines(
     train, rows = (split["subset"] == "train").to_numpy(), (split["subset"] == subset).to_numpy()
     labels, found = split.loc[train, "class"].to_numpy(str), {}
     for name, X in features.items():
-        tables = []
-        permuted = BASELINES[name].permuted
+        tables, permuted = [], BASELINES[name].permuted
         for repeat in range(_n_permutations(permutations, len(labels)) if permuted else 1):
             y = np.random.default_rng(seed + repeat).permutation(labels) if permuted else labels
             model = BASELINES[name].estimator(seed + repeat).fit(X[train], y)
@@ -325,7 +305,7 @@ def _permuted_accuracy(predictions: pd.DataFrame) -> Interval:
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #be4e6c6a
 def cross_validate_baselines(
-    features: Mapping[str, np.ndarray],  # name -> (n, d), from `baseline_features`
+    features: Mapping[str, np.ndarray],  # name -> (n, d), from baseline_features
     y: pd.Series,  # (n,) class names; the index holds the pairs
     groups: np.ndarray | None = None,  # (n,) groups that stay together; None: each image its own
     folds: int = 5,  # folds of one repeat
@@ -333,7 +313,7 @@ def cross_validate_baselines(
     seed: int = 0,  # of folds, forests and shuffling
     n_jobs: int | None = None,  # folds fitted at once
     permutations: int | None = None,  # of the labels; None: 100, or a third of the images if fewer
-) -> dict[str, pd.DataFrame]:  # name -> predictions as of `cross_validate`
+) -> dict[str, pd.DataFrame]:  # name -> predictions as of cross_validate
     "Out-of-fold predictions of every baseline. Raises ValueError if a class has fewer groups than folds."
     found = {}
     for name, X in features.items():
@@ -363,39 +343,33 @@ def baseline_table(
         baseline = BASELINES.get(name)
         part = table if "group" in table else take_subset(table, subset)
         found = _interval_of(part, groups, baseline is not None and baseline.permuted)
-        row = {
-            "kind": "baseline" if baseline else "model",
-            "name": name,
-            "title": baseline.title if baseline else model_title(name),
-        }
-        row |= {"sees": baseline.sees if baseline else "", "images": found.n, "groups": found.groups, "accuracy": found.estimate}
+        row = {"kind": "baseline" if baseline else "model", "name": name}
+        row |= {"title": baseline.title, "sees": baseline.sees} if baseline else {"title": model_title(name), "sees": ""}
+        row |= {"images": found.n, "groups": found.groups, "accuracy": found.estimate}
         row |= {"low": found.low, "high": found.high, "interval": found.method}
         rows.append(row | {"chance": float(part["class"].value_counts(normalize=True).iloc[0])})
     return pd.DataFrame(rows).sort_values("kind", kind="stable", ignore_index=True)
 
 
 def _interval_of(table: pd.DataFrame, groups: Mapping[str, object] | None, permuted: bool) -> Interval:
-    if permuted and "repeat" in table:
-        return _permuted_accuracy(table)
     if "repeat" in table:
-        return cross_validated_accuracy(table)
+        return _permuted_accuracy(table) if permuted else cross_validated_accuracy(table)
     correct = (predicted_labels(table) == table["class"]).to_numpy()
-    found = grouped_interval(correct, None if groups is None else [str(groups.get(x, f"alone:{x}")) for x in table["pair"]])
-    return found if groups is not None else Interval(**vars(found) | {"method": CLOPPER_PEARSON})
+    if groups is None:
+        return replace(grouped_interval(correct), method=CLOPPER_PEARSON)
+    return grouped_interval(correct, [str(groups.get(pair, f"alone:{pair}")) for pair in table["pair"]])
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #d4a50d75
 def permuted_sentence(
-    table: pd.DataFrame,  # from `baseline_table`
+    table: pd.DataFrame,  # from baseline_table
 ) -> str:  # "" without permuted labels
     "What shuffled labels reach on these images, and whether any baseline shows something beside it."
     permuted = table["name"].isin([name for name, baseline in BASELINES.items() if baseline.permuted])
     if not permuted.any():
         return ""
     row, others = table[permuted].iloc[0], table[(table["kind"] == "baseline") & ~permuted]
-    text = (
-        f"With shuffled labels the mean accuracy on {row['images']} images is {format_proportion(row['accuracy'])} "
-        f"({row['interval']}: {100 * row['low']:.1f}–{100 * row['high']:.1f})."
-    )
+    bounds = f"{row['interval']}: {100 * row['low']:.1f}–{100 * row['high']:.1f}"
+    text = f"With shuffled labels the mean accuracy on {row['images']} images is {format_proportion(row['accuracy'])} ({bounds})."
     if len(others) and others["accuracy"].max() <= row["high"]:
         return f"{text} With so few images chance reaches the best baseline: the baselines show nothing here."
     return f"{text} A baseline or model at or below {format_proportion(row['high'])} shows nothing."
