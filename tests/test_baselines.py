@@ -7,6 +7,10 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
 from leukemia_nb.audit.baselines import (
+    _grey_view,
+    _only,
+    _palette,
+    _stretched_grey,
     BACKGROUND_ONLY,
     BASELINES,
     _n_permutations,
@@ -329,3 +333,39 @@ def test_known_shortcuts_of_the_real_images(shared_data):
     accuracy = {name: cross_validated_accuracy(found[name]).estimate for name in BACKGROUND_ONLY}
     print({name: round(value, 3) for name, value in accuracy.items()})
     assert accuracy["background_colour"] > 0.93 and accuracy["background_texture"] > 0.93 and accuracy["scale_bar"] > 0.78
+
+
+def test_grey_is_stretched_between_its_percentiles():
+    """0 to 199: percentiles 1 and 99 are 1.99 and 197.01; a flat image is divided by 1."""
+    image = np.repeat(np.arange(200, dtype=np.uint8).reshape(10, 20, 1), 3, 2)
+    assert _stretched_grey(image)[[0, 5, 9], [0, 0, 19]] == pytest.approx([0, (100 - 1.99) / 195.02, 1])
+    assert _stretched_grey(np.full((4, 4, 3), 9, np.uint8)).max() == 0 and _stretched_grey(image, 6).shape == (6, 6)
+    assert _grey_view(image, image)[[0, 9], [0, 19]].tolist() == [[0] * 3, [255] * 3]
+
+
+def test_shapes_are_scikit_images_gradients_at_64_pixels(seen):
+    from skimage.feature import hog
+
+    grey = _stretched_grey(seen[0], 64)
+    found = hog(grey, orientations=9, pixels_per_cell=(16, 16), cells_per_block=(2, 2))
+    assert grey.shape == (64, 64) and _shape_features(seen[0]) == pytest.approx(found)
+
+
+def test_views_by_hand():
+    image, cells = np.zeros((48, 10, 3), np.uint8), np.zeros((48, 10), np.int32)
+    image[:], cells[0, 0] = np.arange(48)[:, None, None], 3
+    assert _only(image, cells > 5)[7, 7].tolist() == [122, 135, 147] and _only(image, cells == 0)[7, 7].tolist() == [7] * 3
+    bands = _palette(image[::-1], cells)[..., 0]  # 24 bands of two rows each, their means cut to whole numbers
+    assert bands[:, 0].tolist() == [2 * (row // 2) for row in range(48)]
+    silhouettes = BASELINES["silhouettes"].view(image, cells)
+    assert silhouettes[0, 0].tolist() == [255] * 3 and silhouettes.sum() == 3 * 255
+    corner = BASELINES["scale_bar"].view(image, cells)
+    assert (corner[41:, 8:] == image[41:, 8:]).all() and corner[40, 9].tolist() == corner[41, 7].tolist() == [122, 135, 147]
+    assert BASELINES["blur"].features(image, cells).shape == (16 * 16 * 3,)
+
+
+def test_estimators_and_number_of_permutations():
+    forest, line = BASELINES["colour"].estimator(3), BASELINES["grey_texture"].estimator(3)
+    assert (forest.n_estimators, forest.random_state, forest.class_weight) == (150, 3, "balanced")
+    assert (line[-1].max_iter, line[-1].class_weight) == (2000, "balanced")
+    assert [_n_permutations(*one) for one in ((None, 36), (None, 6), (None, 900), (7, 36))] == [12, 5, 100, 7]

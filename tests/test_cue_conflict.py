@@ -80,7 +80,12 @@ def test_mixed_next_keeps_cells_and_takes_the_donors_background(fields, composit
         inside = cv2.erode((cells[row.row] > 0).astype(np.uint8), np.ones((7, 7))) > 0
         inside &= ~_find_scale_bar(images[row.donor]) & ~_find_scale_bar(images[row.row])
         assert np.abs(image[inside].astype(int) - images[row.row][inside]).max() <= 2
-        kept = cv2.dilate(((cells[row.row] > 0) | _removal_mask(images[row.donor], cells[row.donor])).astype(np.uint8), np.ones((15, 15))) == 0
+        kept = (
+            cv2.dilate(
+                ((cells[row.row] > 0) | _removal_mask(images[row.donor], cells[row.donor])).astype(np.uint8), np.ones((15, 15))
+            )
+            == 0
+        )
         np.testing.assert_array_equal(image[kept], images[row.donor][kept])
 
 
@@ -184,6 +189,45 @@ def test_scale_bars_by_hand():
     short[203:217, 188:218] = 255
     short[209, 200:204] = 10  # fewer than 6 dark pixels
     assert not _find_scale_bar(short).any()
+
+
+def red_letters(colour: tuple[int, int, int], size: int = 224) -> np.ndarray:
+    image = np.full((size, size, 3), (210, 190, 215), np.uint8)
+    image[-16:-12, -30:-10] = colour
+    return image
+
+
+@pytest.mark.parametrize(
+    "image, pixels",
+    [
+        (red_letters((200, 149, 149)), 128),  # red - green 51: letters, dilated by one pixel
+        (red_letters((200, 150, 150)), 0),
+        (red_letters((200, 140, 174)), 128),  # red - blue 26
+        (red_letters((200, 140, 175)), 0),
+        (red_letters((215, 25, 35), 262), 128),  # 262 / 75 = 3.49: an ellipse of 3
+        (red_letters((215, 25, 35), 263), 184),  # 3.51: an ellipse of 5
+        (scale_bar((129,) * 3, (255,) * 3)[0], 14 * 30),  # dark enough to be ink
+        (scale_bar((130,) * 3, (255,) * 3)[0], 0),
+        (scale_bar((10,) * 3, (239,) * 3)[0], 14 * 30),  # white enough to grow to the edge of the label
+        (scale_bar((10,) * 3, (238,) * 3)[0], 7 * 20),  # the box of the ink alone
+        (scale_bar((10,) * 3, (226,) * 3)[0], 7 * 20),
+        (scale_bar((10,) * 3, (225,) * 3)[0], 0),  # no white around the ink
+    ],
+)
+def test_limits_of_scale_bars(image, pixels):
+    assert _find_scale_bar(image).sum() == pixels
+
+
+def test_coloured_ink_and_short_bars():
+    for blue, rows in ((124, 10), (125, 7)):  # 44 levels between the channels are ink, 45 are not
+        image, _ = scale_bar((10, 10, 10), (230, 230, 230))
+        image[214, 195] = (80, 80, blue)
+        assert _find_scale_bar(image).sum() == rows * 20
+    for width, pixels in ((8, 0), (9, 16 * 30)):  # more than 4 % of the width of 224
+        image = np.full((224, 224, 3), (210, 190, 215), np.uint8)
+        image[200:220, 188:218] = 255
+        image[[205, 209], 193 : 193 + width] = 10
+        assert (_find_scale_bar(image).sum() > 0) == (pixels > 0)
 
 
 def test_scale_bars_are_erased_and_copied():

@@ -258,7 +258,12 @@ def test_a_single_class_in_test():
     by_class = class_table(table)
     assert by_class["sensitivity"].isna().tolist() == [True, False, True] == by_class["sensitivity_low"].isna().tolist()
     assert by_class["specificity"].isna().tolist() == [False, True, False]
-    for refuses in (_roc_auc, _average_precision, lambda t: roc_figure({"yolo11": t}), lambda t: precision_recall_figure({"a": t})):
+    for refuses in (
+        _roc_auc,
+        _average_precision,
+        lambda t: roc_figure({"yolo11": t}),
+        lambda t: precision_recall_figure({"a": t}),
+    ):
         with pytest.raises(PredictionsError, match="no image of Normal, Pro-B"):
             refuses(table)
     assert readable_comparison(compare_models({"yolo11": table})).loc[0, "ROC-AUC"] == "–"
@@ -497,3 +502,35 @@ def test_distinct_paths():
     assert distinct_paths(paths) == ["a.png", "Pre-B/b.png", "Pro-B/b.png", "x/…/c.png", "y/…/c.png"]
     assert distinct_paths(["a/1/x/c.png", "a/2/x/c.png", "b/1/x/c.png"]) == ["a/…/c.png", "2/x/c.png", "b/…/c.png"]
     assert distinct_paths(["a.png", "a.png"]) == ["a.png", "a.png"]
+
+
+def test_a_wrong_probability_is_quoted():
+    table = dummy_predictions(1.0).head(2).assign(**{"p_Normal": 0.33336, "p_Pre-B": 0.5, "p_Pro-B": [0.16664, -0.2]})
+    with pytest.raises(PredictionsError) as caught:
+        _check_predictions(table, "a.csv")
+    assert str(caught.value) == (
+        "a.csv: probabilities of 'Normal/test_002' are [0.3334, 0.5, -0.2]: not between 0 and 1 with a sum of 1 (1 such rows)."
+    )
+
+
+def test_marks_of_the_accuracy_figure_by_hand(counted):
+    table = compare_models({"yolo11": counted, "other": counted}).assign(chance=[0.5, 0.7])
+    table["interval"] = ["Clopper-Pearson", "bootstrap"]
+    axis = accuracy_figure(table).axes[0]
+    lines = {line.get_label(): line for line in axis.get_lines()}
+    assert np.array_equal(lines["original study"].get_xdata(), [1.0, np.nan], equal_nan=True)
+    assert lines["most frequent class"].get_xdata() == pytest.approx([0.6, 0.6])
+    assert axis.get_xlabel() == "accuracy; 95 % CI: Clopper-Pearson\nother: bootstrap"
+    assert axis.get_xlim() == pytest.approx((0.44390 - 0.05, 1.005), abs=1e-4)
+    without = accuracy_figure(compare_models({"other": counted})).axes[0]
+    assert "original study" not in {line.get_label() for line in without.get_lines()}
+
+
+def test_points_of_the_training_curves_by_hand():
+    history = pd.DataFrame({"epoch": [1, 2, 3], "accuracy": [0.5, 0.6, 0.7], "loss": [1.0, 0.9, 0.8]})
+    history = history.assign(val_accuracy=[0.4, 0.6, 0.5], val_loss=[1.2, 0.7, 0.9])
+    accuracy, loss = curves_figure({"yolo11": history}).axes
+    assert [line.get_ydata().tolist() for line in accuracy.get_lines()[:2]] == [[0.5, 0.6, 0.7], [0.4, 0.6, 0.5]]
+    assert [line.get_ydata().tolist() for line in loss.get_lines()[:2]] == [[1.0, 0.9, 0.8], [1.2, 0.7, 0.9]]
+    assert (loss.get_lines()[-1].get_xdata(), loss.get_lines()[-1].get_ydata()) == ([2], [0.7])  # lowest validation loss
+    assert accuracy.get_ylim() == (0, 1.04) and loss.get_ylim()[0] == 0

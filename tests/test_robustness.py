@@ -101,6 +101,11 @@ def test_stains_act_on_density():
     assert bluer[2] - bluer[0] > pinker[2] - pinker[0]
     assert np.array_equal(_scale_stains(image, 1.33, 1 / 1.33), CORRUPTIONS["stain_balance"].function(image, 1.33))
     assert np.array_equal(_scale_stains(np.zeros((2, 2, 3), np.uint8), 1, 1), np.ones((2, 2, 3)))
+    from skimage.color import hed_from_rgb, rgb_from_hed
+
+    stains = -np.log(np.array([120, 60, 160]) / 255) @ hed_from_rgb  # rows of the matrix: stains from densities
+    expected = 255 * np.exp(-(stains * (2, 1, 1.5)) @ rgb_from_hed)
+    assert _scale_stains(np.uint8([[[120, 60, 160]]]), 2, 1, 1.5)[0, 0] == pytest.approx(expected, abs=0.51)
     for factors in ((1, -1), (0, 1), (1, 1, 0)):
         with pytest.raises(ValueError, match="must be above 0"):
             _scale_stains(image, *factors)
@@ -112,6 +117,8 @@ def test_hue_goes_round_and_keeps_brightness():
     assert np.abs(_shift_hue(image, 20).max(axis=2).astype(int) - image.max(axis=2)).max() <= 1
     assert _shift_hue(np.uint8([[[255, 0, 0]]]), 120).tolist() == [[[0, 255, 0]]]
     assert _shift_hue(np.uint8([[[255, 0, 0]]]), -120).tolist() == [[[0, 0, 255]]]
+    # hue 276 of (120, 60, 160) becomes 316: blue is 60 + 100 (6 - 316 / 60)
+    assert _shift_hue(np.uint8([[[120, 60, 160]]]), 40).tolist() == [[[160, 60, 133]]]
 
 
 def test_brightness_blur_and_compression():

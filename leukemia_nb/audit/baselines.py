@@ -40,7 +40,7 @@ def scale_bar_corner(
 def background_pixels(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
     cells: np.ndarray,  # int labels or bool mask (H, W) of the white cells
-    margin: float = 0.03,  # width of the margin, relative to the height
+    margin: float = 0.03,  # width of the margin, in heights of the image
 ) -> np.ndarray:  # bool (H, W)
     "Pixels away from everything that any segmentation labels a white cell, and from the corner of the scale bar."
     found = ((cells > 0) | study_mask(image)).astype(np.uint8)

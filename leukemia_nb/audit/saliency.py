@@ -170,7 +170,7 @@ def saliency_figure(
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #0baf3abe
 def _widen_cells(mask: np.ndarray, margin: float = 0.02) -> np.ndarray:
-    "The cells with a rim around them, bool (H, W); its width is relative to the image's shorter side."
+    "The cells with a rim around them, bool (H, W); its width is in shorter sides of the image."
     width = 2 * round(margin * min(mask.shape)) + 1
     return cv2.dilate((mask > 0).astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (width, width))) > 0
 
@@ -178,7 +178,7 @@ def _widen_cells(mask: np.ndarray, margin: float = 0.02) -> np.ndarray:
 def energy_pointing_game(
     heatmap: np.ndarray,  # float (H, W), not negative
     mask: np.ndarray,  # bool or int labels (H, W) of the same size: cells
-    margin: float = 0.02,  # rim around the cells, relative to the image's shorter side
+    margin: float = 0.02,  # rim around the cells, in shorter sides of the image
 ) -> tuple[float, float, float]:  # energy inside, area inside (chance), their ratio; NaN for an empty map or no cells
     "Proportion of a heatmap's energy inside the cells, beside that of a flat map. Raises ValueError."
     if heatmap.shape != mask.shape:

@@ -253,7 +253,7 @@ def distinct_paths(
 @styled
 def unseen_figure(
     table: pd.DataFrame,  # from unseen_table; a column title + " abstains" puts that model's prediction in brackets
-    folder: str | os.PathLike = ".",  # what the paths are relative to
+    folder: str | os.PathLike = ".",  # folder of the paths
     most: int = 8,  # images shown, evenly taken from the table
 ) -> "Figure":
     "Grid of images with their true label and every model's prediction and confidence."
