@@ -44,7 +44,7 @@ from leukemia_nb.data.manifest import (
     select_classes,
 )
 from ..errors import LeukemiaError
-from ..models.interface import MODELS, ModelError, make_model, package_versions
+from ..models.interface import MODELS, ModelError, local_weights, make_model, package_versions
 from ..processing.dataset import Pairs
 from ..processing.segmentation import SEGMENTATION_METHODS
 from ..processing.splitting import SplitError, image_groups, read_groups, read_split, smallest_class
@@ -231,8 +231,7 @@ def _make_step(
     if key:
         values[key] = [value]
     if key == "model":
-        pretrained = settings.model_settings(value)["weights"] != "random"
-        values["backbone"] = [MODELS[value].backbone] if pretrained and MODELS[value].backbone else []
+        values["backbone"] = [backbone] if (backbone := _frozen_backbone(settings, value)) else []
 
     def paths(names: Sequence[str]) -> tuple[str, ...]:
         found: list[str] = []
@@ -268,8 +267,18 @@ def _derived(settings: StudySettings, step: str, model: str) -> dict[str, Any]:
 
 def _frozen_backbones(settings: StudySettings) -> list[str]:
     "Backbones whose features the study needs: MobileNetV2's for the baselines, and those of models that keep theirs frozen."
-    frozen = [MODELS[name].backbone for name in settings.models if settings.model_settings(name)["weights"] != "random"]
+    frozen = [_frozen_backbone(settings, model) for model in settings.models]
     return list(dict.fromkeys(["mobilenet_v2", *filter(None, frozen)]))
+
+
+def _frozen_backbone(settings: StudySettings, model: str) -> str:
+    "The backbone whose features a model is trained on; empty where it has none, or trains it."
+    from leukemia_nb.models.transfer import BACKBONES
+
+    chosen, name = settings.model_settings(model), MODELS[model].backbone
+    if not name or chosen.get("fine_tune") or chosen["weights"] == "random":
+        return ""
+    return name if chosen["weights"] == "imagenet" or local_weights(*BACKBONES[name].files) else ""
 
 # %% ../../nbs/07_study/20_driver.ipynb #34f3a0c4
 def _dependencies(steps: Sequence[Step]) -> dict[str, set[str]]:
