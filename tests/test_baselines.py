@@ -17,7 +17,6 @@ from leukemia_nb.audit.baselines import (
     background_pixels,
     baseline_features,
     baseline_table,
-    baseline_views_figure,
     _colour_features,
     cross_validate_baselines,
     permutation_table,
@@ -314,11 +313,6 @@ def test_sentence_of_shuffled_labels():
     assert permuted_sentence(baseline_table(many)).endswith("A baseline or model at or below 39.6 % shows nothing.")
     assert permuted_sentence(baseline_table({"colour": many["colour"]})) == ""
     assert (predicted_labels(few["colour"]) == few["colour"]["class"]).all()
-
-
-def test_views_have_a_column_a_baseline():
-    images = [smear(label, 1, 64, 64).image for label in ("Normal", "Pro-B")]
-    assert len(baseline_views_figure(images, ["Normal", "Pro-B"]).axes) == 2 * (1 + len(BASELINES))
 
 
 @pytest.mark.slow

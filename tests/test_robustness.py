@@ -12,7 +12,6 @@ from leukemia_nb.audit.robustness import (
     _change_brightness,
     _compress,
     corrupt,
-    _corruptions_figure,
     robustness_figure,
     robustness_predictions,
     robustness_table,
@@ -221,4 +220,3 @@ def test_figures_have_a_panel_a_corruption(sample):
     hue = predictions[predictions["corruption"] == "hue"]
     figure = robustness_figure(robustness_table({"a": hue, "b": hue}))
     assert [axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()] == ["a\naccuracy", "b\naccuracy"]
-    assert len(_corruptions_figure(smear("Normal", 1, 32, 32).image, {"hue": (10,)}).axes) == 2

@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..evaluation.predictions import Classifier, model_title, predicted_labels, probabilities_of
 from ..evaluation.uncertainty import clopper_pearson
-from ..plotting import CLASS_COLOURS, GREY, PALE, blank_figure, styled
+from ..plotting import CLASS_COLOURS, GREY, PALE, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -119,25 +119,7 @@ def _corruption(name: str) -> Corruption:
         raise ValueError(f"no corruption is called {name!r}; there are {', '.join(CORRUPTIONS)}.")
     return CORRUPTIONS[name]
 
-# %% ../../nbs/05_audit/30_robustness.ipynb #9ac5f38b
-@styled
-def _corruptions_figure(image: np.ndarray, corruptions: Mapping[str, Sequence[float]] | None = None) -> "Figure":
-    "One image at every level: a row a corruption, the clean image among the levels."
-    rows = _levels(corruptions)
-    across = max(map(len, rows.values()))
-    figure, axes = blank_figure(len(rows), across, (across + 0.9, (len(image) / image.shape[1] + 0.22) * len(rows)))
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-    for row, (name, levels) in zip(axes, rows.items()):
-        row[0].set_ylabel(f"{CORRUPTIONS[name].title}\n{CORRUPTIONS[name].unit}", fontsize=8)
-        for axis, level in zip(row, levels):
-            axis.imshow(corrupt(image[None], name, level)[0])
-            title = "clean" if level == CORRUPTIONS[name].clean else f"{level:g}"
-            axis.set_title(title, fontsize=8, fontweight="normal", pad=2, loc="center")
-    return figure
-
-
+# %% ../../nbs/05_audit/30_robustness.ipynb #5c1e77aa
 def _levels(corruptions: Mapping[str, Sequence[float]] | None) -> dict[str, list[float]]:
     "Sorted levels of each corruption, the clean one included. Raises ValueError for an unknown name."
     wanted = corruptions or {name: corruption.levels for name, corruption in CORRUPTIONS.items()}
