@@ -25,7 +25,7 @@ from leukemia_nb.data.images import read_image
 from leukemia_nb.evaluation.uncertainty import clopper_pearson
 from leukemia_nb.processing.dataset import Pairs
 from leukemia_nb.inference.predictor import PreparedImage, Predictor, _rows, prepare_image
-from leukemia_nb.audit.robustness import blur, scale_stains, shift_hue
+from leukemia_nb.audit.robustness import corrupt
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LEUKEMIA_NB_SHARED", ROOT.parent / "shared")) / "data"
@@ -86,8 +86,8 @@ def noise(number: int, seed: int) -> list[np.ndarray]:
 def sources(test: np.ndarray) -> dict[str, list[np.ndarray]]:
     "Name -> images uint8 RGB, in the order of `ABOUT`."
     full = [image for name in ("Benign", "Pre", "Pro") for image in from_folder(SHARED / "kaggle_fullres" / name)]
-    stained = [scale_stains(image, *((2, 0.5) if i % 2 else (0.5, 2))) for i, image in enumerate(test)]
-    turned = [shift_hue(image, 40 if i % 2 else -40) for i, image in enumerate(test)]
+    stained = [corrupt(image[None], "stain_balance", 2 if i % 2 else 0.5)[0] for i, image in enumerate(test)]
+    turned = [corrupt(image[None], "hue", 40 if i % 2 else -40)[0] for i, image in enumerate(test)]
     return {
         "test": list(test),
         "full_resolution": full,
@@ -97,7 +97,7 @@ def sources(test: np.ndarray) -> dict[str, list[np.ndarray]]:
         "photographs": photographs(),
         "blank": blank(40, 1),
         "noise": noise(60, 1),
-        "blurred": [blur(image, 6) for image in test],
+        "blurred": list(corrupt(test, "blur", 6)),
         "stained": stained,
         "hue": turned,
         "early": from_folder(SHARED / "taleqani/Early", 100),
@@ -119,7 +119,7 @@ def shifted(train: Pairs) -> dict[str, list[np.ndarray]]:
     return {
         "blank": blank(30, 2),
         "noise": noise(30, 2),
-        "blurred": [blur(p, random.uniform(3, 8)) for p in images[:60]],
+        "blurred": [corrupt(p[None], "blur", random.uniform(3, 8))[0] for p in images[:60]],
         "channels swapped": [p[..., [(1, 2, 0), (2, 0, 1), (2, 1, 0)][i % 3]] for i, p in enumerate(images[60:90])],
         "channels brighter or darker": [np.clip(gain, 0, 255).astype(np.uint8) for gain in gains],
         "negative": [255 - image for image in images[150:170]],

@@ -7,13 +7,16 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
 from leukemia_nb.audit.baselines import (
+    _grey_view,
+    _only,
+    _palette,
+    _stretched_grey,
     BACKGROUND_ONLY,
     BASELINES,
     _n_permutations,
     background_pixels,
     baseline_features,
     baseline_table,
-    baseline_views_figure,
     _colour_features,
     cross_validate_baselines,
     permutation_table,
@@ -29,7 +32,7 @@ from leukemia_nb.data.manifest import class_of
 from leukemia_nb.data.synthetic import smear
 from leukemia_nb.evaluation.cross_validation import cross_validated_accuracy
 from leukemia_nb.evaluation.metrics import accuracy_figure, compare_models
-from leukemia_nb.evaluation.predictions import check_predictions, predicted_labels
+from leukemia_nb.evaluation.predictions import _check_predictions, predicted_labels
 from leukemia_nb.evaluation.uncertainty import clopper_pearson
 from leukemia_nb.processing.cells import find_cells
 from leukemia_nb.testing import dummy_predictions
@@ -136,7 +139,7 @@ def test_colour_and_texture_features_by_hand():
     )
     assert found[1] == 0 and _colour_features(image, np.zeros((2, 2), bool)).tolist() == [0] * 21
     assert _colour_features(image, np.eye(2, dtype=bool))[0] == 15
-    flat = _texture_features(np.full((20, 20, 3), 90, np.uint8), radii=(1,))
+    flat = _texture_features(np.full((20, 20, 3), 90, np.uint8))[:10]
     assert flat[8] == pytest.approx(1 - flat[:8].sum()) and flat[8] > 0.8  # a flat image: all neighbours are as bright
     inner = np.zeros((20, 20), bool)
     inner[5:15, 5:15] = True
@@ -172,7 +175,7 @@ def test_baselines_are_trained_and_tested_as_the_models(features):
     assert list(found) == list(X)
     expected = split[split["subset"] == "test"]["pair"].tolist()
     for name in ("background_colour", "grey_texture"):
-        check_predictions(found[name])
+        _check_predictions(found[name])
         assert found[name]["pair"].tolist() == expected and "repeat" not in found[name]
     permuted = found["permuted"]
     assert permuted["repeat"].nunique() == 5 and all(part["pair"].tolist() == expected for _, part in permuted.groupby("repeat"))
@@ -312,11 +315,6 @@ def test_sentence_of_shuffled_labels():
     assert (predicted_labels(few["colour"]) == few["colour"]["class"]).all()
 
 
-def test_views_have_a_column_a_baseline():
-    images = [smear(label, 1, 64, 64).image for label in ("Normal", "Pro-B")]
-    assert len(baseline_views_figure(images, ["Normal", "Pro-B"]).axes) == 2 * (1 + len(BASELINES))
-
-
 @pytest.mark.slow
 def test_known_shortcuts_of_the_real_images(shared_data):
     "Random 5-fold, 100 images a class; all 2,087 give 99.0 % and 92.3 % (benchmarks/results/shortcuts.json)."
@@ -329,3 +327,39 @@ def test_known_shortcuts_of_the_real_images(shared_data):
     accuracy = {name: cross_validated_accuracy(found[name]).estimate for name in BACKGROUND_ONLY}
     print({name: round(value, 3) for name, value in accuracy.items()})
     assert accuracy["background_colour"] > 0.93 and accuracy["background_texture"] > 0.93 and accuracy["scale_bar"] > 0.78
+
+
+def test_grey_is_stretched_between_its_percentiles():
+    """0 to 199: percentiles 1 and 99 are 1.99 and 197.01; a flat image is divided by 1."""
+    image = np.repeat(np.arange(200, dtype=np.uint8).reshape(10, 20, 1), 3, 2)
+    assert _stretched_grey(image)[[0, 5, 9], [0, 0, 19]] == pytest.approx([0, (100 - 1.99) / 195.02, 1])
+    assert _stretched_grey(np.full((4, 4, 3), 9, np.uint8)).max() == 0 and _stretched_grey(image, 6).shape == (6, 6)
+    assert _grey_view(image, image)[[0, 9], [0, 19]].tolist() == [[0] * 3, [255] * 3]
+
+
+def test_shapes_are_scikit_images_gradients_at_64_pixels(seen):
+    from skimage.feature import hog
+
+    grey = _stretched_grey(seen[0], 64)
+    found = hog(grey, orientations=9, pixels_per_cell=(16, 16), cells_per_block=(2, 2))
+    assert grey.shape == (64, 64) and _shape_features(seen[0]) == pytest.approx(found)
+
+
+def test_views_by_hand():
+    image, cells = np.zeros((48, 10, 3), np.uint8), np.zeros((48, 10), np.int32)
+    image[:], cells[0, 0] = np.arange(48)[:, None, None], 3
+    assert _only(image, cells > 5)[7, 7].tolist() == [122, 135, 147] and _only(image, cells == 0)[7, 7].tolist() == [7] * 3
+    bands = _palette(image[::-1], cells)[..., 0]  # 24 bands of two rows each, their means cut to whole numbers
+    assert bands[:, 0].tolist() == [2 * (row // 2) for row in range(48)]
+    silhouettes = BASELINES["silhouettes"].view(image, cells)
+    assert silhouettes[0, 0].tolist() == [255] * 3 and silhouettes.sum() == 3 * 255
+    corner = BASELINES["scale_bar"].view(image, cells)
+    assert (corner[41:, 8:] == image[41:, 8:]).all() and corner[40, 9].tolist() == corner[41, 7].tolist() == [122, 135, 147]
+    assert BASELINES["blur"].features(image, cells).shape == (16 * 16 * 3,)
+
+
+def test_estimators_and_number_of_permutations():
+    forest, line = BASELINES["colour"].estimator(3), BASELINES["grey_texture"].estimator(3)
+    assert (forest.n_estimators, forest.random_state, forest.class_weight) == (150, 3, "balanced")
+    assert (line[-1].max_iter, line[-1].class_weight) == (2000, "balanced")
+    assert [_n_permutations(*one) for one in ((None, 36), (None, 6), (None, 900), (7, 36))] == [12, 5, 100, 7]

@@ -11,11 +11,11 @@ from leukemia_nb.audit.cue_conflict import (
     cue_conflict_figure,
     cue_conflict_rates,
     _erase_scale_bar,
-    find_scale_bar,
-    inpaint_background,
+    _find_scale_bar,
+    _inpaint_background,
     make_composites,
     paste_cells,
-    removal_mask,
+    _removal_mask,
 )
 from leukemia_nb.data.images import read_image, resize_square
 from leukemia_nb.data.manifest import CLASSES
@@ -69,7 +69,7 @@ def test_every_kind_changes_what_it_says(fields, composites):
             assert changed[kind][i].any() and not changed[kind][i][:180, :160].any()
     empty = made[(table["kind"] == "only_bg").to_numpy()]
     assert [find_cells(image).max() <= 1 for image in empty] == [True] * 3
-    bars = [find_scale_bar(image).any() for image in made[table["kind"].isin(["no_scale_bar", "other_scale_bar"]).to_numpy()]]
+    bars = [_find_scale_bar(image).any() for image in made[table["kind"].isin(["no_scale_bar", "other_scale_bar"]).to_numpy()]]
     assert bars == [False] * 3 + [True] * 3
 
 
@@ -78,9 +78,14 @@ def test_mixed_next_keeps_cells_and_takes_the_donors_background(fields, composit
     rows = table[table["kind"] == "mixed_next"]
     for image, row in zip(made[rows.index], rows.itertuples()):
         inside = cv2.erode((cells[row.row] > 0).astype(np.uint8), np.ones((7, 7))) > 0
-        inside &= ~find_scale_bar(images[row.donor]) & ~find_scale_bar(images[row.row])
+        inside &= ~_find_scale_bar(images[row.donor]) & ~_find_scale_bar(images[row.row])
         assert np.abs(image[inside].astype(int) - images[row.row][inside]).max() <= 2
-        kept = cv2.dilate(((cells[row.row] > 0) | removal_mask(images[row.donor])).astype(np.uint8), np.ones((15, 15))) == 0
+        kept = (
+            cv2.dilate(
+                ((cells[row.row] > 0) | _removal_mask(images[row.donor], cells[row.donor])).astype(np.uint8), np.ones((15, 15))
+            )
+            == 0
+        )
         np.testing.assert_array_equal(image[kept], images[row.donor][kept])
 
 
@@ -126,9 +131,9 @@ def test_inpainting_copies_only_what_may_be_copied():
     hole, avoid = np.zeros((64, 64), bool), np.zeros((64, 64), bool)
     hole[20:30, 8:18] = True
     avoid[:, 36:] = True
-    filled = inpaint_background(np.where(hole[..., None], 0, image).astype(np.uint8), hole, avoid)
+    filled = _inpaint_background(np.where(hole[..., None], 0, image).astype(np.uint8), hole, avoid)
     assert (filled[hole] == 200).all() and (filled[:, 40:] == image[:, 40:]).all()
-    assert (inpaint_background(image, np.zeros((64, 64), bool)) == image).all()
+    assert (_inpaint_background(image, np.zeros((64, 64), bool)) == image).all()
 
 
 def test_inpainting_continues_a_pattern():
@@ -136,7 +141,7 @@ def test_inpainting_continues_a_pattern():
     stripes = np.repeat(np.where(np.arange(96) % 8 < 4, 60, 200).astype(np.uint8)[None, :, None], 96, 0).repeat(3, 2)
     hole = np.zeros((96, 96), bool)
     hole[40:56, 40:56] = True
-    filled = inpaint_background(np.where(hole[..., None], 130, stripes).astype(np.uint8), hole)
+    filled = _inpaint_background(np.where(hole[..., None], 130, stripes).astype(np.uint8), hole)
     assert np.abs(filled.astype(int) - stripes)[hole].mean() < 10
     assert (filled[:30] == stripes[:30]).all()
 
@@ -148,11 +153,11 @@ def test_removal_mask_by_hand():
     image[distance < 26] = (215, 185, 225)
     image[distance < 20] = (120, 60, 160)
     image[5:30, 5:30] = (215, 185, 225)  # pale, and far from any cell
-    removed = removal_mask(image, distance < 20)
+    removed = _removal_mask(image, distance < 20)
     assert not removed[:40, :40].any()
     assert removed[distance < 26].all() and not removed[distance > 40].any()
-    assert not removal_mask(image, np.zeros((224, 224), bool)).any() and removal_mask(image, np.ones((224, 224), bool)).all()
-    wide = removal_mask(image, distance < 20, margin=0.1)
+    assert not _removal_mask(image, np.zeros((224, 224), bool)).any() and _removal_mask(image, np.ones((224, 224), bool)).all()
+    wide = _removal_mask(image, distance < 20, margin=0.1)
     assert wide.sum() > 1.5 * removed.sum()
 
 
@@ -168,22 +173,61 @@ def scale_bar(ink: tuple[int, int, int], paper: tuple[int, int, int] | None) -> 
 
 def test_scale_bars_by_hand():
     image, box = scale_bar((10, 10, 10), (255, 255, 255))
-    found, label = find_scale_bar(image), np.zeros((224, 224), bool)
+    found, label = _find_scale_bar(image), np.zeros((224, 224), bool)
     label[box] = True
     assert (found == label).all()
     red, _ = scale_bar((215, 25, 35), None)
-    found = find_scale_bar(red)
+    found = _find_scale_bar(red)
     assert found[209:212, 193:213].all() and found.sum() < 300 and not found[:200].any()
     for nothing in (
         scale_bar((210, 190, 215), None)[0],
         np.full((224, 224, 3), 20, np.uint8),
         np.full((224, 224, 3), (215, 25, 35), np.uint8),
     ):
-        assert not find_scale_bar(nothing).any()
+        assert not _find_scale_bar(nothing).any()
     short, _ = scale_bar((10, 10, 10), (255, 255, 255))
     short[203:217, 188:218] = 255
     short[209, 200:204] = 10  # fewer than 6 dark pixels
-    assert not find_scale_bar(short).any()
+    assert not _find_scale_bar(short).any()
+
+
+def red_letters(colour: tuple[int, int, int], size: int = 224) -> np.ndarray:
+    image = np.full((size, size, 3), (210, 190, 215), np.uint8)
+    image[-16:-12, -30:-10] = colour
+    return image
+
+
+@pytest.mark.parametrize(
+    "image, pixels",
+    [
+        (red_letters((200, 149, 149)), 128),  # red - green 51: letters, dilated by one pixel
+        (red_letters((200, 150, 150)), 0),
+        (red_letters((200, 140, 174)), 128),  # red - blue 26
+        (red_letters((200, 140, 175)), 0),
+        (red_letters((215, 25, 35), 262), 128),  # 262 / 75 = 3.49: an ellipse of 3
+        (red_letters((215, 25, 35), 263), 184),  # 3.51: an ellipse of 5
+        (scale_bar((129,) * 3, (255,) * 3)[0], 14 * 30),  # dark enough to be ink
+        (scale_bar((130,) * 3, (255,) * 3)[0], 0),
+        (scale_bar((10,) * 3, (239,) * 3)[0], 14 * 30),  # white enough to grow to the edge of the label
+        (scale_bar((10,) * 3, (238,) * 3)[0], 7 * 20),  # the box of the ink alone
+        (scale_bar((10,) * 3, (226,) * 3)[0], 7 * 20),
+        (scale_bar((10,) * 3, (225,) * 3)[0], 0),  # no white around the ink
+    ],
+)
+def test_limits_of_scale_bars(image, pixels):
+    assert _find_scale_bar(image).sum() == pixels
+
+
+def test_coloured_ink_and_short_bars():
+    for blue, rows in ((124, 10), (125, 7)):  # 44 levels between the channels are ink, 45 are not
+        image, _ = scale_bar((10, 10, 10), (230, 230, 230))
+        image[214, 195] = (80, 80, blue)
+        assert _find_scale_bar(image).sum() == rows * 20
+    for width, pixels in ((8, 0), (9, 16 * 30)):  # more than 4 % of the width of 224
+        image = np.full((224, 224, 3), (210, 190, 215), np.uint8)
+        image[200:220, 188:218] = 255
+        image[[205, 209], 193 : 193 + width] = 10
+        assert (_find_scale_bar(image).sum() > 0) == (pixels > 0)
 
 
 def test_scale_bars_are_erased_and_copied():
@@ -228,17 +272,17 @@ def test_refusals(fields):
     with pytest.raises(ValueError, match="sizes differ"):
         paste_cells(fields[0][0], fields[1][0], fields[0][1][:50])
     with pytest.raises(ValueError, match="nothing is left"):
-        inpaint_background(fields[0][0], np.ones((224, 224), bool))
+        _inpaint_background(fields[0][0], np.ones((224, 224), bool))
 
 
 def test_real_scale_bars_are_found_and_cells_go(shared_data):
     table = pd.read_csv(shared_data / "taleqani_fields.csv")
     table = table[~table.file.str.startswith("Early")].groupby("scale_bar_type").sample(8, random_state=0)
     images = [read_image(shared_data / "taleqani" / file) for file in table.file]
-    assert all(find_scale_bar(image).any() for image in images)
+    assert all(_find_scale_bar(image).any() for image in images)
     left = []
     for image in images[::4]:
         cells = find_cells(image) > 0
         core = cv2.erode(cells.astype(np.uint8), np.ones((5, 5))) > 0
-        left.append((core & ~removal_mask(image) & ~find_scale_bar(image)).sum() / max(core.sum(), 1))
+        left.append((core & ~_removal_mask(image, find_cells(image)) & ~_find_scale_bar(image)).sum() / max(core.sum(), 1))
     assert max(left) < 0.02

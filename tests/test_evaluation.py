@@ -10,21 +10,21 @@ from leukemia_nb.evaluation.calibration import (
     _TEMPERATURES,
     at_limit,
     augrc,
-    brier_score,
+    _brier_score,
     calibration_table,
     expected_calibration_error,
     fit_temperature,
-    log_loss,
+    _log_loss,
     reliability_figure,
-    reliability_table,
-    risk_coverage,
-    scale_temperature,
+    _reliability_table,
+    _risk_coverage,
+    _scale_temperature,
 )
 from leukemia_nb.evaluation.metrics import (
     ORIGINAL_ACCURACY,
     ORIGINAL_TEST_IMAGES,
     accuracy_figure,
-    average_precision,
+    _average_precision,
     class_table,
     compare_models,
     confusion_figure,
@@ -33,12 +33,12 @@ from leukemia_nb.evaluation.metrics import (
     grouped_accuracy,
     precision_recall_figure,
     readable_comparison,
-    roc_auc,
+    _roc_auc,
     roc_figure,
 )
 from leukemia_nb.evaluation.predictions import (
     PredictionsError,
-    check_predictions,
+    _check_predictions,
     classes_of,
     distinct_paths,
     model_titles,
@@ -101,7 +101,7 @@ def test_dummy_predictions_are_as_accurate_as_asked():
         39,
     ]
     assert table["pair"].iloc[[0, 24, 25]].tolist() == ["Normal/test_001", "Normal/test_025", "Pre-B/test_001"]
-    check_predictions(table)
+    _check_predictions(table)
 
 
 def test_predictions_survive_the_disk(tmp_path):
@@ -141,18 +141,18 @@ def test_a_bad_table_is_not_written(tmp_path):
 )
 def test_problems_of_a_table_are_named(spoil, message):
     with pytest.raises(PredictionsError, match=message):
-        check_predictions(spoil(dummy_predictions()))
+        _check_predictions(spoil(dummy_predictions()))
 
 
 def test_rounding_and_unlabelled_new_images_are_valid():
     table = dummy_predictions()
     probabilities = [name for name in table if name.startswith("p_")]
-    check_predictions(table.assign(**{name: table[name].astype(np.float16).astype(float) for name in probabilities}))
-    check_predictions(table.assign(**{"p_Normal": table["p_Normal"] + 0.0009}))
-    check_predictions(table.assign(**{"p_Normal": -5e-7, "p_Pre-B": 0.5, "p_Pro-B": 0.5}))
-    check_predictions(table.assign(**{"class": "", "subset": "unseen"}))
+    _check_predictions(table.assign(**{name: table[name].astype(np.float16).astype(float) for name in probabilities}))
+    _check_predictions(table.assign(**{"p_Normal": table["p_Normal"] + 0.0009}))
+    _check_predictions(table.assign(**{"p_Normal": -5e-7, "p_Pre-B": 0.5, "p_Pro-B": 0.5}))
+    _check_predictions(table.assign(**{"class": "", "subset": "unseen"}))
     two = two_classes(["Normal"], [0.7])
-    assert check_predictions(two) is two
+    assert _check_predictions(two) is two
     assert probabilities_of(two.assign(**{"p_Pro-B": 0.3006})).sum() == pytest.approx(1, abs=1e-12)
 
 
@@ -194,9 +194,9 @@ def test_order_of_columns_is_the_order_of_classes():
     table = dummy_predictions(0.9, seed=4)
     turned = table[["pair", "path", "subset", "class", "p_Pro-B", "p_Normal", "p_Pre-B"]]
     assert list(predicted_labels(turned)) == list(predicted_labels(table))
-    assert roc_auc(turned).to_dict() == pytest.approx(roc_auc(table).to_dict())
+    assert _roc_auc(turned).to_dict() == pytest.approx(_roc_auc(table).to_dict())
     assert list(confusion_table(turned).index) == ["Pro-B", "Normal", "Pre-B"]
-    assert log_loss(turned) == pytest.approx(log_loss(table))
+    assert _log_loss(turned) == pytest.approx(_log_loss(table))
 
 
 def test_a_missing_subset_is_named():
@@ -258,7 +258,12 @@ def test_a_single_class_in_test():
     by_class = class_table(table)
     assert by_class["sensitivity"].isna().tolist() == [True, False, True] == by_class["sensitivity_low"].isna().tolist()
     assert by_class["specificity"].isna().tolist() == [False, True, False]
-    for refuses in (roc_auc, average_precision, lambda t: roc_figure({"yolo11": t}), lambda t: precision_recall_figure({"a": t})):
+    for refuses in (
+        _roc_auc,
+        _average_precision,
+        lambda t: roc_figure({"yolo11": t}),
+        lambda t: precision_recall_figure({"a": t}),
+    ):
         with pytest.raises(PredictionsError, match="no image of Normal, Pro-B"):
             refuses(table)
     assert readable_comparison(compare_models({"yolo11": table})).loc[0, "ROC-AUC"] == "–"
@@ -277,8 +282,8 @@ def test_a_collapsed_model_is_marked():
 
 def test_average_precision_by_hand():
     table = two_classes(["Normal", "Normal", "Pro-B", "Normal", "Pro-B"], [0.9, 0.8, 0.7, 0.6, 0.1])
-    assert average_precision(table)["Normal"] == pytest.approx((1 / 1 + 2 / 2 + 3 / 4) / 3)
-    assert roc_auc(table)["Normal"] == pytest.approx(5 / 6)
+    assert _average_precision(table)["Normal"] == pytest.approx((1 / 1 + 2 / 2 + 3 / 4) / 3)
+    assert _roc_auc(table)["Normal"] == pytest.approx(5 / 6)
 
 
 def test_grouped_accuracy_counts_groups():
@@ -298,27 +303,27 @@ def test_grouped_accuracy_counts_groups():
 
 
 def test_reliability_by_hand(ten):
-    table = reliability_table(ten)
+    table = _reliability_table(ten)
     assert table[["from", "to", "images", "confidence", "accuracy"]].to_numpy().tolist() == [
         pytest.approx([0.5, 0.6, 2, 0.6, 0.5]),
         pytest.approx([0.8, 0.9, 8, 0.9, 0.75]),
     ]
     assert table.loc[1, ["low", "high"]].tolist() == pytest.approx([0.34914, 0.96815], abs=1e-5)  # R: binom.test(6, 8)
     assert expected_calibration_error(ten) == pytest.approx(0.8 * 0.15 + 0.2 * 0.1)
-    assert brier_score(ten) == pytest.approx(2 * (6 * 0.01 + 2 * 0.81 + 0.16 + 0.36) / 10)
-    assert log_loss(ten) == pytest.approx(-np.log([0.9] * 6 + [0.1] * 2 + [0.6, 0.4]).mean())
+    assert _brier_score(ten) == pytest.approx(2 * (6 * 0.01 + 2 * 0.81 + 0.16 + 0.36) / 10)
+    assert _log_loss(ten) == pytest.approx(-np.log([0.9] * 6 + [0.1] * 2 + [0.6, 0.4]).mean())
 
 
 def test_log_loss_of_impossible_predictions_is_finite():
-    assert log_loss(two_classes(["Normal", "Pro-B"], [0.0, 0.5])) == pytest.approx(
+    assert _log_loss(two_classes(["Normal", "Pro-B"], [0.0, 0.5])) == pytest.approx(
         (-np.log(np.finfo(float).eps) - np.log(0.5)) / 2, rel=1e-3
     )
 
 
 def test_certain_predictions_fall_into_the_last_bin():
     table = dummy_predictions().assign(**{"p_Normal": 1.0, "p_Pre-B": 0.0, "p_Pro-B": 0.0})
-    only = reliability_table(table).iloc[0]
-    assert len(reliability_table(table)) == 1 and (only["from"], only["to"]) == (0.9, 1.0)
+    only = _reliability_table(table).iloc[0]
+    assert len(_reliability_table(table)) == 1 and (only["from"], only["to"]) == (0.9, 1.0)
     assert expected_calibration_error(table) == pytest.approx(1 - 25 / 111)
 
 
@@ -329,17 +334,17 @@ def test_calibration_metrics_of_any_predictions(accuracy, seed):
 
     table = dummy_predictions(accuracy, (8, 9, 10), seed=seed)
     values, classes = probabilities_of(table), classes_of(table)
-    assert log_loss(table) == pytest.approx(loss(table["class"], values, labels=classes), abs=1e-9)
+    assert _log_loss(table) == pytest.approx(loss(table["class"], values, labels=classes), abs=1e-9)
     confidence, correct = values.max(axis=1), predicted_labels(table) == table["class"].to_numpy()
     bins = [(confidence > i / 15) & (confidence <= (i + 1) / 15) for i in range(15)]
     ece = sum(abs(confidence[inside].mean() - correct[inside].mean()) * inside.mean() for inside in bins if inside.any())
     assert expected_calibration_error(table) == pytest.approx(ece, abs=1e-6)
-    assert reliability_table(table)["images"].sum() == 27
+    assert _reliability_table(table)["images"].sum() == 27
 
 
 def test_temperature_by_hand():
     """Odds of 9 at temperature 2 are odds of 3."""
-    scaled = scale_temperature(two_classes(["Normal"], [0.9]), 2)
+    scaled = _scale_temperature(two_classes(["Normal"], [0.9]), 2)
     assert scaled["p_Normal"].item() == pytest.approx(0.75) and scaled["p_Pro-B"].item() == pytest.approx(0.25)
 
 
@@ -347,10 +352,10 @@ def test_temperature_by_hand():
 @given(st.floats(0.1, 10), st.integers(0, 50))
 def test_temperature_changes_no_prediction_and_can_be_undone(temperature, seed):
     table = dummy_predictions(0.7, (5, 5, 5), seed=seed)
-    scaled = scale_temperature(table, temperature)
+    scaled = _scale_temperature(table, temperature)
     assert (predicted_labels(scaled) == predicted_labels(table)).all()
     if temperature >= 1:
-        back = scale_temperature(scaled, 1 / temperature)
+        back = _scale_temperature(scaled, 1 / temperature)
         np.testing.assert_allclose(probabilities_of(back), probabilities_of(table), atol=1e-6)
 
 
@@ -372,24 +377,24 @@ def test_calibration_table_by_hand(ten):
     row = calibration_table({"yolo11": pd.concat([val, ten], ignore_index=True)}).iloc[0]
     assert (row["model"], row["title"], row["images"], row["note"]) == ("yolo11", "YOLO11", 10, "")
     assert row["accuracy"] == pytest.approx(0.7) and row["confidence"] == pytest.approx(0.84)
-    assert row[["ece", "brier", "log_loss"]].tolist() == pytest.approx([0.14, 0.44, log_loss(ten)])
-    scaled = scale_temperature(ten, row["temperature"])
+    assert row[["ece", "brier", "log_loss"]].tolist() == pytest.approx([0.14, 0.44, _log_loss(ten)])
+    scaled = _scale_temperature(ten, row["temperature"])
     assert row["temperature"] == pytest.approx(np.log(19) / np.log(4), rel=1e-3)
     assert row["scaled_ece"] == pytest.approx(expected_calibration_error(scaled)) != pytest.approx(0.14)
-    assert row[["scaled_brier", "scaled_log_loss"]].tolist() == pytest.approx([brier_score(scaled), log_loss(scaled)])
+    assert row[["scaled_brier", "scaled_log_loss"]].tolist() == pytest.approx([_brier_score(scaled), _log_loss(scaled)])
     assert "temperature" not in calibration_table({"yolo11": ten})
     perfect = pd.concat([dummy_predictions(1.0, subset="val"), dummy_predictions(1.0)], ignore_index=True)
     assert calibration_table({"yolo11": perfect})["note"].item().startswith("at the limit")
 
 
 def test_risk_and_coverage_by_hand(ten):
-    curve = risk_coverage(ten)
+    curve = _risk_coverage(ten)
     assert curve["threshold"].tolist() == [0.9, 0.6] and curve["coverage"].tolist() == [0.8, 1.0]
     assert curve["selective_risk"].tolist() == [0.25, 0.3] and curve["generalized_risk"].tolist() == [0.2, 0.3]
     assert augrc(ten) == pytest.approx(0.8 * 0.2 / 2 + 0.2 * (0.2 + 0.3) / 2)
     assert augrc(two_classes(["Normal"] * 4, [0.9, 0.8, 0.7, 0.6])) == 0
     always_wrong = two_classes(["Pro-B"] * 4, [0.9, 0.8, 0.7, 0.6])
-    assert augrc(always_wrong) == pytest.approx(0.5) and risk_coverage(always_wrong)["coverage"].tolist() == [
+    assert augrc(always_wrong) == pytest.approx(0.5) and _risk_coverage(always_wrong)["coverage"].tolist() == [
         0.25,
         0.5,
         0.75,
@@ -411,7 +416,7 @@ def test_figures_of_one_and_of_many_models(tmp_path):
     assert [len(figure.axes) for figure in figures] == [1, 5, 5, 5, 1, 2, 1]
     panels = [axis.get_title(loc="left") for axis in figures[3].axes]
     assert [panel.split("\n")[0] for panel in panels] == list(many)
-    assert [float(panel.split()[-1]) for panel in panels] == pytest.approx([roc_auc(m).mean() for m in many.values()], abs=6e-4)
+    assert [float(panel.split()[-1]) for panel in panels] == pytest.approx([_roc_auc(m).mean() for m in many.values()], abs=6e-4)
 
 
 def test_figures_leave_pyplot_closed():
@@ -497,3 +502,35 @@ def test_distinct_paths():
     assert distinct_paths(paths) == ["a.png", "Pre-B/b.png", "Pro-B/b.png", "x/…/c.png", "y/…/c.png"]
     assert distinct_paths(["a/1/x/c.png", "a/2/x/c.png", "b/1/x/c.png"]) == ["a/…/c.png", "2/x/c.png", "b/…/c.png"]
     assert distinct_paths(["a.png", "a.png"]) == ["a.png", "a.png"]
+
+
+def test_a_wrong_probability_is_quoted():
+    table = dummy_predictions(1.0).head(2).assign(**{"p_Normal": 0.33336, "p_Pre-B": 0.5, "p_Pro-B": [0.16664, -0.2]})
+    with pytest.raises(PredictionsError) as caught:
+        _check_predictions(table, "a.csv")
+    assert str(caught.value) == (
+        "a.csv: probabilities of 'Normal/test_002' are [0.3334, 0.5, -0.2]: not between 0 and 1 with a sum of 1 (1 such rows)."
+    )
+
+
+def test_marks_of_the_accuracy_figure_by_hand(counted):
+    table = compare_models({"yolo11": counted, "other": counted}).assign(chance=[0.5, 0.7])
+    table["interval"] = ["Clopper-Pearson", "bootstrap"]
+    axis = accuracy_figure(table).axes[0]
+    lines = {line.get_label(): line for line in axis.get_lines()}
+    assert np.array_equal(lines["original study"].get_xdata(), [1.0, np.nan], equal_nan=True)
+    assert lines["most frequent class"].get_xdata() == pytest.approx([0.6, 0.6])
+    assert axis.get_xlabel() == "accuracy; 95 % CI: Clopper-Pearson\nother: bootstrap"
+    assert axis.get_xlim() == pytest.approx((0.44390 - 0.05, 1.005), abs=1e-4)
+    without = accuracy_figure(compare_models({"other": counted})).axes[0]
+    assert "original study" not in {line.get_label() for line in without.get_lines()}
+
+
+def test_points_of_the_training_curves_by_hand():
+    history = pd.DataFrame({"epoch": [1, 2, 3], "accuracy": [0.5, 0.6, 0.7], "loss": [1.0, 0.9, 0.8]})
+    history = history.assign(val_accuracy=[0.4, 0.6, 0.5], val_loss=[1.2, 0.7, 0.9])
+    accuracy, loss = curves_figure({"yolo11": history}).axes
+    assert [line.get_ydata().tolist() for line in accuracy.get_lines()[:2]] == [[0.5, 0.6, 0.7], [0.4, 0.6, 0.5]]
+    assert [line.get_ydata().tolist() for line in loss.get_lines()[:2]] == [[1.0, 0.9, 0.8], [1.2, 0.7, 0.9]]
+    assert (loss.get_lines()[-1].get_xdata(), loss.get_lines()[-1].get_ydata()) == ([2], [0.7])  # lowest validation loss
+    assert accuracy.get_ylim() == (0, 1.04) and loss.get_ylim()[0] == 0

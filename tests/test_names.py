@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 
-from leukemia_nb.audit.baselines import baseline_table, baseline_views_figure
+from leukemia_nb.audit.baselines import baseline_table
 from leukemia_nb.audit.robustness import robustness_figure
 from leukemia_nb.audit.saliency import saliency_figure
 from leukemia_nb.data.files import shown
@@ -119,7 +119,6 @@ def test_figures_of_images_take_any_file_and_class(predictions, tmp_path):
     text = drawn(unseen_figure(unseen_table(unseen), tmp_path / "new"), tmp_path)
     assert all(name.replace(".jpg", ".png") in text for name in NAMES) and CLASSES[0] in text
     image = smear("Pro-B", 1, 64, 64).image
-    assert CLASSES[0] in drawn(baseline_views_figure([image], CLASSES[:1]), tmp_path)
     masks = np.zeros((1, 64, 64), bool)
     assert CLASSES[0] in drawn(
         saliency_figure(image[None], {next(iter(predictions)): np.ones((1, 64, 64))}, masks, CLASSES[:1]), tmp_path

@@ -8,17 +8,16 @@ from hypothesis.extra.numpy import arrays
 
 from leukemia_nb.audit.robustness import (
     CORRUPTIONS,
-    blur,
+    _blur,
     _change_brightness,
     _compress,
     corrupt,
-    corruptions_figure,
     robustness_figure,
     robustness_predictions,
     robustness_table,
     _rotate,
-    scale_stains,
-    shift_hue,
+    _scale_stains,
+    _shift_hue,
 )
 from leukemia_nb.data.synthetic import smear
 from leukemia_nb.evaluation.uncertainty import clopper_pearson
@@ -95,34 +94,41 @@ def test_rotation_makes_no_black_corner_and_comes_round():
 
 def test_stains_act_on_density():
     # grey 128 has density 0.689 in every channel; doubling all stains doubles it: 255 * (128/255)**2 = 64.25
-    assert scale_stains(np.full((2, 2, 3), 128, np.uint8), 2, 2, 2) == pytest.approx(64, abs=1)
+    assert _scale_stains(np.full((2, 2, 3), 128, np.uint8), 2, 2, 2) == pytest.approx(64, abs=1)
     image = smear("Pre-B", 1, 32, 32).image
     bluer, pinker = (CORRUPTIONS["stain_balance"].function(image, level).mean(axis=(0, 1)) for level in (1.33, 0.75))
     assert bluer[2] - bluer[0] > pinker[2] - pinker[0]
-    assert np.array_equal(scale_stains(image, 1.33, 1 / 1.33), CORRUPTIONS["stain_balance"].function(image, 1.33))
-    assert np.array_equal(scale_stains(np.zeros((2, 2, 3), np.uint8), 1, 1), np.ones((2, 2, 3)))
+    assert np.array_equal(_scale_stains(image, 1.33, 1 / 1.33), CORRUPTIONS["stain_balance"].function(image, 1.33))
+    assert np.array_equal(_scale_stains(np.zeros((2, 2, 3), np.uint8), 1, 1), np.ones((2, 2, 3)))
+    from skimage.color import hed_from_rgb, rgb_from_hed
+
+    stains = -np.log(np.array([120, 60, 160]) / 255) @ hed_from_rgb  # rows of the matrix: stains from densities
+    expected = 255 * np.exp(-(stains * (2, 1, 1.5)) @ rgb_from_hed)
+    assert _scale_stains(np.uint8([[[120, 60, 160]]]), 2, 1, 1.5)[0, 0] == pytest.approx(expected, abs=0.51)
     for factors in ((1, -1), (0, 1), (1, 1, 0)):
         with pytest.raises(ValueError, match="must be above 0"):
-            scale_stains(image, *factors)
+            _scale_stains(image, *factors)
 
 
 def test_hue_goes_round_and_keeps_brightness():
     image = smear("Pro-B", 1, 48, 48).image
-    assert np.abs(shift_hue(image, 360).astype(int) - image).max() <= 1
-    assert np.abs(shift_hue(image, 20).max(axis=2).astype(int) - image.max(axis=2)).max() <= 1
-    assert shift_hue(np.uint8([[[255, 0, 0]]]), 120).tolist() == [[[0, 255, 0]]]
-    assert shift_hue(np.uint8([[[255, 0, 0]]]), -120).tolist() == [[[0, 0, 255]]]
+    assert np.abs(_shift_hue(image, 360).astype(int) - image).max() <= 1
+    assert np.abs(_shift_hue(image, 20).max(axis=2).astype(int) - image.max(axis=2)).max() <= 1
+    assert _shift_hue(np.uint8([[[255, 0, 0]]]), 120).tolist() == [[[0, 255, 0]]]
+    assert _shift_hue(np.uint8([[[255, 0, 0]]]), -120).tolist() == [[[0, 0, 255]]]
+    # hue 276 of (120, 60, 160) becomes 316: blue is 60 + 100 (6 - 316 / 60)
+    assert _shift_hue(np.uint8([[[120, 60, 160]]]), 40).tolist() == [[[160, 60, 133]]]
 
 
 def test_brightness_blur_and_compression():
     assert _change_brightness(np.uint8([[[100, 200, 250]]]), 1.2).tolist() == [[[120, 240, 255]]]
     dot = np.zeros((224, 224, 3), np.uint8)
     dot[112, 112] = 255
-    spread = blur(np.minimum(dot.astype(int) * 255, 255).astype(np.uint8), 2)[112, :, 0].astype(float)
+    spread = _blur(np.minimum(dot.astype(int) * 255, 255).astype(np.uint8), 2)[112, :, 0].astype(float)
     assert spread[112] == pytest.approx(255 / (2 * np.pi * 4), abs=1)  # peak of a Gaussian of 2 pixels
     small = np.zeros((56, 56, 3), np.uint8)
     small[28, 28] = 255
-    assert blur(small, 4)[28, 28, 0] == pytest.approx(255 / (2 * np.pi), abs=3)  # 4 of 224 are 1 of 56
+    assert _blur(small, 4)[28, 28, 0] == pytest.approx(255 / (2 * np.pi), abs=3)  # 4 of 224 are 1 of 56
     image = smear("Pre-B", 1, 64, 64).image
     error = [np.abs(_compress(image, quality).astype(int) - image).mean() for quality in (100, 90, 40, 10)]
     assert (
@@ -214,4 +220,3 @@ def test_figures_have_a_panel_a_corruption(sample):
     hue = predictions[predictions["corruption"] == "hue"]
     figure = robustness_figure(robustness_table({"a": hue, "b": hue}))
     assert [axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()] == ["a\naccuracy", "b\naccuracy"]
-    assert len(corruptions_figure(smear("Normal", 1, 32, 32).image, {"hue": (10,)}).axes) == 2

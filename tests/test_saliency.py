@@ -50,7 +50,7 @@ SCRIPT = """
         found, named = saliency.grad_cam(model, images), saliency.grad_cam(model, images, "Pro-B")
         changed = {}
         for part in ("head", "whole"):
-            with saliency.randomised_weights(model, part):
+            with saliency._randomised_weights(model, part):
                 changed[part] = float(np.abs(saliency._feature_maps(model, images, targets)[1] - weights).max())
         same = np.array_equal(saliency._feature_maps(model, images, targets)[1], weights) and np.array_equal(model.predict_proba(images), before)
         occluded = saliency.occlusion_map(model, images[:2], grid=2)
@@ -218,7 +218,7 @@ def test_errors_name_the_remedy(red_corner):
         occlusion_map(Corner(), red_corner, "perhaps")
     with pytest.raises(ModelError, match="1 classes to explain for 2 images"):
         occlusion_map(Corner(), red_corner, ["yes"])
-    with pytest.raises(ModelError, match="part 'tail' is not one of head, whole"), saliency.randomised_weights(Corner(), "tail"):
+    with pytest.raises(ModelError, match="part 'tail' is not one of head, whole"), saliency._randomised_weights(Corner(), "tail"):
         pass
 
 

@@ -16,8 +16,8 @@ from leukemia_nb.evaluation.uncertainty import (
     _effective_groups,
     format_proportion,
     grouped_interval,
-    holm,
-    mcnemar,
+    _holm,
+    _mcnemar,
     significance_sentence,
 )
 from leukemia_nb.testing import dummy_predictions
@@ -158,19 +158,19 @@ def test_intervals_refuse_what_is_not_theirs():
     "b, c, p", [(0, 0, 1), (1, 0, 1), (5, 0, 0.0625), (6, 0, 0.03125), (6, 16, 2 * 110_056 / 2**22), (10, 10, 1)]
 )
 def test_mcnemar(b, c, p):
-    assert mcnemar(b, c) == pytest.approx(p, abs=1e-7) and mcnemar(c, b) == pytest.approx(p, abs=1e-7)
+    assert _mcnemar(b, c) == pytest.approx(p, abs=1e-7) and _mcnemar(c, b) == pytest.approx(p, abs=1e-7)
 
 
 def test_holm_is_rs():  # p.adjust(..., "holm")
-    assert list(holm([0.01, 0.02, 0.03, 0.04, 0.05])) == pytest.approx([0.05, 0.08, 0.09, 0.09, 0.09])
-    assert list(holm([0.01, 0.04, 0.03, 0.005])) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert list(holm([0.6, 0.9])) == pytest.approx([1.0, 1.0])
+    assert list(_holm([0.01, 0.02, 0.03, 0.04, 0.05])) == pytest.approx([0.05, 0.08, 0.09, 0.09, 0.09])
+    assert list(_holm([0.01, 0.04, 0.03, 0.005])) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert list(_holm([0.6, 0.9])) == pytest.approx([1.0, 1.0])
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_holm_is_monotone_and_between_the_raw_and_bonferroni(values):
-    adjusted, values = holm(values), np.array(values)
+    adjusted, values = _holm(values), np.array(values)
     assert (adjusted >= values - 1e-12).all() and (adjusted <= np.minimum(1, values * len(values)) + 1e-12).all()
     order = np.argsort(values, kind="stable")
     assert (np.diff(adjusted[order]) >= -1e-12).all()

@@ -6,7 +6,7 @@
 __all__ = ['cross_validate', 'cross_validated_accuracy']
 
 # %% ../../nbs/04_evaluation/50_cross_validation.ipynb #9460ed3e
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/04_evaluation/50_cross_validation.ipynb #f9c6df44
 def cross_validate(
-    estimator: "BaseEstimator",  # scikit-learn classifier or pipeline with `predict_proba`; cloned, never fitted itself
+    estimator: "BaseEstimator",  # scikit-learn classifier or pipeline with predict_proba; cloned, never fitted itself
     X: np.ndarray,  # (n, d) features
     y: pd.Series,  # (n,) class names; the index holds the pairs
     groups: np.ndarray | None = None,  # (n,) groups that stay together; None: each image its own
@@ -38,28 +38,21 @@ def cross_validate(
         n_groups = len(np.unique(group[labels == name]))
         if n_groups < folds:
             raise ValueError(f"{name} has {n_groups} groups, {folds} folds need at least as many. Use fewer folds.")
-    pairs = y.index.astype(str)
+    pairs, tables = y.index.astype(str), []
     known = pd.DataFrame({"pair": pairs, "path": pairs, "subset": "fold", "class": labels, "group": group})
-    tables = []
     for repeat in range(repeats):
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed + repeat)
-        model = _seeded(clone(estimator), seed + repeat)
+        model = clone(estimator)
+        model.set_params(**{name: seed + repeat for name in model.get_params() if name.split("__")[-1] == "random_state"})
         values = cross_val_predict(model, X, labels, groups=group, cv=splitter, n_jobs=n_jobs, method="predict_proba")
         tables.append(known.assign(repeat=repeat, **{f"p_{name}": values[:, i] for i, name in enumerate(classes)}))
     return pd.concat(tables, ignore_index=True)
 
-
-def _seeded(estimator: Any, seed: int) -> Any:
-    names = [name for name in estimator.get_params() if name == "random_state" or name.endswith("__random_state")]
-    return estimator.set_params(**dict.fromkeys(names, seed))
-
 # %% ../../nbs/04_evaluation/50_cross_validation.ipynb #f716b5a4
 def cross_validated_accuracy(
-    table: pd.DataFrame,  # from `cross_validate`
+    table: pd.DataFrame,  # from cross_validate
 ) -> Interval:
     "Accuracy over all repeats with its interval on effective groups; an image counts as its proportion of correct repeats."
-    correct = pd.Series(predicted_labels(table) == table["class"].to_numpy(), index=table.index, dtype=float)
-    by_image = (
-        table.assign(correct=correct).groupby("pair", sort=False).agg(correct=("correct", "mean"), group=("group", "first"))
-    )
-    return grouped_interval(by_image["correct"].to_numpy(), by_image["group"].to_numpy())
+    found = table.assign(correct=predicted_labels(table) == table["class"].to_numpy())
+    by_image = found.groupby("pair", sort=False).agg({"correct": "mean", "group": "first"})
+    return grouped_interval(by_image["correct"], by_image["group"])
