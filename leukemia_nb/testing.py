@@ -23,7 +23,8 @@ from .evaluation.metrics import ORIGINAL_ACCURACY, class_table, compare_models, 
 from .evaluation.predictions import model_title, read_all_predictions, take_subset, write_predictions
 from .evaluation.uncertainty import GROUPED, clopper_pearson, compare_model_pairs
 from .processing.dataset import save_pair, write_dataset
-from .study.driver import StudySettings, _library_digest, run_study
+from .study.driver import _library_digest, run_study
+from .study.settings import StudySettings
 
 # %% ../nbs/00_shared/30_testing.ipynb #d2a50004
 def dummy_dataset(

@@ -20,7 +20,8 @@ from leukemia_nb.study.cards import (
     reporting_items,
     write_cards,
 )
-from leukemia_nb.study.driver import StudySettings, study_steps
+from leukemia_nb.study.driver import study_steps
+from leukemia_nb.study.settings import StudySettings
 from leukemia_nb.study.report import REPORT_STEPS
 from leukemia_nb.testing import dummy_run
 

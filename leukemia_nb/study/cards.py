@@ -36,7 +36,8 @@ from leukemia_nb.evaluation.predictions import (
 )
 from ..evaluation.uncertainty import clopper_pearson, format_proportion, significance_sentence
 from ..models.interface import MODELS, ModelEntry
-from .driver import StudySettings, study_steps
+from .driver import study_steps
+from .settings import StudySettings
 
 # %% ../../nbs/07_study/30_cards.ipynb #bd8f1425
 def markdown_text(
