@@ -82,7 +82,7 @@ def _is_explained(error: Exception) -> bool:
 
     return isinstance(error, LeukemiaError | OSError | MemoryError)
 
-
+# %% ../../nbs/07_study/50_command_line.ipynb #125f4772
 def _one_line(error: Exception) -> str:
     "The message of an explained error, with the remedy."
     if isinstance(error, ImportError):
@@ -122,7 +122,7 @@ def _prepare_process() -> None:
     sys.unraisablehook = _interrupt_again
     _prepare_home()
 
-
+# %% ../../nbs/07_study/50_command_line.ipynb #ca82197d
 def _interrupt_again(ignored: Any) -> None:
     "Repeat a Ctrl-C that came where Python ignores errors, as in a callback of an import."
     if ignored.exc_type is KeyboardInterrupt:
@@ -130,7 +130,7 @@ def _interrupt_again(ignored: Any) -> None:
     else:
         sys.__unraisablehook__(ignored)
 
-
+# %% ../../nbs/07_study/50_command_line.ipynb #757593f1
 def _prepare_home() -> None:
     "Where the home folder cannot be written to, libraries keep their settings in a temporary one."
     home = os.path.expanduser("~")
@@ -153,14 +153,14 @@ def _check_method(name: str | None) -> str | None:
         raise typer.BadParameter(f"there is no method {name!r}. The methods are {', '.join(SEGMENTATION_METHODS)}.")
     return name
 
-
+# %% ../../nbs/07_study/50_command_line.ipynb #efd49d76
 def _check_path(text: str | None) -> str | None:
     "Refuse an empty path, as of a shell variable that is not set, which would mean another study."
     if text is not None and not text.strip():
         raise typer.BadParameter("it is empty. Name a path, or leave the option out.")
     return os.path.abspath(text) if text and text != "kaggle" else text
 
-
+# %% ../../nbs/07_study/50_command_line.ipynb #181a7e02
 @contextmanager
 def _resumable(remedy: str = "Run again to go on.") -> Iterator[None]:
     "Work that goes on when the command is given again: Ctrl-C is one line and exit status 130."
@@ -304,7 +304,7 @@ def _predict_inputs(
         _echo(f"{counted(len(paths), 'image')} in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
     return outcomes
 
-
+# %% ../../nbs/07_study/50_command_line.ipynb #c71a57a5
 def _outcome(row: dict[str, Any]) -> str:
     "How the prediction of one image ended."
     if not row["prediction"]:

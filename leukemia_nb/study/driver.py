@@ -69,7 +69,7 @@ def study_steps(
             steps.append(_make_step(entry, declared["files"], settings, own, steps))
     return steps
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #13def8f0
 def _frozen_backbones(settings: StudySettings, models: Sequence[str]) -> list[str]:
     "Backbones that some models keep frozen; a backbone with random weights is trained."
     pretrained = [model for model in models if settings.model_settings(model)["weights"] != "random"]
@@ -80,13 +80,13 @@ def _placeholder(text: str) -> str:
     "Name in the braces of a text, `model` or `backbone`; empty where there are none."
     return match[1] if (match := re.search(r"{(\w+)}", text)) else ""
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #4d05e530
 def _fill(text: str, names: Mapping[str, Sequence[str]]) -> list[str]:
     "A text with its placeholder replaced by each of its names."
     key = _placeholder(text)
     return [text.replace(f"{{{key}}}", name) for name in names.get(key, [""])]
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #23430e1d
 def _make_step(
     entry: dict[str, Any], groups: dict[str, list[str]], settings: StudySettings, names: dict[str, list[str]], before: list[Step]
 ) -> Step:
@@ -110,7 +110,7 @@ def _make_step(
     writes = [*entry["writes"], *([] if settings.data else entry.get("writes_synthetic", []))]
     return Step(name, entry["notebook"], parameters | _derived(settings, name), paths(entry["reads"]), paths(writes))
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #01659914
 def _derived(settings: StudySettings, step: str) -> dict[str, Any]:
     "Parameters of a step that are computed from the settings."
     audit, (kind, _, name) = settings.audit, step.partition("-")
@@ -133,7 +133,7 @@ def _dependencies(steps: Sequence[Step]) -> dict[str, set[str]]:
         needed[step.name] = {writers[path] for path in inside}
     return needed
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #28fabb03
 def generations(
     steps: Sequence[Step],  # steps of a study
 ) -> list[list[Step]]:
@@ -155,7 +155,7 @@ def _select_steps(steps: Sequence[Step], names: Sequence[str]) -> set[str]:
         raise StudyError(f"no step is called {min(unknown)!r}; there are {', '.join(kinds)}.")
     return {step for step, both in kinds.items() if both & set(names)}
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #46fecd4b
 def with_dependencies(
     steps: Sequence[Step],  # all steps of a study
     names: Sequence[str],  # steps, or kinds of step as "train"; empty: all steps
@@ -179,12 +179,12 @@ def _study_notebook(name: str) -> Path:
             return folder / name
     raise StudyError(f"{name}: no study notebook of that name in {here} or its checkout.")
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #fdcb208c
 def _escaped(path: Path) -> str:
     "A path for papermill, which takes braces for a template."
     return str(path).replace("{", "{{").replace("}", "}}")
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #69981a4f
 def _check_parameters(notebook: Path, parameters: Iterable[str]) -> None:
     "Raise StudyError when the notebook has no parameters cell or does not know one of the names."
     import papermill
@@ -198,7 +198,7 @@ def _check_parameters(notebook: Path, parameters: Iterable[str]) -> None:
 # %% ../../nbs/07_study/20_driver.ipynb #09f7bbf4
 _LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "__pycache__")  # what file managers and Python leave behind
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #625ee41d
 def _files(path: Path) -> list[Path]:
     "Files below a folder, or the one file, in order; without hidden ones, litter, and folders inside that leukemia_nb wrote."
     if not path.is_dir():
@@ -210,11 +210,11 @@ def _files(path: Path) -> list[Path]:
         found += [here / name for name in names if _is_content(name)]
     return sorted(found)
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #63746266
 def _is_content(name: str) -> bool:
     return not name.startswith(".") and name.lower() not in _LITTER
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #8074910e
 def _digest(path: Path) -> str:
     "SHA-256 of a file's content, or of the names and contents below a folder; 'missing' where nothing is."
     if not path.is_dir():
@@ -224,7 +224,7 @@ def _digest(path: Path) -> str:
         digest.update(os.fsencode(file.relative_to(path)) + f"\0{_digest(file)}\0".encode())
     return digest.hexdigest()
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #15cb5beb
 def _listing(path: Path) -> str:
     "Digest of names, sizes and modification times of a file, or of the images that a search of a folder finds."
     digest = hashlib.sha256()
@@ -260,7 +260,7 @@ def _library_digest() -> str:
     sources = [file for file in every if file.suffix in (".py", ".j2", ".css", ".toml")]
     return hashlib.sha256("\0".join(map(_digest, sources)).encode()).hexdigest()
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #d5c1263a
 def _record(step: Step, run: Run) -> dict[str, Any]:
     "A step's record; empty where there is none, or one that is cut or makes no sense."
     try:
@@ -270,7 +270,7 @@ def _record(step: Step, run: Run) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError):
         return {}
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #270b6277
 def _is_up_to_date(step: Step, run: Run, record: dict[str, Any], expected: str) -> bool:
     "Whether a step's record has this fingerprint and its outputs are as recorded."
     outputs = record.get("outputs", {})
@@ -315,14 +315,14 @@ def run_step(
 # %% ../../nbs/07_study/20_driver.ipynb #921cb52c
 _OF_THE_DRIVER = ("notebooks/", "steps/", "study.json")
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #508fd8ab
 def _states(run: Run) -> dict[str, tuple[int, int]]:
     "Size and modification time of each file of the run that a step may have written."
     found = {file.relative_to(run.folder).as_posix(): file for file in _files(run.folder)}
     stats = {name: file.stat() for name, file in found.items() if not name.startswith(_OF_THE_DRIVER) and file.is_file()}
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #c0c7c225
 def _check_written(step: Step, run: Run, before: Mapping[str, tuple[int, int]], others: Sequence[str]) -> None:
     "Raise StudyError where a step did not write what it declares, or wrote anything else."
     partial = run.folder / "notebooks" / f"{step.name}.partial.ipynb"
@@ -340,7 +340,7 @@ _MEMORY = (
     "--train MODEL:batch_size=8"
 )
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #987e07f9
 def _execute(
     step: Step, run: Run, notebook: Path, parameters: dict[str, Any], environment: Mapping[str, str], held: tuple[int, ...]
 ) -> None:
@@ -365,7 +365,7 @@ def _execute(
             reason = _reason(name, text) if name else f"its process was killed. {_MEMORY}."
             raise StudyError(f"step {step.name} failed: {reason}\nThe notebook up to there: {partial}") from None
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #386b9b40
 def _reason(name: str, text: str) -> str:
     "An error of a notebook in words, with the remedy where the machine is the cause."
     if name in ("MemoryError", "ResourceExhaustedError", "OutOfMemoryError"):
@@ -402,7 +402,7 @@ def _step_lock(
     finally:
         os.close(file)
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #5aaa4399
 def _wait_for_workers(run: Run) -> None:
     "Wait until no process of an earlier study, which was killed, is at work in a run folder. Raises StudyError."
     for path in sorted(run.folder.glob("steps/.*.lock")):
@@ -469,7 +469,7 @@ def _attempt(step: Step, run: Run, redo: bool, environment: dict[str, str], othe
     except OSError as error:
         return {"step": step.name, "error": f"step {step.name} failed: {_reason(type(error).__name__, str(error))}"}
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #ea212ba6
 def _outcome(record: dict[str, Any]) -> str:
     "How a step ended, for its line."
     if "error" in record:
@@ -478,7 +478,7 @@ def _outcome(record: dict[str, Any]) -> str:
         return f"{record['seconds']:.0f} s"
     return "unchanged" + (f", but the library's code has changed since: --redo {record['step']}" if record["outdated"] else "")
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #90352fa6
 def _locked(run: Run) -> AbstractContextManager[Any]:
     "The run folder's lock, taken until the context ends. Raises StudyError when another holds it or nothing can be written."
     try:

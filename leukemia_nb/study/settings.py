@@ -47,7 +47,7 @@ def class_names(
 class StudyError(LeukemiaError, RuntimeError):
     "A study cannot go on; the message says which step or file, and what to do."
 
-
+# %% ../../nbs/07_study/18_settings.ipynb #d935f2d6
 @dataclass(frozen=True)
 class Run:
     "The folder of one study."
@@ -145,7 +145,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "segmentation": tuple(SEGMENTATION_METHODS),
 }
 
-
+# %% ../../nbs/07_study/18_settings.ipynb #961e0efa
 def _check_settings(settings: StudySettings) -> None:
     "Raise StudyError for settings that are wrong whatever the images are."
     for name in ("data", "unseen", "groups", "split_file"):
@@ -191,7 +191,7 @@ def check_study(
         _check_split_file(settings, images)
     _check_space(settings, run, len(images))
 
-
+# %% ../../nbs/07_study/18_settings.ipynb #ec401931
 def _check_packages(settings: StudySettings) -> None:
     "Raise StudyError where libraries of the steps are not installed."
     names = ["papermill", "nbformat", "nbconvert", "ipykernel", "sklearn", "seaborn", "jinja2", "tensorflow", "keras", "onnx"]
@@ -203,7 +203,7 @@ def _check_packages(settings: StudySettings) -> None:
             "pip install 'leukemia_nb[train]', or in a checkout: pip install '.[train]'."
         )
 
-
+# %% ../../nbs/07_study/18_settings.ipynb #21bd16db
 def _check_model(settings: StudySettings, model: str) -> None:
     "Raise StudyError for settings that the model's class does not have or does not allow."
     of_model = settings.model_settings(model)
@@ -231,7 +231,7 @@ def _check_weights(settings: StudySettings) -> None:
     if "local" in weights and folder and not any(file.suffix in (".h5", ".pt") for file in Path(folder).iterdir()):
         raise StudyError(f"weights local: no weight files (.h5, .pt) in LEUKEMIA_NB_WEIGHTS={folder}. {remedy}")
 
-
+# %% ../../nbs/07_study/18_settings.ipynb #ddf632bb
 def _check_run_folder(settings: StudySettings, run: Run) -> None:
     "Raise ImageError, OutputError or StudyError for a run folder in which images lie that are no study's."
     for folder in filter(None, (settings.data, settings.unseen)):
@@ -242,7 +242,7 @@ def _check_run_folder(settings: StudySettings, run: Run) -> None:
     if found := find_images(run.folder):  # they would count as output from now on
         raise StudyError(f"{run.folder}: holds images that no study wrote ({found[0]}). Choose another folder with --run.")
 
-
+# %% ../../nbs/07_study/18_settings.ipynb #eb806b0a
 def _check_images(settings: StudySettings, run: Run) -> list[Path]:
     "The images of the classes, unopened. Raises ImageError where a class has none or too few for the split."
     names, least = class_names(settings.classes), smallest_class()
@@ -268,7 +268,7 @@ def _check_unseen(settings: StudySettings, run: Run) -> None:
     found = f"none of its {counted(len(problems), 'image')} can be read: {problems[0]}" if problems else NO_IMAGES
     raise ImageError(f"{settings.unseen}: {found}")
 
-
+# %% ../../nbs/07_study/18_settings.ipynb #5fa960f6
 def _check_split_file(settings: StudySettings, images: Sequence[Path]) -> None:
     "Raise SplitError where a split cannot be read, or is of other images than these."
     split = read_split(settings.split_file)
@@ -282,7 +282,7 @@ def _check_split_file(settings: StudySettings, images: Sequence[Path]) -> None:
             f"{lost[0]} is one. Use the images it was made of, or make a new split."
         )
 
-
+# %% ../../nbs/07_study/18_settings.ipynb #5ed27316
 def _check_space(settings: StudySettings, run: Run, images: int) -> None:
     "Raise StudyError where the disk has clearly too little room for what the study will write."
     prepared = images or settings.per_class * settings.classes
