@@ -19,7 +19,7 @@ import numpy as np
 from ..data.files import file_sha256, set_sha256
 from .model_file import write_model_file
 from .ood import fit_ood, ood_distance
-from .predictor import prepare_images, run_network
+from .predictor import calibrate, prepare_images, run_network
 from ..models.interface import MODELS, ModelError, package_versions
 from ..processing.cells import FEATURE_NAMES
 
@@ -262,19 +262,11 @@ def _describe_model(model: ImageClassifier, train: Pairs, val: Pairs, segmentati
     }
 
 # %% ../../nbs/06_inference/50_export.ipynb #94554154
-def _scale(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    "Calibrated probabilities, as `Predictor` computes them."
-    from scipy.special import softmax
-
-    return softmax(np.log(np.maximum(probabilities, 1e-12)) / temperature, axis=1)
-
-
 def _test_entry(correct: np.ndarray, split: str) -> dict[str, Any]:
     "Number of correct predictions of test images, with the exact 95 % interval of the accuracy."
-    from scipy.stats import binomtest
+    from leukemia_nb.evaluation.uncertainty import clopper_pearson
 
-    interval = binomtest(int(correct.sum()), len(correct)).proportion_ci(method="exact")
-    low, high = float(interval.low), float(interval.high)
+    low, high = clopper_pearson(int(correct.sum()), len(correct))
     return {"n_correct": int(correct.sum()), "images": len(correct), "low": low, "high": high, "split": split}
 
 # %% ../../nbs/06_inference/50_export.ipynb #257fc731
@@ -298,7 +290,7 @@ def export_model(
         )
     constants = fit_ood(seen["train"], train.labels, seen["val"], standardise=MODELS[model.name].input == "cells")
     temperature, reason = _fit_safe_temperature(val.labels, seen["val"]["probabilities"], model.classes_)
-    confidence = {name: _scale(seen[name]["probabilities"], temperature).max(axis=1) for name in ("val", "test")}
+    confidence = {name: calibrate(seen[name]["probabilities"], temperature).max(axis=1) for name in ("val", "test")}
     distance = {name: ood_distance(seen[name]["features"], seen[name]["statistics"], constants) for name in ("val", "test")}
     thresholds = choose_thresholds(confidence["val"], distance["val"])
     coverage = {name: float(_covers(confidence[name], distance[name], thresholds).mean()) for name in ("val", "test")}

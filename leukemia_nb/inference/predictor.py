@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PreparedImage', 'describe_error', 'prepare_image', 'abstain_reasons', 'prediction_columns', 'format_confidence',
-           'format_row', 'describe_calibration', 'prepare_images', 'run_network', 'Predictor', 'Predictions',
-           'render_template', 'data_uri', 'find_image_cells', 'overlay', 'saliency']
+           'format_row', 'describe_calibration', 'prepare_images', 'run_network', 'calibrate', 'Predictor',
+           'Predictions', 'render_template', 'data_uri', 'find_image_cells', 'overlay', 'saliency']
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #e3489002
 class PreparedImage(NamedTuple):
@@ -235,6 +235,16 @@ def _network_inputs(session: Any, prepared: Sequence[PreparedImage]) -> Iterator
         channels = [[each.square for each in batch], [each.segmented for each in batch]]
         yield {name: np.stack(images).astype(dtype) for name, images in zip(names, channels)}
 
+# %% ../../nbs/06_inference/30_predictor.ipynb #ba22a16a
+def calibrate(
+    probabilities: np.ndarray,  # float (n, k), of a network
+    temperature: float,  # above 1: less confident
+) -> np.ndarray:  # float (n, k)
+    "Probabilities after temperature scaling."
+    from scipy.special import softmax
+
+    return softmax(np.log(np.maximum(probabilities, 1e-12)) / temperature, axis=1)
+
 # %% ../../nbs/06_inference/30_predictor.ipynb #807c0cfe
 class _Network:
     "An opened model file: the network, its calibrated probabilities and its features."
@@ -248,11 +258,9 @@ class _Network:
 
     def _judge(self, prepared: Sequence[PreparedImage]) -> tuple[np.ndarray, np.ndarray]:
         "Calibrated probabilities (n, k) and OOD distances (n,)."
-        from scipy.special import softmax
-
         found = run_network(self.session, prepared)
-        scaled = np.log(np.maximum(found["probabilities"], 1e-12)) / self.info["temperature"]
-        return softmax(scaled, axis=1), ood_distance(found["features"], found["statistics"], self.constants)
+        probabilities = calibrate(found["probabilities"], self.info["temperature"])
+        return probabilities, ood_distance(found["features"], found["statistics"], self.constants)
 
     def predict_proba(self, images: Any) -> np.ndarray:
         "Calibrated probabilities (n, k), columns as `classes_`. Raises ImageError."
