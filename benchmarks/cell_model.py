@@ -1,12 +1,12 @@
-"""What the cell-centred model and a frozen MobileNetV2 read on the real images: cells or background.
+"""Foreground reliance of the single-cell model and of a frozen MobileNetV2 on the real images.
 
     nice -n 10 .venv/bin/python benchmarks/cell_model.py [--shared ../shared] [--every 1]
 
-Five folds of groups of near-duplicates (`taleqani.py`: found by this project or listed). Everything (features, networks,
-augmentation) was chosen on 418 images; they and all their near-duplicates are the validation fold. The other images make
-four folds (StratifiedGroupKFold, seed 0): the first is the test, on which nothing was chosen, the rest is training. The
-cross-validated rows repeat the recipe with every fold as test in turn, so they include images the choices were made
-on. Training cells take the colours of images of their own fold, so that no test image's colours are trained on.
+Five folds of groups of near-duplicates (`taleqani.py`: found by this project or listed). The single-cell model (features,
+network, augmentation) was designed on 418 images; they and all their near-duplicates are the validation fold. The other images
+make four folds (StratifiedGroupKFold, seed 0): the first is the test, on which nothing was chosen, the rest is training. The
+cross-validated rows repeat this with every fold as test in turn, so they include images that the model was designed on.
+Training cells take the colours of images of their own fold, so that no test image's colours are trained on.
 Writes benchmarks/results/cell_model.json; what was tried (`tried_on_validation`) is kept from the file that is there, and comes
 from the exploration of 24 November 2026. About 15 minutes of one quiet core.
 """
@@ -25,94 +25,86 @@ import cv2
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
-from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from leukemia_nb.models.cell_model import COLOURS, CellModel, cell_crops, aggregate_cells
 from leukemia_nb.audit.cue_conflict import cue_conflict_rates, make_composites, paste_cells
-from leukemia_nb.data.manifest import CLASSES
 from leukemia_nb.data.images import read_image
-from leukemia_nb.models.interface import History
-from leukemia_nb.processing.cells import find_cells
+from leukemia_nb.data.manifest import CLASSES
+from leukemia_nb.evaluation.uncertainty import clopper_pearson
+from leukemia_nb.models.cell_model import COLOURS, CellClassifier, Cells, augment_colours, aggregate_cells, describe_images
+from leukemia_nb.models.cell_model import _fit_image_layers
+from leukemia_nb.processing.cells import cell_crops, find_cells
 from taleqani import GROUPED_BY, INTERVAL, check_apart, known_images
 
 ROOT = Path(__file__).resolve().parents[1]
+WHOLE = "MobileNetV2, whole image"
+NAMES = {"own": "cells", "jitter": "cells, colours disturbed", "matched": "cells, colours matched", "grey": "cells, grey"}
 
 
 def log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
-def share(hits: np.ndarray) -> dict:
-    "Share of True with its exact 95 % interval."
-    ci = binomtest(int(np.sum(hits)), len(hits)).proportion_ci(0.95, method="exact")
-    return {
-        "share": round(float(np.mean(hits)), 4),
-        "low": round(float(ci.low), 4),
-        "high": round(float(ci.high), 4),
-        "n": len(hits),
-    }
+def proportion(correct: np.ndarray) -> dict:
+    "Proportion of correct predictions with its Clopper-Pearson 95 % interval."
+    count, n = int(np.sum(correct)), len(correct)
+    low, high = clopper_pearson(count, n)
+    return {"proportion": round(count / n, 4), "low": round(low, 4), "high": round(high, 4), "count": count, "n": n}
 
 
-def features(images: np.ndarray, shared: Path) -> np.ndarray:
-    "Frozen MobileNetV2, averaged over the image."
+def backbone_features(images: np.ndarray, shared: Path) -> np.ndarray:
+    "Features of the frozen MobileNetV2, averaged over the image."
     os.environ["LEUKEMIA_NB_WEIGHTS"] = str(shared / "weights")
-    import tensorflow as tf
+    from leukemia_nb.models.transfer import build_backbone
 
-    from leukemia_nb.models.transfer import BACKBONES, build_backbone, find_weight_file
-
-    network, _ = build_backbone(BACKBONES["mobilenet_v2"], 224, "native", find_weight_file(BACKBONES["mobilenet_v2"]))
-    ask = tf.function(
-        lambda x: tf.reduce_mean(network(tf.cast(x, tf.float32), training=False), (1, 2)),
-        input_signature=[tf.TensorSpec((None, 224, 224, 3), tf.uint8)],
-    )
-    return np.concatenate([ask(images[i : i + 32]).numpy() for i in range(0, len(images), 32)])
+    backbone, _ = build_backbone("mobilenet_v2", weights="local")
+    batches = (images[start : start + 64] for start in range(0, len(images), 64))
+    return np.concatenate([backbone.predict(batch, batch_size=32, verbose=0).mean(axis=(1, 2)) for batch in batches])
 
 
-def part(found: tuple, rows: np.ndarray) -> tuple:
-    "Measurements of some images, renumbered."
-    cells, owner, n = found
-    place = np.full(n, -1)
+def part(found: Cells, rows: np.ndarray) -> Cells:
+    "Cells of some images, renumbered."
+    place = np.full(found.n, -1)
     place[rows] = np.arange(len(rows))
-    keep = place[owner] >= 0
-    return cells[keep], place[owner][keep], len(rows)
+    keep = place[found.image] >= 0
+    return Cells(found.features[keep], place[found.image][keep], len(rows))
 
 
-def join(parts: list[tuple], rows: list[np.ndarray], n: int) -> tuple:
-    "Measurements of several folds as one, with the images' numbers in the whole."
-    return np.concatenate([p[0] for p in parts]), np.concatenate([r[p[1]] for p, r in zip(parts, rows)]), n
+def join(parts: list[Cells], rows: list[np.ndarray], n: int) -> Cells:
+    "Cells of several folds as one, with the images' numbers in the whole."
+    return Cells(np.concatenate([p.features for p in parts]), np.concatenate([r[p.image] for p, r in zip(parts, rows)]), n)
 
 
-def versions(model: CellModel, images: np.ndarray, y: np.ndarray) -> tuple[list, list]:
+def describe_fold(images: np.ndarray, y: np.ndarray) -> tuple[list[Cells], list[Cells]]:
     "Of one fold: the cells in each of `COLOURS`, and the versions that training uses."
     cv2.setNumThreads(1)
-    seen = list(model._crops(images))
-    return [model._describe(seen, c) for c in COLOURS], model._versions(seen, y)
+    cropped = [cell_crops(image) for image in images]
+    return [describe_images(cropped, colours) for colours in COLOURS], augment_colours(cropped, y)
 
 
-def predicted_labels(model: CellModel, images: np.ndarray) -> np.ndarray:
+def predict_cells(model: CellClassifier, images: np.ndarray) -> np.ndarray:
     "Class names, two processes."
     parts = Parallel(n_jobs=2)(delayed(model.predict)(images[i : i + 70]) for i in range(0, len(images), 70))
     return np.concatenate(parts)
 
 
-def made_up(images: np.ndarray, cells: np.ndarray, labels: np.ndarray, kinds: list[str], seed: int) -> tuple:
+def composites(images: np.ndarray, cells: np.ndarray, labels: np.ndarray, kinds: list[str], seed: int) -> tuple:
     "`make_composites`, one process for each kind."
     made = Parallel(n_jobs=2)(delayed(make_composites)(images, cells, labels, [kind], seed) for kind in kinds)
     return np.concatenate([m[0] for m in made]), pd.concat([m[1] for m in made], ignore_index=True)
 
 
-def fit_cells(found: list, y: np.ndarray, train: np.ndarray, validation: np.ndarray) -> CellModel:
-    "CellModel.fit on measurements made before."
-    model = CellModel(classes=CLASSES)
+def fit_cells(found: list[Cells], y: np.ndarray, train: np.ndarray, validation: np.ndarray) -> CellClassifier:
+    "CellClassifier.fit on cells described before."
+    model = CellClassifier(classes=CLASSES)
     model.classes_ = np.array(CLASSES)
-    model.shares_ = np.bincount(y[train]) / len(train)
-    parts = [part(f, train) for f in found]
-    model._learn_population(parts, y[train])
-    model._learn_cells(parts, y[train], part(found[0], validation), y[validation], History(model.epochs, model.patience))
+    model.class_proportions_ = np.bincount(y[train]) / len(train)
+    versions = [part(f, train) for f in found]
+    model.image_layers_ = _fit_image_layers(versions, y[train])
+    model._fit_cell_layers(versions, y[train], part(found[0], validation), y[validation], lambda line: None)
     return model
 
 
@@ -125,35 +117,50 @@ def fit_whole(values: np.ndarray, y: np.ndarray, train: np.ndarray, validation: 
     return max(fits, key=lambda m: m.score(values[validation], y[validation]))
 
 
-def edge_numbers(images: np.ndarray) -> np.ndarray:
-    "Only the outermost pixels of the tight masks, where an old background would show: means and deviations of L, A, B."
+def edge_features(images: np.ndarray) -> np.ndarray:
+    "Only the outermost pixels of the refined masks, where an old background would show: means and deviations of L, A, B."
     kernel, rows, owner = np.ones((3, 3), np.uint8), [], []
     for i, image in enumerate(images):
         for crop, mask in zip(*cell_crops(image)):
-            inner = cv2.erode(mask.astype(np.uint8), kernel)
-            ring = mask & (inner == 0)
+            ring = mask & (cv2.erode(mask.astype(np.uint8), kernel) == 0)
             if ring.sum() < 5:
                 continue
             lab = cv2.cvtColor(crop, cv2.COLOR_RGB2LAB)[ring].astype(float)
             rows.append(np.r_[lab.mean(axis=0), lab.std(axis=0)])
             owner.append(i)
-    return aggregate_cells(np.array(rows), np.array(owner), len(images))
+    return aggregate_cells(Cells(np.array(rows), np.array(owner), len(images)))
 
 
 def chosen_on(table: pd.DataFrame) -> np.ndarray:
-    "Places of the images on which the recipe was chosen: the validation part of the exploration, which knew listed groups only."
+    "Places of the images on which the model was designed: the validation part of the exploration, which knew listed groups only."
     folds = StratifiedGroupKFold(5, shuffle=True, random_state=0).split(table, table["class"], table["listed"])
     return [test for _, test in folds][1]
 
 
 def five_folds(table: pd.DataFrame) -> list[np.ndarray]:
-    "Places of the test, of the validation (all on which the recipe was chosen, with near-duplicates) and of three more folds."
+    "Places of the test, of the validation (all on which the model was designed, with near-duplicates) and of three more folds."
     validation = table["group"].isin(table["group"].iloc[chosen_on(table)]).to_numpy()
     rest = np.flatnonzero(~validation)
     others = table.iloc[rest]
     folds = StratifiedGroupKFold(4, shuffle=True, random_state=0).split(others, others["class"], others["group"])
     first, *more = [rest[test] for _, test in folds]
     return [first, np.flatnonzero(validation), *more]
+
+
+def cross_validate_both(
+    y: np.ndarray, folds: list[np.ndarray], taught: list[Cells], found: list[Cells], whole: np.ndarray
+) -> tuple[dict[str, np.ndarray], tuple]:
+    "Whether each image is predicted correctly out of fold, by model and colours; and the models of the first fold."
+    correct, first = {name: np.zeros(len(y), bool) for name in ("mobilenet_v2", *COLOURS)}, ()
+    for k, fold in enumerate(folds):
+        validation = folds[(k + 1) % 5]
+        train = np.setdiff1d(np.arange(len(y)), np.r_[fold, validation])
+        cells, net = fit_cells(taught, y, train, validation), fit_whole(whole, y, train, validation)
+        correct["mobilenet_v2"][fold] = net.predict(whole[fold]) == y[fold]
+        for colours, f in zip(COLOURS, found):
+            correct[colours][fold] = cells.decision_function(part(f, fold)).argmax(axis=1) == y[fold]
+        first = first or (cells, net, train)
+    return correct, first
 
 
 def main() -> None:
@@ -165,10 +172,10 @@ def main() -> None:
     table = table.iloc[:: asked.every].reset_index(drop=True)
     images = np.stack([read_image(path) for path in table.path])
     labels = table["class"].to_numpy(dtype=str)
-    y = np.searchsorted(CLASSES, labels)
+    y, classes = np.searchsorted(CLASSES, labels), np.array(CLASSES)
     folds = five_folds(table)
     check_apart(table, near, folds)
-    test, everyone = folds[0], np.arange(len(y))
+    test = folds[0]
     report: dict = {
         "images": len(y),
         "groups": int(table.group.nunique()),
@@ -177,98 +184,64 @@ def main() -> None:
         "pairs_across_folds": 0,
         "test": len(test),
         "validation": len(folds[1]),
-        "recipe_chosen_on": len(chosen_on(table)),
+        "designed_on": len(chosen_on(table)),
         "training": len(y) - len(test) - len(folds[1]),
         "interval": INTERVAL,
     }
 
-    log("measuring cells")
-    measurer = CellModel(classes=CLASSES)
-    measurer.classes_ = np.array(CLASSES)
+    log("features of cells")
     start = time.process_time()
-    measurer.measure(images[:100])
-    report["cpu_seconds_a_image"] = round((time.process_time() - start) / min(100, len(y)), 3)
-    measured = Parallel(n_jobs=2)(delayed(versions)(measurer, images[f], y[f]) for f in folds)
-    found, taught = ([join(parts, folds, len(y)) for parts in zip(*which)] for which in zip(*measured))
-    report["images_without_cells"] = int(len(y) - len(np.unique(found[0][1])))
+    describe_images(cell_crops(image) for image in images[:100])
+    report["cpu_seconds_per_image"] = round((time.process_time() - start) / min(100, len(y)), 3)
+    described = Parallel(n_jobs=2)(delayed(describe_fold)(images[f], y[f]) for f in folds)
+    found, taught = ([join(parts, folds, len(y)) for parts in zip(*which)] for which in zip(*described))
+    report["images_without_cells"] = int(len(y) - len(np.unique(found[0].image)))
     log("features of whole images")
-    whole = features(images, asked.shared)
+    whole = backbone_features(images, asked.shared)
 
     log("five folds")
-    right = {name: np.zeros(len(y), bool) for name in ("mobilenet_v2", *COLOURS)}
-    for k, fold in enumerate(folds):
-        validation = folds[(k + 1) % 5]
-        train = np.setdiff1d(everyone, np.r_[fold, validation])
-        cells, net = fit_cells(taught, y, train, validation), fit_whole(whole, y, train, validation)
-        right["mobilenet_v2"][fold] = net.predict(whole[fold]) == y[fold]
-        for colours, f in zip(COLOURS, found):
-            right[colours][fold] = cells.decision_function(*part(f, fold)).argmax(axis=1) == y[fold]
-        if k == 0:
-            first = cells, net, train
-    names = {
-        "mobilenet_v2": "MobileNetV2, whole image",
-        "own": "cells",
-        "jitter": "cells, colours disturbed",
-        "matched": "cells, colours matched",
-        "grey": "cells, grey",
+    correct, (cells, net, train) = cross_validate_both(y, folds, taught, found, whole)
+    names = {"mobilenet_v2": WHOLE, **NAMES}
+    report["accuracy_test"] = {names[k]: proportion(v[test]) for k, v in correct.items()}
+    report["accuracy_cross_validated"] = {names[k]: proportion(v) for k, v in correct.items()}
+    report["discordant_test"] = {
+        "only MobileNetV2 correct": int((correct["mobilenet_v2"] & ~correct["own"])[test].sum()),
+        "only cells correct": int((correct["own"] & ~correct["mobilenet_v2"])[test].sum()),
     }
-    report["untouched_test"] = {names[k]: share(v[test]) for k, v in right.items()}
-    report["untouched_cross_validated"] = {names[k]: share(v) for k, v in right.items()}
-    report["only_one_is_right_test"] = {
-        "MobileNetV2": int((right["mobilenet_v2"] & ~right["own"])[test].sum()),
-        "cells": int((right["own"] & ~right["mobilenet_v2"])[test].sum()),
-    }
+    log(json.dumps({key: report[key] for key in ("accuracy_test", "accuracy_cross_validated")}))
 
-    log(json.dumps({key: report[key] for key in ("untouched_test", "untouched_cross_validated")}))
-
-    log("counterfactual test images")
-    cells, net, train = first
+    log("cue-conflict composites of test images")
     mine = images[test]
     masks = np.stack([find_cells(p) for p in mine])
-    both, both_rows = made_up(mine, masks, labels[test], ["swap", "no cells"], 2)
-    swaps, empty = np.split(both, 2)
-    rows, empty_rows = both_rows[: len(swaps)], both_rows[len(swaps) :].reset_index(drop=True)
-    hard = np.stack([paste_cells(mine[r.row], masks[r.row], empty[r.partner], 0.3, 0) for r in rows.itertuples()])
-    recoloured, recolour_rows = made_up(
-        mine, masks, labels[test], ["recolour", "recolour background", "recolour cells", "bar swapped"], 2
-    )
-    sets = [(swaps, rows), (hard, rows.assign(kind="swap, old rim kept")), (empty, empty_rows)]
-    sets += [
-        (recoloured[(recolour_rows.kind == k).to_numpy()], recolour_rows[recolour_rows.kind == k])
-        for k in recolour_rows.kind.unique()
-    ]
-    names = np.array(CLASSES)
+    kinds = ["mixed_next", "only_bg", "colour_transfer", "background_colour", "cell_colour", "other_scale_bar"]
+    made, about = composites(mine, masks, labels[test], kinds, 2)
+    of_kind = {kind: (made[(about.kind == kind).to_numpy()], about[about.kind == kind].reset_index(drop=True)) for kind in kinds}
+    (mixed, rows), (empty, _) = of_kind["mixed_next"], of_kind["only_bg"]
+    rims = np.stack([paste_cells(mine[r.row], masks[r.row], empty[r.donor], 0.3, 0) for r in rows.itertuples()])
+    of_kind["mixed_next_old_rim"] = rims, rows.assign(kind="mixed_next_old_rim")
     lines = []
-    for made, about in sets:
-        for model, said in (
-            ("cells", predicted_labels(cells, made)),
-            ("MobileNetV2", names[net.predict(features(made, asked.shared))]),
-        ):
-            lines.append(cue_conflict_rates(about, said).assign(model=model))
-            log(f"{about.kind.iloc[0]}, {model}: {lines[-1].share.round(4).tolist()}")
-    report["follows_test"] = pd.concat(lines).round(4).to_dict("records")
-    pairs = (
-        rows.assign(right=predicted_labels(cells, swaps) == rows.cells).groupby(["cells", "other"]).right.agg(["mean", "size"])
-    )
-    report["swap_by_pair"] = [
-        dict(cells=a, background=b, share=round(float(m), 3), n=int(n)) for (a, b), (m, n) in zip(pairs.index, pairs.to_numpy())
+    for kind, (changed, table_of) in of_kind.items():
+        predictions = {
+            "cells": predict_cells(cells, changed),
+            WHOLE: classes[net.predict(backbone_features(changed, asked.shared))],
+        }
+        for model, predicted in predictions.items():
+            lines.append(cue_conflict_rates(table_of, predicted).assign(model=model))
+            log(f"{kind}, {model}: {lines[-1].proportion.round(4).tolist()}")
+    report["cue_conflict_test"] = pd.concat(lines).round(4).to_dict("records")
+    by_classes = rows.assign(correct=predict_cells(cells, mixed) == rows.foreground).groupby(["foreground", "other"]).correct
+    report["mixed_next_by_classes"] = [
+        {"foreground": a, "other": b, **proportion(values.to_numpy())} for (a, b), values in by_classes
     ]
 
     log("edge only")
-    edge = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(edge_numbers(images[train]), y[train])
-    control = [
-        ("untouched", pd.DataFrame({"kind": "untouched", "cells": labels[test], "other": ""}), mine),
-        ("swap", rows, swaps),
-        ("hard", rows.assign(kind="swap, old rim kept"), hard),
-    ]
-    report["edge_only_test"] = (
-        pd.concat([cue_conflict_rates(about, names[edge.predict(edge_numbers(made))]) for _, about, made in control])
-        .round(4)
-        .to_dict("records")
-    )
+    edge = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(edge_features(images[train]), y[train])
+    plain = mine, pd.DataFrame({"kind": "unchanged", "foreground": labels[test], "other": ""})
+    controls = [plain, of_kind["mixed_next"], of_kind["mixed_next_old_rim"]]
+    edges = [cue_conflict_rates(table_of, classes[edge.predict(edge_features(changed))]) for changed, table_of in controls]
+    report["edge_only_test"] = pd.concat(edges).round(4).to_dict("records")
 
     target = ROOT / "benchmarks/results/cell_model.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_file():
         report["tried_on_validation"] = json.loads(target.read_text()).get("tried_on_validation", [])
     if asked.every == 1:

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from ..data.files import file_sha256, is_output_folder, mark_output_folder
 from ..data.images import ImageError
 from ..data.manifest import check_folder, search_images
-from ..models.interface import MODELS, package_versions
+from ..models.interface import MODELS, local_weights, package_versions
 from .cluster import Workers, parallel
 from .kernels import KernelStartError, end_kernels, python_kernel
 from .settings import Run, StudyError, StudySettings, check_study
@@ -55,9 +55,8 @@ def study_steps(
 ) -> list[Step]:
     "The steps in an order in which they can run, from the images to the report."
     declared = tomllib.loads((files("leukemia_nb") / "templates" / "steps.toml").read_text(encoding="utf-8"))
-    backbones = list(
-        dict.fromkeys(["mobilenet_v2", *_frozen_backbones(settings, settings.models)])
-    )  # the first: for the baselines
+    frozen = _frozen_backbones(settings, settings.models)
+    backbones = list(dict.fromkeys(["mobilenet_v2", *frozen]))  # MobileNetV2's features are for the baselines
     names = {"model": list(settings.models), "backbone": backbones}
     steps: list[Step] = []
     for entry in declared["step"]:
@@ -71,9 +70,16 @@ def study_steps(
 
 # %% ../../nbs/07_study/20_driver.ipynb #13def8f0
 def _frozen_backbones(settings: StudySettings, models: Sequence[str]) -> list[str]:
-    "Backbones that some models keep frozen; a backbone with random weights is trained."
-    pretrained = [model for model in models if settings.model_settings(model)["weights"] != "random"]
-    return [MODELS[model].backbone for model in pretrained if MODELS[model].backbone]
+    "Backbones whose features some models are trained on: not those that a model trains itself."
+    from leukemia_nb.models.transfer import BACKBONES
+
+    frozen = []
+    for model in models:
+        chosen, name = settings.model_settings(model), MODELS[model].backbone
+        if not name or chosen.get("fine_tune") or chosen["weights"] == "random":
+            continue
+        frozen += [name] if chosen["weights"] == "imagenet" or local_weights(*BACKBONES[name].files) else []
+    return frozen
 
 # %% ../../nbs/07_study/20_driver.ipynb #9085f9ee
 def _placeholder(text: str) -> str:
