@@ -415,6 +415,24 @@ def _wait_for_workers(run: Run) -> None:
         with _step_lock(run, path.name[1:].removesuffix(".lock")):
             pass
 
+# %% ../../nbs/07_study/20_driver.ipynb #01ffd426
+def _check_prepared(settings: StudySettings, run: Run) -> None:
+    "Raise StudyError where images that leukemia_nb has written were taken for data."
+    manifest = run.table("manifest.csv")
+    for folder in sorted({os.path.dirname(path) for path in manifest["path"]}) if settings.data else []:
+        try:
+            check_folder(folder)
+        except ImageError as error:
+            if "written by leukemia_nb" in str(error):
+                raise StudyError(f"{error}") from None
+    written = {file_sha256(path): path for path in sorted((run.folder / "prepared").rglob("*.png"))}
+    for path, digest in zip(manifest["path"], manifest["sha256"], strict=True):
+        if digest in written:
+            raise StudyError(
+                f"{path}: the same file as {written[digest]}, which this study wrote: images written by leukemia_nb "
+                "are among the data. Remove them from the data folder."
+            )
+
 # %% ../../nbs/07_study/20_driver.ipynb #85710d94
 def run_study(
     settings: StudySettings,  # what to do
@@ -494,24 +512,6 @@ def _locked(run: Run) -> AbstractContextManager[Any]:
     except OSError as error:
         reason = error.strerror or error
         raise StudyError(f"{run.folder}: cannot be written ({reason}). Name another folder with --run.") from None
-
-# %% ../../nbs/07_study/20_driver.ipynb #01ffd426
-def _check_prepared(settings: StudySettings, run: Run) -> None:
-    "Raise StudyError where images that leukemia_nb has written were taken for data."
-    manifest = run.table("manifest.csv")
-    for folder in sorted({os.path.dirname(path) for path in manifest["path"]}) if settings.data else []:
-        try:
-            check_folder(folder)
-        except ImageError as error:
-            if "written by leukemia_nb" in str(error):
-                raise StudyError(f"{error}") from None
-    written = {file_sha256(path): path for path in sorted((run.folder / "prepared").rglob("*.png"))}
-    for path, digest in zip(manifest["path"], manifest["sha256"], strict=True):
-        if digest in written:
-            raise StudyError(
-                f"{path}: the same file as {written[digest]}, which this study wrote: images written by leukemia_nb "
-                "are among the data. Remove them from the data folder."
-            )
 
 # %% ../../nbs/07_study/20_driver.ipynb #9b8b6c4b
 _PACKAGES = ("leukemia_nb", "numpy", "opencv-python", "scikit-learn", "tensorflow", "keras", "torch", "ultralytics", "papermill")
