@@ -3,7 +3,7 @@
     python benchmarks/cue_conflict_images.py [--run runs/taleqani] [--shared ../shared]
 
 Counts those of the validation subset (which chose each model's epoch), those with a near-duplicate in training (`taleqani.py`:
-found by this project or listed), and those on which the recipe of the cell-centred model was chosen.
+found by this project or listed), and those on which the single-cell model was designed.
 Writes benchmarks/results/cue_conflict_images.json.
 """
 
@@ -50,7 +50,7 @@ def main() -> None:
         **table["subset"].value_counts().to_dict(),
         "near_duplicate_in_training": int(images["group"].iloc[made_of].isin(groups).sum()),
         "near_duplicate_in_training_directly": int(images["file"].iloc[made_of].isin(partners).sum()),
-        "chose_the_recipe_of_cells": int(np.isin(made_of, chosen_on(images)).sum()),
+        "single_cell_model_designed_on": int(np.isin(made_of, chosen_on(images)).sum()),
     }
     target = ROOT / "benchmarks/results/cue_conflict_images.json"
     target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
