@@ -23,7 +23,8 @@ from .evaluation.metrics import ORIGINAL_ACCURACY, class_table, compare_models, 
 from .evaluation.predictions import model_title, read_all_predictions, take_subset, write_predictions
 from .evaluation.uncertainty import clopper_pearson, compare_model_pairs
 from .processing.dataset import save_pair, write_dataset
-from .study.driver import StudySettings, _library_digest, run_study
+from .study.driver import _library_digest, run_study
+from .study.settings import StudySettings
 
 # %% ../nbs/00_shared/30_testing.ipynb #d2a50004
 def dummy_dataset(
@@ -85,37 +86,34 @@ def _dummy_features(prepared: Any) -> np.ndarray:
     return np.concatenate([(image[..., 1, None] < _LEVELS).mean(axis=(0, 1)) for image in images])
 
 # %% ../nbs/00_shared/30_testing.ipynb #a1b0f4a4
-_DUMMY_STEPS = """green{i} = Gather<axis=-1>({name}, channel) value{i} = Cast<to=1>(green{i})
-    column{i} = Unsqueeze(value{i}, last) below{i} = Less(column{i}, levels)
-    part{i} = Cast<to=1>(below{i}) raw{i} = ReduceMean<keepdims=0, axes=[1, 2]>(part{i})"""
-
-
 def _dummy_network(kind: str, size: int, means: np.ndarray, scale: np.ndarray) -> Any:
     "ONNX model: `_dummy_features` divided by `scale`, and the softmax of the negative squared distances to `means` (k, d)."
     import onnx.parser
 
+    from leukemia_nb.inference.predictor import render_template
+
     k, d = means.shape
-    names = {"image": ["original"], "pair": ["original", "segmented"], "cells": ["cells"]}[kind]
-    inputs = ", ".join(f"float[m, {d}] cells" if kind == "cells" else f"uint8[n, {size}, {size}, 3] {name}" for name in names)
-    n, numbers = "1" if kind == "cells" else "n", lambda array: ", ".join(f"{value:.6g}" for value in np.ravel(array))
-    steps = " ".join(_DUMMY_STEPS.format(i=i, name=name) for i, name in enumerate(names))
-    joined = f"raw = Concat<axis=1>({', '.join(f'raw{i}' for i in range(len(names)))})"
-    if kind == "cells":
-        steps, joined = "", "raw = ReduceMean<keepdims=1, axes=[0]>(cells)"
-    return onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17]>
-        dummy ({inputs}) => (float[{n}, {k}] probabilities, float[{n}, {d}] features)
-        <int64 channel = {{1}}, int64[1] last = {{-1}}, int64[1] middle = {{1}}, float[4] levels = {{{numbers(_LEVELS)}}},
-         float[{d}] scale = {{{numbers(scale)}}}, float[1, {k}, {d}] means = {{{numbers(means)}}}>
-        {{ {steps} {joined}
-        features = Div(raw, scale)
-        row = Unsqueeze(features, middle)
-        difference = Sub(row, means)
-        square = Mul(difference, difference)
-        squares = ReduceMean<keepdims=0, axes=[-1]>(square)
-        opposite = Neg(squares)
-        probabilities = Softmax<axis=-1>(opposite) }}""")
+    names = {"image": ["original"], "pair": ["original", "segmented"], "cells": []}[kind]
+    inputs = [f"uint8[n, {size}, {size}, 3] {name}" for name in names] or [f"float[m, {d}] cells"]
+    arrays = {"levels": _LEVELS, "scale": scale, "means": means.ravel()}
+    return onnx.parser.parse_model(render_template("dummy_network.j2", names=names, inputs=inputs, k=k, d=d, **arrays))
 
 # %% ../nbs/00_shared/30_testing.ipynb #a1b0f4a1
+_DUMMY_INFO = {
+    "version": "0" * 12,
+    "segmentation": "kmeans",
+    "temperature": 1.0,
+    "calibration": "not calibrated: a dummy model, no validation images",
+    "thresholds": {"confidence": 0.4, "distance": 4.0},
+    "coverage": {},
+    "test": {},
+    "licence": "Apache-2.0",
+    "card": "# A dummy model",
+    "weights_source": "none: nearest mean of synthetic smears",
+    "research_use": "For research only, and not even for that: a dummy model of synthetic smears.",
+}
+
+# %% ../nbs/00_shared/30_testing.ipynb #fd043f6a
 def dummy_model_file(
     path: str | os.PathLike,  # file to be written
     kind: str = "image",  # the network's input: "image", "pair" or "cells"
@@ -129,17 +127,8 @@ def dummy_model_file(
     from leukemia_nb.inference.ood import fit_ood, image_statistics
     from leukemia_nb.inference.predictor import prepare_image
 
-    info = dict(
-        name=f"dummy_{kind}", title=f"Dummy ({kind})", version="0" * 12, classes=list(classes), input=kind, image_size=size
-    )
-    info |= dict(segmentation="kmeans", temperature=1.0, calibration="not calibrated: a dummy model, no validation images")
-    info |= dict(
-        thresholds={"confidence": 0.4, "distance": 4.0}, coverage={}, test={}, licence="Apache-2.0", card="# A dummy model"
-    )
-    info |= dict(
-        training={"images": smears * len(classes), "validation": 0}, weights_source="none: nearest mean of synthetic smears"
-    )
-    info |= dict(research_use="For research only, and not even for that: a dummy model of synthetic smears.")
+    info = {"name": f"dummy_{kind}", "title": f"Dummy ({kind})", "classes": list(classes), "input": kind, "image_size": size}
+    info |= _DUMMY_INFO | {"training": {"images": smears * len(classes), "validation": 0}}
     labels = [name for name in classes for _ in range(smears)]
     drawn = [smear(name, seed, 192, 256).image for seed, name in enumerate(labels)]
     prepared = [prepare_image(image, info) for image in drawn]
@@ -155,13 +144,13 @@ def dummy_model_file(
 _SIZES = {"Normal": 60, "Pre-B": 110, "Pro-B": 90}
 _TEST = {"Normal": 25, "Pre-B": 47, "Pro-B": 39}
 
-
+# %% ../nbs/00_shared/30_testing.ipynb #66d1cd66
 def _dummy_images(folder: Path) -> None:
     "Manifest, pairs, split and leakage of 260 images, one of which cannot be read."
-    rows = [
-        {"pair": f"{c}/Snap_{i:03d}", "class": c, "path": f"{c}/Snap_{i:03d}.png"} for c, n in _SIZES.items() for i in range(n)
-    ]
-    manifest = pd.DataFrame(rows).assign(width=1024, height=768, sha256=[f"{i:064x}" for i in range(len(rows))], problem="")
+    names = [(f"{label}/Snap_{i:03d}", label) for label, n in _SIZES.items() for i in range(n)]
+    rows = pd.DataFrame(names, columns=["pair", "class"])
+    rows["path"] = rows["pair"] + ".png"
+    manifest = rows.assign(width=1024, height=768, sha256=[f"{i:064x}" for i in range(len(rows))], problem="")
     manifest.loc[59, "problem"] = "Normal/Snap_059.png: the file ends too early. Copy it again."
     pairs = manifest[manifest["problem"] == ""].reset_index(drop=True)
     pairs = pairs.assign(cell_share=0.12, n_cells=7, flag=np.where(pairs.index % 40 == 39, "mask under 1 % of the image", ""))
@@ -174,7 +163,7 @@ def _dummy_images(folder: Path) -> None:
         write_table(folder / f"{name}.csv", table)
     write_table(folder / "left_out.csv", manifest.loc[manifest["problem"] != "", ["pair", "class", "path", "problem"]])
 
-
+# %% ../nbs/00_shared/30_testing.ipynb #57d7799a
 def _dummy_model(folder: Path, name: str, accuracy: float, seed: int) -> None:
     "Predictions and training history of one model."
     test = dummy_predictions(accuracy, seed=seed)
@@ -190,7 +179,7 @@ def _dummy_model(folder: Path, name: str, accuracy: float, seed: int) -> None:
     weights = "random initialisation" if "yolo" in name else f"ImageNet ({name}.h5)"
     (folder / "models" / name / "model.json").write_text(json.dumps({"weights_source": weights}))
 
-
+# %% ../nbs/00_shared/30_testing.ipynb #31360674
 def _dummy_audit(folder: Path, models: list[str]) -> None:
     "Tables of the shortcut audit."
     rates = {"mixed_next": (0.3, 0.6), "only_bg": (0.0, 0.9), "cell_colour": (0.7, 0.2)}
@@ -202,9 +191,8 @@ def _dummy_audit(folder: Path, models: list[str]) -> None:
                 row = {"model": model, "title": model_title(model), "kind": kind, "cue": cue, "n": n, "count": round(n * p)}
                 rows.append(row | {"proportion": p, "low": low, "high": high})
     write_table(folder / "metrics" / "cue_conflict.csv", pd.DataFrame(rows))
-    levels = [
-        (model, corruption, level, k) for model in models for corruption in ("hue", "blur") for level, k in ((0, 60), (2, 41))
-    ]
+    of_model = [(corruption, level, k) for corruption in ("hue", "blur") for level, k in ((0, 60), (2, 41))]
+    levels = [(model, *row) for model in models for row in of_model]
     robustness = pd.DataFrame(levels, columns=["model", "corruption", "level", "n_correct"]).assign(images=60, chance=0.42)
     robustness = robustness.assign(title=robustness["model"].map(model_title), clean=robustness["level"] == 0)
     write_table(folder / "metrics" / "robustness.csv", robustness.assign(accuracy=robustness["n_correct"] / 60))
@@ -236,15 +224,9 @@ def dummy_run(
         write_table(folder / "metrics" / f"{name}.csv", table)
     _dummy_audit(folder, list(predictions))
     study = {"data": "/home/someone/a/rather/long/path/to/the/images/Original", "segmentation": "kmeans", "split": "random"}
-    study |= {
-        "models": list(predictions),
-        "image_size": 224,
-        "seed": 0,
-        "preprocessing": "native",
-        "groups": "",
-        "split_file": "",
-    }
-    (folder / "study.json").write_text(json.dumps(study | {"unseen": "", "versions": {"python": "3.11.7", "numpy": "2.4.6"}}))
+    study |= {"models": list(predictions), "image_size": 224, "seed": 0, "preprocessing": "native"}
+    study |= {"unseen": "", "groups": "", "split_file": "", "versions": {"python": "3.11.7", "numpy": "2.4.6"}}
+    (folder / "study.json").write_text(json.dumps(study))
     (folder / "steps").mkdir(exist_ok=True)
     for i, step in enumerate(["prepare", "split", "train-yolo11", "compare"]):
         record = {"step": step, "seconds": 12.5 * (i + 1), "began": f"2026-01-01T10:0{i}:00"}

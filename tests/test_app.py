@@ -177,7 +177,7 @@ def row(prediction, reasons=""):
     ],
 )
 def test_headlines(rows, headline):
-    assert app.headline(rows) == headline
+    assert app._headline(rows) == headline
 
 
 def test_the_app_needs_no_framework_and_no_widgets_to_be_imported():
@@ -281,7 +281,7 @@ def test_with_the_token_the_page_comes_and_its_kernel_is_reached_with_the_cookie
 
 
 def test_the_policy_names_no_other_address():
-    assert all(word not in app.POLICY for word in ("http:", "https:", "*"))
+    assert all(word not in app._POLICY for word in ("http:", "https:", "*"))
 
 
 # The browser
@@ -430,7 +430,7 @@ def test_in_a_browser_a_broken_file_is_named(browser, files):
 def test_in_a_browser_an_image_can_be_dropped_anywhere_and_a_huge_one_is_refused_there(browser):
     drop = """(bytes => {{ const files = new DataTransfer(); files.items.add(new File([bytes], "{name}"));
         document.querySelector(".app h1").dispatchEvent(new DragEvent("drop", {{dataTransfer: files, bubbles: true}})); }})({bytes})"""
-    browser.value(drop.format(name="slide.tif", bytes=f"new Uint8Array({app.MAX_UPLOAD}e6 + 1)"))
+    browser.value(drop.format(name="slide.tif", bytes=f"new Uint8Array({app._MAX_UPLOAD}e6 + 1)"))
     wait_for(lambda: "slide.tif: 64 MB, over the limit" in browser.text(".app-error"))
     canvas = """new Promise(done => {{ const c = document.createElement("canvas"); c.width = c.height = 64; c.getContext("2d").fillRect(0, 0, 9, 9);
         c.toBlob(done) }}).then(blob => {})"""

@@ -11,17 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leukemia_nb.data.files import read_table, write_table
-from leukemia_nb.study.cards import (
-    MissingResultError,
-    StudyResults,
-    markdown_table,
-    model_card,
-    render,
-    reporting_items,
-    write_cards,
-)
-from leukemia_nb.study.driver import StudySettings, study_steps
-from leukemia_nb.study.report import REPORT_STEPS
+from leukemia_nb.study.cards import MissingResultError, _Results, markdown_table, model_card, render, reporting_items, write_cards
+from leukemia_nb.study.driver import study_steps
+from leukemia_nb.study.settings import StudySettings
+from leukemia_nb.study.report import _REPORT_STEPS
 from leukemia_nb.testing import dummy_run
 
 SAY = '{% import "statements.md.j2" as say with context %}{% call part() %}{{ say.'
@@ -64,12 +57,12 @@ def test_an_empty_run_gives_no_result_and_names_the_steps(tmp_path):
     for step in ("train", "split", "compare", "shortcut-audit"):
         assert f"*{step}" in card, step
     with pytest.raises(MissingResultError, match=r"`metrics/cross_validation.csv` is written by the step \*cross-validate\*"):
-        StudyResults(tmp_path).table("metrics/cross_validation.csv")
+        _Results(tmp_path).table("metrics/cross_validation.csv")
 
 
 def test_a_file_without_the_model_is_not_taken(run):
     with pytest.raises(MissingResultError, match="has no row for Single-cell"):
-        StudyResults(run).table("metrics/models.csv", "cells")
+        _Results(run).table("metrics/models.csv", "cells")
 
 
 def test_figures_are_those_of_the_files(run):
@@ -191,8 +184,8 @@ def test_items_are_named_once_and_point_to_sections_and_files_that_exist(run):
     titles = {"What is this accuracy worth?", "Reporting and limitations", "How to reproduce this study", "top of the page"}
     titles |= {"The images", "Split", "Compare", "cards/", "predictions/", ""}
     assert set(items["Where"]) <= titles
-    assert {"overview", "split", "compare", "shortcut-audit", "cards"} <= set(REPORT_STEPS)
-    assert set(REPORT_STEPS) <= {step.name for step in study_steps(StudySettings())}
+    assert {"overview", "split", "compare", "shortcut-audit", "cards"} <= set(_REPORT_STEPS)
+    assert set(_REPORT_STEPS) <= {step.name for step in study_steps(StudySettings())}
 
 
 def test_what_cannot_be_known_is_not_claimed(run):

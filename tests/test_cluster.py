@@ -20,7 +20,8 @@ from leukemia_nb.study import driver as study
 from leukemia_nb.data.processes import ClusterError
 from leukemia_nb.study.cluster import parallel
 from leukemia_nb.study.command_line import app
-from leukemia_nb.study.driver import StudyError, run_study
+from leukemia_nb.study.driver import run_study
+from leukemia_nb.study.settings import StudyError
 from leukemia_nb.testing import SMOKE, dummy_model_file
 from leukemia_nb.data.synthetic import write_smears
 

@@ -205,7 +205,7 @@ def test_predict_looks_at_its_outputs_first(smears, tmp_path):
     for option, file, message in [
         ("--out", image, "must end in .csv"),
         ("--json", model, "must end in .json"),
-        ("--out", smears, "choose another name"),
+        ("--out", smears, "must end in .csv"),
         ("--overlays", model, "A file stands"),
     ]:
         status, out, error = call("predict", image, "--model", model, option, file)

@@ -11,12 +11,12 @@ from conftest import ROOT
 
 from leukemia_nb.inference.export import (
     choose_thresholds,
-    covers,
+    _covers,
     export_model,
     export_network,
-    fit_safe_temperature,
-    run_network,
-    weights_version,
+    _fit_safe_temperature,
+    _run_exported,
+    _weights_version,
 )
 from leukemia_nb.inference.predictor import Predictor
 from leukemia_nb.models.interface import ModelError, make_model
@@ -72,7 +72,7 @@ def test_the_single_cell_model(cells, dataset, tmp_path):
     assert info["training"]["images"] == 18 and info["training"]["by_class"] == {"Normal": 6, "Pre-B": 6, "Pro-B": 6}
     assert info["test"]["images"] == 9 and 0 <= info["test"]["low"] <= info["test"]["n_correct"] / 9 <= info["test"]["high"]
     assert info["coverage"]["val"] >= 0.95 and info["card"] == "# Card" and info["licence"].startswith("Apache-2.0")
-    assert info["version"] == weights_version(export_network(cells))
+    assert info["version"] == _weights_version(export_network(cells))
 
 
 def test_an_image_without_cells_gets_the_class_proportions(cells):
@@ -131,9 +131,9 @@ def test_the_version_depends_on_the_numbers_alone(cells):
 
     def version(changed):
         tensors = [numpy_helper.from_array(array, f"t{i}") for i, array in enumerate(changed)]
-        return weights_version(onnx.ModelProto(graph=onnx.GraphProto(initializer=tensors)))
+        return _weights_version(onnx.ModelProto(graph=onnx.GraphProto(initializer=tensors)))
 
-    assert version(arrays[::-1]) == weights_version(export_network(cells))
+    assert version(arrays[::-1]) == _weights_version(export_network(cells))
     place = max(range(len(arrays)), key=lambda i: arrays[i].size)
     for changed in (arrays[place] + 1, arrays[place].ravel(), arrays[place].astype(np.float32)):
         assert version([*arrays[:place], changed, *arrays[place + 1 :]]) != version(arrays)
@@ -156,8 +156,8 @@ def test_a_framework_without_exporter_is_named(cells, monkeypatch):
 
 def test_outputs_in_batches_are_those_of_single_images(cells, dataset):
     test, network = subsets(dataset)[2], export_network(cells)
-    whole = run_network(network, cells, test)
-    one = run_network(network, cells, Pairs(dataset, size=SIZE, table=test.table.iloc[4:5]))
+    whole = _run_exported(network, cells, test)
+    one = _run_exported(network, cells, Pairs(dataset, size=SIZE, table=test.table.iloc[4:5]))
     assert {name: values.shape for name, values in whole.items()} == {
         "probabilities": (9, 3),
         "features": (9, 78),
@@ -170,7 +170,7 @@ def test_outputs_in_batches_are_those_of_single_images(cells, dataset):
 def test_thresholds_reach_the_coverage(coverage):
     rng = np.random.default_rng(1)
     confidence, distance = rng.random(300), rng.random(300)
-    found = covers(confidence, distance, choose_thresholds(confidence, distance, coverage))
+    found = _covers(confidence, distance, choose_thresholds(confidence, distance, coverage))
     assert coverage <= found.mean() < coverage + 0.02
 
 
@@ -190,6 +190,6 @@ def test_thresholds_hold_after_rounding():
 
 def test_a_temperature_that_cannot_be_fitted_stays_one():
     reason = "not calibrated: 2 validation images cannot determine the temperature"
-    assert fit_safe_temperature(["a", "b"], np.array([[0.9, 0.1], [0.1, 0.9]]), ["a", "b"]) == (1.0, reason)
-    temperature, reason = fit_safe_temperature(["a", "b", "b"], np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]]), ["a", "b"])
+    assert _fit_safe_temperature(["a", "b"], np.array([[0.9, 0.1], [0.1, 0.9]]), ["a", "b"]) == (1.0, reason)
+    temperature, reason = _fit_safe_temperature(["a", "b", "b"], np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]]), ["a", "b"])
     assert 1 < temperature < 20 and not reason

@@ -20,13 +20,13 @@ from leukemia_nb.data.images import ImageError, write_image
 from leukemia_nb.data.synthetic import smear, write_smears
 from leukemia_nb.inference.batch import (
     PredictionTask,
-    compare_models,
+    _compare_models,
     exported_models,
     find_inputs,
     format_comparison,
-    predict_batch,
+    _predict_batch,
     predict_files,
-    read_unfinished,
+    _read_unfinished,
 )
 from leukemia_nb.models.interface import ModelError
 from leukemia_nb.testing import dummy_model_file
@@ -161,7 +161,7 @@ def test_an_interrupted_run_resumes(task, paths, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         predict_files(paths, task, tmp_path / "a.csv", batch_size=3, log=lambda rows: interrupt(rows) if len(rows) > 1 else None)
     journal = tmp_path / "a.csv.unfinished"
-    assert list(read_unfinished(journal, task.predictor().info["sha256"])) == paths[:4] and not (tmp_path / "a.csv").exists()
+    assert list(_read_unfinished(journal, task.predictor().info["sha256"])) == paths[:4] and not (tmp_path / "a.csv").exists()
     torn = [b"junk\n", b"\xff\xfe\x00\n", b"[]\n", b"7\n", b'{"path": "x"}\n', b"[" * 100_000 + b"\n", b"\n"]
     journal.write_bytes(b"".join([*torn, journal.read_bytes(), b'{"path": "cut of']))
     asked = []
@@ -174,7 +174,7 @@ def test_an_interrupted_run_resumes(task, paths, tmp_path):
 def test_rows_of_a_journal_that_do_not_hold_are_predicted_again(change, task, tmp_path):
     write_smears(tmp_path / "in", 1, height=96, width=128)
     mine = list_images(tmp_path / "in")
-    row = predict_batch(task, mine[:1])[0]
+    row = _predict_batch(task, mine[:1])[0]
     if change == "missing":
         del row["p_Pre-B"]
     elif change == "other model file":
@@ -213,7 +213,7 @@ def test_an_overlay_that_fails_is_an_error_of_its_row(paths, model, tmp_path, mo
     from leukemia_nb.inference import batch
 
     monkeypatch.setattr(batch, "overlay", lambda image, heat: 1 / 0)
-    (row,) = predict_batch(PredictionTask(str(model), str(tmp_path / "ov")), paths[:1])
+    (row,) = _predict_batch(PredictionTask(str(model), str(tmp_path / "ov")), paths[:1])
     assert "ZeroDivisionError" in row["error"] and row["prediction"]
 
 
@@ -382,7 +382,7 @@ def test_every_model_beside_the_others(place, paths, tmp_path):
     messages = []
     models = [tmp_path / "torn.onnx", *exported_models(place / "run")]
     models[0].write_bytes(b"half a file")
-    table = compare_models([*paths, "nowhere.png"], models, messages.append)
+    table = _compare_models([*paths, "nowhere.png"], models, messages.append)
     assert list(table["path"]) == [*paths, "nowhere.png"] and set(table["true label"][:6]) == {"Normal", "Pre-B", "Pro-B"}
     assert len(messages) == 2 and "torn.onnx: not a model file" in messages[0] and messages[1] == table["error"][6]
     assert not any(table["error"][:6]) and table.loc[6, "Dummy (cells)"] == ""
@@ -396,9 +396,9 @@ def test_every_model_beside_the_others(place, paths, tmp_path):
     with pytest.raises(ModelError, match="no such folder"):
         exported_models(tmp_path / "nowhere")
     with pytest.raises(ModelError, match="No model file can be opened"):
-        compare_models(paths, models[:1], messages.append)
+        _compare_models(paths, models[:1], messages.append)
     with pytest.raises(ImageError, match="No image can be read"):
-        compare_models(["nowhere.png"], models[1:], messages.append)
+        _compare_models(["nowhere.png"], models[1:], messages.append)
 
 
 def test_compare_has_a_row_for_every_image_and_a_column_for_every_model(paths, place, tmp_path):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from leukemia_nb.data.images import ImageError, read_image, resize_square, write_image
 from leukemia_nb.data.synthetic import write_smears
-from leukemia_nb.inference.model_file import FORMAT, add_checksum, check_checksum, open_model_file
+from leukemia_nb.inference.model_file import _FORMAT, _add_checksum, _check_checksum, open_model_file
 from leukemia_nb.inference.ood import fit_distance, fit_ood, image_statistics, mahalanobis_distance, ood_distance
 from leukemia_nb.inference.predictor import (
     Predictor,
@@ -67,11 +67,11 @@ def paths(place):
 @settings(max_examples=40, deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 10_000), st.integers(1, 255))
 def test_any_changed_byte_breaks_the_checksum(body, where, change):
-    data = bytearray(add_checksum(body))
-    assert check_checksum(bytes(data)) == hashlib.sha256(body).hexdigest()
+    data = bytearray(_add_checksum(body))
+    assert _check_checksum(bytes(data)) == hashlib.sha256(body).hexdigest()
     data[where % len(data)] ^= change
     with pytest.raises(ModelError, match="damaged|cut off"):
-        check_checksum(bytes(data))
+        _check_checksum(bytes(data))
 
 
 def test_the_checksum_is_metadata_that_others_can_read(file):
@@ -80,7 +80,7 @@ def test_the_checksum_is_metadata_that_others_can_read(file):
     network = onnx.load(file)
     onnx.checker.check_model(network)
     entries = {entry.key: entry.value for entry in network.metadata_props}
-    assert entries["sha256"] == check_checksum(file.read_bytes()) == open_model_file(file).info["sha256"]
+    assert entries["sha256"] == _check_checksum(file.read_bytes()) == open_model_file(file).info["sha256"]
     assert json.loads(entries["leukemia_nb"])["classes"] == CLASSES
 
 
@@ -92,7 +92,7 @@ def test_the_checksum_is_metadata_that_others_can_read(file):
         (lambda data: b"", "cut off"),
         (lambda data: data.replace(b"Softmax", b"Hardmax"), "damaged"),
         (lambda data: b"\xff\xd8\xff" * 100, "not a model file"),
-        (lambda data: add_checksum(b"not a protobuf"), "cannot be started"),
+        (lambda data: _add_checksum(b"not a protobuf"), "cannot be started"),
     ],
 )
 def test_a_damaged_model_file_is_one_line(file, tmp_path, damage, message):
@@ -107,18 +107,18 @@ def rewritten(file, out, change=None, text=None, edit=None):
     """A copy of a model file with another description, or another graph, and a checksum that fits."""
     import onnx
 
-    network = onnx.load_model_from_string(file.read_bytes()[: -len(add_checksum(b""))])
+    network = onnx.load_model_from_string(file.read_bytes()[: -len(_add_checksum(b""))])
     (entry,) = (each for each in network.metadata_props if each.key == "leukemia_nb")
     entry.value = json.dumps(change(json.loads(entry.value))) if change else entry.value if text is None else text
     if edit:
         edit(network)
-    out.write_bytes(add_checksum(network.SerializeToString()))
+    out.write_bytes(_add_checksum(network.SerializeToString()))
     return out
 
 
 MALFORMED = {
-    "older": (lambda info: info | {"format": FORMAT - 1}, rf"older leukemia_nb .format {FORMAT - 1}; this one reads {FORMAT}"),
-    "newer": (lambda info: info | {"format": FORMAT + 1}, rf"newer leukemia_nb .format {FORMAT + 1}.*Update"),
+    "older": (lambda info: info | {"format": _FORMAT - 1}, rf"older leukemia_nb .format {_FORMAT - 1}; this one reads {_FORMAT}"),
+    "newer": (lambda info: info | {"format": _FORMAT + 1}, rf"newer leukemia_nb .format {_FORMAT + 1}.*Update"),
     "no format": (lambda info: {name: info[name] for name in info if name != "format"}, "older"),
     "a list": (lambda info: [info], "older"),
     "no classes": (lambda info: {name: info[name] for name in info if name != "classes"}, "no valid entry 'classes'"),
@@ -259,7 +259,7 @@ def test_rows_have_all_columns_and_describe_the_image(model, paths):
     cells, row = find_image_cells(read_image(paths[2])), table.iloc[2]
     assert row["n_cells"] == cells.max() > 0 and abs(row["cell_share"] - (cells > 0).mean()) < 0.01
     assert row["sha256"] == hashlib.sha256(Path(paths[2]).read_bytes()).hexdigest()
-    assert row["model_sha256"] == check_checksum(Path(model.file).read_bytes())
+    assert row["model_sha256"] == _check_checksum(Path(model.file).read_bytes())
     columns = [f"p_{name}" for name in CLASSES]
     np.testing.assert_allclose(table[columns].sum(axis=1), 1, atol=1e-5)
     assert (table["confidence"] == table[columns].max(axis=1)).all()

@@ -433,7 +433,7 @@ def split_step(tmp_path_factory):
     from leukemia_nb.data.manifest import CLASSES, build_manifest
     from leukemia_nb.data.images import read_image, write_image
     from leukemia_nb.processing.dataset import prepare_pairs
-    from leukemia_nb.study.driver import Run
+    from leukemia_nb.study.settings import Run
     from leukemia_nb.data.synthetic import write_smears
 
     folder = tmp_path_factory.mktemp("split step")

@@ -23,23 +23,21 @@ from typer.testing import CliRunner
 from leukemia_nb.data.files import mark_output_folder
 from leukemia_nb.data.synthetic import write_smears
 from leukemia_nb.models.interface import MODELS
-from leukemia_nb.study.command_line import app, is_explained
+from leukemia_nb.study.command_line import _is_explained, app
 from leukemia_nb.study.driver import (
-    Run,
     Step,
-    StudyError,
-    StudySettings,
+    _check_parameters,
+    _fingerprint,
+    _select_steps,
     _step_lock,
-    check_parameters,
-    fingerprint,
+    _study_notebook,
     generations,
     run_step,
     run_study,
-    select_steps,
-    study_notebook,
     study_steps,
     with_dependencies,
 )
+from leukemia_nb.study.settings import Run, StudyError, StudySettings
 from leukemia_nb.testing import SMOKE
 
 ALL_MODELS = ("efficientnet_b0", "mobilenet_v2", "nasnet_mobile", "dual_channel", "yolov8", "yolo11", "yolo12", "cells")
@@ -105,7 +103,7 @@ def test_an_unknown_parameter_is_refused_before_anything_runs(counter):
 def test_a_notebook_without_the_parameters_tag_is_refused(tmp_path):
     notebook = write_notebook(tmp_path / "plain.ipynb", "1", tags=())
     with pytest.raises(StudyError, match="no cell is tagged `parameters`"):
-        check_parameters(notebook, ["run"])
+        _check_parameters(notebook, ["run"])
 
 
 def test_a_failed_step_keeps_its_partial_notebook_and_leaves_no_record(counter):
@@ -159,8 +157,7 @@ def test_frozen_backbones_are_computed_once_and_read_by_their_models():
     steps = {step.name: step for step in study_steps(StudySettings(train=("nasnet_mobile:weights=random",)))}
     assert {name for name in steps if name.startswith("features-")} == {"features-mobilenet_v2", "features-efficientnet_b0"}
     readers = {name for name, step in steps.items() if "features/mobilenet_v2.npz" in step.reads}
-    expected = {"train-mobilenet_v2", "train-dual_channel", "export-mobilenet_v2", "export-dual_channel"}
-    assert readers == expected | {"cross-validate", "report"}
+    assert readers == {"train-mobilenet_v2", "train-dual_channel", "cross-validate", "report"}
     assert not any("nasnet" in path for path in steps["train-nasnet_mobile"].reads)
 
 
@@ -168,8 +165,8 @@ def test_a_step_is_selected_with_all_that_it_needs():
     steps = study_steps(StudySettings(weights="random"))
     assert [step.name for step in with_dependencies(steps, ["cue-conflict"])] == ["prepare", "split", "cue-conflict"]
     assert with_dependencies(steps, []) == steps
-    assert select_steps(steps, ["train"]) == {f"train-{model}" for model in MODELS}
-    assert select_steps(steps, ["train-cells"]) == {"train-cells"}
+    assert _select_steps(steps, ["train"]) == {f"train-{model}" for model in MODELS}
+    assert _select_steps(steps, ["train-cells"]) == {"train-cells"}
     with pytest.raises(StudyError, match="no step is called 'trian'"):
         with_dependencies(steps, ["trian"])
 
@@ -178,14 +175,14 @@ def test_the_fingerprint_of_outside_images_follows_their_change(tmp_path):
     (tmp_path / "a.png").write_bytes(b"1")
     step = Step("s", "n.ipynb", reads=(str(tmp_path),))
     notebook = write_notebook(tmp_path.parent / "n.ipynb", "1")
-    before = fingerprint(step, Run(tmp_path / "run"), notebook)
+    before = _fingerprint(step, Run(tmp_path / "run"), notebook)
     (tmp_path / "b.png").write_bytes(b"2")
-    assert fingerprint(step, Run(tmp_path / "run"), notebook) != before
+    assert _fingerprint(step, Run(tmp_path / "run"), notebook) != before
 
 
 def test_two_studies_cannot_share_a_folder(tmp_path):
     code = (
-        f"from leukemia_nb.study.driver import _locked, Run; import time\nwith _locked(Run({str(tmp_path)!r})):\n"
+        f"from leukemia_nb.study.driver import Run, _locked; import time\nwith _locked(Run({str(tmp_path)!r})):\n"
         "    print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
@@ -218,12 +215,12 @@ def test_settings_are_checked_when_they_are_made(bad, message):
 
 def test_every_step_knows_the_parameters_it_is_given():
     for step in study_steps(StudySettings(weights="random")):
-        check_parameters(study_notebook(step.notebook), ["run", *step.parameters])
+        _check_parameters(_study_notebook(step.notebook), ["run", *step.parameters])
 
 
 def test_a_killed_study_goes_on_where_it_stopped(tmp_path):
     run = tmp_path / "run"
-    code = f"from leukemia_nb.study.driver import SMOKE, run_study\nrun_study(SMOKE, {str(run)!r}, until=['train'])"
+    code = f"from leukemia_nb.testing import SMOKE, run_study\nrun_study(SMOKE, {str(run)!r}, until=['train'])"
     with subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL) as process:
         end = time.time() + 240
         while not (run / "steps/prepare.json").exists() and time.time() < end:
@@ -502,7 +499,7 @@ def test_what_can_be_known_is_said_before_the_first_step(images, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LEUKEMIA_NB_WEIGHTS", raising=False)
     error = CliRunner().invoke(app, ["study", *arguments, *models, *where]).exception
-    assert is_explained(error) and message in str(error) and len(str(error).splitlines()) == 1, error
+    assert _is_explained(error) and message in str(error) and len(str(error).splitlines()) == 1, error
     assert sorted(tmp_path.rglob("*")) == before  # nothing was begun
 
 

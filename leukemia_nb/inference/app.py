@@ -37,13 +37,12 @@ if TYPE_CHECKING:
     from ipywidgets import Widget
 
 # %% auto #0
-__all__ = ['MAX_UPLOAD', 'POLICY', 'read_upload', 'image_html', 'headline', 'predictions_html', 'saliency_map', 'drop_zone',
-           'Panel', 'panel', 'serve']
+__all__ = ['read_upload', 'Panel', 'panel', 'serve']
 
 # %% ../../nbs/06_inference/60_app.ipynb #deaf59ba
-MAX_UPLOAD = 64  # megabytes
+_MAX_UPLOAD = 64  # megabytes
 
-
+# %% ../../nbs/06_inference/60_app.ipynb #1956ddb7
 def read_upload(
     name: str,  # the file's name
     content: bytes | memoryview | None,  # the file; None: the browser found it too large to send
@@ -51,8 +50,8 @@ def read_upload(
 ) -> np.ndarray:  # uint8 (H, W, 3) RGB
     "Read an image that came as bytes. Raises ImageError."
     megabytes = megabytes if content is None else len(content) / 1e6
-    if content is None or megabytes > MAX_UPLOAD:
-        raise ImageError(f"{name}: {megabytes:.0f} MB, over the limit of {MAX_UPLOAD} MB. Save it as PNG, or scale it down.")
+    if content is None or megabytes > _MAX_UPLOAD:
+        raise ImageError(f"{name}: {megabytes:.0f} MB, over the limit of {_MAX_UPLOAD} MB. Save it as PNG, or scale it down.")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "image")
         file.write_bytes(content)
@@ -62,12 +61,8 @@ def read_upload(
             raise ImageError(str(error).replace(str(file), name)) from None
 
 # %% ../../nbs/06_inference/60_app.ipynb #5fa4bbab
-def image_html(
-    name: str,  # the file's name
-    image: np.ndarray,  # uint8 (H, W, 3) RGB
-    cells: np.ndarray,  # int32 (H, W) labels, from `find_image_cells`
-) -> str:  # a <figure>
-    "The image with its white blood cells outlined and counted."
+def _image_html(name: str, image: np.ndarray, cells: np.ndarray) -> str:
+    "A <figure> of an image, uint8 (H, W, 3) RGB, with its white blood cells, labels (H, W), outlined and counted."
     outlines = [_outline(cells == label) for label in range(1, int(cells.max(initial=0)) + 1)]
     found = f"{counted(len(outlines), 'white blood cell')} found" if outlines else "No white blood cells found"
     share, (height, width) = (cells > 0).mean(), cells.shape
@@ -84,10 +79,8 @@ def _outline(mask: np.ndarray) -> dict[str, Any]:
     return {"path": path, "x": min(max(x, width // 60), width - width // 60), "y": max(y - height // 100, height // 30)}
 
 # %% ../../nbs/06_inference/60_app.ipynb #a001dd97
-def headline(
-    rows: Sequence[dict[str, Any]],  # one prediction a model
-) -> tuple[str, str]:  # a few words, a sentence
-    "What the models predict together."
+def _headline(rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    "What the models, with one row each, predict together: a few words, a sentence."
     if not rows:
         return "No models", "The cells are found without them."
     votes = Counter(row["prediction"] for row in rows if not row["abstains"]).most_common()
@@ -104,33 +97,24 @@ def headline(
     if len(votes) > 1:
         return "The models disagree", sentence
     name, count = votes[0]
-    who = (
-        "The model predicts" if len(rows) == 1 else f"{'All' if count == len(rows) else f'{count} of'} {len(rows)} models predict"
-    )
+    who = "The model predicts" if len(rows) == 1 else f"{count} of {len(rows)} models predict"
+    who = f"All {count} models predict" if count == len(rows) > 1 else who
     return f"{who} {name}", f"{', '.join(abstaining)}." if abstaining else "None abstains."
 
 # %% ../../nbs/06_inference/60_app.ipynb #0284cf00
-def predictions_html(
-    rows: Sequence[dict[str, Any]],  # one prediction a model
-    titles: Sequence[str],  # the models' names
-    classes: Sequence[str],  # class names, a column each
-) -> str:  # a block of HTML
-    "Probabilities of each model as bars, its confidence as a number."
+def _predictions_html(rows: Sequence[dict[str, Any]], titles: Sequence[str], classes: Sequence[str]) -> str:
+    "A block of HTML: probabilities of each model as bars, a column a class, and its confidence."
     lines = [
         dict(row, title=shown(title), confidence=format_confidence(row), probabilities={c: row.get(f"p_{c}") for c in classes})
         for row, title in zip(rows, titles)
     ]
-    words, sentence = headline(rows)
+    words, sentence = _headline(rows)
     coloured = list(zip(classes, class_colours(classes)))
     return render_template("app_predictions.html.j2", rows=lines, classes=coloured, headline=words, sentence=sentence)
 
 # %% ../../nbs/06_inference/60_app.ipynb #d59ea978
-def saliency_map(
-    model: Predictor,  # an exported model
-    image: np.ndarray,  # uint8 (H, W, 3) RGB
-    cells: np.ndarray,  # int32 (H, W) labels
-) -> dict[str, str]:  # title, source, text
-    "The occlusion map of one model, for the page."
+def _saliency_map(model: Predictor, image: np.ndarray, cells: np.ndarray) -> dict[str, str]:
+    "Title, source and text of the occlusion map of one model, for the page."
     from leukemia_nb.audit.saliency import energy_pointing_game
 
     heat = saliency(model, image)[0]
@@ -140,14 +124,12 @@ def saliency_map(
     return {"title": shown(model.info["title"]), "source": data_uri(overlay(image, heat), 480), "text": text}
 
 # %% ../../nbs/06_inference/60_app.ipynb #970d8f71
-def drop_zone(
-    receive: Callable[[str, bytes | memoryview | None, float], Any],  # gets name, content (None: too large), megabytes
-) -> Widget:
-    "A place to drop an image, or to choose one."
+def _drop_zone(receive: Callable[[str, bytes | memoryview | None, float], Any]) -> Widget:
+    "A place to drop an image; `receive` gets its name, its content (None: too large), and its size in megabytes."
     from anywidget import AnyWidget
 
     script = files("leukemia_nb").joinpath("templates/drop_zone.js").read_text(encoding="utf-8")
-    zone = type("DropZone", (AnyWidget,), {"_esm": script.replace("LIMIT", str(MAX_UPLOAD))})()
+    zone = type("DropZone", (AnyWidget,), {"_esm": script.replace("LIMIT", str(_MAX_UPLOAD))})()
 
     def arrived(_: Any, message: dict[str, Any], buffers: list[memoryview]) -> None:
         try:
@@ -175,7 +157,7 @@ class _Layout:
         self.examples = [Button(description=name) for name in CLASSES]
         row = HBox([HTML("No image at hand? A synthetic smear:"), *self.examples]).add_class("app-synthetic")
         columns = Box([self.image, self.predictions]).add_class("app-columns")
-        parts = [self.head, drop_zone(receive), row, self.message, columns, self.button, self.saliency, self.about]
+        parts = [self.head, _drop_zone(receive), row, self.message, columns, self.button, self.saliency, self.about]
         self.widget = VBox(parts).add_class("app")
         self.clear()
 
@@ -186,6 +168,11 @@ class _Layout:
             part.value = ""
         self.message.value = render_template("app_error.html.j2", message=shown(message)) if message else ""
         self.button.layout.display = "none"
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display(self.widget)
 
 # %% ../../nbs/06_inference/60_app.ipynb #b4a6a9a3
 class Panel(_Layout):
@@ -206,19 +193,18 @@ class Panel(_Layout):
         "A file has arrived: show it, or say what is wrong with it."
         try:
             self.show(name, read_upload(name, content, megabytes))
-        except ImageError as error:
-            self.clear(str(error))
         except Exception as error:  # a page that stays silent would be worse
-            self.clear(f"{name}: the software failed ({type(error).__name__}: {error}). Try another image.")
+            failed = f"{name}: the software failed ({type(error).__name__}: {error}). Try another image."
+            self.clear(str(error) if isinstance(error, ImageError) else failed)
 
     def show(self, name: str, image: np.ndarray) -> None:
         "Show an image with its cells and each model's prediction."
         self.clear()
         size = self.models[0].image_size if self.models else 224
         self.shown = image, find_image_cells(image, size)
-        self.image.value = image_html(name, *self.shown)
+        self.image.value = _image_html(name, *self.shown)
         rows = [model.predict(image).rows[0] for model in self.models]
-        self.predictions.value = predictions_html(rows, [model.info["title"] for model in self.models], self.classes)
+        self.predictions.value = _predictions_html(rows, [model.info["title"] for model in self.models], self.classes)
         self.button.layout.display = "" if self.models else "none"
 
     def show_synthetic(self, label: str) -> None:
@@ -232,14 +218,9 @@ class Panel(_Layout):
         "Show a saliency map of each model, one after the other."
         maps = []
         for model in self.models if self.shown is not None else ():
-            maps.append(saliency_map(model, *self.shown))
+            maps.append(_saliency_map(model, *self.shown))
             self.saliency.value = render_template("app_saliency.html.j2", maps=maps)
         self.button.layout.display = "none"
-
-    def _ipython_display_(self) -> None:
-        from IPython.display import display
-
-        display(self.widget)
 
 # %% ../../nbs/06_inference/60_app.ipynb #cad12a49
 def panel(
@@ -254,7 +235,7 @@ def panel(
         return Panel([], f"{error} Then open this page again; for another run: make app RUN=runs/name.")
 
 # %% ../../nbs/06_inference/60_app.ipynb #d10305c4
-POLICY = (
+_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; frame-ancestors 'self'; base-uri 'self'; form-action 'self'"
 )
@@ -272,9 +253,9 @@ def serve(
     os.environ["LEUKEMIA_NB_RUN"] = os.path.abspath(run)
     for name in ("JUPYTER_TOKEN", "JUPYTER_PATH"):  # a known token, kernels of other Pythons
         os.environ.pop(name, None)
-    headers = {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer"}
+    headers = {"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"}
     settings = {"allow_remote_access": False, "local_hostnames": ["localhost"], "headers": headers}
-    settings["websocket_max_message_size"] = (MAX_UPLOAD + 1) * 1_000_000
+    settings["websocket_max_message_size"] = (_MAX_UPLOAD + 1) * 1_000_000
     kernels = {"cull_interval": 30, "cull_idle_timeout": 120}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):  # nothing from or to the home folder

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # %% auto #0
-__all__ = ['find_inputs', 'PredictionTask', 'predict_batch', 'unfinished_file', 'read_unfinished', 'predict_files',
-           'exported_models', 'open_predictors', 'compare_models', 'format_comparison', 'compare_files']
+__all__ = ['find_inputs', 'PredictionTask', 'unfinished_file', 'predict_files', 'exported_models', 'open_predictors',
+           'format_comparison', 'compare_files']
 
 # %% ../../nbs/06_inference/40_batch.ipynb #9a752a31
 def find_inputs(
@@ -62,7 +62,7 @@ def find_inputs(
         summaries.append(search.summary())
     return list(dict.fromkeys(found)), "\n".join(summaries)
 
-
+# %% ../../nbs/06_inference/40_batch.ipynb #eeed5c16
 def _matches(pattern: str) -> list[str]:
     "Files and folders that a pattern means."
     literal = glob.glob(pattern.replace("[", "[[]"), recursive=True)
@@ -111,11 +111,8 @@ def _open_predictor(file: str, threads: int | None, modified: float) -> Predicto
     return Predictor(file, threads=threads)
 
 # %% ../../nbs/06_inference/40_batch.ipynb #17c6333b
-def predict_batch(
-    task: PredictionTask,  # model and overlays
-    paths: Sequence[str],  # files
-) -> list[dict[str, Any]]:  # rows, one a file, in order
-    "Predict one batch and write its overlays. Raises ModelError, OutputError."
+def _predict_batch(task: PredictionTask, paths: Sequence[str]) -> list[dict[str, Any]]:
+    "Predict one batch and write its overlays; gives a row for each file, in order. Raises ModelError, OutputError."
     die_with_parent()
     predictor = task.predictor()
     rows = [row for part in predictor.iter_predict(list(paths), max(1, len(paths))) for row in part.rows]
@@ -166,11 +163,8 @@ def _append(journal: Path, rows: Sequence[dict[str, Any]]) -> None:
         os.fsync(lines.fileno())
 
 # %% ../../nbs/06_inference/40_batch.ipynb #7e5be2b9
-def read_unfinished(
-    journal: str | os.PathLike,  # rows, one JSON object a line
-    model_sha256: str,  # of the model file; rows of others are left out
-) -> dict[str, dict[str, Any]]:  # rows by path
-    "Rows of a journal; a line that was cut off is left out."
+def _read_unfinished(journal: str | os.PathLike, model_sha256: str) -> dict[str, dict[str, Any]]:
+    "Rows of a journal by path; those of other model files, and a line that was cut off, are left out."
     rows = {}
     for line in Path(journal).read_bytes().splitlines() if os.path.exists(journal) else ():
         try:
@@ -185,7 +179,7 @@ def read_unfinished(
 def _resume(journal: Path, paths: Sequence[str], task: PredictionTask) -> set[str]:
     "Reduce a journal to the rows that still hold, and return their paths."
     info = task.predictor().info
-    rows, columns = read_unfinished(journal, info["sha256"]), set(prediction_columns(info["classes"]))
+    rows, columns = _read_unfinished(journal, info["sha256"]), set(prediction_columns(info["classes"]))
     kept = [rows[path] for path in paths if path in rows and rows[path].keys() == columns and _still_holds(rows[path], task)]
     with atomic_path(journal) as temporary:
         temporary.write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in kept))
@@ -206,7 +200,7 @@ def _write_tables(
     import pandas as pd
 
     info = task.predictor().info
-    rows = read_unfinished(journal, info["sha256"])
+    rows = _read_unfinished(journal, info["sha256"])
     if missing := [path for path in paths if path not in rows]:
         raise OutputError(f"{journal}: has no row of {missing[0]}: it was changed meanwhile. Give the same command again.")
     columns = prediction_columns(info["classes"])
@@ -222,11 +216,11 @@ def _run_batches(paths: Sequence[str], task: PredictionTask, size: int, n_jobs: 
     "Rows of batches as they are done; the first file is a batch of its own, so that something is seen at once."
     batches = [batch for batch in (paths[:1], *(paths[i : i + size] for i in range(1, len(paths), size))) if batch]
     if n_jobs == 1:
-        yield from (predict_batch(task, batch) for batch in batches)
+        yield from (_predict_batch(task, batch) for batch in batches)
         return
     from joblib import Parallel, delayed
 
-    single = delayed(functools.partial(predict_batch, replace(task, threads=1)))
+    single = delayed(functools.partial(_predict_batch, replace(task, threads=1)))
     try:
         yield from Parallel(n_jobs=n_jobs, return_as="generator_unordered")(map(single, batches))
     except BrokenExecutor:
@@ -246,7 +240,7 @@ def _sole_writer(task: PredictionTask, outputs: Sequence[str | os.PathLike]) -> 
 
 # %% ../../nbs/06_inference/40_batch.ipynb #651a7b0f
 def predict_files(
-    paths: Sequence[str],  # files, from `find_inputs`
+    paths: Sequence[str],  # files, from find_inputs
     task: PredictionTask,  # model and overlays
     out: str | os.PathLike | None = None,  # CSV file
     json_file: str | os.PathLike | None = None,  # JSON file
@@ -277,7 +271,7 @@ def predict_files(
 # %% ../../nbs/06_inference/40_batch.ipynb #3fe6a331
 def exported_models(
     run: str | os.PathLike,  # a study's run folder
-) -> list[Path]:  # model files, in the order of `leukemia_nb.models.interface.MODELS`
+) -> list[Path]:  # model files, in the order of MODELS
     "Model files of a run. Raises ModelError where there are none."
     if not os.path.isdir(run):
         raise ModelError(f"{run}: there is no such folder. Check the path, or run a study: `leukemia_nb study --run {run}`.")
@@ -308,12 +302,8 @@ def open_predictors(
     return opened
 
 # %% ../../nbs/06_inference/40_batch.ipynb #746300a0
-def compare_models(
-    paths: Sequence[str],  # files
-    models: Sequence[str | os.PathLike],  # model files
-    log: Callable[[str], Any] = print,  # called with the message of each image and each model that cannot be read
-) -> DataFrame:  # a row a file: image, path, true label, error; a model: title, "title confidence", "title abstains"
-    "Predictions of all models for new images. Raises ImageError where no image can be read, ModelError where no model can be."
+def _compare_models(paths: Sequence[str], models: Sequence[str | os.PathLike], log: Callable[[str], Any]) -> DataFrame:
+    "Predictions of model files for new images. Raises ImageError where no image can be read, ModelError where no model can be."
     import pandas as pd
 
     paths, predictors = list(dict.fromkeys(paths)), open_predictors(models, log)
@@ -334,7 +324,7 @@ def compare_models(
 
 # %% ../../nbs/06_inference/40_batch.ipynb #73a4dcd4
 def format_comparison(
-    table: DataFrame,  # from `compare_models`
+    table: DataFrame,  # from compare_files
 ) -> str:  # a line an image, a column a model
     "The comparison as text: predictions with their confidence, in brackets where the model abstains, - where there is none."
     from leukemia_nb.evaluation.predictions import distinct_paths, model_titles
@@ -350,11 +340,11 @@ def format_comparison(
 
 # %% ../../nbs/06_inference/40_batch.ipynb #109fabeb
 def compare_files(
-    paths: Sequence[str],  # files, from `find_inputs`
+    paths: Sequence[str],  # files, from find_inputs
     run: str | os.PathLike,  # a study's run folder
     out: str | os.PathLike,  # folder for comparison.csv and comparison.png
     log: Callable[[str], Any] = print,  # called with the message of each image and each model that cannot be read
-) -> DataFrame:  # from `compare_models`
+) -> DataFrame:  # a row a file: image, path, true label, error; a model: title, title confidence, title abstains
     "Compare a study's models on new images, as a table and a grid of images. Raises ImageError, ModelError, OutputError."
     from leukemia_nb.evaluation.predictions import unseen_figure
 
@@ -363,7 +353,7 @@ def compare_files(
         check_output(out / name)
     check_apart(paths, out)
     with exclusive(out):
-        table = compare_models(paths, models, log)
+        table = _compare_models(paths, models, log)
         mark_output_folder(out)
         write_table(out / "comparison.csv", table, excel=True)
         with atomic_path(out / "comparison.png") as temporary:

@@ -18,8 +18,8 @@ import numpy as np
 
 from ..data.files import file_sha256, set_sha256
 from .model_file import write_model_file
-from .ood import fit_ood, image_statistics, ood_distance
-from .predictor import network_inputs, prepare_images
+from .ood import fit_ood, ood_distance
+from .predictor import calibrate, prepare_images, run_network
 from ..models.interface import MODELS, ModelError, package_versions
 from ..processing.cells import FEATURE_NAMES
 
@@ -30,13 +30,12 @@ if TYPE_CHECKING:
     from leukemia_nb.processing.dataset import Pairs
 
 # %% auto #0
-__all__ = ['EXPORTERS', 'export_network', 'run_network', 'fit_safe_temperature', 'covers', 'choose_thresholds', 'weights_version',
-           'export_model']
+__all__ = ['EXPORTERS', 'export_network', 'choose_thresholds', 'export_model']
 
 # %% ../../nbs/06_inference/50_export.ipynb #c08eefa6
 _OPSET = 18  # version of ONNX' operators
 
-
+# %% ../../nbs/06_inference/50_export.ipynb #c9c5a4b6
 def _export_keras(model: Any) -> onnx.ModelProto:
     "A fitted `KerasClassifier` as ONNX."
     import keras
@@ -64,7 +63,7 @@ def _make_constant(network: Any, keras: Any) -> None:
         elif isinstance(layer, keras.layers.Normalization):
             layer.mean, layer.variance = np.asarray(layer.mean), np.asarray(layer.variance)
 
-
+# %% ../../nbs/06_inference/50_export.ipynb #6fa7b8a0
 def _rename_outputs(network: onnx.ModelProto, names: Sequence[str]) -> None:
     "Name the outputs of a network, in place; tf2onnx calls them Identity."
     renamed = {output.name: name for output, name in zip(network.graph.output, names)}
@@ -90,7 +89,6 @@ def _export_torch(model: Any) -> onnx.ModelProto:
             return logits.softmax(1)[:, self.order], maps.mean((2, 3))
 
     names = list(model.network_.names.values())
-
     example = torch.zeros((2, model.image_size, model.image_size, 3), dtype=torch.uint8)
     return _trace(Classifier(model.network_.model.model, [names.index(name) for name in model.classes_]), example, "original")
 
@@ -152,7 +150,7 @@ def _perceptron(layers: Sequence[tuple[np.ndarray, np.ndarray]]) -> Any:
         modules += [linear, torch.nn.ReLU()]
     return torch.nn.Sequential(*modules[:-1], torch.nn.Softmax(1))
 
-
+# %% ../../nbs/06_inference/50_export.ipynb #564b705f
 def _aggregate(cells: Any, number: Any) -> Any:
     "Means and standard deviations over the cells of an image, (1, 2 d); 0 without cells."
     import torch
@@ -170,41 +168,27 @@ def export_network(
     "The network of a model as ONNX. Raises ModelError for a framework without exporter or a package that is missing."
     framework = MODELS[model.name].framework
     if framework not in EXPORTERS:
-        raise ModelError(
-            f"{model.name} cannot be exported: no function for {framework!r} in leukemia_nb.inference.export.EXPORTERS."
-        )
+        where = "leukemia_nb.inference.export.EXPORTERS"
+        raise ModelError(f"{model.name} cannot be exported: no function for {framework!r} in {where}.")
     try:
         return EXPORTERS[framework](model)
     except ImportError as error:
         raise ModelError(f"{model.name} cannot be exported: {error}. Install it: pip install '.[train]'.") from error
 
 # %% ../../nbs/06_inference/50_export.ipynb #4e234da5
-def run_network(
-    network: onnx.ModelProto,  # from `export_network`
-    model: ImageClassifier,  # the model it was exported from
-    pairs: Pairs | np.ndarray,  # n image pairs, or images uint8 (n, H, W, 3)
-) -> dict[str, np.ndarray]:  # float32: probabilities (n, k), features (n, d), statistics (n, 15)
-    "Outputs of an exported network for image pairs, and the statistics of the images."
+def _run_exported(network: onnx.ModelProto, model: ImageClassifier, pairs: Pairs | np.ndarray) -> dict[str, np.ndarray]:
+    "`run_network` for an exported network and image pairs, or images uint8 (n, H, W, 3)."
     import onnxruntime
 
     session = onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
-    found: dict[str, list[np.ndarray]] = {"probabilities": [], "features": [], "statistics": []}
     info = {"input": MODELS[model.name].input, "image_size": model.image_size, "seed": model.seed, "segmentation": "kmeans"}
-    for start in range(0, len(pairs), 32):
-        (prepared,) = prepare_images(pairs[start : start + 32], info)
-        for feed in network_inputs(prepared, session):
-            for name, values in zip(found, session.run(["probabilities", "features"], feed)):
-                found[name].append(values)
-        found["statistics"].append(image_statistics(np.stack([each.square for each in prepared if each.square is not None])))
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+    starts = range(0, len(pairs), 32)
+    parts = [run_network(session, batch) for start in starts for batch in prepare_images(pairs[start : start + 32], info)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 # %% ../../nbs/06_inference/50_export.ipynb #cec22b36
-def fit_safe_temperature(
-    labels: Sequence[str] | np.ndarray,  # n true classes of the validation images
-    probabilities: np.ndarray,  # float (n, k)
-    classes: Sequence[str] | np.ndarray,  # k class names
-) -> tuple[float, str]:  # the temperature, and why it is 1 where it could not be fitted
-    "`leukemia_nb.evaluation.uncertainty.fit_temperature`, or 1 where the validation images cannot determine it."
+def _fit_safe_temperature(labels: Sequence[str], probabilities: np.ndarray, classes: Sequence[str]) -> tuple[float, str]:
+    "Temperature fitted on validation images (n labels, (n, k) probabilities); 1 and the reason where they cannot determine it."
     import pandas as pd
 
     from leukemia_nb.evaluation.calibration import at_limit, fit_temperature
@@ -217,12 +201,8 @@ def fit_safe_temperature(
     return temperature, ""
 
 # %% ../../nbs/06_inference/50_export.ipynb #100a08d9
-def covers(
-    confidence: np.ndarray,  # float (n,), highest probability of each image
-    distance: np.ndarray,  # float (n,), OOD distance
-    thresholds: Mapping[str, float],  # from `choose_thresholds`
-) -> np.ndarray:  # bool (n,)
-    "Which images a model predicts; the mean is its coverage."
+def _covers(confidence: np.ndarray, distance: np.ndarray, thresholds: Mapping[str, float]) -> np.ndarray:
+    "Which of n images a model predicts, by their confidence and OOD distance, bool (n,); the mean is its coverage."
     return (confidence >= thresholds["confidence"]) & (distance <= thresholds["distance"])
 
 # %% ../../nbs/06_inference/50_export.ipynb #2b9c9e79
@@ -237,16 +217,14 @@ def choose_thresholds(
     for rank in range(len(far)):  # so many lowest confidences and largest distances are given up
         low, high = np.floor(sure[rank] * 1e6) / 1e6, np.ceil(far[rank] * 1e4) / 1e4
         thresholds = {"confidence": round(float(low), 6), "distance": round(float(high), 4)}
-        if np.mean(covers(confidence, distance, thresholds)) < coverage:
+        if np.mean(_covers(confidence, distance, thresholds)) < coverage:
             break
         chosen = thresholds
     return chosen
 
 # %% ../../nbs/06_inference/50_export.ipynb #e0add387
-def weights_version(
-    network: onnx.ModelProto,  # from `export_network`
-) -> str:  # 12 hexadecimal digits
-    "A short digest of the weights of a network."
+def _weights_version(network: onnx.ModelProto) -> str:
+    "A short digest of the weights of a network, 12 hexadecimal digits."
     from onnx import numpy_helper
 
     def digest(values: np.ndarray) -> str:
@@ -257,7 +235,7 @@ def weights_version(
 # %% ../../nbs/06_inference/50_export.ipynb #db70e307
 _RESEARCH_USE = "For research only. Not a medical device; no prediction of this model is medical advice."
 
-
+# %% ../../nbs/06_inference/50_export.ipynb #e9393ac2
 def _describe_model(model: ImageClassifier, train: Pairs, val: Pairs, segmentation: str, card: str) -> dict[str, Any]:
     "The entries of a description that do not depend on the network."
     entry, (names, counts) = MODELS[model.name], np.unique(train.labels, return_counts=True)
@@ -284,19 +262,11 @@ def _describe_model(model: ImageClassifier, train: Pairs, val: Pairs, segmentati
     }
 
 # %% ../../nbs/06_inference/50_export.ipynb #94554154
-def _scale(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    "Calibrated probabilities, as `Predictor` computes them."
-    from scipy.special import softmax
-
-    return softmax(np.log(np.maximum(probabilities, 1e-12)) / temperature, axis=1)
-
-
 def _test_entry(correct: np.ndarray, split: str) -> dict[str, Any]:
     "Number of correct predictions of test images, with the exact 95 % interval of the accuracy."
-    from scipy.stats import binomtest
+    from leukemia_nb.evaluation.uncertainty import clopper_pearson
 
-    interval = binomtest(int(correct.sum()), len(correct)).proportion_ci(method="exact")
-    low, high = float(interval.low), float(interval.high)
+    low, high = clopper_pearson(int(correct.sum()), len(correct))
     return {"n_correct": int(correct.sum()), "images": len(correct), "low": low, "high": high, "split": split}
 
 # %% ../../nbs/06_inference/50_export.ipynb #257fc731
@@ -312,21 +282,21 @@ def export_model(
 ) -> dict[str, Any]:  # the description in the file, and difference, bytes
     "Write a model file. Raises ModelError where its probabilities differ from the framework's by 1e-4 or more."
     network = export_network(model)
-    seen = {name: run_network(network, model, pairs) for name, pairs in (("train", train), ("val", val), ("test", test))}
+    seen = {name: _run_exported(network, model, pairs) for name, pairs in (("train", train), ("val", val), ("test", test))}
     difference = float(np.abs(seen["test"]["probabilities"] - model.predict_proba(test)).max())
     if not difference < 1e-4:
         raise ModelError(
             f"{file}: not written, its probabilities differ by {difference:.1e} from those of {model.name}. Report this."
         )
     constants = fit_ood(seen["train"], train.labels, seen["val"], standardise=MODELS[model.name].input == "cells")
-    temperature, reason = fit_safe_temperature(val.labels, seen["val"]["probabilities"], model.classes_)
-    confidence = {name: _scale(seen[name]["probabilities"], temperature).max(axis=1) for name in ("val", "test")}
+    temperature, reason = _fit_safe_temperature(val.labels, seen["val"]["probabilities"], model.classes_)
+    confidence = {name: calibrate(seen[name]["probabilities"], temperature).max(axis=1) for name in ("val", "test")}
     distance = {name: ood_distance(seen[name]["features"], seen[name]["statistics"], constants) for name in ("val", "test")}
     thresholds = choose_thresholds(confidence["val"], distance["val"])
-    coverage = {name: float(covers(confidence[name], distance[name], thresholds).mean()) for name in ("val", "test")}
+    coverage = {name: float(_covers(confidence[name], distance[name], thresholds).mean()) for name in ("val", "test")}
     correct = model.classes_[seen["test"]["probabilities"].argmax(axis=1)] == test.labels
     info = _describe_model(model, train, val, segmentation, card)
-    info |= {"version": weights_version(network), "temperature": temperature, "calibration": reason, "thresholds": thresholds}
+    info |= {"version": _weights_version(network), "temperature": temperature, "calibration": reason, "thresholds": thresholds}
     info |= {"coverage": coverage, "test": _test_entry(correct, split)}
     info["sha256"] = write_model_file(file, network, info, constants)
     return info | {"difference": difference, "bytes": Path(file).stat().st_size}

@@ -24,25 +24,20 @@ if TYPE_CHECKING:
     import onnxruntime
 
 # %% auto #0
-__all__ = ['FORMAT', 'add_checksum', 'check_checksum', 'write_model_file', 'ModelFile', 'open_model_file']
+__all__ = ['write_model_file', 'ModelFile', 'open_model_file']
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #7a4b97b2
-FORMAT = 3  # of model files; files of another format are refused
+_FORMAT = 3  # of model files; files of another format are refused
 _ENTRY = b"\x72\x4a\x0a\x06sha256\x12\x40"  # protobuf: metadata_props {key: "sha256", value: 64 characters}
 
 
-def add_checksum(
-    content: bytes,  # a serialised ONNX model
-) -> bytes:  # the same, with its SHA-256 as the last metadata entry
-    "Append the checksum of a model file."
+def _add_checksum(content: bytes) -> bytes:
+    "A serialised ONNX model with its SHA-256 as the last metadata entry."
     return content + _ENTRY + hashlib.sha256(content).hexdigest().encode()
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #045c6353
-def check_checksum(
-    content: bytes,  # a whole model file
-    file: str | os.PathLike = "model file",  # its name, for the message
-) -> str:  # its SHA-256, 64 hexadecimal digits
-    "Compare the checksum of a model file. Raises ModelError for a file that is damaged, cut off or of another kind."
+def _check_checksum(content: bytes, file: str | os.PathLike = "model file") -> str:
+    "The SHA-256 in a model file. Raises ModelError for a file that is damaged, cut off or of another kind."
     body, entry, digest = content[:-76], content[-76:-64], content[-64:]
     if entry != _ENTRY:
         raise ModelError(f"{file}: not a model file of leukemia_nb, or cut off. Copy it again, or export the model again.")
@@ -67,10 +62,12 @@ _ENTRIES: dict[str, type | tuple[type, ...]] = {
 def _check_description(info: Any, file: str | os.PathLike) -> None:
     "Raise ModelError for a description of another format, or one that lacks an entry."
     found = info.get("format") if isinstance(info, dict) else None
-    if isinstance(found, int) and found > FORMAT:
-        raise ModelError(f"{file}: written by a newer leukemia_nb (format {found}; this one reads {FORMAT}). Update leukemia_nb.")
-    if found != FORMAT:
-        raise ModelError(f"{file}: written by an older leukemia_nb (format {found}; this one reads {FORMAT}). {_AGAIN}")
+    if isinstance(found, int) and found > _FORMAT:
+        raise ModelError(
+            f"{file}: written by a newer leukemia_nb (format {found}; this one reads {_FORMAT}). Update leukemia_nb."
+        )
+    if found != _FORMAT:
+        raise ModelError(f"{file}: written by an older leukemia_nb (format {found}; this one reads {_FORMAT}). {_AGAIN}")
     wrong = [name for name, kind in _ENTRIES.items() if not isinstance(info.get(name), kind)]
     if not wrong and info["input"] not in _INPUTS:
         wrong = ["input"]
@@ -87,19 +84,19 @@ def write_model_file(
     path: str | os.PathLike,  # file to be written, whole or not at all
     network: onnx.ModelProto,  # outputs probabilities (n, k) and features (n, d)
     info: Mapping[str, Any],  # description of the model, what JSON can hold
-    constants: Mapping[str, np.ndarray],  # arrays that the predictor needs, from `leukemia_nb.inference.ood.fit_ood`
+    constants: Mapping[str, np.ndarray],  # arrays that the predictor needs, from fit_ood
 ) -> str:  # SHA-256 of the file's content
     "Write a model file: network, description, constants, checksum. Needs `onnx`. Raises OutputError."
     from onnx.helper import set_model_props
 
     arrays = io.BytesIO()
     np.savez_compressed(arrays, **constants)
-    description = json.dumps({"format": FORMAT, **info}, ensure_ascii=False)
+    description = json.dumps({"format": _FORMAT, **info}, ensure_ascii=False)
     set_model_props(network, {"leukemia_nb": description, "constants": base64.b64encode(arrays.getvalue()).decode()})
-    content = add_checksum(network.SerializeToString())
+    content = _add_checksum(network.SerializeToString())
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
-    return check_checksum(content, path)
+    return _check_checksum(content, path)
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #97d009de
 class ModelFile(NamedTuple):
@@ -116,7 +113,7 @@ def open_model_file(
 ) -> ModelFile:
     "Check a model file and start its network. Raises ModelError."
     content = _read_content(file)
-    digest = check_checksum(content, file)
+    digest = _check_checksum(content, file)
     session = _start_session(content, file, threads)
     metadata = session.get_modelmeta().custom_metadata_map
     try:

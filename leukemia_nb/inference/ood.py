@@ -26,7 +26,7 @@ def image_statistics(
     means = 4 * small.mean(axis=(1, 2))  # as spread out as the logarithms
     return np.concatenate([means, spread, *edges], axis=1).astype(np.float32)
 
-
+# %% ../../nbs/06_inference/10_ood.ipynb #6ccfba60
 def _shrink(images: np.ndarray, factor: int) -> np.ndarray:
     "Means of squares of `factor` x `factor` pixels; what is left over at the border is cut off."
     n, height, width, channels = images.shape
@@ -34,7 +34,7 @@ def _shrink(images: np.ndarray, factor: int) -> np.ndarray:
     squares = images[:, : high * factor, : wide * factor].reshape(n, high, factor, wide, factor, channels)
     return squares.mean(axis=(2, 4))
 
-
+# %% ../../nbs/06_inference/10_ood.ipynb #f40f4533
 def _edge_strength(images: np.ndarray) -> np.ndarray:
     "Mean absolute difference of neighbouring pixels, down plus across, float (n, 3)."
     return sum(np.abs(np.diff(images, axis=axis)).mean(axis=(1, 2)) for axis in (1, 2))
@@ -70,7 +70,7 @@ def fit_distance(
 # %% ../../nbs/06_inference/10_ood.ipynb #5eac3ff9
 def mahalanobis_distance(
     values: np.ndarray,  # float (n, d)
-    fitted: Mapping[str, np.ndarray],  # from `fit_distance`
+    fitted: Mapping[str, np.ndarray],  # from fit_distance
 ) -> np.ndarray:  # float (n,), about 1 for a training image
     "Distance to the nearest class centroid, as a root mean square over the axes."
     centred = (values - fitted["mean"]) / fitted["scale"]
@@ -83,7 +83,7 @@ def mahalanobis_distance(
 # %% ../../nbs/06_inference/10_ood.ipynb #b4c5b9bd
 _DISTANCES = ("features", "statistics")
 
-
+# %% ../../nbs/06_inference/10_ood.ipynb #692b929d
 def fit_ood(
     train: Mapping[str, np.ndarray],  # "features" (n, d) and "statistics" (n, 15) of the training images
     labels: Sequence[str] | np.ndarray,  # n class names
@@ -102,12 +102,12 @@ def fit_ood(
 # %% ../../nbs/06_inference/10_ood.ipynb #411fff96
 def ood_distance(
     features: np.ndarray,  # float (n, d), features of a model
-    statistics: np.ndarray,  # float (n, 15), from `image_statistics`
-    constants: Mapping[str, np.ndarray],  # from `fit_ood`
+    statistics: np.ndarray,  # float (n, 15), from image_statistics
+    constants: Mapping[str, np.ndarray],  # from fit_ood
 ) -> np.ndarray:  # float (n,): at most about 1 for an image like the training images
     "The larger of the two distances, each as a multiple of its reach."
-    relative = []
+    distances = []
     for kind, values in zip(_DISTANCES, (features, statistics)):
         fitted = {name.removeprefix(f"{kind}_"): value for name, value in constants.items() if name.startswith(f"{kind}_")}
-        relative.append(mahalanobis_distance(values, fitted) / fitted["reach"])
-    return np.maximum(*relative)
+        distances.append(mahalanobis_distance(values, fitted) / fitted["reach"])
+    return np.maximum(*distances)

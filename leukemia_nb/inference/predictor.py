@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PreparedImage', 'describe_error', 'prepare_image', 'abstain_reasons', 'prediction_columns', 'format_confidence',
-           'format_row', 'describe_calibration', 'image_list', 'network_inputs', 'prepare_images', 'Predictor',
+           'format_row', 'describe_calibration', 'prepare_images', 'run_network', 'calibrate', 'Predictor',
            'Predictions', 'render_template', 'data_uri', 'find_image_cells', 'overlay', 'saliency']
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #e3489002
@@ -47,7 +47,7 @@ def describe_error(
     path: str,  # of the image, "" for one in memory
     error: Exception,  # what happened
 ) -> str:  # one line
-    "An error as the row of its image says it."
+    "An error as the row of its image gives it."
     if isinstance(error, LeukemiaError):
         return str(error)
     reason = (str(error).splitlines() or ["no message"])[0]
@@ -71,7 +71,7 @@ def _prepare_pixels(pixels: Any, info: dict[str, Any], count: bool, row: dict[st
         segmented = resize_square(mask_image, size)
     return PreparedImage(row, square, segmented, features)
 
-
+# %% ../../nbs/06_inference/30_predictor.ipynb #f514c79f
 def _cell_features(square: np.ndarray, cells: np.ndarray, seed: int) -> np.ndarray:
     "Features of the cells of a prepared image, float32 (m, 39)."
     labels = cv2.resize(cells.astype(np.uint16), (SIDE, SIDE), interpolation=cv2.INTER_NEAREST_EXACT).astype(np.int32)
@@ -80,10 +80,7 @@ def _cell_features(square: np.ndarray, cells: np.ndarray, seed: int) -> np.ndarr
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #2c578e77
 def prepare_image(
-    image: str
-    | os.PathLike
-    | np.ndarray
-    | Image.Image,  # a path, or uint8 (H, W, 3), (H, W), or (2, H, W, 3) with its segmented image
+    image: str | os.PathLike | np.ndarray | Image.Image,  # a path, or uint8 (H, W, 3), (H, W); (2, H, W, 3): with its mask image
     info: dict[str, Any],  # description of the model: input, image_size, segmentation
     count: bool = True,  # find and count the white blood cells
 ) -> PreparedImage:
@@ -119,16 +116,9 @@ def prediction_columns(
     classes: Sequence[str],  # class names
 ) -> list[str]:  # column names, in order
     "Columns of a table of predictions of new images."
-    before = [
-        "path",
-        "prediction",
-        *(f"p_{name}" for name in classes),
-        "confidence",
-        "ood_distance",
-        "abstains",
-        "abstain_reasons",
-    ]
-    return [*before, "n_cells", "cell_share", "flag", "sha256", "model", "model_version", "model_sha256", "error"]
+    judged = ["confidence", "ood_distance", "abstains", "abstain_reasons", "n_cells", "cell_share", "flag"]
+    probabilities = [f"p_{name}" for name in classes]
+    return ["path", "prediction", *probabilities, *judged, "sha256", "model", "model_version", "model_sha256", "error"]
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #7c5086df
 def _prediction_row(
@@ -195,24 +185,46 @@ def describe_calibration(
     return f"Probabilities are calibrated with temperature {info['temperature']:.3g}, fitted on validation images."
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #ae83d713
-def image_list(
-    images: Any,  # a path, a uint8 array (H, W, 3), (H, W), (n, H, W, 3) or (n, 2, H, W, 3), a Pillow image, or several
-) -> list[Any]:  # paths, arrays and Pillow images, one an image
-    "One entry an image of whatever may be predicted."
+def _image_list(images: Any) -> list[Any]:
+    "Paths, arrays and Pillow images, one an image, of what `prepare_images` takes."
     if isinstance(images, np.ndarray):
         return list(images) if images.ndim in (4, 5) else [images]
     single = isinstance(images, str | os.PathLike | Image.Image) or not isinstance(images, Iterable)
     return [images] if single else list(images)
 
+# %% ../../nbs/06_inference/30_predictor.ipynb #ea8df02f
+def prepare_images(
+    images: Any,  # a path, a uint8 array (H, W, 3), (H, W), (n, H, W, 3) or (n, 2, H, W, 3), a Pillow image, or several
+    info: dict[str, Any],  # description of the model
+    batch_size: int = 32,  # images in memory at a time
+) -> Iterator[list[PreparedImage]]:
+    "Images in batches as the network takes them, without counting cells. Raises ImageError for one that cannot be read."
+    every = _image_list(images)
+    if not every:
+        raise ImageError("no images. Give paths or arrays.")
+    for start in range(0, len(every), batch_size):
+        batch = [prepare_image(image, info, count=False) for image in every[start : start + batch_size]]
+        if errors := [each.row["error"] for each in batch if each.row["error"]]:
+            raise ImageError(errors[0])
+        yield batch
+
+# %% ../../nbs/06_inference/30_predictor.ipynb #75c54ada
+def run_network(
+    session: Any,  # onnxruntime session of a model file
+    prepared: Sequence[PreparedImage],  # n images that could be read
+) -> dict[str, np.ndarray]:  # float32: probabilities (n, k), not calibrated, features (n, d), statistics (n, 15)
+    "What a network computes of some images, and the statistics of the images."
+    outputs = [session.run(["probabilities", "features"], feed) for feed in _network_inputs(session, prepared)]
+    probabilities, features = (np.concatenate(parts) for parts in zip(*outputs))
+    statistics = image_statistics(np.stack([each.square for each in prepared if each.square is not None]))
+    return {"probabilities": probabilities, "features": features, "statistics": statistics}
+
 # %% ../../nbs/06_inference/30_predictor.ipynb #b14b17b4
 _NETWORK_BATCH = 4  # images given to the network at a time: as fast as more, in a fraction of the memory
 
 
-def network_inputs(
-    prepared: Sequence[PreparedImage],  # images that could be read
-    session: Any,  # onnxruntime session of a model file
-) -> Iterator[dict[str, np.ndarray]]:  # the network's inputs by name
-    "Batches of images, of original and segmented images, or the cells of one image."
+def _network_inputs(session: Any, prepared: Sequence[PreparedImage]) -> Iterator[dict[str, np.ndarray]]:
+    "A network's inputs by name: batches of images, of original and segmented images, or the cells of one image."
     names = [each.name for each in session.get_inputs()]
     if names == ["cells"]:
         yield from ({"cells": each.cells} for each in prepared if each.cells is not None)
@@ -223,21 +235,15 @@ def network_inputs(
         channels = [[each.square for each in batch], [each.segmented for each in batch]]
         yield {name: np.stack(images).astype(dtype) for name, images in zip(names, channels)}
 
-# %% ../../nbs/06_inference/30_predictor.ipynb #ea8df02f
-def prepare_images(
-    images: Any,  # what `image_list` takes
-    info: dict[str, Any],  # description of the model
-    batch_size: int = 32,  # images in memory at a time
-) -> Iterator[list[PreparedImage]]:
-    "Images in batches as the network takes them, without counting cells. Raises ImageError for one that cannot be read."
-    every = image_list(images)
-    if not every:
-        raise ImageError("no images. Give paths or arrays.")
-    for start in range(0, len(every), batch_size):
-        batch = [prepare_image(image, info, count=False) for image in every[start : start + batch_size]]
-        if errors := [each.row["error"] for each in batch if each.row["error"]]:
-            raise ImageError(errors[0])
-        yield batch
+# %% ../../nbs/06_inference/30_predictor.ipynb #ba22a16a
+def calibrate(
+    probabilities: np.ndarray,  # float (n, k), of a network
+    temperature: float,  # above 1: less confident
+) -> np.ndarray:  # float (n, k)
+    "Probabilities after temperature scaling."
+    from scipy.special import softmax
+
+    return softmax(np.log(np.maximum(probabilities, 1e-12)) / temperature, axis=1)
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #807c0cfe
 class _Network:
@@ -250,20 +256,11 @@ class _Network:
         self.image_size, self.method = self.info["image_size"], self.info["segmentation"]
         self.channels = ("original", "segmented") if self.info["input"] == "pair" else ("original",)
 
-    def _run(self, prepared: Sequence[PreparedImage]) -> tuple[np.ndarray, np.ndarray]:
-        "The network's probabilities (n, k), not calibrated, and features (n, d), float32."
-        outputs = [self.session.run(["probabilities", "features"], feed) for feed in network_inputs(prepared, self.session)]
-        probabilities, features = (np.concatenate(parts) for parts in zip(*outputs))
-        return probabilities, features
-
     def _judge(self, prepared: Sequence[PreparedImage]) -> tuple[np.ndarray, np.ndarray]:
         "Calibrated probabilities (n, k) and OOD distances (n,)."
-        from scipy.special import softmax
-
-        probabilities, features = self._run(prepared)
-        statistics = image_statistics(np.stack([each.square for each in prepared if each.square is not None]))
-        scaled = np.log(np.maximum(probabilities, 1e-12)) / self.info["temperature"]
-        return softmax(scaled, axis=1), ood_distance(features, statistics, self.constants)
+        found = run_network(self.session, prepared)
+        probabilities = calibrate(found["probabilities"], self.info["temperature"])
+        return probabilities, ood_distance(found["features"], found["statistics"], self.constants)
 
     def predict_proba(self, images: Any) -> np.ndarray:
         "Calibrated probabilities (n, k), columns as `classes_`. Raises ImageError."
@@ -271,7 +268,7 @@ class _Network:
 
     def features(self, images: Any) -> np.ndarray:
         "Features float32 (n, d), the input of the last layers. Raises ImageError."
-        return np.concatenate([self._run(batch)[1] for batch in prepare_images(images, self.info)])
+        return np.concatenate([run_network(self.session, batch)["features"] for batch in prepare_images(images, self.info)])
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #2e9bf0ed
 def _rows(network: _Network, prepared: Sequence[PreparedImage]) -> list[dict[str, Any]]:
@@ -304,16 +301,16 @@ class Predictor(_Network):
 
     def iter_predict(self, images: Any, batch_size: int = 32) -> Iterator[Predictions]:
         "Predictions batch by batch; an image that cannot be read is a row with its error."
-        every = image_list(images)
+        every, prepare = _image_list(images), functools.partial(prepare_image, info=self.info)
         with ThreadPoolExecutor(2) as pool:
             for start in range(0, len(every), batch_size):
                 batch = every[start : start + batch_size]
-                prepared = list(pool.map(functools.partial(prepare_image, info=self.info), batch))
-                yield Predictions(_rows(self, prepared), self.info, batch)
+                first = prepare(batch[0])  # alone: two threads must not import the same part of a library at once
+                yield Predictions(_rows(self, [first, *pool.map(prepare, batch[1:])]), self.info, batch)
 
     def predict(self, images: Any, batch_size: int = 32) -> Predictions:
         "Predictions of all images; `batch_size` of them are in memory at a time."
-        every = image_list(images)
+        every = _image_list(images)
         return Predictions([row for part in self.iter_predict(every, batch_size) for row in part.rows], self.info, every)
 
     def score(self, images: Any, labels: Sequence[str]) -> float:
@@ -348,32 +345,24 @@ class Predictions:
     def _repr_html_(self) -> str:
         "At most six images."
         cards = [_card(row, self.info, image) for row, image in list(zip(self.rows, self.images))[:6]]
-        return render_template(
-            "predictions.html.j2",
-            cards=cards,
-            more=len(self) - len(cards),
-            info=self.info,
-            calibration=describe_calibration(self.info),
-        )
+        values = {"info": self.info, "calibration": describe_calibration(self.info), "more": len(self) - len(cards)}
+        return render_template("predictions.html.j2", cards=cards, **values)
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #c0ffee01
 def _card(row: dict[str, Any], info: dict[str, Any], image: Any) -> dict[str, Any]:
     "What the display shows of one prediction."
-    name = shown(os.path.basename(row["path"])) or "image"
-    bars = (
-        [(c, row[f"p_{c}"], colour) for c, colour in zip(info["classes"], class_colours(info["classes"]))]
-        if row["prediction"]
-        else []
-    )
+    title = shown(os.path.basename(row["path"])) or "image"
+    coloured = zip(info["classes"], class_colours(info["classes"])) if row["prediction"] else ()
+    bars = [(name, row[f"p_{name}"], colour) for name, colour in coloured]
     try:
         drawn = data_uri(overlay(_pixels(image))) if bars else ""
     except Exception:
         drawn = ""  # the file is gone, say: the prediction is shown all the same
-    return {"name": name, "row": row, "bars": bars, "image": drawn, "confidence": shown(format_confidence(row))}
+    return {"name": title, "row": row, "bars": bars, "image": drawn, "confidence": shown(format_confidence(row))}
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #1208295a
 def render_template(
-    template: str,  # file in `leukemia_nb/templates`
+    template: str,  # file in leukemia_nb/templates
     **values: Any,  # for its variables
 ) -> str:  # HTML
     "Fill in a jinja2 template of the package; values are escaped."
@@ -434,11 +423,10 @@ def saliency(
 
     prepared = [each for batch in prepare_images(images, model.info) for each in batch]
     pairs = len(model.channels) == 2
-    return occlusion_map(
-        model, np.stack([[each.square, each.segmented] if pairs else each.square for each in prepared]), grid=grid
-    )
+    arrays = [[each.square, each.segmented] if pairs else each.square for each in prepared]
+    return occlusion_map(model, np.stack(arrays), grid=grid)
 
-
+# %% ../../nbs/06_inference/30_predictor.ipynb #67770cc4
 def _pixels(image: Any) -> np.ndarray:
     "uint8 (H, W, 3) RGB of a path, an image in memory or a pair. Raises ImageError."
     if isinstance(image, str | os.PathLike):

@@ -88,7 +88,7 @@ def _connect(address: str) -> Iterator[Any]:
     except CancelledError as error:
         raise ClusterError(f"{address}: the scheduler is gone. Start it and give the same command again to go on.") from error
 
-
+# %% ../../nbs/07_study/10_cluster.ipynb #43e04a0a
 def _check_reachable(address: str) -> None:
     "Connect to the scheduler's port: Dask's own attempt takes half a minute to fail. Raises ClusterError."
     try:

@@ -21,7 +21,7 @@ class KernelStartError(RuntimeError):
 
 _kernels: set[int] = set()  # process numbers of the running kernels of this process
 
-
+# %% ../../nbs/07_study/15_kernels.ipynb #b0b943bf
 @contextmanager
 def python_kernel(
     folder: str | os.PathLike,  # working directory
@@ -58,7 +58,7 @@ def _kernel_environment(own: str) -> dict[str, str]:
     fixed["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     return {**os.environ, **fixed, **dict.fromkeys(("PYTHONSTARTUP", "PYTHONWARNINGS", "PYTHONOPTIMIZE"), "")}
 
-
+# %% ../../nbs/07_study/15_kernels.ipynb #22ba662f
 @functools.cache
 def _kernel_manager() -> type:
     "Jupyter's kernel manager that keeps its clients: nbclient does not close those of a kernel that it was given."
@@ -72,7 +72,7 @@ def _kernel_manager() -> type:
 
     return Manager
 
-
+# %% ../../nbs/07_study/15_kernels.ipynb #61afb15a
 def _start(manager: Any, own: str, **process: Any) -> None:
     "Start a kernel and wait until it answers. Raises KernelStartError with the last line that it has written."
     from jupyter_core.utils import run_sync
@@ -104,13 +104,13 @@ def _end(manager: Any) -> None:
         _kill_group(pid)
         _kernels.discard(pid)
 
-
+# %% ../../nbs/07_study/15_kernels.ipynb #975538e6
 def _kill_group(pid: int) -> None:
     "Kill a kernel, which leads a process group, and its group."
     with suppress(OSError, AttributeError):
         os.killpg(pid, signal.SIGKILL)  # Windows has no groups; there the kernel was ended with now=True
 
-
+# %% ../../nbs/07_study/15_kernels.ipynb #aa0e64d2
 def end_kernels() -> None:
     "Kill the running kernels, as when a study is interrupted."
     for pid in list(_kernels):
