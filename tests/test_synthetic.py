@@ -205,7 +205,9 @@ def test_write_smears(tmp_path):
     for row in table.itertuples():
         drawn = smear(row[1], row.seed, 48, 64)
         assert (read_image(tmp_path / row.path) == drawn.image).all()
-        assert (cv2.imread(str(tmp_path / row.truth), cv2.IMREAD_UNCHANGED) == drawn.cells).all() and row.cells == drawn.cells.max()
+        assert (
+            cv2.imread(str(tmp_path / row.truth), cv2.IMREAD_UNCHANGED) == drawn.cells
+        ).all() and row.cells == drawn.cells.max()
         assert row.laboratory == drawn.laboratory
     manifest = build_manifest(tmp_path, classes=FOUR_CLASSES)
     assert len(manifest) == 12 and (manifest["problem"] == "").all()  # the truth is no class

@@ -202,7 +202,7 @@ def _check_parameters(notebook: Path, parameters: Iterable[str]) -> None:
         raise StudyError(f"{notebook.name}: unknown parameter {', '.join(unknown)}; it knows {', '.join(known)}.")
 
 # %% ../../nbs/07_study/20_driver.ipynb #09f7bbf4
-_LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "__pycache__")  # what file managers and Python leave behind; *.cache: ultralytics' list of a folder's images
+_LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "__pycache__")  # what file managers and Python leave behind
 
 # %% ../../nbs/07_study/20_driver.ipynb #625ee41d
 def _files(path: Path) -> list[Path]:
