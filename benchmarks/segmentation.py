@@ -96,7 +96,10 @@ def save_pair(image: np.ndarray, mask: np.ndarray, folder: Path, level: int | No
 def times(image: np.ndarray, folder: Path) -> dict:
     "Seconds for each step on one image, and whether the two recipes give equal masks."
     channel, mask = a_channel(image), study_mask(image)
-    slow = lambda: study_mask(image, cluster=kmeans_mask)
+
+    def slow():
+        return study_mask(image, cluster=kmeans_mask)
+
     row = {
         "cluster_exact": fastest(lambda: cluster_mask(channel), 30),
         "cluster_kmeans": fastest(lambda: kmeans_mask(channel), 2),

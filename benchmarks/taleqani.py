@@ -20,7 +20,7 @@ from leukemia_nb.data import near_duplicates as leakage
 from leukemia_nb.data.manifest import CLASSES, class_of, merge_groups
 from leukemia_nb.data.files import atomic_path, file_sha256
 
-GROUPED_BY = "near-duplicates found by leukemia_nb.data.near_duplicates.find_near_duplicates, joined with the listed groups of taleqani_fields.csv"
+GROUPED_BY = "near-duplicates of find_near_duplicates, joined with the listed groups of taleqani_fields.csv"
 INTERVAL = "Clopper-Pearson 95 %"
 
 

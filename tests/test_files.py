@@ -179,7 +179,10 @@ def test_the_second_writer_is_refused_and_the_lock_ends_with_its_process(tmp_pat
         "import os, signal, sys; from leukemia_nb.data.files import exclusive\n"
         "with exclusive(sys.argv[1]):\n if len(sys.argv) > 2: os.kill(os.getpid(), signal.SIGKILL)"
     )
-    run = lambda *more: subprocess.run([sys.executable, "-c", code, tmp_path / "x.csv", *more], capture_output=True, text=True)
+
+    def run(*more):
+        return subprocess.run([sys.executable, "-c", code, tmp_path / "x.csv", *more], capture_output=True, text=True)
+
     with files.exclusive(tmp_path / "x.csv"):
         assert "another leukemia_nb is writing it" in run().stderr
     assert run("die").returncode == -9 and run().returncode == 0

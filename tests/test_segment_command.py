@@ -227,7 +227,10 @@ def test_a_full_disk_keeps_what_is_done_and_the_same_command_goes_on(tmp_path, d
     write_image(tmp_path / "in/a.png", drawn[0])
     noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8)
     write_image(tmp_path / "in/b.png", noise)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
     status, said, error = call(tmp_path / "in", "--out", tmp_path / "out", preexec_fn=limit)
     assert (
         status == 1

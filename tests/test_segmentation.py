@@ -117,7 +117,10 @@ def test_unusable_images_and_methods():
 
 def test_cleaning_is_opencvs_open_then_close():
     random = np.random.default_rng(1).random((80, 90)) < 0.5
-    ellipse = lambda size: cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
+
+    def ellipse(size):
+        return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
+
     opened = cv2.dilate(cv2.erode(random.astype(np.uint8), ellipse(3)), ellipse(3))
     assert (clean_mask(random) == (cv2.morphologyEx(opened, cv2.MORPH_CLOSE, ellipse(7)) > 0)).all()
 

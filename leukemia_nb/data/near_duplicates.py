@@ -49,7 +49,7 @@ def _band_pass(frame: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #13252833
 def _overlap_correlation(first: np.ndarray, second: np.ndarray, dx: int, dy: int, mask: np.ndarray) -> tuple[float, float]:
-    "Correlation of band-passed frames, the second's corner at (dx, dy) of the first, and the proportion compared; -1 if too small."
+    "Correlation of band-passed frames, the second's corner at (dx, dy) of the first, and the proportion compared; or -1."
     size = len(first)
 
     def part(image: np.ndarray, x: int, y: int) -> np.ndarray:

@@ -237,7 +237,7 @@ def _columns(header: Sequence[str], wanted: Mapping[str, Sequence[str]]) -> dict
 
 # %% ../../nbs/02_processing/40_splitting.ipynb #3751a3f0
 def _read_columns(path: str | os.PathLike, wanted: Mapping[str, Sequence[str]]) -> tuple[pd.DataFrame, str]:
-    "Those columns of a CSV, by any of their names, that are there, and its header; any separator, any encoding. Raises `SplitError`."
+    "Columns of a CSV that are there, by any of their names, and its header; any separator and encoding. Raises `SplitError`."
     text = re.sub(r"\Asep=.\s*", "", _read_text(path))  # a line that Excel writes and reads
     lines = [line for line in io.StringIO(text, newline="") if line.strip()]
     headers = {separator: next(csv.reader(lines[:1], delimiter=separator), []) for separator in ",;\t|"}
