@@ -31,7 +31,8 @@ SIZES = {"224x224": (224, 224), "1024x768": (768, 1024)}
 
 def ours(model: Path):
     "Our exported file."
-    from leukemia_nb.inference.predictor import Predictor
+    from leukemia_nb.inference.predictor import run_network
+from leukemia_nb.inference.predictor import Predictor
 
     predictor = Predictor(model)
 

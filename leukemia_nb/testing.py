@@ -197,7 +197,14 @@ def _dummy_audit(folder: Path, models: list[str]) -> None:
     robustness = robustness.assign(title=robustness["model"].map(model_title), clean=robustness["level"] == 0)
     write_table(folder / "metrics" / "robustness.csv", robustness.assign(accuracy=robustness["n_correct"] / 60))
     baseline = {"kind": "baseline", "name": "background_colour", "title": "Background colour", "sees": "colours outside of cells"}
-    baseline |= {"images": 111, "groups": 104, "accuracy": 0.982, "low": 0.95, "high": 1.0, "interval": "Clopper-Pearson on effective groups"}
+    baseline |= {
+        "images": 111,
+        "groups": 104,
+        "accuracy": 0.982,
+        "low": 0.95,
+        "high": 1.0,
+        "interval": "Clopper-Pearson on effective groups",
+    }
     write_table(folder / "metrics" / "baselines.csv", pd.DataFrame([baseline]))
     made = ["Normal"] * 44 + ["Pre-B"] * 85 + ["Pro-B"] * 71
     write_table(folder / "audit" / "cue_conflict.csv", pd.DataFrame({"kind": "only_bg", "other": made}))

@@ -14,7 +14,7 @@ def colour_statistics(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
     mask: np.ndarray | None = None,  # bool (H, W), the pixels that count, at least one; None: all
 ) -> np.ndarray:  # float32 (2, 3): means and standard deviations of L, A, B, in OpenCV's 8-bit CIELAB
-    "Which colours an image has."
+    "Mean and standard deviation of the CIELAB channels."
     lab = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2LAB)
     values = (lab.reshape(-1, 3) if mask is None else lab[mask]).astype(np.float32)
     return np.stack([values.mean(axis=0), values.std(axis=0)])
