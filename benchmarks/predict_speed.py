@@ -31,8 +31,7 @@ SIZES = {"224x224": (224, 224), "1024x768": (768, 1024)}
 
 def ours(model: Path):
     "Our exported file."
-    from leukemia_nb.inference.predictor import run_network
-from leukemia_nb.inference.predictor import Predictor
+    from leukemia_nb.inference.predictor import Predictor
 
     predictor = Predictor(model)
 
@@ -235,7 +234,7 @@ def steps_of(file: str) -> dict:
 
 def network_of(model: Path, file: str) -> dict:
     "The network beside this machine's matrix product, in processor time; with single images waiting threads count, too."
-    from leukemia_nb.inference.predictor import Predictor, prepare_image
+    from leukemia_nb.inference.predictor import Predictor, prepare_image, run_network
 
     predictor = Predictor(model)
     one = prepare_image(file, predictor.info)
