@@ -100,9 +100,9 @@ def _one_line(error: Exception) -> str:
 # %% ../../nbs/07_study/50_command_line.ipynb #88a4a807
 def _echo(text: str, err: bool = False) -> None:
     "Print lines; what a terminal cannot show in a file name is escaped."
-    from leukemia_nb.data.files import shown_lines
+    from leukemia_nb.data.files import shown
 
-    typer.echo(shown_lines(text), err=err)
+    typer.echo("\n".join(map(shown, text.split("\n"))), err=err)
 
 
 def _log(line: str) -> None:
