@@ -203,7 +203,7 @@ def test_benchmarks_on_the_real_images_use_these_groups_and_say_so():
             assert "find_near_duplicates, joined with" in json.loads(result.read_text())["grouped_by"], name
     kept = json.loads((ROOT / "benchmarks/results/cell_model.json").read_text())
     assert kept["pairs_across_folds"] == 0 and kept["near_duplicate_pairs"] > 800 and kept["interval"] == "Clopper-Pearson 95 %"
-    assert kept["untouched_test"]["cells"]["n"] == kept["test"]
+    assert kept["accuracy_test"]["cells"]["n"] == kept["test"]
 
 
 @pytest.mark.slow

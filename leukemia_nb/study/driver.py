@@ -444,10 +444,10 @@ def run_study(
     cluster: str = "",  # address of a Dask scheduler, as tcp://head:8786, whose workers run the steps
 ) -> Run:
     "Run what of a study is not up to date. Raises StudyError, ClusterError, and what `check_study` raises before any step."
-    steps = study_steps(settings)
-    again, wanted = _select_steps(steps, redo), with_dependencies(steps, until)
     run = Run(Path(folder).resolve() if cluster else Path(folder))
     check_study(settings, run)
+    steps = study_steps(settings)
+    again, wanted = _select_steps(steps, redo), with_dependencies(steps, until)
     with _locked(run), parallel(n_jobs, cluster) as workers:
         _wait_for_workers(run)
         mark_output_folder(run.folder)
