@@ -47,15 +47,15 @@ def anchors(cells: list) -> set[str]:
     return found
 
 
-def broken_links(cells: list, folder: Path) -> list[str]:
-    """Relative links of a page that lead to no file, or to no heading of it."""
+def broken_links(cells: list, folder: Path, headings: bool = True) -> list[str]:
+    """Relative links of a page that lead to no file, or to no heading of it (nbdev adds some when it prepares a page)."""
     lost = []
     for link in links(cells):
         path, _, anchor = link.partition("#")
         if re.match(r"[a-z]+:", link):
             continue
         there = not path or (folder / path).exists()
-        if not there or (anchor and anchor not in anchors(cells_of(folder / path) if path else cells)):
+        if not there or (headings and anchor and anchor not in anchors(cells_of(folder / path) if path else cells)):
             lost.append(link)
     return lost
 
@@ -80,7 +80,7 @@ def check_page(cells: list, folder: Path) -> Iterator[str]:
             yield f"cell {cells.index(cell)}: an output is an error or a warning"
         if "image/png" in output.get("data", {}) and "fig-alt:" not in cell.source:
             yield f"cell {cells.index(cell)}: an image without fig-alt"
-    yield from (f"link {link} leads nowhere" for link in broken_links(cells, folder))
+    yield from (f"link {link} leads nowhere" for link in broken_links(cells, folder, headings=False))
     for number, cell in enumerate(cells):
         if word := OLD_WORDS.search(cell.source):
             yield f"cell {number}: {word[0]!r} is not the field's word, see the glossary"

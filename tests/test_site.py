@@ -59,11 +59,11 @@ def test_the_readme_names_commands_that_there_are():
 def test_the_reference_names_every_public_function_and_class():
     shown = "\n".join(markdown(cells_of(NBS / "reference.ipynb")))
     for notebook in NBS.glob("[0-9]*/*.ipynb"):
-        export = re.search(r'"#\| default_exp (\w+)"', notebook.read_text(encoding="utf-8"))
+        export = re.search(r'"#\| default_exp ([\w.]+)"', notebook.read_text(encoding="utf-8"))
         module = importlib.import_module(f"leukemia_nb.{export[1]}")
         for name in module.__all__:
             if callable(getattr(module, name)) and getattr(getattr(module, name), "__module__", "") == module.__name__:
-                assert f"[{name}]({notebook.name}#{name.lower()})" in shown, (
+                assert f"[{name}]({notebook.relative_to(NBS).as_posix()}#{name.lower()})" in shown, (
                     f"run nbs/reference.ipynb again: {module.__name__}.{name}"
                 )
 

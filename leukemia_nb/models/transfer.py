@@ -226,9 +226,9 @@ def write_features(
     path: str | Path,  # file to be written, features/<backbone>.npz
     name: str,  # key of BACKBONES
     weights: str = "imagenet",  # these four as in build_backbone
-    preprocessing: str = "native",
-    image_size: int = 224,
-    seed: int = 0,
+    preprocessing: str = "native",  # native or rescale
+    image_size: int = 224,  # side of the images, pixels
+    seed: int = 0,  # of random weights
 ) -> Path:
     "Features of all images of a dataset, in the rows of dataset.csv; see `read_features`."
     pairs = Pairs(dataset, size=image_size)
