@@ -16,6 +16,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else:  # loaded when they are used; the names are for the documentation
+    Figure = Any
 
 # %% ../nbs/00_shared/20_plotting.ipynb #576e3c08
 CLASS_COLOURS = {"Normal": "#4477AA", "Early Pre-B": "#66AABB", "Pre-B": "#D69A1E", "Pro-B": "#AA3377"}

@@ -24,6 +24,7 @@ MODULES = sorted(
     for p in (ROOT / "leukemia_nb").rglob("*.py")
     if not p.stem.startswith("_")
 )
+NEED_TRAIN = ("models.classifier", "models.transfer", "models.yolo", "models.cell_model", "testing")  # scikit-learn estimators
 BIN = Path(sys.executable).parent
 ENTRIES = re.split(r"\n(?=\S)", "\n" + (ROOT / "requirements.lock").read_text(encoding="utf-8").strip())[1:]
 LOCK = [Requirement(entry.split("\\")[0]) for entry in ENTRIES if not entry.startswith("#")]
@@ -120,7 +121,7 @@ FAULTS = {
     "type": (FUNCTION.replace("number: int", "number"), "no type for number"),
     "return": (FUNCTION.replace(" -> int:  # twice as much", ":"), "no type of the return"),
     "docstring": (FUNCTION.replace('    "Twice a number."\n', ""), "double has no docstring"),
-    "long": (FUNCTION.replace("    return", "    number += 0\n" * 40 + "    return"), "lines exported in one cell"),
+    "long": (FUNCTION.replace("    return", "    number += 0\n" * 100 + "    return"), "lines exported in one cell"),
     "imports": ("import os\nos.getcwd()", "imports something and does more"),
     "print": ("print(double(2))", "prints where it could show a value"),
 }
@@ -178,7 +179,7 @@ def test_the_wheel_holds_the_study_notebooks(wheel):
 
 
 def test_every_module_imports_from_the_wheel_in_a_clean_environment(wheel, tmp_path):
-    """Only the base requirements are installed: no TensorFlow, no torch, no nbdev."""
+    """Only the base requirements are installed: no TensorFlow, no torch, no scikit-learn, no nbdev. Models need `train`."""
     python = tmp_path / "env" / "bin" / "python"
     subprocess.run(
         [sys.executable, "-m", "venv", *(["--without-pip"] if shutil.which("uv") else []), tmp_path / "env"], check=True
@@ -187,7 +188,13 @@ def test_every_module_imports_from_the_wheel_in_a_clean_environment(wheel, tmp_p
     (tmp_path / "pins.txt").write_text("\n".join(map(str, LOCK)))
     subprocess.run([*install, "-c", tmp_path / "pins.txt", wheel], check=True, timeout=900)
     code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module('leukemia_nb.' + name)\nprint('all')"
-    done = subprocess.run([python, "-c", code, *MODULES], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [python, "-c", code, *(name for name in MODULES if name not in NEED_TRAIN)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.stdout == "all\n", done.stderr
     again = subprocess.run([python, "-m", "leukemia_nb", "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and "segment" in again.stdout, again.stderr

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'paste_cells', 'make_composites', 'cue_conflict_rates', 'cue
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #e2921551
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -22,6 +22,8 @@ from ..processing.segmentation import a_channel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else:  # loaded when they are used; the names are for the documentation
+    Figure = Any
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #e5dd5a6c
 def _find_scale_bar(image: np.ndarray) -> np.ndarray:

@@ -20,6 +20,8 @@ from ..plotting import CLASS_COLOURS, GREY, PALE, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else:  # loaded when they are used; the names are for the documentation
+    Figure = Any
 
 # %% ../../nbs/05_audit/30_robustness.ipynb #d0072780
 def _shift_hue(image: np.ndarray, degrees: float) -> np.ndarray:

@@ -24,6 +24,8 @@ from ..processing.cells import find_cells
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else:  # loaded when they are used; the names are for the documentation
+    Figure = Any
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #6b980704
 def _keras_maps(model: Any, batch: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

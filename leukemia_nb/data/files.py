@@ -22,6 +22,8 @@ from ..errors import LeukemiaError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+else:  # loaded when they are used; the names are for the documentation
+    DataFrame = Any
 
 # %% auto #0
 __all__ = ['shown', 'counted', 'OutputError', 'writing', 'atomic_path', 'check_output', 'mark_output_folder', 'is_output_folder',

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.ImageCms import ImageCmsTransform
     from tifffile import TiffFile, TiffPage
+else:  # loaded when they are used; the names are for the documentation
+    Figure = ImageCmsTransform = TiffFile = TiffPage = Any
 
 # %% auto #0
 __all__ = ['SCALE_BAR_CORNER', 'SUFFIXES', 'ImageError', 'read_image', 'show_images', 'image_problem', 'as_rgb', 'resize_square',

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,6 +31,8 @@ from .images import SUFFIXES, ImageError, read_image
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+else:  # loaded when they are used; the names are for the documentation
+    DataFrame = Any
 
 # %% auto #0
 __all__ = ['CLASSES', 'FOUR_CLASSES', 'NO_IMAGES', 'class_of', 'ImageSearch', 'check_folder', 'check_apart', 'search_images',

@@ -18,6 +18,8 @@ from ..plotting import CLASS_COLOURS, GREY, blank_figure, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else:  # loaded when they are used; the names are for the documentation
+    Figure = Any
 
 # %% ../../nbs/04_evaluation/40_calibration.ipynb #d23718f5
 def _reliability_table(table: pd.DataFrame, bins: int = 10) -> pd.DataFrame:

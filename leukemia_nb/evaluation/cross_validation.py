@@ -6,7 +6,7 @@
 __all__ = ['cross_validate', 'cross_validated_accuracy']
 
 # %% ../../nbs/04_evaluation/50_cross_validation.ipynb #9460ed3e
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,8 @@ from .uncertainty import Interval, grouped_interval
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
+else:  # loaded when they are used; the names are for the documentation
+    BaseEstimator = Any
 
 # %% ../../nbs/04_evaluation/50_cross_validation.ipynb #f9c6df44
 def cross_validate(

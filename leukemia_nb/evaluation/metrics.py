@@ -28,6 +28,8 @@ from ..plotting import CLASS_COLOURS, GREY, PALE, blank_figure, class_colours, s
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+else:  # loaded when they are used; the names are for the documentation
+    Axes = Figure = Any
 
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #22fe6a57
 ORIGINAL_ACCURACY = {

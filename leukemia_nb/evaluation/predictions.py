@@ -26,6 +26,8 @@ from ..plotting import GREY, blank_figure, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else:  # loaded when they are used; the names are for the documentation
+    Figure = Any
 
 # %% ../../nbs/04_evaluation/10_predictions.ipynb #3cdc792d
 class PredictionsError(LeukemiaError, ValueError):

@@ -10,7 +10,7 @@ __all__ = ['CLOPPER_PEARSON', 'clopper_pearson', 'format_proportion', 'Interval'
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,8 @@ from ..plotting import blank_figure, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else:  # loaded when they are used; the names are for the documentation
+    Figure = Any
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #fa8851ea
 CLOPPER_PEARSON = "Clopper-Pearson"

@@ -35,6 +35,8 @@ from ..plotting import class_colours
 
 if TYPE_CHECKING:
     from ipywidgets import Widget
+else:  # loaded when they are used; the names are for the documentation
+    Widget = Any
 
 # %% auto #0
 __all__ = ['read_upload', 'Panel', 'panel', 'serve']

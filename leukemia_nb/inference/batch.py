@@ -38,6 +38,8 @@ from ..models.interface import MODELS, ModelError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+else:  # loaded when they are used; the names are for the documentation
+    DataFrame = Any
 
 # %% auto #0
 __all__ = ['find_inputs', 'PredictionTask', 'unfinished_file', 'predict_files', 'exported_models', 'open_predictors',

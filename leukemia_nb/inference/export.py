@@ -24,10 +24,12 @@ from ..models.interface import MODELS, ModelError, package_versions
 from ..processing.cells import FEATURE_NAMES
 
 if TYPE_CHECKING:
-    import onnx
+    from onnx import ModelProto
 
     from leukemia_nb.models.classifier import ImageClassifier
     from leukemia_nb.processing.dataset import Pairs
+else:  # loaded when they are used; the names are for the documentation
+    ModelProto = ImageClassifier = Pairs = Any
 
 # %% auto #0
 __all__ = ['EXPORTERS', 'export_network', 'choose_thresholds', 'export_model']
@@ -36,7 +38,7 @@ __all__ = ['EXPORTERS', 'export_network', 'choose_thresholds', 'export_model']
 _OPSET = 18  # version of ONNX' operators
 
 # %% ../../nbs/06_inference/50_export.ipynb #c9c5a4b6
-def _export_keras(model: Any) -> onnx.ModelProto:
+def _export_keras(model: Any) -> ModelProto:
     "A fitted `KerasClassifier` as ONNX."
     import keras
     import onnx
@@ -64,7 +66,7 @@ def _make_constant(network: Any, keras: Any) -> None:
             layer.mean, layer.variance = np.asarray(layer.mean), np.asarray(layer.variance)
 
 # %% ../../nbs/06_inference/50_export.ipynb #6fa7b8a0
-def _rename_outputs(network: onnx.ModelProto, names: Sequence[str]) -> None:
+def _rename_outputs(network: ModelProto, names: Sequence[str]) -> None:
     "Name the outputs of a network, in place; tf2onnx calls them Identity."
     renamed = {output.name: name for output, name in zip(network.graph.output, names)}
     for node in network.graph.node:
@@ -74,7 +76,7 @@ def _rename_outputs(network: onnx.ModelProto, names: Sequence[str]) -> None:
         output.name = renamed[output.name]
 
 # %% ../../nbs/06_inference/50_export.ipynb #94a0bf5b
-def _export_torch(model: Any) -> onnx.ModelProto:
+def _export_torch(model: Any) -> ModelProto:
     "A fitted `YoloClassifier` as ONNX."
     import torch
 
@@ -93,7 +95,7 @@ def _export_torch(model: Any) -> onnx.ModelProto:
     return _trace(Classifier(model.network_.model.model, [names.index(name) for name in model.classes_]), example, "original")
 
 # %% ../../nbs/06_inference/50_export.ipynb #bb89969c
-def _trace(module: Any, example: Any, name: str) -> onnx.ModelProto:
+def _trace(module: Any, example: Any, name: str) -> ModelProto:
     "A PyTorch module as ONNX; any number of rows."
     import onnx
     import torch
@@ -115,7 +117,7 @@ def _trace(module: Any, example: Any, name: str) -> onnx.ModelProto:
     return onnx.load_model_from_string(written.getvalue())
 
 # %% ../../nbs/06_inference/50_export.ipynb #f4ece443
-def _export_cells(model: Any) -> onnx.ModelProto:
+def _export_cells(model: Any) -> ModelProto:
     "A fitted `CellClassifier` as ONNX, in double precision."
     import torch
 
@@ -164,7 +166,7 @@ EXPORTERS: dict[str, Callable[[Any], Any]] = {"keras": _export_keras, "torch": _
 
 def export_network(
     model: ImageClassifier,  # trained
-) -> onnx.ModelProto:  # outputs probabilities (n, k) and features (n, d)
+) -> ModelProto:  # outputs probabilities (n, k) and features (n, d)
     "The network of a model as ONNX. Raises ModelError for a framework without exporter or a package that is missing."
     framework = MODELS[model.name].framework
     if framework not in EXPORTERS:
@@ -176,7 +178,7 @@ def export_network(
         raise ModelError(f"{model.name} cannot be exported: {error}. Install it: pip install '.[train]'.") from error
 
 # %% ../../nbs/06_inference/50_export.ipynb #4e234da5
-def _run_exported(network: onnx.ModelProto, model: ImageClassifier, pairs: Pairs | np.ndarray) -> dict[str, np.ndarray]:
+def _run_exported(network: ModelProto, model: ImageClassifier, pairs: Pairs | np.ndarray) -> dict[str, np.ndarray]:
     "`run_network` for an exported network and image pairs, or images uint8 (n, H, W, 3)."
     import onnxruntime
 
@@ -223,7 +225,7 @@ def choose_thresholds(
     return chosen
 
 # %% ../../nbs/06_inference/50_export.ipynb #e0add387
-def _weights_version(network: onnx.ModelProto) -> str:
+def _weights_version(network: ModelProto) -> str:
     "A short digest of the weights of a network, 12 hexadecimal digits."
     from onnx import numpy_helper
 

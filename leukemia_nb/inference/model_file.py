@@ -20,8 +20,10 @@ from ..data.files import atomic_path
 from ..models.interface import ModelError
 
 if TYPE_CHECKING:
-    import onnx
-    import onnxruntime
+    from onnx import ModelProto
+    from onnxruntime import InferenceSession
+else:  # loaded when they are used; the names are for the documentation
+    ModelProto = InferenceSession = Any
 
 # %% auto #0
 __all__ = ['write_model_file', 'ModelFile', 'open_model_file']
@@ -82,7 +84,7 @@ _AGAIN = "Export the model again."
 # %% ../../nbs/06_inference/20_model_file.ipynb #8f58bb33
 def write_model_file(
     path: str | os.PathLike,  # file to be written, whole or not at all
-    network: onnx.ModelProto,  # outputs probabilities (n, k) and features (n, d)
+    network: ModelProto,  # outputs probabilities (n, k) and features (n, d)
     info: Mapping[str, Any],  # description of the model, what JSON can hold
     constants: Mapping[str, np.ndarray],  # arrays that the predictor needs, from fit_ood
 ) -> str:  # SHA-256 of the file's content
@@ -102,7 +104,7 @@ def write_model_file(
 class ModelFile(NamedTuple):
     "An opened model file."
 
-    session: onnxruntime.InferenceSession  # takes the arrays that `info["input"]` says, gives probabilities and features
+    session: InferenceSession  # takes the arrays that `info["input"]` says, gives probabilities and features
     info: dict[str, Any]  # the description, and `sha256`
     constants: dict[str, np.ndarray]  # float32 arrays
 
@@ -143,7 +145,7 @@ def _read_content(file: str | os.PathLike) -> bytes:
         raise ModelError(f"{file}: cannot be read: {error.strerror}. Check the path of the model file.") from None
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #69817f77
-def _start_session(content: bytes, file: str | os.PathLike, threads: int | None) -> onnxruntime.InferenceSession:
+def _start_session(content: bytes, file: str | os.PathLike, threads: int | None) -> InferenceSession:
     "The network on the processor, without messages of its own. Raises ModelError."
     import onnxruntime
 

@@ -27,6 +27,8 @@ from ..processing.segmentation import apply_mask, check_mask, draw_outlines, seg
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+else:  # loaded when they are used; the names are for the documentation
+    DataFrame = Any
 
 # %% auto #0
 __all__ = ['PreparedImage', 'describe_error', 'prepare_image', 'abstain_reasons', 'prediction_columns', 'format_confidence',

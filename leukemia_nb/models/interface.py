@@ -20,6 +20,8 @@ from ..errors import LeukemiaError
 
 if TYPE_CHECKING:
     from leukemia_nb.models.classifier import ImageClassifier
+else:  # loaded when they are used; the names are for the documentation
+    ImageClassifier = Any
 
 # %% ../../nbs/03_models/10_interface.ipynb #0f33f34f
 class ModelError(LeukemiaError, ValueError):

@@ -28,7 +28,10 @@ from .interface import WEIGHTS_FOLDER, ModelError, local_weights
 from ..processing.dataset import Pairs
 
 if TYPE_CHECKING:
-    import keras
+    from keras import Model
+    from keras.utils import PyDataset
+else:  # loaded when they are used; the names are for the documentation
+    Model = PyDataset = Any
 
 # %% ../../nbs/03_models/20_transfer.ipynb #6b6e3a67
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def build_backbone(
     preprocessing: str = "native",  # "native" or "rescale"
     image_size: int = 224,  # side of the images, pixels
     seed: int = 0,  # of random weights
-) -> tuple["keras.Model", str]:  # pixels (n, S, S, 3) in 0..255 to feature maps (n, h, w, d); the source of its weights
+) -> tuple["Model", str]:  # pixels (n, S, S, 3) in 0..255 to feature maps (n, h, w, d); the source of its weights
     "A backbone with its input scaling inside. Raises `ModelError` for a weight file that is damaged or of another network."
     keras, backbone = import_keras(), BACKBONES[name]
     file = None if weights == "random" else local_weights(*backbone.files)
@@ -165,7 +168,7 @@ def build_backbone(
     return network, _describe_weights(backbone, file)
 
 
-def _load_weights(network: "keras.Model", backbone: Backbone, file: Path) -> None:
+def _load_weights(network: "Model", backbone: Backbone, file: Path) -> None:
     "Read a weight file into a network. Raises `ModelError`."
     try:
         network.load_weights(file)
@@ -183,7 +186,7 @@ def image_batches(
     channels: tuple[str, ...] = ("original",),  # one input of the network each
     batch_size: int = 32,  # images a batch
     seed: int | None = None,  # of a new order in every epoch; None: in order
-) -> "keras.utils.PyDataset":  # batches of float32 images, 0..255, and targets
+) -> "PyDataset":  # batches of float32 images, 0..255, and targets
     "Batches for `keras.Model.fit` and `predict`."
     keras = import_keras()
 
@@ -212,7 +215,7 @@ def image_batches(
 # %% ../../nbs/03_models/20_transfer.ipynb #0a2f7696
 def compute_features(
     pairs: Pairs,  # n images, at the backbone's size
-    backbone: "keras.Model",  # from build_backbone
+    backbone: "Model",  # from build_backbone
     channels: tuple[str, ...] = ("original",),  # or ("original", "segmented")
 ) -> list[np.ndarray]:  # float32 (n, d) for each channel
     "Feature maps of a backbone averaged over the image (global average pooling)."
@@ -278,7 +281,7 @@ def _check_features(path: Path, expected: str, train: Pairs, val: Pairs) -> None
         raise ModelError(f"{path}: features {other}. Compute the features again.")
 
 # %% ../../nbs/03_models/20_transfer.ipynb #80d59c6b
-def _set_trainable(keras: ModuleType, backbone: "keras.Model", trainable: bool, pretrained: bool) -> None:
+def _set_trainable(keras: ModuleType, backbone: "Model", trainable: bool, pretrained: bool) -> None:
     "Freeze or unfreeze a backbone; batch normalisation of a pretrained one stays frozen, with ImageNet's statistics."
     backbone.trainable = trainable
     for layer in backbone.layers:
@@ -289,7 +292,7 @@ def _set_trainable(keras: ModuleType, backbone: "keras.Model", trainable: bool, 
 class KerasClassifier(ImageClassifier):
     "A head on a backbone of `BACKBONES`; the model's entry says which, and which head. `network_` is the whole network."
 
-    network_: "keras.Model"  # pixels (n, S, S, 3) in 0..255, one input a channel, to probabilities (n, k)
+    network_: "Model"  # pixels (n, S, S, 3) in 0..255, one input a channel, to probabilities (n, k)
 
     def _fit(self, dataset: Path, features: Path | None, log: Callable[[str], Any]) -> None:
         keras = import_keras()
@@ -313,7 +316,7 @@ class KerasClassifier(ImageClassifier):
                 data = {"x": x[0], "y": targets[0], "validation_data": (x[1], targets[1]), "batch_size": self.batch_size}
                 self._train(head, self.learning_rate, data, log)
 
-    def _build_head(self, keras: ModuleType) -> "keras.Model":
+    def _build_head(self, keras: ModuleType) -> "Model":
         "Dense layers from features (n, d) to probabilities (n, k)."
         layers: list[Any] = []
         for units in self.entry.hidden:
@@ -323,7 +326,7 @@ class KerasClassifier(ImageClassifier):
         output = keras.layers.Dense(len(self.classes_), activation="softmax")
         return keras.Sequential([inputs, *layers, output], name="head")
 
-    def _join(self, keras: ModuleType, backbone: "keras.Model", head: "keras.Model") -> "keras.Model":
+    def _join(self, keras: ModuleType, backbone: "Model", head: "Model") -> "Model":
         "The network from pixels to probabilities."
         inputs = [keras.Input((self.image_size, self.image_size, 3), name=channel) for channel in self.channels]
         maps = [backbone(pixels) for pixels in inputs]
@@ -334,7 +337,7 @@ class KerasClassifier(ImageClassifier):
         features = keras.layers.Concatenate(name="features")([pool(each) for each in maps])
         return keras.Model(inputs, head(features), name=self.name)
 
-    def _frozen_features(self, backbone: "keras.Model", path: Path | None, train: Pairs, val: Pairs) -> list[np.ndarray]:
+    def _frozen_features(self, backbone: "Model", path: Path | None, train: Pairs, val: Pairs) -> list[np.ndarray]:
         "Features of training and validation images, read from the file or computed; the channels side by side."
         if path is None:
             return [np.hstack(compute_features(part, backbone, self.channels)) for part in (train, val)]
@@ -343,7 +346,7 @@ class KerasClassifier(ImageClassifier):
         found = [read_features(path, subset) for subset in ("train", "val")]
         return [np.hstack([arrays[channel] for channel in self.channels]) for arrays in found]
 
-    def _train(self, network: "keras.Model", learning_rate: float, data: dict[str, Any], log: Callable[[str], Any]) -> None:
+    def _train(self, network: "Model", learning_rate: float, data: dict[str, Any], log: Callable[[str], Any]) -> None:
         "`compile` and `fit`; leaves the weights of the lowest validation loss in the network, and `history_`."
         keras = import_keras()
         seconds = [time.perf_counter()]

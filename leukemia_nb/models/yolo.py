@@ -25,6 +25,8 @@ from .interface import WEIGHTS_FOLDER, ModelError, local_weights
 
 if TYPE_CHECKING:
     from ultralytics import YOLO
+else:  # loaded when they are used; the names are for the documentation
+    YOLO = Any
 
 # %% ../../nbs/03_models/40_yolo.ipynb #d55d0e00
 _ENVIRONMENT = {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false", "ULTRALYTICS_SAFE_LOAD": "true"}
