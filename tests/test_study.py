@@ -465,7 +465,7 @@ def test_a_study_inside_its_data_does_not_read_itself_and_litter_redoes_nothing(
         (("--groups", "file.csv"), "path"),
         (("--data", "images", "--groups", "others.csv"), "none of its 1 path"),
         (("--split-file", "file.csv"), "not a split"),
-        (("--split-file", "empty"), "not a file"),
+        (("--split-file", "empty"), "Is a directory"),
         (("--data", "images", "--split-file", "split.csv"), "is of other images"),
         (("--classes", "4", "--split-file", "split.csv"), "Early Pre-B"),
         (("--models", "yolov8", "--image-size", "50"), "not a multiple of 32"),
