@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from .baselines import scale_bar_corner
+from ..data.images import scale_bar_corner
 from ..evaluation.uncertainty import clopper_pearson
 from ..plotting import styled
 from ..processing.cells import find_cells

@@ -33,7 +33,7 @@ else:  # loaded when they are used; the names are for the documentation
     Figure = ImageCmsTransform = TiffFile = TiffPage = Any
 
 # %% auto #0
-__all__ = ['SCALE_BAR_CORNER', 'SUFFIXES', 'ImageError', 'read_image', 'show_images', 'image_problem', 'as_rgb', 'resize_square',
+__all__ = ['SUFFIXES', 'ImageError', 'scale_bar_corner', 'read_image', 'show_images', 'image_problem', 'as_rgb', 'resize_square',
            'write_image']
 
 # %% ../../nbs/01_data/20_images.ipynb #5723a928
@@ -314,8 +314,15 @@ def _content(path: str | os.PathLike) -> bytes:
         raise ImageError(f"cannot be opened: {reason}. Check what it is and who may read it.") from None
 
 # %% ../../nbs/01_data/20_images.ipynb #577a0132
-SCALE_BAR_CORNER = (0.16, 0.22)  # height and width of the corner, as proportions of the image's
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")  # of images, for searches
+
+
+def scale_bar_corner(
+    shape: tuple[int, ...],  # (H, W) or (H, W, 3)
+) -> tuple[slice, slice]:  # rows and columns
+    "Bottom-right corner that holds the scale bar: 16 % of the height, 23 % of the width."
+    height, width = shape[:2]
+    return slice(height - max(1, round(0.16 * height)), height), slice(width - max(1, round(0.23 * width)), width)
 
 # %% ../../nbs/01_data/20_images.ipynb #e5e92470
 def read_image(

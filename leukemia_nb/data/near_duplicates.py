@@ -17,7 +17,7 @@ from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
 from .files import file_sha256
-from .images import SCALE_BAR_CORNER, read_image, resize_square
+from .images import read_image, resize_square, scale_bar_corner
 from .manifest import _connected
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #e1de204c
@@ -38,7 +38,7 @@ def _read_frames(paths: Sequence[str | os.PathLike], size: int = 224, n_jobs: in
 def _comparable(size: int = 224) -> np.ndarray:
     "Where frames are compared, bool (size, size): everywhere but in the scale bar's corner."
     mask = np.ones((size, size), bool)
-    mask[round(size * (1 - SCALE_BAR_CORNER[0])) :, round(size * (1 - SCALE_BAR_CORNER[1])) :] = False
+    mask[scale_bar_corner(mask.shape)] = False
     return mask
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #1b5c3cef

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from ..data.images import SCALE_BAR_CORNER
+from ..data.images import scale_bar_corner
 from .segmentation import _smallest_area, _two_means_of, a_channel, two_means
 
 # %% ../../nbs/02_processing/15_cells.ipynb #5741240b
@@ -366,10 +366,11 @@ def _usable_cells(image: np.ndarray, cells: np.ndarray) -> list[tuple[int, int, 
         limit, (low, high) = two_means(medians)
         if high - low >= 8 and low < 144:
             labels = [label for label, median in zip(labels, medians) if median > limit]
+    rows, columns = scale_bar_corner(cells.shape)
     whole, cut = [], []
     for label in labels:
         x, y, w, h = cv2.boundingRect((cells == label).astype(np.uint8))
-        if y + h > SIDE * (1 - SCALE_BAR_CORNER[0]) and x + w > SIDE * (1 - SCALE_BAR_CORNER[1]):
+        if y + h > rows.start and x + w > columns.start:
             continue
         inside = x > 0 and y > 0 and x + w < SIDE and y + h < SIDE
         (whole if inside else cut).append((label, (2 * y + h) // 2, (2 * x + w) // 2))
