@@ -76,7 +76,7 @@ def test_pixels_are_segment_mask_resize_in_that_order(prepared):
         assert (read_image(folder / row.segmented) == resize_square(apply_mask(image, mask), SIZE)).all()
         cells = cv2.imread(str(folder / row.cells), cv2.IMREAD_UNCHANGED)
         assert cells.dtype == np.uint16 and (cells == find_cells(square)).all() and row.n_cells == cells.max()
-        assert row.cell_share == round(mask.mean(), 5) and row.pixels == _pixel_hash(image)
+        assert row.cell_fraction == round(mask.mean(), 5) and row.pixels == _pixel_hash(image)
 
 
 def test_same_table_and_files_with_two_workers(manifest, prepared, tmp_path):

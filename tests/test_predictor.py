@@ -257,7 +257,7 @@ def test_rows_have_all_columns_and_describe_the_image(model, paths):
     table = model.predict(paths).table
     assert list(table) == prediction_columns(CLASSES) and list(table["path"]) == paths and not any(table["error"])
     cells, row = find_image_cells(read_image(paths[2])), table.iloc[2]
-    assert row["n_cells"] == cells.max() > 0 and abs(row["cell_share"] - (cells > 0).mean()) < 0.01
+    assert row["n_cells"] == cells.max() > 0 and abs(row["cell_fraction"] - (cells > 0).mean()) < 0.01
     assert row["sha256"] == hashlib.sha256(Path(paths[2]).read_bytes()).hexdigest()
     assert row["model_sha256"] == _check_checksum(Path(model.file).read_bytes())
     columns = [f"p_{name}" for name in CLASSES]
@@ -375,7 +375,7 @@ def test_a_predictor_can_be_pickled(model, paths):
 
 
 ROW = {"path": "a.png", "prediction": "Pre-B", "p_Normal": 0.02, "p_Pre-B": 0.95, "p_Pro-B": 0.03, "confidence": 0.95}
-ROW |= {"abstains": False, "abstain_reasons": "", "n_cells": 1, "cell_share": 0.071, "flag": "", "error": ""}
+ROW |= {"abstains": False, "abstain_reasons": "", "n_cells": 1, "cell_fraction": 0.071, "flag": "", "error": ""}
 
 
 def test_texts_of_a_row():

@@ -68,7 +68,7 @@ def _image_html(name: str, image: np.ndarray, cells: np.ndarray) -> str:
     outlines = [_outline(cells == label) for label in range(1, int(cells.max(initial=0)) + 1)]
     found = f"{counted(len(outlines), 'white blood cell')} found" if outlines else "No white blood cells found"
     share, (height, width) = (cells > 0).mean(), cells.shape
-    page = dict(name=shown(name), source=data_uri(image, 1400), found=found, outlines=outlines, cell_share=share)
+    page = dict(name=shown(name), source=data_uri(image, 1400), found=found, outlines=outlines, cell_fraction=share)
     return render_template("app_image.html.j2", width=width, height=height, **page)
 
 

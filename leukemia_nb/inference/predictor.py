@@ -39,7 +39,7 @@ __all__ = ['PreparedImage', 'describe_error', 'prepare_image', 'abstain_reasons'
 class PreparedImage(NamedTuple):
     "An image as the network takes it."
 
-    row: dict[str, Any]  # path, sha256, n_cells, cell_share, flag, error
+    row: dict[str, Any]  # path, sha256, n_cells, cell_fraction, flag, error
     square: np.ndarray | None = None  # uint8 (S, S, 3) RGB; None where the image could not be read
     segmented: np.ndarray | None = None  # uint8 (S, S, 3) RGB, for models of pairs
     cells: np.ndarray | None = None  # float32 (m, 39), features of the cells, for the single-cell model
@@ -65,7 +65,7 @@ def _prepare_pixels(pixels: Any, info: dict[str, Any], count: bool, row: dict[st
     square, segmented, features = resize_square(original, size), None, None
     if count or kind == "cells":
         cells = find_cells(square)
-        row |= {"n_cells": int(cells.max()), "cell_share": round(float((cells > 0).mean()), 5), "flag": check_mask(cells > 0)}
+        row |= {"n_cells": int(cells.max()), "cell_fraction": round(float((cells > 0).mean()), 5), "flag": check_mask(cells > 0)}
         if kind == "cells":
             features = _cell_features(square, cells, info.get("seed", 0))
     if kind == "pair":
@@ -87,7 +87,7 @@ def prepare_image(
     count: bool = True,  # find and count the white blood cells
 ) -> PreparedImage:
     "Read an image and bring it to the network's input; whatever goes wrong is the row's `error`, in one line."
-    row: dict[str, Any] = {"path": "", "sha256": "", "n_cells": None, "cell_share": None, "flag": "", "error": ""}
+    row: dict[str, Any] = {"path": "", "sha256": "", "n_cells": None, "cell_fraction": None, "flag": "", "error": ""}
     try:
         if isinstance(image, str | os.PathLike):
             row["path"] = os.fspath(image)
@@ -118,7 +118,7 @@ def prediction_columns(
     classes: Sequence[str],  # class names
 ) -> list[str]:  # column names, in order
     "Columns of a table of predictions of new images."
-    judged = ["confidence", "ood_distance", "abstains", "abstain_reasons", "n_cells", "cell_share", "flag"]
+    judged = ["confidence", "ood_distance", "abstains", "abstain_reasons", "n_cells", "cell_fraction", "flag"]
     probabilities = [f"p_{name}" for name in classes]
     return ["path", "prediction", *probabilities, *judged, "sha256", "model", "model_version", "model_sha256", "error"]
 
@@ -170,7 +170,7 @@ def format_row(
         found = f"abstains: {row['abstain_reasons']} (most probable: {found})"
     parts = [found]
     if row["n_cells"] is not None:
-        parts.append(f"{counted(row['n_cells'], 'white blood cell')} on {row['cell_share']:.1%} of the image")
+        parts.append(f"{counted(row['n_cells'], 'white blood cell')} on {row['cell_fraction']:.1%} of the image")
     if row["flag"] and row["n_cells"]:
         parts.append(f"doubtful mask: {row['flag']}")
     if row["error"]:

@@ -117,7 +117,7 @@ def _prepared_row(row: dict, source: Path, folder: Path, size: int, segmentation
         image = read_image(source)
         saved = save_pair(image, row["pair"], folder, size, segmentation)
         mask = saved["mask"]
-        found = {"pixels": _pixel_hash(image), "cell_share": round(float(mask.mean()), 5)}
+        found = {"pixels": _pixel_hash(image), "cell_fraction": round(float(mask.mean()), 5)}
         found |= {"n_cells": saved["n_cells"], "flag": check_mask(mask)}
         return _pair_files(row["pair"]) | found, saved["files"]
 
@@ -148,7 +148,7 @@ def _prepare_pair(row: dict, folder: Path, size: int, segmentation: str, images:
     return base | {"problem": problem}
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #b099d9a7
-_PAIR_COLUMNS = ("pair", "class", "path", "sha256", *_CHANNELS, "pixels", "cell_share", "n_cells", "flag", "problem")
+_PAIR_COLUMNS = ("pair", "class", "path", "sha256", *_CHANNELS, "pixels", "cell_fraction", "n_cells", "flag", "problem")
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #6c91334a
 def prepare_pairs(

@@ -49,7 +49,7 @@ def _mask_names(names: Sequence[str]) -> list[str]:
     return found
 
 # %% ../../nbs/02_processing/20_quality_control.ipynb #f634d0a8
-_QC_COLUMNS = ("path", "width", "height", "n_cells", "cell_share", "flag", "mask", "overlay", "problem")
+_QC_COLUMNS = ("path", "width", "height", "n_cells", "cell_fraction", "flag", "mask", "overlay", "problem")
 _MAX_SIDE = 1_000_000  # pixels, of a PNG file
 
 # %% ../../nbs/02_processing/20_quality_control.ipynb #dd69232e
@@ -64,7 +64,7 @@ def _segmented_row(path: str | os.PathLike, out: Path, method: str, files: tuple
         cells = find_cells(image) if method == "nucleus" else segment(image, method)
         mask = np.asarray(cells > 0)
         row = {"width": mask.shape[1], "height": mask.shape[0], "n_cells": count_cells(cells)}
-        row |= {"cell_share": round(float(mask.mean()), 5), "flag": check_mask(mask)}
+        row |= {"cell_fraction": round(float(mask.mean()), 5), "flag": check_mask(mask)}
         for file, drawn in zip(files, (mask.astype(np.uint8) * 255, draw_outlines(image, cells))):
             write_image(out / file, drawn)
         saved = {"mask": files[0], "overlay": files[1], "problem": ""}
@@ -102,7 +102,7 @@ def segment_folder(
     n_jobs: int | None = None,  # worker processes; None: joblib's configuration
     progress: bool = True,  # show a bar
     log: Callable[[str], object] | None = None,  # gets a line: how many images were found, how many left out, why
-) -> pd.DataFrame:  # path, width, height, n_cells, cell_share, flag, mask, overlay, problem; a row an image
+) -> pd.DataFrame:  # path, width, height, n_cells, cell_fraction, flag, mask, overlay, problem; a row an image
     "Segment every image of a folder, but for those that are finished, and write qc.csv. Raises `ImageError`, and as `run_tasks`."
     root, table_file = Path(images), Path(out) / "qc.csv"
     search = ImageSearch(root, [root]) if root.is_file() else search_images(root)
