@@ -196,7 +196,7 @@ def test_a_step_that_fails_in_a_worker_is_the_study_s_error(address, tmp_path):
         for number in range(20):
             (tmp_path / "data" / label / f"{number}.png").write_bytes(b"no image")
     settings = replace(SMOKE, data=str(tmp_path / "data"))
-    with pytest.raises(StudyError, match=r"(?s)step prepare failed.*class Normal is empty.*goes on from here"):
+    with pytest.raises(StudyError, match=r"(?s)step prepare failed.*class Normal is empty.*Finished steps are kept"):
         run_study(settings, tmp_path / "run", until=("prepare",), log=lambda line: None, cluster=address)
 
 

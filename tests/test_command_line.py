@@ -249,7 +249,7 @@ def test_help_waits_for_nothing():
         (["prepare", "EMPTY"], "EMPTY"),
         (["study", "--data", "/no/such/folder"], "/no/such/folder"),
         (["study", "--models", "resnet"], "unknown model resnet"),
-        (["study", "--train", "yolov8"], "model:setting=value"),
+        (["study", "--model-setting", "yolov8"], "model:setting=value"),
     ],
 )
 def test_errors_are_one_clear_line(tmp_path, arguments, message):
