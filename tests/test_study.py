@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from leukemia_nb.data.files import mark_output_folder
 from leukemia_nb.data.synthetic import write_smears
 from leukemia_nb.models.interface import MODELS
-from leukemia_nb.study.command_line import _is_explained, app
+from leukemia_nb.study.command_line import _explanation, app
 from leukemia_nb.study.driver import (
     Step,
     _check_parameters,
@@ -505,7 +505,7 @@ def test_what_can_be_known_is_said_before_the_first_step(images, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LEUKEMIA_NB_WEIGHTS", raising=False)
     error = CliRunner().invoke(app, ["study", *arguments, *models, *where]).exception
-    assert _is_explained(error) and message in str(error) and len(str(error).splitlines()) == 1, error
+    assert message in _explanation(error) and len(str(error).splitlines()) == 1, error
     assert sorted(tmp_path.rglob("*")) == before  # nothing was begun
 
 
@@ -577,7 +577,7 @@ def test_a_killed_study_leaves_no_process_and_another_one_waits_for_them(tmp_pat
             said = second.communicate(timeout=60)[0]
         assert seen and not alive and "Traceback" not in said
     assert not psutil.wait_procs(workers, timeout=20)[1] and not processes_of(run)
-    assert second.returncode == 130 and "2 steps finished and kept" in said and "the same command goes on" in said
+    assert second.returncode == 130 and "2 steps finished and kept" in said and "run the same command to resume" in said
 
 
 def test_a_worker_of_a_killed_study_keeps_others_out(counter):

@@ -6,7 +6,6 @@
 __all__ = ['app', 'main']
 
 # %% ../../nbs/07_study/50_command_line.ipynb #730721a4
-import _thread
 import atexit
 import errno
 import os
@@ -15,7 +14,6 @@ import signal
 import site
 import sys
 import tempfile
-import threading
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -65,37 +63,31 @@ def main() -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # while it was being stopped
     except Exception as error:
-        if not _is_explained(error):
+        if not (text := _explanation(error)):
             raise
-        _log(f"leukemia_nb: {_one_line(error)}")
+        _log(f"leukemia_nb: {text}")
         raise SystemExit(1) from None
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)  # no traceback of Python's own end
 
-# %% ../../nbs/07_study/50_command_line.ipynb #8a233164
-def _is_explained(error: Exception) -> bool:
-    "Whether the message of an error is meant for the user."
-    if isinstance(error, ImportError):
-        return (error.name or "leukemia_nb").partition(".")[0] != "leukemia_nb"
+# %% ../../nbs/07_study/50_command_line.ipynb #125f4772
+def _explanation(error: Exception) -> str:
+    "The message of an error that is meant for the user, with the remedy; empty for any other error."
     from leukemia_nb.errors import LeukemiaError
 
-    return isinstance(error, LeukemiaError | OSError | MemoryError)
-
-# %% ../../nbs/07_study/50_command_line.ipynb #125f4772
-def _one_line(error: Exception) -> str:
-    "The message of an explained error, with the remedy."
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError) and (error.name or "leukemia_nb").partition(".")[0] != "leukemia_nb":
         return (
             f"the package {error.name} is needed for this and cannot be loaded ({error}). Install what is missing: "
             "pip install 'leukemia_nb[train]', or in a checkout: pip install '.[train]'."
         )
     if isinstance(error, MemoryError):
         return f"memory has run out ({error}). Close other programs, or use a smaller --n-jobs."
-    if type(error).__str__ is not OSError.__str__ or not isinstance(error, OSError) or not error.strerror:
-        return str(error)
-    space = " Free some space, or choose another folder." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-    return f"{f'{os.fsdecode(error.filename)}: ' if isinstance(error.filename, str | bytes) else ''}{error.strerror}.{space}"
+    if isinstance(error, OSError) and type(error).__str__ is OSError.__str__ and error.strerror:
+        space = " Free some space, or choose another folder." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        file = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        return f"{file}{error.strerror}.{space}"
+    return str(error) if isinstance(error, LeukemiaError | OSError) else ""
 
 # %% ../../nbs/07_study/50_command_line.ipynb #88a4a807
 def _echo(text: str, err: bool = False) -> None:
@@ -119,16 +111,7 @@ def _prepare_process() -> None:
             stream.reconfigure(errors="backslashreplace")
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     os.environ.update(PYTHONIOENCODING=f"{encoding}:backslashreplace", PYTHONSAFEPATH="1")  # for worker processes
-    sys.unraisablehook = _interrupt_again
     _prepare_home()
-
-# %% ../../nbs/07_study/50_command_line.ipynb #ca82197d
-def _interrupt_again(ignored: Any) -> None:
-    "Repeat a Ctrl-C that came where Python ignores errors, as in a callback of an import."
-    if ignored.exc_type is KeyboardInterrupt:
-        threading.Timer(0.05, _thread.interrupt_main).start()
-    else:
-        sys.__unraisablehook__(ignored)
 
 # %% ../../nbs/07_study/50_command_line.ipynb #757593f1
 def _prepare_home() -> None:
@@ -179,7 +162,6 @@ def _synth(
 ) -> None:
     "Write synthetic blood smears with the true cell masks beside them."
     from leukemia_nb.data.files import OutputError, check_output, counted, exclusive, is_output_folder
-    from leukemia_nb.data.manifest import find_images
     from leukemia_nb.data.synthetic import write_smears
     from leukemia_nb.study.settings import class_names
 
@@ -188,9 +170,7 @@ def _synth(
         raise OutputError(f"{out}: holds results, so no search would take its images for data. Choose another folder.")
     with exclusive(out):
         table = write_smears(out, per_class, classes=class_names(classes), seed=seed, height=height, width=width)
-    before = len(find_images(out)) - len(table)
-    more = f"; {counted(before, 'other image')} lay there before" if before > 0 else ""
-    _echo(f"{counted(len(table), 'smear')} in {out}{more}")
+    _echo(f"{counted(len(table), 'smear')} in {out}")
 
 # %% ../../nbs/07_study/50_command_line.ipynb #d091c3d5
 @app.command("segment")

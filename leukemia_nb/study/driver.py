@@ -115,22 +115,12 @@ def _make_step(
         return tuple(found)
 
     (name,), key = _fill(entry["name"], names), _placeholder(entry["name"])
-    parameters = {setting: getattr(settings, setting) for setting in entry.get("settings", [])}
+    parameters = entry.get("parameters", {}) | {setting: getattr(settings, setting) for setting in entry.get("settings", [])}
     parameters |= {"models": list(settings.models)} if "models" in parameters else {}
     parameters |= {key: names[key][0]} if key else {}
+    parameters |= {"settings": settings.settings_of(names[key][0])} if entry.get("model_settings") else {}
     writes = [*entry["writes"], *([] if settings.data else entry.get("writes_synthetic", []))]
-    return Step(name, entry["notebook"], parameters | _derived(settings, name), paths(entry["reads"]), paths(writes))
-
-# %% ../../nbs/07_study/20_driver.ipynb #01659914
-def _derived(settings: StudySettings, step: str) -> dict[str, Any]:
-    "Parameters of a step that are computed from the settings."
-    audit, (kind, _, name) = settings.audit_images, step.partition("-")
-    small = {"image_size": min(96, settings.image_size), "per_class": audit // 2, "epochs": 8}
-    if kind == "train":
-        return {"settings": settings.settings_of(name)}
-    if kind == "audit":
-        return {"images": min(60, audit), "explained": min(30, audit // 2)}
-    return {"cue-conflict": {"images": audit}, "cross-validate": {"folds": 5}, "efficientnet": small}.get(step, {})
+    return Step(name, entry["notebook"], parameters, paths(entry["reads"]), paths(writes))
 
 # %% ../../nbs/07_study/20_driver.ipynb #34f3a0c4
 def _dependencies(steps: Sequence[Step]) -> dict[str, set[str]]:
