@@ -218,6 +218,7 @@ def test_every_step_knows_the_parameters_it_is_given():
         _check_parameters(_study_notebook(step.notebook), ["run", *step.parameters])
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_where_it_stopped(tmp_path):
     run = tmp_path / "run"
     code = f"from leukemia_nb.testing import SMOKE, run_study\nrun_study(SMOKE, {str(run)!r}, until=['train'])"
@@ -243,6 +244,7 @@ def smoke_study(tmp_path_factory):
     return Run(folder), said
 
 
+@pytest.mark.slow
 def test_the_smoke_study_leaves_everything_it_promises(smoke_study):
     run, _ = smoke_study
     for step in study_steps(replace(SMOKE, models=ALL_MODELS)):
@@ -255,12 +257,14 @@ def test_the_smoke_study_leaves_everything_it_promises(smoke_study):
     assert models.weights.str.contains("random|no pretrained").all()
 
 
+@pytest.mark.slow
 def test_the_report_is_one_file_without_requests(smoke_study):
     text = (smoke_study[0].folder / "report.html").read_text(encoding="utf-8")
     assert "data:image" in text and "EfficientNet-B0" in text and "YOLO12" in text and "For research only" in text
     assert 'src="http' not in text and "url(http" not in text and "<link" not in text
 
 
+@pytest.mark.slow
 def test_predictions_cover_validation_and_test(smoke_study):
     run, _ = smoke_study
     split = run.table("split.csv")
@@ -271,6 +275,7 @@ def test_predictions_cover_validation_and_test(smoke_study):
         assert (table[["p_Normal", "p_Pre-B", "p_Pro-B"]].sum(axis=1) - 1).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_run_again_does_nothing(smoke_study):
     run, _ = smoke_study
     said = []
@@ -278,6 +283,7 @@ def test_run_again_does_nothing(smoke_study):
     assert sum("unchanged" in line for line in said) == len(study_steps(replace(SMOKE, models=ALL_MODELS)))
 
 
+@pytest.mark.slow
 def test_a_changed_setting_of_one_model_retrains_that_model_alone(smoke_study):
     run, _ = smoke_study
     said = []
@@ -287,6 +293,7 @@ def test_a_changed_setting_of_one_model_retrains_that_model_alone(smoke_study):
     assert again == ["train-mobilenet_v2"]
 
 
+@pytest.mark.slow
 def test_four_classes_and_the_grouped_split_go_through_every_step(tmp_path):
     settings = replace(SMOKE, classes=4, split="grouped", models=("mobilenet_v2", "cells"), cv_repeats=1)
     run = run_study(settings, tmp_path / "run", n_jobs=2)
@@ -300,6 +307,7 @@ def test_four_classes_and_the_grouped_split_go_through_every_step(tmp_path):
     assert "Early Pre-B" in (run.folder / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_one_failing_model_loses_nothing(tmp_path, monkeypatch):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights/yolov8n-cls.pt").write_bytes(b"cut short")
@@ -419,6 +427,7 @@ def hostile(images, tmp_path_factory):
     return data, run, status, said
 
 
+@pytest.mark.slow
 def test_a_study_with_every_bad_image_runs_to_its_report_and_lists_them(hostile):
     data, run, status, said = hostile
     assert status == 0 and "Traceback" not in said, said
@@ -434,10 +443,12 @@ def test_a_study_with_every_bad_image_runs_to_its_report_and_lists_them(hostile)
     assert len(unseen) == 3 and sum(map(os.path.isfile, unseen.path)) == 2  # no table holds a name that is not UTF-8
 
 
+@pytest.mark.slow
 def test_nothing_of_the_run_folder_the_current_folder_or_another_python_is_executed(hostile):
     assert hostile[2] == 0 and not (hostile[0].parent / "executed").exists()
 
 
+@pytest.mark.slow
 def test_a_study_inside_its_data_does_not_read_itself_and_litter_redoes_nothing(hostile):
     data, run, *_ = hostile
     for folder in (run / "prepared/original/Normal", run / "models/cells", data / "Normal"):
@@ -509,6 +520,7 @@ def test_what_can_be_known_is_said_before_the_first_step(images, tmp_path, monke
     assert sorted(tmp_path.rglob("*")) == before  # nothing was begun
 
 
+@pytest.mark.slow
 def test_images_of_an_unmarked_study_among_the_data_are_refused(images, tmp_path):
     data = shutil.copytree(images, tmp_path / "data")
     settings = replace(SMOKE, data=str(data), models=("cells",))
@@ -561,6 +573,7 @@ def wait_for(condition):
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_study_leaves_no_process_and_another_one_waits_for_them(tmp_path):
     run = tmp_path / "run"
     with start_study(run) as first:
