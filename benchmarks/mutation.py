@@ -117,6 +117,7 @@ def survives(mutant: Mutant, copy: Path) -> bool:
     """Whether tests and notebook pass with the mutant in them."""
     files = {name: (copy / name).read_text(encoding="utf-8") for name in (mutant.notebook, mutant.module)}
     environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment.setdefault("LEUKEMIA_NB_SHARED", str(ROOT.parent / "shared"))
     programs, book = Path(sys.executable).parent, json.loads(files[mutant.notebook])
     for cell in book["cells"]:
         head, _, source = "".join(cell["source"]).partition("\n")
