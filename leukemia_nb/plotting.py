@@ -40,7 +40,7 @@ def plot_style() -> AbstractContextManager[None]:
     return style.context(str(files("leukemia_nb") / "templates" / "leukemia_nb.mplstyle"))
 
 
-_P = ParamSpec("P")
+_P = ParamSpec("_P")
 
 
 def styled(

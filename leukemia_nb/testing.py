@@ -71,7 +71,7 @@ def dummy_predictions(
     values = rest / rest.sum(axis=1, keepdims=True) * (1 - top)[:, None]
     values[np.arange(n), predicted] = np.maximum(top, values.max(axis=1) + 1e-6)
     values /= values.sum(axis=1, keepdims=True)
-    true = [str(classes[place]) for place in truth]
+    true = [str(classes[int(place)]) for place in truth]
     number = [i + 1 for count in per_class for i in range(count)]
     pair = [f"{name}/{subset}_{i:03d}" for name, i in zip(true, number)]
     path = [f"{name}.png" for name in pair]
@@ -124,7 +124,10 @@ def dummy_model_file(
     features = np.stack([_dummy_features(each) for each in prepared])
     by_class = features.reshape(len(classes), smears, -1)
     means, scale = by_class.mean(axis=1), by_class.std(axis=1).mean(axis=0) + 1e-3
-    seen = {"features": features / scale, "statistics": image_statistics(np.stack([each.square for each in prepared]))}
+    seen = {
+        "features": features / scale,
+        "statistics": image_statistics(np.stack([each.square for each in prepared if each.square is not None])),
+    }
     constants = fit_ood(seen, labels, seen)
     write_model_file(path, _dummy_network(kind, size, means / scale, scale), info, constants)
     return Path(path)

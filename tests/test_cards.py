@@ -169,7 +169,7 @@ def test_the_public_images_are_recognised(shared_data, tmp_path):
 
 def test_the_split_is_described_as_it_was(run):
     study = json.loads((run / "study.json").read_text())
-    assert "image by image" in say(run, "division") and "images and exact copies" in say(run, "disjoint")
+    assert "image-level split" in say(run, "division") and "images and exact copies" in say(run, "disjoint")
     (run / "study.json").write_text(json.dumps(study | {"split": "grouped"}))
     assert "no group is in two subsets" in say(run, "division") and "groups of near-duplicates" in say(run, "disjoint")
     (run / "study.json").write_text(json.dumps(study | {"split_file": "a.csv"}))

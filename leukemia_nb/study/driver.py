@@ -458,7 +458,7 @@ def _run_group(group: list[Step], run: Run, again: set[str], workers: Workers, l
 
 # %% ../../nbs/07_study/20_driver.ipynb #84c559be
 def _attempt(step: Step, run: Run, redo: bool, environment: dict[str, str], others: Sequence[str]) -> dict[str, Any]:
-    "`run_step` with an error as a value, so that the steps beside it go on."
+    "`run_step` with an error as a value, so that the steps beside it are finished."
     try:
         if not (run.folder / "study.json").is_file():
             raise StudyError(f"{run.folder}: {platform.node()} does not see it. Machines of a cluster must share a file system.")

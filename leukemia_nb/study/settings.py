@@ -44,7 +44,7 @@ def class_names(
 
 # %% ../../nbs/07_study/18_settings.ipynb #2332ae53
 class StudyError(LeukemiaError, RuntimeError):
-    "A study cannot go on; the message says which step or file, and what to do."
+    "A study cannot be run or resumed; the message names the step or file, and the remedy."
 
 # %% ../../nbs/07_study/18_settings.ipynb #d935f2d6
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Run:
 class StudySettings:
     "Settings of a study. Every field is a parameter of one of the study notebooks."
 
-    data: str = ""  # folder with one folder of images a class; empty: synthetic smears
+    data: str = ""  # folder with one folder of images per class; empty: synthetic smears
     classes: int = 3  # 3: Normal, Pre-B, Pro-B; 4: early Pre-B as well
     per_class: int = 60  # synthetic smears of each class, where data is empty
     unseen: str = ""  # folder of new images to predict; empty: some test images as examples
