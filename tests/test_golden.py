@@ -73,7 +73,7 @@ def segmentation(smears):
                 **mask_quality(mask, truth),
                 "outlined": coarse(draw_outlines(image, mask)),
             }
-    found["two means"] = otsu_threshold(a_channel(smears["seen"].image))
+    found["otsu threshold"] = otsu_threshold(a_channel(smears["seen"].image))
     found["steps"] = {step: coarse(image) for step, image in segmentation_steps(smears["seen"].image, 300).items()}
     square = np.zeros((100, 100), bool)
     square[:1, :10] = True

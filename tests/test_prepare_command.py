@@ -194,7 +194,7 @@ def test_ctrl_c_says_what_is_done(tmp_path, many):
     with begun(many, tmp_path / "out") as run:
         run.send_signal(signal.SIGINT)
         error = run.communicate(timeout=300)[1]
-    assert run.returncode == 130 and "of 15 pairs are done and kept: run again to go on" in error and "Traceback" not in error
+    assert run.returncode == 130 and "of 15 pairs are done and kept: run again to resume" in error and "Traceback" not in error
 
 
 @pytest.mark.slow

@@ -276,7 +276,7 @@ def test_ctrl_c_says_what_is_done(tmp_path, many):
     with begun(tmp_path / "out", many, "--out", tmp_path / "out", "--n-jobs", 2) as run:
         run.send_signal(signal.SIGINT)
         error = run.communicate(timeout=300)[1]
-    assert run.returncode == 130 and "of 16 images are done and kept: run again to go on" in error and "Traceback" not in error
+    assert run.returncode == 130 and "of 16 images are done and kept: run again to resume" in error and "Traceback" not in error
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, drawn):

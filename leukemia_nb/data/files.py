@@ -343,7 +343,7 @@ _TEXT = ("pair", "class", "path", "sha256", "problem", "flip", "flag", "subset",
 
 
 def read_table(
-    path: str | os.PathLike,  # a CSV of the study
+    path: str | os.PathLike,  # a CSV that write_table wrote
 ) -> DataFrame:  # text columns as text, '' where empty
     "Read a table that `write_table` wrote. Raises `TableError` for one that is damaged, MemoryError where it does not fit."
     import pandas as pd

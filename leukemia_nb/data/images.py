@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import cv2
 import numpy as np
@@ -37,9 +37,9 @@ __all__ = ['SUFFIXES', 'ImageError', 'scale_bar_corner', 'read_image', 'show_ima
            'write_image']
 
 # %% ../../nbs/01_data/20_images.ipynb #5723a928
-_MAX_PIXELS = 50_000_000  # 150 MB decoded; the largest images of the study have 5 million
+_MAX_PIXELS = 50_000_000  # 150 MB decoded; the largest images of the original study have 5 million
 _MAX_SIDE = 32_000  # pixels; OpenCV's resize and remap end at 32,767, JPEG at 65,535
-_MIN_SIDE = 16  # pixels; a red cell is about 60 across in the study's images
+_MIN_SIDE = 16  # pixels; a red cell is about 60 across in the original study's images
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")  # of images, for searches
 
@@ -167,7 +167,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 # %% ../../nbs/01_data/20_images.ipynb #28e92615
 def _only_page(file: TiffFile) -> TiffPage:
     "The page that is the image. Raises `ImageError` for a stack, a thumbnail, or strips that are missing."
-    page, *others = file.pages
+    page, *others = cast("list[TiffPage]", list(file.pages))  # whole pages, no frames, unless asked for
     if page.is_reduced or page.is_mask:
         raise ImageError("its first page is marked as a thumbnail or mask of another image. Save that one as PNG.")
     stack = page.imagedepth > 1 or max(series.size for series in file.series) > page.size

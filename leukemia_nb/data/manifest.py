@@ -164,7 +164,8 @@ def _skip_file(path: Path) -> str:
 # %% ../../nbs/01_data/30_manifest.ipynb #d3adb33f
 def _search(path: Path, search: ImageSearch, exclude: Path | None, seen: set) -> None:
     "Enter a file, or a folder and what lies below it."
-    linked, inside, reason = path.is_symlink() and path != search.folder, [], "hidden"
+    inside: list[Path] = []
+    linked, reason = path.is_symlink() and path != search.folder, "hidden"
     try:
         folder = stat.S_ISDIR(os.stat(path).st_mode)
         if path == search.folder or not path.name.startswith("."):
@@ -240,7 +241,7 @@ def _name_pairs(labels: Sequence[str], paths: Sequence[Path]) -> list[str]:
     return [f"{label}/{name}" if label else name for label, name in zip(labels, names)]
 
 # %% ../../nbs/01_data/30_manifest.ipynb #bc3b3ba9
-def _connected(size: int, ends: Sequence) -> np.ndarray:
+def _connected(size: int, ends: Sequence | np.ndarray) -> np.ndarray:
     "Number the groups of so many nodes that edges (two rows of node numbers) connect, in order of appearance."
     import pandas as pd
     from scipy.sparse import coo_array
@@ -310,7 +311,7 @@ def select_classes(
             paths.append(path)
     places = {path: _class_of_path(path / "inside", search.folder) for path, _ in search.unreachable}
     unreachable = [(path, problem) for path, problem in search.unreachable if places[path] in (None, *classes)]
-    rows = sorted([(path, labels[path]) for path in paths] + [(path, places[path] or "") for path, _ in unreachable])
+    rows = sorted([(path, labels[path] or "") for path in paths] + [(path, places[path] or "") for path, _ in unreachable])
     unknown = sorted({path.parent.relative_to(search.folder).as_posix() for path, label in labels.items() if label is None})
     selection = ClassSelection(ImageSearch(search.folder, sorted(paths), sorted(left_out), unreachable), rows, unknown)
     if not paths:
@@ -361,7 +362,7 @@ def build_manifest(
 
 # %% ../../nbs/01_data/30_manifest.ipynb #15151153
 def check_manifest(
-    manifest: DataFrame,  # as of build_manifest
+    manifest: DataFrame,  # from build_manifest
     minimum: int = 20,  # usable images that each class needs
     classes: Sequence[str] = CLASSES,  # classes that must be there
 ) -> DataFrame:  # the usable rows

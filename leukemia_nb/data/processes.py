@@ -64,7 +64,7 @@ def run_tasks(
     results: dict[int, Any] = {}
 
     def progress_kept() -> str:
-        return f"{len(results)} of {pluralise(len(calls), what)} are done and kept: run again to go on"
+        return f"{len(results)} of {pluralise(len(calls), what)} are done and kept: run again to resume"
 
     try:
         tasks = (delayed(_call)(place, function, each) for place, each in enumerate(calls))

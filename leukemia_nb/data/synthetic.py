@@ -179,6 +179,12 @@ class _Layers:
     nuclei: np.ndarray  # bool
     depth: np.ndarray  # float32, rho in the cell that owns a pixel
 
+    @classmethod
+    def of(cls, red: np.ndarray) -> "_Layers":
+        "Red cells alone, float32 (H, W)."
+        blank, shape = np.zeros_like(red), red.shape
+        return cls(red, blank, blank.copy(), np.zeros(shape, np.int32), np.zeros(shape, bool), np.full_like(red, 9))
+
 # %% ../../nbs/01_data/40_synthetic.ipynb #c3211640
 def _nucleus(
     rng: np.random.Generator, z: np.ndarray, radius: float, kind: _CellKind, scale: float
@@ -329,11 +335,7 @@ def make_smear(
         raise ValueError(f"spurious_correlation is a proportion between 0 and 1, not {spurious_correlation}")
     shape, scale = (height, width), (height * width / (768 * 1024)) ** 0.5
     site = site or _choose_site(label, seed, spurious_correlation)
-    layers = _Layers(
-        _red_cells(np.random.default_rng([seed, 4]), shape, scale),
-        *(np.zeros(shape, kind) for kind in (np.float32, np.float32, np.int32, bool)),
-        np.full(shape, 9, np.float32),
-    )
+    layers = _Layers.of(_red_cells(np.random.default_rng([seed, 4]), shape, scale))
     _debris(layers, np.random.default_rng([seed, 5]), scale)
     for number, (rng, centre, radius) in enumerate(_places(seed, _CELL_KINDS[label], shape, scale), 1):
         _draw_cell(layers, number, rng, centre, radius, _CELL_KINDS[label], scale)

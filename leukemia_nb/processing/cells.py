@@ -303,15 +303,13 @@ def count_quality(
     min_iou: float = 0.5,  # at least this overlap; from 0.5 on no label can match twice
 ) -> dict[str, int]:  # cells true, found, matched, missed, false, and count_error = found - true
     "Cells found, missed and falsely found, by the overlap of labels."
-    found, true = np.unique(cells[cells > 0]), np.unique(truth[truth > 0])
-    matched = 0
-    for label in found:
-        part = cells == label
-        overlapping, sizes = np.unique(truth[part & (truth > 0)], return_counts=True)
-        unions = [part.sum() + (truth == other).sum() - size for other, size in zip(overlapping, sizes)]
-        matched += sum(size >= min_iou * union for size, union in zip(sizes, unions))
-    counts = {"true": len(true), "found": len(found), "matched": int(matched)}
-    return counts | {"missed": len(true) - matched, "false": len(found) - matched, "count_error": len(found) - len(true)}
+    sizes, true_sizes = np.bincount(cells.ravel()), np.bincount(truth.ravel())
+    found, true = int((sizes[1:] > 0).sum()), int((true_sizes[1:] > 0).sum())
+    both = (cells > 0) & (truth > 0)
+    (label, other), overlap = np.unique([cells[both], truth[both]], axis=1, return_counts=True)
+    matched = int((overlap >= min_iou * (sizes[label] + true_sizes[other] - overlap)).sum())
+    counts = {"true": true, "found": found, "matched": matched}
+    return counts | {"missed": true - matched, "false": found - matched, "count_error": found - true}
 
 # %% ../../nbs/02_processing/15_cells.ipynb #9b5bfee6
 SIDE, _WINDOW = 224, 48  # side of the image, and of the window around a cell
@@ -350,7 +348,8 @@ def _usable_cells(image: np.ndarray, cells: np.ndarray) -> list[tuple[int, int, 
         if high.any() and medians[~high].mean() < 144 and medians[high].mean() - medians[~high].mean() >= 8:
             labels = [label for label, keep in zip(labels, high) if keep]
     rows, columns = scale_bar_corner(cells.shape)
-    whole, cut = [], []
+    whole: list[tuple[int, int, int]] = []
+    cut: list[tuple[int, int, int]] = []
     for label in labels:
         x, y, w, h = cv2.boundingRect((cells == label).astype(np.uint8))
         if y + h > rows.start and x + w > columns.start:

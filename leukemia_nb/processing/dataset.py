@@ -277,7 +277,7 @@ def _read_pngs(paths: list[Path], size: int | None) -> np.ndarray:
     return np.stack(images) if images else np.empty((0, size or 0, size or 0, 3), np.uint8)
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #5f444b30
-class Pairs(Sequence):
+class Pairs:
     "Image pairs of a dataset folder, read when asked for: `pairs[i]` is uint8 (2, S, S, 3), original then segmented."
 
     def __init__(

@@ -61,7 +61,7 @@ def kmeans_mask(
 
 # %% ../../nbs/02_processing/10_segmentation.ipynb #5cf2189c
 def cluster_mask(
-    channel: np.ndarray,  # uint8 (H, W), as of a_channel
+    channel: np.ndarray,  # uint8 (H, W), from a_channel
 ) -> np.ndarray:  # bool (H, W)
     "Pixels of the cluster with the higher mean; none in a constant image."
     return channel > otsu_threshold(channel)
