@@ -30,16 +30,16 @@ __all__ = ['escape_text', 'pluralise', 'OutputError', 'report_write_errors', 'at
            'is_output_folder', 'unique_names', 'file_lock', 'file_sha256', 'make_once', 'restore_cell', 'write_table',
            'TableError', 'read_table', 'escape_table', 'write_json', 'read_json', 'set_sha256']
 
-# %% ../../nbs/01_data/10_files.ipynb #7ae08956
+# %% ../../nbs/01_data/10_files.ipynb #90aebfab
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
 
-
+# %% ../../nbs/01_data/10_files.ipynb #4954355b
 def _utf8(text: str) -> str:
     "Text that can be saved: bytes that were no UTF-8 as backslash, x and two digits."
     text = re.sub("[\ud800-\udc7f\udd00-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)  # from JSON; no bytes of a name
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
-
+# %% ../../nbs/01_data/10_files.ipynb #7ae08956
 def escape_text(
     text: str | os.PathLike,  # a path, or words with a path in them
 ) -> str:  # on one line; bytes that are no UTF-8, control characters and changes of direction are escaped
@@ -68,7 +68,7 @@ class OutputError(LeukemiaError, OSError):
     def __str__(self) -> str:
         return escape_text(super().__str__())
 
-# %% ../../nbs/01_data/10_files.ipynb #415382a5
+# %% ../../nbs/01_data/10_files.ipynb #f4155171
 _DISK = "Check that the disk or network drive is still there and sound, or choose another folder"
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space or choose another folder"),
@@ -81,7 +81,7 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "Choose a shorter name",
 }
 
-
+# %% ../../nbs/01_data/10_files.ipynb #415382a5
 def _output_error(path: Path, number: int, left: str = "") -> OutputError:
     problem = OutputError(f"{path}: cannot be written: {os.strerror(number)}. {_REMEDIES[number]}. {left}".strip())
     problem.errno = number
@@ -156,10 +156,10 @@ def _check_regular(path: Path) -> None:
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OutputError(f"{path}: is a device, pipe or socket. Choose the name of a file.")
 
-# %% ../../nbs/01_data/10_files.ipynb #ec30ec3f
+# %% ../../nbs/01_data/10_files.ipynb #93334c35
 _MAX_NAME_BYTES = 255  # bytes of one file name on common file systems
 
-
+# %% ../../nbs/01_data/10_files.ipynb #ec30ec3f
 def check_output(
     path: str | os.PathLike,  # file or folder that is to be written in the end
     folder: bool = False,  # it is a folder
@@ -179,11 +179,11 @@ def check_output(
     if not os.access(there, os.W_OK | os.X_OK):
         raise _output_error(path, errno.EACCES)
 
-# %% ../../nbs/01_data/10_files.ipynb #228b1733
+# %% ../../nbs/01_data/10_files.ipynb #0227b7d4
 _OUTPUT_MARKER = ".leukemia_nb-output"  # file name
 _MARKER_TEXT = "Signature: leukemia_nb output, left out by its searches. Delete this file to use the images as data.\n"
 
-
+# %% ../../nbs/01_data/10_files.ipynb #228b1733
 def mark_output_folder(
     folder: str | os.PathLike,  # made where it is missing
 ) -> Path:  # the folder
@@ -289,11 +289,11 @@ def make_once(
         temporary.write_text(text, encoding="utf-8")
     return row
 
-# %% ../../nbs/01_data/10_files.ipynb #e9a106ed
+# %% ../../nbs/01_data/10_files.ipynb #a08b36e4
 _FORMULA = r"'*[=+\-@\t\r\n＝＋－＠]"
 _STARTS = r"(?:^|(?<=[;\t\r\n]))"  # of a cell; also behind a semicolon, where Excel in many countries splits
 
-
+# %% ../../nbs/01_data/10_files.ipynb #e9a106ed
 def _safe_cell(value: Any) -> Any:
     "A cell that no spreadsheet takes for a formula, by an apostrophe before it; `restore_cell` undoes it."
     return re.sub(f"{_STARTS}(?={_FORMULA})", "'", _utf8(value).replace("\0", "\\x00")) if isinstance(value, str) else value
@@ -338,10 +338,10 @@ class TableError(LeukemiaError, OSError):
     def __str__(self) -> str:
         return escape_text(super().__str__())
 
-# %% ../../nbs/01_data/10_files.ipynb #20a78dd5
+# %% ../../nbs/01_data/10_files.ipynb #541d664f
 _TEXT = ("pair", "class", "path", "sha256", "problem", "flip", "flag", "subset", "group", "original", "segmented", "cells")
 
-
+# %% ../../nbs/01_data/10_files.ipynb #20a78dd5
 def read_table(
     path: str | os.PathLike,  # a CSV that write_table wrote
 ) -> DataFrame:  # text columns as text, '' where empty

@@ -61,7 +61,7 @@ def _check_size(width: int, height: int) -> None:
     if min(width, height) < _MIN_SIDE:
         raise ImageError(f"too small, {size}; {_MIN_SIDE} pixels a side at least. Remove it.")
 
-# %% ../../nbs/01_data/20_images.ipynb #1630ac86
+# %% ../../nbs/01_data/20_images.ipynb #089eae93
 @contextmanager
 def _errors_about(name: str | os.PathLike) -> Iterator[None]:
     "Turn any error inside into an `ImageError`: name, reason, remedy."
@@ -78,7 +78,7 @@ def _errors_about(name: str | os.PathLike) -> Iterator[None]:
             raise ImageError(f"{name}: not enough memory to read it; the file may be whole. {remedy}") from error
         raise ImageError(f"{name}: the image is damaged or cut off ({reason}). Copy it again, or remove it.") from error
 
-
+# %% ../../nbs/01_data/20_images.ipynb #1630ac86
 _AS_PNG = "Save it as 8-bit RGB PNG."
 
 # %% ../../nbs/01_data/20_images.ipynb #042304bd
@@ -100,11 +100,11 @@ def _eight_bits(
         )
     return upper
 
-# %% ../../nbs/01_data/20_images.ipynb #276a5d7b
+# %% ../../nbs/01_data/20_images.ipynb #cdaa74d9
 _FLIPS_AND_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
 _EXIF_ORIENTATIONS = dict(enumerate((Image.Transpose[name] for name in _FLIPS_AND_TURNS), 2))
 
-
+# %% ../../nbs/01_data/20_images.ipynb #276a5d7b
 def _upright(image: Image.Image) -> Image.Image:
     "Turned as its EXIF orientation says; `ImageOps.exif_transpose` fails on other, damaged EXIF entries."
     try:
@@ -140,10 +140,10 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         image = image.convert("RGB")
     return transform.apply(image) if transform and mode == image.mode else image.convert("RGB")
 
-# %% ../../nbs/01_data/20_images.ipynb #b7be71dd
+# %% ../../nbs/01_data/20_images.ipynb #45818ba7
 _OPAQUE_MODES = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}  # without transparency and palette; all others: RGB
 
-
+# %% ../../nbs/01_data/20_images.ipynb #b7be71dd
 def _to_rgb(image: Image.Image) -> np.ndarray:
     "uint8 (H, W, 3) sRGB of a decoded image, upright and over white. Raises `ImageError`."
     profile, kind = image.info.get("icc_profile"), image.format
@@ -180,11 +180,11 @@ def _only_page(file: TiffFile) -> TiffPage:
         raise ValueError("strips or tiles are missing")
     return page
 
-# %% ../../nbs/01_data/20_images.ipynb #ea31b0d6
+# %% ../../nbs/01_data/20_images.ipynb #eef94647
 _COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # samples of a colour, by photometric interpretation; 6, YCbCr, only in JPEG
 _OWN_DECODERS = (1, 8, 32946, 32773)  # none, deflate, PackBits: tifffile needs no other package for them
 
-
+# %% ../../nbs/01_data/20_images.ipynb #ea31b0d6
 def _check_samples(page: TiffPage) -> None:
     "Raise `ImageError` for samples that are no colours of 1 to 16 bits."
     if page.sampleformat not in (1, (1,) * page.samplesperpixel) or page.bitspersample not in (1, 2, 4, 8, 16):
@@ -247,11 +247,11 @@ def _decode_tiff(data: bytes) -> Image.Image:
     _eight_bits(np.asarray(image.convert("RGB")))  # Pillow keeps the upper bytes
     return image
 
-# %% ../../nbs/01_data/20_images.ipynb #9d4f5c2d
+# %% ../../nbs/01_data/20_images.ipynb #1f0df02d
 _MAX_PROFILE = 2**20  # bytes of a PNG's colour profile, as Pillow's limit
 _MAX_SCANS = 100  # of a JPEG; cameras write about ten
 
-
+# %% ../../nbs/01_data/20_images.ipynb #9d4f5c2d
 def _check_profile(chunk: bytes) -> None:
     "Raise `ImageError` for the iCCP chunk of a PNG whose profile is too large once it is decompressed."
     try:
@@ -261,10 +261,10 @@ def _check_profile(chunk: bytes) -> None:
     if size > _MAX_PROFILE:
         raise ImageError(f"its colour profile has over {_MAX_PROFILE:,} bytes, the limit. Convert the image to sRGB.")
 
-# %% ../../nbs/01_data/20_images.ipynb #9d4f5c2e
+# %% ../../nbs/01_data/20_images.ipynb #bb50b766
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])")  # of a segment with a length, or of the end
 
-
+# %% ../../nbs/01_data/20_images.ipynb #9d4f5c2e
 def _count_scans(data: bytes) -> int:
     "Number of scans of a JPEG, up to its end."
     at, scans = 2, 0
@@ -273,10 +273,10 @@ def _count_scans(data: bytes) -> int:
         at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
     return scans
 
-# %% ../../nbs/01_data/20_images.ipynb #d157d96e
+# %% ../../nbs/01_data/20_images.ipynb #5c999e81
 _PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"acTL", b"IEND", b"iCCP", b"eXIf")
 
-
+# %% ../../nbs/01_data/20_images.ipynb #d157d96e
 def _strip_ancillary_chunks(data: bytes) -> bytes:
     "A PNG with only the chunks that its pixels and colours need. Raises `ImageError`, and ValueError for a wrong checksum."
     at, kept = 8, [data[:8]]
@@ -292,7 +292,7 @@ def _strip_ancillary_chunks(data: bytes) -> bytes:
         at = end
     return b"".join(kept)
 
-# %% ../../nbs/01_data/20_images.ipynb #a391b29c
+# %% ../../nbs/01_data/20_images.ipynb #29625443
 _FORMATS: dict[bytes, Callable] = {  # first bytes: Pillow's reader
     b"\xff\xd8\xff": JpegImagePlugin.JpegImageFile,
     b"\x89PNG\r\n\x1a\n": PngImagePlugin.PngImageFile,
@@ -301,7 +301,7 @@ _FORMATS: dict[bytes, Callable] = {  # first bytes: Pillow's reader
     b"GIF8": GifImagePlugin.GifImageFile,
 }
 
-
+# %% ../../nbs/01_data/20_images.ipynb #a391b29c
 def _decode(data: bytes) -> Image.Image:
     "Decode an image file, its format taken from its first bytes. Raises `ImageError` and decoders' errors."
     if data[:4] in (b"II*\0", b"MM\0*", b"II+\0"):
@@ -429,10 +429,10 @@ def resize_square(
     shrinks = min(image.shape[:2]) >= size
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
-# %% ../../nbs/01_data/20_images.ipynb #be01a270
+# %% ../../nbs/01_data/20_images.ipynb #a47ffdf9
 _JPEG, _LOSSLESS16 = (".jpg", ".jpeg", ".jpe", ".jfif"), (".png", ".tif", ".tiff")
 
-
+# %% ../../nbs/01_data/20_images.ipynb #be01a270
 def write_image(
     path: str | os.PathLike,  # suffix .png, .jpg, .tif, .bmp or .webp
     image: np.ndarray,  # uint8 (H, W, 3) RGB; or uint8 or uint16 (H, W)

@@ -58,11 +58,11 @@ def class_of(
     "Class that a folder's name means, or None."
     return _FOLDER_NAMES.get(re.sub(r"malignant|[\W_]", "", unicodedata.normalize("NFKC", folder_name).lower()))
 
-# %% ../../nbs/01_data/30_manifest.ipynb #60a9bb66
+# %% ../../nbs/01_data/30_manifest.ipynb #e0da1ff4
 _IGNORED_FOLDERS = ("truth", "segmented", "masks")  # folders, in any case
 NO_IMAGES = "no images in it. Name a folder with JPEG, PNG, BMP, TIFF or WebP files."
 
-
+# %% ../../nbs/01_data/30_manifest.ipynb #60a9bb66
 @dataclass(frozen=True)
 class ImageSearch:
     "What a search found, left out and could not reach, sorted."
@@ -99,10 +99,10 @@ def _output_root(folder: str | os.PathLike) -> Path | None:
             return None
     return None
 
-# %% ../../nbs/01_data/30_manifest.ipynb #10e3b5ab
+# %% ../../nbs/01_data/30_manifest.ipynb #07c19075
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
-
+# %% ../../nbs/01_data/30_manifest.ipynb #10e3b5ab
 def check_folder(
     folder: str | os.PathLike,  # to be searched
 ) -> None:
@@ -213,10 +213,10 @@ def _class_of_path(path: Path, folder: Path) -> str | None:
     names = [parent.name for parent in path.parents if parent == folder or folder in parent.parents]
     return next((found for found in map(class_of, names) if found), None)
 
-# %% ../../nbs/01_data/30_manifest.ipynb #30c91c71
+# %% ../../nbs/01_data/30_manifest.ipynb #678e64e6
 _COLUMNS = ("pair", "class", "path", "sha256", "width", "height", "problem")
 
-
+# %% ../../nbs/01_data/30_manifest.ipynb #30c91c71
 def _examine(path: Path, problem: str) -> tuple[str, int, int, str]:
     "SHA-256, width, height and problem of one image; problem: why it could not be reached, or empty."
     if problem:
@@ -378,10 +378,10 @@ def check_manifest(
             raise ImageError(f"class {label} {need}{bad}. Add images, or leave the class out.")
     return usable.reset_index(drop=True)
 
-# %% ../../nbs/01_data/30_manifest.ipynb #769eeb3e
+# %% ../../nbs/01_data/30_manifest.ipynb #ff77bd92
 _KAGGLE_SET = "mohammadamireshraghi/blood-cell-cancer-all-4class"
 
-
+# %% ../../nbs/01_data/30_manifest.ipynb #769eeb3e
 def fetch_kaggle(
     name: str = _KAGGLE_SET,  # owner/name of a Kaggle data set
 ) -> Path:  # folder with the images, for build_manifest

@@ -83,11 +83,11 @@ def _align(first: np.ndarray, second: np.ndarray, dx: float, dy: float, mask: np
         best, place = found, shift
     return *best, *place
 
-# %% ../../nbs/01_data/50_near_duplicates.ipynb #b8319cf7
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #26fd5587
 _ORIENTATIONS = ("none", "horizontal", "vertical", "both", "transposed", "turned left", "turned right", "transversed")
 "What was done to the second image: flips, turns by a quarter, and both at once. All eight ways to lay down a square."
 
-
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #b8319cf7
 def _orient(image: np.ndarray, orientation: str) -> np.ndarray:
     "Flip or turn an image, by a name of _ORIENTATIONS."
     place = _ORIENTATIONS.index(orientation)
@@ -112,11 +112,11 @@ def _similar_thumbnails(green: np.ndarray, min_correlation: float = 0.9, side: i
             found.append(pd.DataFrame({"a": a[a < b], "b": b[a < b], "orientation": orientation}))
     return pd.concat(found, ignore_index=True)
 
-# %% ../../nbs/01_data/50_near_duplicates.ipynb #6bed2417
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #802721b4
 _COLUMNS = ("a", "b", "kind", "orientation", "dx", "dy", "overlap", "votes", "ncc")
 "a, b: paths; orientation: of b; dx, dy: place of b's corner in a, in widths and heights; overlap: proportion compared."
 
-
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #6bed2417
 def find_duplicates(
     paths: Sequence[str | os.PathLike],  # images of any size
     green: np.ndarray | None = None,  # green channels, uint8 (n, S, S); None: read here

@@ -21,7 +21,7 @@ from .manifest import CLASSES, FOUR_CLASSES
 from .files import write_table
 from .images import write_image
 
-# %% ../../nbs/01_data/40_synthetic.ipynb #4aad08c3
+# %% ../../nbs/01_data/40_synthetic.ipynb #2c7089f2
 @dataclass(frozen=True)
 class _CellKind:
     "White cells of one class: lengths in pixels of a 1024 × 768 field, where a red cell is about 62 across."
@@ -29,13 +29,13 @@ class _CellKind:
     radius: float  # mean radius of the whole cell
     spread: float  # standard deviation of its logarithm
     nucleus: float  # radius of the nucleus, in radii of the cell
-    density: float  # absorbance (Napierian) of the nucleus relative to the violet dye
+    density: float  # absorbance (Napierian) of the nucleus, 1 is that of the violet dye
     cytoplasm: float  # absorbance of the cytoplasm, likewise
     grain: float  # size of the chromatin's clumps
     clump: float  # contrast of the chromatin
     nucleoli: float  # mean number of pale nucleoli
 
-
+# %% ../../nbs/01_data/40_synthetic.ipynb #4aad08c3
 _CELL_KINDS = {
     "Normal": _CellKind(36, 0.10, 0.91, 1.10, 0.90, 5.0, 0.20, 0.0),
     "Early Pre-B": _CellKind(48, 0.10, 0.88, 0.74, 0.85, 4.0, 0.17, 0.7),
@@ -43,7 +43,7 @@ _CELL_KINDS = {
     "Pro-B": _CellKind(43, 0.10, 0.91, 0.44, 0.60, 2.5, 0.13, 0.5),
 }
 
-# %% ../../nbs/01_data/40_synthetic.ipynb #8c1e41ec
+# %% ../../nbs/01_data/40_synthetic.ipynb #71eb9579
 @dataclass(frozen=True)
 class _Site:
     "What a laboratory leaves on an image besides the cells: colours as RGB 0-255 and the kind of scale bar."
@@ -53,7 +53,7 @@ class _Site:
     violet: tuple[int, int, int]  # a nucleus of density 1
     bar: str  # scale bar: "small black", "small red" or "big black"
 
-
+# %% ../../nbs/01_data/40_synthetic.ipynb #8c1e41ec
 _SITES = {
     "A": _Site((249, 252, 238), (204, 211, 203), (112, 52, 178), "big black"),
     "B": _Site((249, 249, 252), (217, 210, 229), (112, 46, 186), "small black"),

@@ -65,7 +65,7 @@ def _components(mask: np.ndarray, min_solidity: float) -> Iterator[tuple[tuple[s
 
 # %% ../../nbs/02_processing/15_cells.ipynb #bae1da10
 def _h_maxima(mask: np.ndarray, depth: float) -> tuple[int, np.ndarray, np.ndarray]:
-    "Number of h-maxima of one component's distance transform, the maxima numbered, and the distance; h is relative: depth."
+    "Number of h-maxima of one component's distance transform, the maxima numbered, and the distance; depth: h as a proportion."
     from skimage.morphology import local_maxima, reconstruction
 
     distance = cv2.distanceTransform(np.pad(mask.astype(np.uint8), 1), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]

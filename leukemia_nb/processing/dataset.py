@@ -25,20 +25,20 @@ from ..data.processes import image_row, run_tasks
 from .cells import cell_table, find_cells
 from .segmentation import apply_mask, check_mask, segment
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #0fd2ba73
+# %% ../../nbs/02_processing/30_dataset.ipynb #9e74a98d
 _VARIANTS = ("original", "segmented", "cells")
 _PREFIXES = {"original": "ori", "segmented": "mask", "cells": "cells"}
 
-
+# %% ../../nbs/02_processing/30_dataset.ipynb #0fd2ba73
 def _pair_files(pair: str) -> dict[str, str]:
     "Files of a pair: original/class/ori_stem.png, segmented/class/mask_stem.png, cells/class/cells_stem.png."
     label, stem = PurePosixPath(pair).parent, PurePosixPath(pair).name
     return {variant: str(PurePosixPath(variant) / label / f"{prefix}_{stem}.png") for variant, prefix in _PREFIXES.items()}
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #f4cb4d0a
+# %% ../../nbs/02_processing/30_dataset.ipynb #6fbe9672
 _FLIPS = ("none", "horizontal", "vertical", "both")
 
-
+# %% ../../nbs/02_processing/30_dataset.ipynb #f4cb4d0a
 def flip(
     image: np.ndarray,  # (H, W) or (H, W, C), any dtype
     kind: str,  # none, horizontal, vertical or both
@@ -56,14 +56,14 @@ def _pixel_hash(image: np.ndarray) -> str:
     first = min(flip(image, kind).tobytes() for kind in _FLIPS)
     return hashlib.sha256(f"{image.shape}".encode() + first).hexdigest()
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #c4f333d2
+# %% ../../nbs/02_processing/30_dataset.ipynb #0cc32b06
 _FAST_PNG = [
     *(cv2.IMWRITE_PNG_COMPRESSION, 1),
     *(cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE),
     *(cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP),
 ]
 
-
+# %% ../../nbs/02_processing/30_dataset.ipynb #c4f333d2
 def _save_png(path: Path, image: np.ndarray) -> str:
     "Write a PNG quickly, whole or not at all; return its SHA-256. Raises OutputError."
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image
@@ -105,10 +105,10 @@ def save_pair(
     files = {names[variant]: _save_png(Path(folder) / names[variant], saved[variant]) for variant in _VARIANTS}
     return {"mask": mask, "n_cells": int(cells.max()), "files": files}
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #3e1f80c7
+# %% ../../nbs/02_processing/30_dataset.ipynb #1933c80e
 _VERSION = 2  # grows when the pixels that these steps make change, so that older pairs are made again
 
-
+# %% ../../nbs/02_processing/30_dataset.ipynb #3e1f80c7
 def _prepare_pair(row: dict, folder: Path, size: int, segmentation: str, images: Path) -> dict:
     "Row of the pairs table: made, found finished, or with a problem and without files. Raises `OutputError`."
 
@@ -125,10 +125,10 @@ def _prepare_pair(row: dict, folder: Path, size: int, segmentation: str, images:
     problem = row.get("problem") or ""
     return base | image_row(images / row["path"], folder, names, settings, make, sha256=row["sha256"], problem=problem)
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #b099d9a7
+# %% ../../nbs/02_processing/30_dataset.ipynb #91eddebe
 _PAIR_COLUMNS = ("pair", "class", "path", "sha256", *_VARIANTS, "pixels", "cell_fraction", "n_cells", "flag", "problem")
 
-
+# %% ../../nbs/02_processing/30_dataset.ipynb #b099d9a7
 def prepare_pairs(
     manifest: pd.DataFrame,  # one row per image: pair, class, path, sha256, problem
     folder: str | os.PathLike,  # written to: original/, segmented/, cells/, records/
@@ -210,10 +210,10 @@ def oversample_with_flips(
         tables.append(copies.merge(rows.drop(columns=["flip", "repeat"]), on="pair")[train.columns])
     return pd.concat(tables, ignore_index=True)
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #ff80eb22
+# %% ../../nbs/02_processing/30_dataset.ipynb #3d6aecb6
 _SUBSETS = ("train", "val", "test")  # in the order of the table
 
-
+# %% ../../nbs/02_processing/30_dataset.ipynb #ff80eb22
 def _dataset_paths(rows: pd.DataFrame) -> pd.DataFrame:
     "Rows with a path for each variant; a copy's name ends in its flip, and in a number where that is taken."
     parts = []

@@ -22,10 +22,10 @@ from ..data.processes import image_row, run_tasks
 from .cells import count_cells, find_cells
 from .segmentation import check_mask, draw_outlines, segment
 
-# %% ../../nbs/02_processing/20_quality_control.ipynb #5536fead
+# %% ../../nbs/02_processing/20_quality_control.ipynb #c36be3d1
 _MAX_BYTES = 240  # of a name: file systems take 255, and a record has five more
 
-
+# %% ../../nbs/02_processing/20_quality_control.ipynb #5536fead
 def _mask_names(names: Sequence[str]) -> list[str]:
     "Names for masks and overlays: a.png for a.png, a.jpg.png for a.jpg, with a hash where that is taken or too long."
 
@@ -47,11 +47,11 @@ def _mask_names(names: Sequence[str]) -> list[str]:
         found.append(target.as_posix())
     return found
 
-# %% ../../nbs/02_processing/20_quality_control.ipynb #bd1baa34
+# %% ../../nbs/02_processing/20_quality_control.ipynb #dbf98b02
 _QC_COLUMNS = ("path", "width", "height", "n_cells", "cell_fraction", "flag", "mask", "overlay", "problem")
 _BLANK = dict.fromkeys(("flag", "mask", "overlay", "problem"), "")
 
-
+# %% ../../nbs/02_processing/20_quality_control.ipynb #bd1baa34
 def _segment_file(path: str | os.PathLike, name: str, out: str | os.PathLike, method: str, saved: str) -> dict:
     "Row of one image, its mask and overlay saved unless they are finished; saved: their name. Raises `OutputError`."
     files = (f"masks/{saved}", f"overlays/{saved}")

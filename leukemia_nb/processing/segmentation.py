@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-# %% ../../nbs/02_processing/10_segmentation.ipynb #011c2cd7
+# %% ../../nbs/02_processing/10_segmentation.ipynb #1a94d71c
 def _check_rgb(image: np.ndarray) -> None:
     "Raise ValueError for an array that is no uint8 image, RGB or grey."
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] != 3:
         raise ValueError(f"expected a uint8 image (H, W, 3) in RGB order, got {image.dtype} {image.shape}")
 
-
+# %% ../../nbs/02_processing/10_segmentation.ipynb #011c2cd7
 def a_channel(
     image: np.ndarray,  # uint8 (H, W, 3) RGB, or (H, W) grey
 ) -> np.ndarray:  # uint8 (H, W), 128 = neutral, higher = redder
@@ -84,12 +84,12 @@ def clean_mask(
         ready = cv2.morphologyEx(ready, step, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)))
     return ready.view(bool)
 
-# %% ../../nbs/02_processing/10_segmentation.ipynb #ed47b77d
+# %% ../../nbs/02_processing/10_segmentation.ipynb #3807772a
 def _smallest_area(shape: tuple[int, ...], min_area: float) -> float:
     "Pixels of an image of this shape that are the same proportion as min_area of 1024x768."
     return min_area * shape[0] * shape[1] / (1024 * 768)
 
-
+# %% ../../nbs/02_processing/10_segmentation.ipynb #ed47b77d
 def drop_small(
     mask: np.ndarray,  # bool (H, W)
     min_area: float = 500,  # pixels, in an image of 1024x768; the same proportion of area at other sizes
@@ -146,13 +146,13 @@ class SegmentationMethod:
     description: str
     function: Callable[..., np.ndarray]  # (image, min_area) -> bool mask (H, W)
 
-# %% ../../nbs/02_processing/10_segmentation.ipynb #0fdf44a3
+# %% ../../nbs/02_processing/10_segmentation.ipynb #42c982f9
 def _nucleus_mask(image: np.ndarray, min_area: float = 500) -> np.ndarray:
     from leukemia_nb.processing.cells import find_cells
 
     return find_cells(image, min_area) > 0
 
-
+# %% ../../nbs/02_processing/10_segmentation.ipynb #0fdf44a3
 SEGMENTATION_METHODS = {
     "kmeans": SegmentationMethod("k-means of the A channel", "The original study's five steps.", original_study_mask),
     "nucleus": SegmentationMethod("cells grown from nuclei", "Purple nuclei, each with the cytoplasm around it.", _nucleus_mask),
@@ -209,10 +209,10 @@ def mask_quality(
         "recall": proportion(both, true),
     }
 
-# %% ../../nbs/02_processing/10_segmentation.ipynb #d989b00a
+# %% ../../nbs/02_processing/10_segmentation.ipynb #1329afee
 _MAX_COVER, _MIN_COVER, _MAX_BORDER, _MAX_COMPONENT = 0.6, 0.002, 0.5, 0.4  # proportions of image, image, border, image
 
-
+# %% ../../nbs/02_processing/10_segmentation.ipynb #d989b00a
 def check_mask(
     mask: np.ndarray,  # bool (H, W)
 ) -> str:  # empty, or what is suspicious, joined by "; "

@@ -258,14 +258,14 @@ def _read_columns(path: str | os.PathLike, wanted: Mapping[str, Sequence[str]]) 
     cells = [[restore_cell("".join(row[place : place + 1])) for place in places.values()] for row in rows]
     return pd.DataFrame(cells, columns=list(places), dtype=object), ", ".join(map(_unquoted, headers[separator])) or "nothing"
 
-# %% ../../nbs/02_processing/40_splitting.ipynb #95b28c01
+# %% ../../nbs/02_processing/40_splitting.ipynb #ce758851
 _GROUP_COLUMNS = {
     "path": ("file", "filename", "filepath", "image", "imagename", "imagefile", "imagepath"),
     "group": ("groupid", "overlapgroup", "patient", "patientid", "slide", "slideid", "case", "caseid", "subject", "subjectid"),
 }
 _EXAMPLE = "Expected is a CSV with the first line path,group and a line for each image, such as Pre-B/Snap_001.jpg,patient 7"
 
-
+# %% ../../nbs/02_processing/40_splitting.ipynb #95b28c01
 def read_groups(
     path: str | os.PathLike,  # CSV with a column of paths and one of groups
 ) -> pd.DataFrame:  # path, group: as text; rows without a group left out
