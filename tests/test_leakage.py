@@ -192,7 +192,7 @@ def test_benchmarks_group_by_what_is_found_joined_with_what_is_listed(benchmarks
 
 
 def test_benchmarks_on_the_real_images_use_these_groups_and_say_so():
-    for name in ("cell_model", "shortcuts", "yolo"):
+    for name in ("cell_model", "shortcuts"):
         text = (ROOT / f"benchmarks/{name}.py").read_text(encoding="utf-8")
         assert "known_images(" in text and "check_apart(" in text and "overlap_group" not in text, name
         result = ROOT / f"benchmarks/results/{name}.json"
