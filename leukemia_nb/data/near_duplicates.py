@@ -85,7 +85,7 @@ def _align(first: np.ndarray, second: np.ndarray, dx: float, dy: float, mask: np
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #26fd5587
 _ORIENTATIONS = ("none", "horizontal", "vertical", "both", "transposed", "turned left", "turned right", "transversed")
-"What was done to the second image: flips, turns by a quarter, and both at once. All eight ways to lay down a square."
+# What was done to the second image: flips, turns by a quarter, and both at once. All eight ways to lay down a square.
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #b8319cf7
 def _orient(image: np.ndarray, orientation: str) -> np.ndarray:
@@ -114,7 +114,7 @@ def _similar_thumbnails(green: np.ndarray, min_correlation: float = 0.9, side: i
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #802721b4
 _COLUMNS = ("a", "b", "kind", "orientation", "dx", "dy", "overlap", "votes", "ncc")
-"a, b: paths; orientation: of b; dx, dy: place of b's corner in a, in widths and heights; overlap: proportion compared."
+# a, b: paths; orientation: of b; dx, dy: place of b's corner in a, in widths and heights; overlap: proportion compared.
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #6bed2417
 def find_duplicates(
