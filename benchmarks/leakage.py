@@ -85,9 +85,9 @@ def main() -> None:
     truth, classes = fields["overlap_group"].to_numpy(), fields["file"].str.split("/").str[0].to_numpy()
 
     times, load, start = {}, os.getloadavg()[0], time.perf_counter()
-    frames = leakage._read_frames(paths, n_jobs=args.n_jobs)
+    green = leakage._read_green(paths, n_jobs=args.n_jobs)
     times["reading"] = time.perf_counter() - start
-    duplicates = leakage.find_duplicates(paths, frames, n_jobs=args.n_jobs)
+    duplicates = leakage.find_duplicates(paths, green, n_jobs=args.n_jobs)
     times["duplicates"] = time.perf_counter() - start - times["reading"]
     judged = []
     holds = leakage._is_overlap
@@ -97,18 +97,18 @@ def main() -> None:
         return np.ones(len(votes), bool)
 
     leakage._is_overlap = note
-    proposed = leakage.find_overlaps(paths, frames, n_jobs=args.n_jobs)
+    proposed = leakage.find_overlaps(paths, green, n_jobs=args.n_jobs)
     leakage._is_overlap = holds
     times["overlaps"] = time.perf_counter() - start - times["reading"] - times["duplicates"]
     times["all"] = time.perf_counter() - start
-    proposed["kept"] = holds(proposed["votes"].to_numpy(), proposed["score"].to_numpy(), proposed["overlap"].to_numpy())
+    proposed["kept"] = holds(proposed["votes"].to_numpy(), proposed["ncc"].to_numpy(), proposed["overlap"].to_numpy())
     place = {path: number for number, path in enumerate(paths)}
     for side in "ab":
         proposed[f"n{side}"] = proposed[side].map(place)
     proposed["listed"] = truth[proposed["na"]] == truth[proposed["nb"]]
     proposed["across"] = classes[proposed["na"]] != classes[proposed["nb"]]
     overlaps = proposed[proposed["kept"]]
-    pairs = pd.concat([duplicates, overlaps[list(leakage._PAIR_COLUMNS)]]).drop_duplicates(["a", "b"])
+    pairs = pd.concat([duplicates, overlaps[list(leakage._COLUMNS)]]).drop_duplicates(["a", "b"])
     groups = leakage.group_images(paths, pairs)
 
     numbers = np.unique(truth[pd.Series(truth).duplicated(keep=False)])
@@ -117,8 +117,8 @@ def main() -> None:
     table = []
     for score in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
         for votes in (5, 8, 12, 16, 24, 1000):
-            blurred = (proposed["votes"] >= votes) & (proposed["score"] >= 0.3)
-            kept = proposed[(proposed["overlap"] >= 0.02) & ((proposed["score"] >= score) | blurred)]
+            blurred = (proposed["votes"] >= votes) & (proposed["ncc"] >= 0.3)
+            kept = proposed[(proposed["overlap"] >= 0.02) & ((proposed["ncc"] >= score) | blurred)]
             for_a = leakage.group_images(paths, pd.concat([duplicates, kept]))
             table.append(
                 {
@@ -181,7 +181,7 @@ def main() -> None:
     number = sum(pair[1] in place for pair in expected)
     others = [
         [Path(a).name, Path(b).name, round(score, 3)]
-        for a, b, score in zip(found["a"], found["b"], found["score"])
+        for a, b, score in zip(found["a"], found["b"], found["ncc"])
         if a in full and (a, b) not in expected
     ]
     result["originals"] = {

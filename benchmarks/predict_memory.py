@@ -21,7 +21,7 @@ from leukemia_nb.data.files import atomic_path
 from leukemia_nb.data.images import write_image
 from leukemia_nb.inference.model_file import open_model_file
 from leukemia_nb.testing import dummy_model_file
-from leukemia_nb.data.synthetic import smear
+from leukemia_nb.data.synthetic import make_smear
 
 RESULTS = Path(__file__).parent / "results" / "predict_memory.json"
 SIZES = ((192, 256), (224, 224), (240, 320))
@@ -31,7 +31,7 @@ def write_images(folder: Path, number: int) -> None:
     "As many images as asked for: six smears, and hard links to them."
     folder.mkdir(parents=True)
     for place, (label, size) in enumerate((label, size) for label in ("Normal", "Pre-B") for size in SIZES):
-        write_image(folder / f"{place:05d}.jpg", smear(label, place, *size).image)
+        write_image(folder / f"{place:05d}.jpg", make_smear(label, place, *size).image)
     for place in range(6, number):
         os.link(folder / f"{place % 6:05d}.jpg", folder / f"{place:05d}.jpg")
 

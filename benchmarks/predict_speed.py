@@ -284,7 +284,7 @@ def main(run: Path, exported: Path, repeats: int, python: str, models: list[str]
     from leukemia_nb.data.files import atomic_path
     from leukemia_nb.data.images import write_image
     from leukemia_nb.inference.model_file import open_model_file
-    from leukemia_nb.data.synthetic import smear
+    from leukemia_nb.data.synthetic import make_smear
 
     result: dict = json.loads(RESULTS.read_text()) if RESULTS.exists() and set(models) != set(OTHERS) else {}
     result |= {
@@ -299,7 +299,7 @@ def main(run: Path, exported: Path, repeats: int, python: str, models: list[str]
         for size, shape in SIZES.items():
             files[size] = [str(Path(name) / size / f"{i:02d}.jpg") for i in range(32)]
             for i, file in enumerate(files[size]):
-                write_image(file, smear(("Normal", "Pre-B", "Pro-B")[i % 3], i, *shape).image)
+                write_image(file, make_smear(("Normal", "Pre-B", "Pro-B")[i % 3], i, *shape).image)
         result["steps"] = {size: steps_of(files[size][1]) for size in SIZES}
         for model in models:
             theirs = OTHERS[model]

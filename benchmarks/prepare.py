@@ -25,8 +25,8 @@ from leukemia_nb.data.manifest import build_manifest
 from leukemia_nb.data.files import atomic_path
 from leukemia_nb.data.images import read_image, resize_square, write_image
 from leukemia_nb.processing.dataset import Pairs, _save_png, _pair_files, prepare_pairs
-from leukemia_nb.processing.segmentation import a_channel, apply_mask, cluster_mask, study_mask
-from leukemia_nb.data.synthetic import smear
+from leukemia_nb.processing.segmentation import a_channel, apply_mask, cluster_mask, original_study_mask
+from leukemia_nb.data.synthetic import make_smear
 
 RESULTS = Path(__file__).parent / "results" / "prepare.json"
 CLASSES = ("Normal", "Pre-B", "Pro-B")
@@ -36,7 +36,7 @@ def write_images(folder: Path, number: int) -> None:
     "As many smears as asked for, as JPEG, a third of them in each class."
     for place in range(number):
         label = CLASSES[place % 3]
-        write_image(folder / label / f"{label}_{place:03d}.jpg", smear(label, seed=place).image)
+        write_image(folder / label / f"{label}_{place:03d}.jpg", make_smear(label, seed=place).image)
 
 
 def prepare(folder: str, out: str, workers: int, times: int) -> None:
@@ -71,7 +71,7 @@ def prepare(folder: str, out: str, workers: int, times: int) -> None:
 
 def exact_recipe(image: np.ndarray, folder: Path, pair: str) -> np.ndarray:
     "The same steps as here: mask, original and segmented image, saved."
-    mask, names = study_mask(image), _pair_files(pair)
+    mask, names = original_study_mask(image), _pair_files(pair)
     for channel, one in (("original", image), ("segmented", apply_mask(image, mask))):
         _save_png(folder / names[channel], resize_square(one))
     return mask

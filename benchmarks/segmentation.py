@@ -26,14 +26,14 @@ from leukemia_nb.processing.segmentation import (
     a_channel,
     cluster_mask,
     apply_mask,
-    study_mask,
+    original_study_mask,
     kmeans_mask,
     mask_quality,
     segment,
 )
 from leukemia_nb.data.images import resize_square
 from leukemia_nb.processing.dataset import _save_png
-from leukemia_nb.data.synthetic import smear
+from leukemia_nb.data.synthetic import make_smear
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("LEUKEMIA_NB_SHARED", ROOT.parent / "shared")) / "data"
@@ -95,17 +95,17 @@ def save_pair(image: np.ndarray, mask: np.ndarray, folder: Path, level: int | No
 
 def times(image: np.ndarray, folder: Path) -> dict:
     "Seconds for each step on one image, and whether the two recipes give equal masks."
-    channel, mask = a_channel(image), study_mask(image)
+    channel, mask = a_channel(image), original_study_mask(image)
 
     def slow():
-        return study_mask(image, cluster=kmeans_mask)
+        return original_study_mask(image, cluster=kmeans_mask)
 
     row = {
         "cluster_exact": fastest(lambda: cluster_mask(channel), 30),
         "cluster_kmeans": fastest(lambda: kmeans_mask(channel), 2),
-        "kmeans": fastest(lambda: study_mask(image), 15),
+        "kmeans": fastest(lambda: original_study_mask(image), 15),
         "study_kmeans": fastest(slow, 2),
-        "pair": fastest(lambda: save_pair(image, study_mask(image), folder), 15),
+        "pair": fastest(lambda: save_pair(image, original_study_mask(image), folder), 15),
         "pair_kmeans": fastest(lambda: save_pair(image, slow(), folder), 2),
         "nucleus": fastest(lambda: find_cells(image), 2),
         "save_png_study": fastest(lambda: save_pair(image, mask, folder), 5),
@@ -141,7 +141,10 @@ def agreement(paths: list[Path]) -> dict:
     for path in paths:
         image = read_image(path)
         channel = a_channel(image)
-        pairs = (cluster_mask(channel), kmeans_mask(channel)), (study_mask(image), study_mask(image, cluster=kmeans_mask))
+        pairs = (
+            (cluster_mask(channel), kmeans_mask(channel)),
+            (original_study_mask(image), original_study_mask(image, cluster=kmeans_mask)),
+        )
         rows.append([value for one, two in pairs for value in ((one == two).all(), mask_quality(one, two)["iou"])])
     same, iou, same_clean, iou_clean = np.array(rows, float).T
     return {
@@ -232,7 +235,7 @@ def smears(height: int, width: int, seeds: int) -> dict:
         masks, counts = [], []
         for label in ("Normal", "Pre-B", "Pro-B"):
             for seed in range(100, 100 + seeds):
-                drawn = smear(label, seed, height, width)
+                drawn = make_smear(label, seed, height, width)
                 labels = find_cells(drawn.image) if method == "nucleus" else label_cells(segment(drawn.image))
                 masks.append(mask_quality(labels > 0, drawn.cells > 0))
                 counts.append(count_quality(labels, drawn.cells))
@@ -266,7 +269,7 @@ if __name__ == "__main__":
             if (image := read_image(path)).shape == (768, 1024, 3)
         ][::2]
         if real
-        else [smear(label, seed).image for label in ("Normal", "Pre-B", "Pro-B") for seed in range(3)]
+        else [make_smear(label, seed).image for label in ("Normal", "Pre-B", "Pro-B") for seed in range(3)]
     )
     tasks = {"speed": lambda: speed(images)}
     if real:

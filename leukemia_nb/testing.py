@@ -19,7 +19,7 @@ import pandas as pd
 from filelock import FileLock
 
 from .data.files import write_table
-from .data.synthetic import smear
+from .data.synthetic import make_smear
 from .evaluation.calibration import calibration_table
 from .evaluation.metrics import ORIGINAL_ACCURACY, class_table, compare_models, grouped_accuracy
 from .evaluation.predictions import model_title, read_all_predictions, take_subset, write_predictions
@@ -45,7 +45,7 @@ def dummy_dataset(
     for label in classes:
         for i in range(per_class):
             pair = f"{label}/{i:03}"
-            save_pair(smear(label, seed=seed + i, height=size, width=size).image, pair, prepared, size)
+            save_pair(make_smear(label, seed=seed + i, height=size, width=size).image, pair, prepared, size)
             rows.append({"pair": pair, "class": label, "subset": subsets[i % 4]})
     write_dataset(pd.DataFrame(rows), prepared, folder, seed)
     return folder
@@ -111,7 +111,7 @@ def dummy_model_file(
     smears: int = 6,  # synthetic smears of each class that it is fitted on
 ) -> Path:  # the file
     "Write a model file of the class whose synthetic smears are nearest, in a moment. Needs `onnx` and scikit-learn."
-    from leukemia_nb.data.synthetic import smear
+    from leukemia_nb.data.synthetic import make_smear
     from leukemia_nb.inference.model_file import write_model_file
     from leukemia_nb.inference.ood import fit_ood, image_statistics
     from leukemia_nb.inference.predictor import prepare_image
@@ -119,7 +119,7 @@ def dummy_model_file(
     info = {"name": f"dummy_{kind}", "title": f"Dummy ({kind})", "classes": list(classes), "input": kind, "image_size": size}
     info |= _DUMMY["model_file"] | {"training": {"images": smears * len(classes), "validation": 0}}
     labels = [name for name in classes for _ in range(smears)]
-    drawn = [smear(name, seed, 192, 256).image for seed, name in enumerate(labels)]
+    drawn = [make_smear(name, seed, 192, 256).image for seed, name in enumerate(labels)]
     prepared = [prepare_image(image, info) for image in drawn]
     features = np.stack([_dummy_features(each) for each in prepared])
     by_class = features.reshape(len(classes), smears, -1)

@@ -22,7 +22,7 @@ import pytest
 from conftest import ROOT
 
 from leukemia_nb.data.images import ImageError, write_image
-from leukemia_nb.data.synthetic import smear
+from leukemia_nb.data.synthetic import make_smear
 from leukemia_nb.inference import app
 from leukemia_nb.inference.predictor import find_image_cells
 from leukemia_nb.testing import dummy_model_file
@@ -44,8 +44,8 @@ def run(tmp_path_factory):
 def files(tmp_path_factory):
     """What people drop in: a smear, a file that is none, a name that is markup."""
     folder = tmp_path_factory.mktemp("files")
-    write_image(folder / "smear.png", smear("Pro-B", seed=5, height=384, width=512).image)
-    write_image(folder / '<b>ü & ".jpg', smear("Normal", seed=1, height=192, width=256).image)
+    write_image(folder / "smear.png", make_smear("Pro-B", seed=5, height=384, width=512).image)
+    write_image(folder / '<b>ü & ".jpg', make_smear("Normal", seed=1, height=192, width=256).image)
     (folder / "letter.png").write_bytes(b"Dear colleague, please find attached")
     return folder
 
@@ -155,7 +155,7 @@ def test_models_abstain_from_blank_and_foreign_images(page):
     page.show("blank.png", np.full((300, 400, 3), 240, np.uint8))
     assert "No white blood cells found" in page.image.value and "no cells found" in page.predictions.value
     assert "No prediction" in page.predictions.value
-    page.show("negative.png", 255 - smear("Pre-B", seed=3, height=384, width=512).image)
+    page.show("negative.png", 255 - make_smear("Pre-B", seed=3, height=384, width=512).image)
     assert "No prediction" in page.predictions.value and "What is outlined may not be cells" in page.predictions.value
     assert "app-chosen" not in page.predictions.value
 

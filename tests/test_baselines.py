@@ -28,7 +28,7 @@ from leukemia_nb.audit.baselines import (
 )
 from leukemia_nb.data.images import read_image, scale_bar_corner
 from leukemia_nb.data.manifest import class_of
-from leukemia_nb.data.synthetic import smear
+from leukemia_nb.data.synthetic import make_smear
 from leukemia_nb.evaluation.cross_validation import cross_validated_accuracy
 from leukemia_nb.evaluation.metrics import accuracy_figure, compare_models
 from leukemia_nb.evaluation.predictions import _check_predictions, predicted_labels
@@ -39,7 +39,7 @@ from leukemia_nb.testing import dummy_predictions
 
 @pytest.mark.parametrize("size", [(32, 32), (96, 128)])
 def test_every_baseline_at_every_size(size):
-    image = smear("Pre-B", 4, *size).image
+    image = make_smear("Pre-B", 4, *size).image
     cells = find_cells(image)
     for name, baseline in BASELINES.items():
         features = baseline.features(image, cells)
@@ -52,7 +52,7 @@ def test_every_baseline_at_every_size(size):
 
 @pytest.fixture(scope="module")
 def seen():
-    image = smear("Pre-B", 4, 224, 224).image
+    image = make_smear("Pre-B", 4, 224, 224).image
     cells = find_cells(image)
     return image, cells, background_pixels(image, cells)
 
@@ -162,7 +162,7 @@ def test_shape_features_see_edges_and_no_contrast():
 def features():
     """Features of 30 confounded smears by three baselines, and their split: every other image is for the test."""
     labels = np.repeat(["Normal", "Pre-B", "Pro-B"], 10)
-    images = [smear(label, i, 64, 64, confounded=1).image for i, label in enumerate(labels)]
+    images = [make_smear(label, i, 64, 64, spurious_correlation=1).image for i, label in enumerate(labels)]
     split = pd.DataFrame({"pair": [f"{label}/{i}" for i, label in enumerate(labels)], "class": labels})
     split["subset"] = np.where(np.arange(30) % 2, "test", "train")
     return baseline_features(images, names=["background_colour", "grey_texture", "permuted"]), split

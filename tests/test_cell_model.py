@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from leukemia_nb.data.manifest import CLASSES
-from leukemia_nb.data.synthetic import smear
+from leukemia_nb.data.synthetic import make_smear
 from leukemia_nb.models.interface import MODELS, load_model, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:cells collapsed:RuntimeWarning")
@@ -16,7 +16,7 @@ def crops_of(label, seed):
     from leukemia_nb.data.images import resize_square
     from leukemia_nb.processing.cells import cell_crops
 
-    return cell_crops(resize_square(smear(label, seed=seed, height=336, width=448).image, 224))
+    return cell_crops(resize_square(make_smear(label, seed=seed, height=336, width=448).image, 224))
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,14 @@ from leukemia_nb.audit.cue_conflict import (
 )
 from leukemia_nb.data.images import read_image, resize_square
 from leukemia_nb.data.manifest import CLASSES
-from leukemia_nb.data.synthetic import smear
+from leukemia_nb.data.synthetic import make_smear
 from leukemia_nb.processing.cells import find_cells
 
 
 @pytest.fixture(scope="module")
 def fields():
     """Three synthetic fields, one a class, with their cells."""
-    images = np.stack([resize_square(smear(name, seed=8).image, 224) for name in CLASSES])
+    images = np.stack([resize_square(make_smear(name, seed=8).image, 224) for name in CLASSES])
     return images, np.stack([find_cells(image) for image in images]), np.array(CLASSES)
 
 

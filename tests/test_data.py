@@ -16,7 +16,7 @@ from leukemia_nb.data import manifest as data
 from leukemia_nb.data.manifest import (
     CLASSES,
     build_manifest,
-    check_apart,
+    check_not_inside,
     check_manifest,
     class_of,
     fetch_kaggle,
@@ -29,7 +29,7 @@ from leukemia_nb.data.files import (
     file_sha256,
     mark_output_folder,
     read_table,
-    shown_table,
+    escape_table,
     write_table,
 )
 from leukemia_nb.data.images import ImageError, read_image, write_image
@@ -315,8 +315,8 @@ def test_the_folder_of_the_results_is_left_out_by_whatever_way(hospital, monkeyp
     assert {str(path) for path in find_images(".", "./Pro/../out/")} == before
     for out in (".", "..", hospital):
         with pytest.raises(OutputError, match="holds the images that are read"):
-            check_apart(".", out)
-    check_apart(".", "out")
+            check_not_inside(".", out)
+    check_not_inside(".", "out")
 
 
 def test_synthetic_smears_in_a_run_folder_are_data(tmp_path):
@@ -370,7 +370,7 @@ def test_whatever_is_left_out_is_counted_in_one_line(hospital):
         (hospital / place).parent.mkdir(parents=True, exist_ok=True)
         (hospital / place).touch()
     os.mkfifo(hospital / "Pre" / "pipe.png")
-    said = search_images(hospital).summary(most=20)
+    said = search_images(hospital).summary(max_reasons=20)
     assert said.startswith(f"{hospital}: 5 images found, 13 left out (") and "\n" not in said
     for part in (
         ".avif files: 2",
@@ -484,7 +484,7 @@ def test_odd_names_make_a_row_each_and_can_be_looked_at(tmp_path):
         path=[path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for path in manifest["path"]]
     )
     pd.testing.assert_frame_equal(again, wanted, check_dtype=False)
-    shown_table(manifest).to_html().encode()
+    escape_table(manifest).to_html().encode()
 
 
 def test_rows_with_problems_are_not_counted_as_usable(hospital):

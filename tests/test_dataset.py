@@ -148,6 +148,13 @@ def test_errors_of_the_output_end_the_run_and_say_what_is_done(manifest, tmp_pat
         prepare_pairs(good, tmp_path / "file", SIZE, progress=False)
 
 
+@pytest.mark.filterwarnings("error")
+def test_no_pair_is_usable_and_pandas_says_nothing(manifest, tmp_path):
+    table = prepare_pairs(manifest[:2].assign(problem="not today"), tmp_path, SIZE, progress=False)
+    assert (table["problem"] == "not today").all() and (table[["original", "cells", "flag", "pixels"]] == "").all(axis=None)
+    assert table["cell_fraction"].isna().all() and table["n_cells"].isna().all()
+
+
 def test_two_rows_of_one_name(manifest, tmp_path):
     with pytest.raises(ValueError, match="two rows named Normal/Normal_001"):
         prepare_pairs(pd.concat([manifest, manifest]), tmp_path, SIZE)
@@ -157,7 +164,7 @@ def test_record_holds_what_a_pair_was_made_from(prepared):
     table, folder = prepared
     row = table[table["problem"] == ""].iloc[0]
     record = json.loads((folder / "records" / f"{row['pair']}.json").read_text())
-    assert record["made_from"] == {"sha256": row["sha256"], "size": SIZE, "segmentation": "kmeans", "version": 2}
+    assert record["provenance"] == {"sha256": row["sha256"], "size": SIZE, "segmentation": "kmeans", "version": 2}
     assert set(record["files"]) == set(_pair_files(row["pair"]).values())
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings, strategies as st
 
 from leukemia_nb.data import files
 from leukemia_nb.data.manifest import find_images
-from leukemia_nb.data.files import OutputError, atomic_path, check_output, read_table, set_sha256, shown, write_table
+from leukemia_nb.data.files import OutputError, atomic_path, check_output, read_table, set_sha256, escape_text, write_table
 from leukemia_nb.data.images import write_image
 
 
@@ -106,7 +106,7 @@ def test_killed_while_writing(tmp_path):
 
 @given(st.binary(max_size=20).filter(lambda name: b"\0" not in name))
 def test_shown_text_can_be_saved_and_other_text_is_as_it_was(name):
-    found = shown(os.fsdecode(name))
+    found = escape_text(os.fsdecode(name))
     found.encode("utf-8", "strict")
     try:
         text = name.decode()
@@ -118,7 +118,7 @@ def test_shown_text_can_be_saved_and_other_text_is_as_it_was(name):
 
 @given(st.text())
 def test_shown_text_breaks_no_terminal_table_or_page(text):
-    found = shown(text)
+    found = escape_text(text)
     assert not [
         c
         for c in found
@@ -141,7 +141,7 @@ def test_shown_text_breaks_no_terminal_table_or_page(text):
     ],
 )
 def test_control_characters_are_escaped(name, wanted):
-    assert shown(name) == wanted == str(OutputError(name))
+    assert escape_text(name) == wanted == str(OutputError(name))
 
 
 def test_outputs_are_looked_at_without_leaving_anything(tmp_path):
@@ -176,14 +176,14 @@ def test_a_marked_folder_is_known_and_others_are_not(tmp_path):
 
 def test_the_second_writer_is_refused_and_the_lock_ends_with_its_process(tmp_path):
     code = (
-        "import os, signal, sys; from leukemia_nb.data.files import exclusive\n"
-        "with exclusive(sys.argv[1]):\n if len(sys.argv) > 2: os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal, sys; from leukemia_nb.data.files import file_lock\n"
+        "with file_lock(sys.argv[1]):\n if len(sys.argv) > 2: os.kill(os.getpid(), signal.SIGKILL)"
     )
 
     def run(*more):
         return subprocess.run([sys.executable, "-c", code, tmp_path / "x.csv", *more], capture_output=True, text=True)
 
-    with files.exclusive(tmp_path / "x.csv"):
+    with files.file_lock(tmp_path / "x.csv"):
         assert "another leukemia_nb is writing it" in run().stderr
     assert run("die").returncode == -9 and run().returncode == 0
 
@@ -276,7 +276,7 @@ def test_a_file_written_in_place_names_the_full_disk_as_well(tmp_path):
     (tmp_path / "rows").symlink_to("/dev/full")
     with (
         pytest.raises(OutputError, match="rows: cannot be written: No space left.*The rows so far are kept"),
-        files.writing(tmp_path / "rows", left="The rows so far are kept."),
+        files.report_write_errors(tmp_path / "rows", left="The rows so far are kept."),
         open(tmp_path / "rows", "a") as file,
     ):
         file.write("row\n")
@@ -362,7 +362,7 @@ def test_tables_give_back_every_name_and_hold_no_formula(tmp_path_factory, names
 
 
 def test_rows_written_with_csv_hold_no_formula_either():
-    assert [files.restored_cell(files._safe_cell(name)) for name in NAMES] == NAMES
+    assert [files.restore_cell(files._safe_cell(name)) for name in NAMES] == NAMES
     assert (
         files._safe_cell("=cmd|'/c calc'!A1") == "'=cmd|'/c calc'!A1"
         and files._safe_cell(-1.5) == -1.5
@@ -396,14 +396,14 @@ def test_a_damaged_table_is_one_line_and_short_memory_is_no_damage(tmp_path, mon
 def test_json_comes_back_as_it_was_with_names_in_bytes(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "x.json"
     files.write_json(path, {"content": content, "path": os.fsdecode(b"caf\xe9.png")})
-    assert files.read_json(path.parent, path.name) == {"content": content, "path": os.fsdecode(b"caf\xe9.png")}
+    assert files.read_json(path) == {"content": content, "path": os.fsdecode(b"caf\xe9.png")}
 
 
 # --- the lock
 
 
 def test_a_lock_makes_the_folders_it_needs_and_is_no_data(tmp_path):
-    with files.exclusive(tmp_path / "new" / "x.png"):
+    with files.file_lock(tmp_path / "new" / "x.png"):
         (tmp_path / "new" / "x.png").write_bytes(b"1")
     assert [path.name for path in find_images(tmp_path)] == ["x.png"]
     assert all(name.startswith(".") for name in os.listdir(tmp_path / "new") if name != "x.png")
@@ -422,7 +422,7 @@ def unprivileged(code: str, *arguments: object) -> subprocess.CompletedProcess:
 def test_a_lock_in_a_folder_that_may_not_be_written(tmp_path):
     (tmp_path / "closed" / "open").mkdir(parents=True)
     (tmp_path / "closed").chmod(0o555)
-    code = "import sys; from leukemia_nb.data.files import exclusive\nwith exclusive(sys.argv[1]): print('mine')"
+    code = "import sys; from leukemia_nb.data.files import file_lock\nwith file_lock(sys.argv[1]): print('mine')"
     try:
         refused = unprivileged(code, tmp_path / "closed" / "x.csv")
         inside = unprivileged(code, tmp_path / "closed" / "open")  # as a mounted folder is

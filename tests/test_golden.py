@@ -33,25 +33,20 @@ def smears():
 
 
 def make_smears():
-    from leukemia_nb.data.synthetic import smear
+    from leukemia_nb.data.synthetic import make_smear
 
     # 11 has a smudge, 3 has touching cells; each class once in its own laboratory and once in another one
     small = {
-        f"{name} {seed}": smear(name, seed, 192, 256, 0.3)
+        f"{name} {seed}": make_smear(name, seed, 192, 256, 0.3)
         for name in ("Normal", "Early Pre-B", "Pre-B", "Pro-B")
         for seed in (3, 11)
     }
-    return small | {"large": smear("Pre-B", 5, 480, 640, 1.0), "seen": smear("Pro-B", 7, 384, 512, laboratory="Normal")}
+    return small | {"large": make_smear("Pre-B", 5, 480, 640, 1.0), "seen": make_smear("Pro-B", 7, 384, 512, site="A")}
 
 
 def synthetic(smears):
     return {
-        name: {
-            "image": coarse(each.image),
-            "cells": areas(each.cells),
-            "nuclei": int(each.nuclei.sum()),
-            "laboratory": each.laboratory,
-        }
+        name: {"image": coarse(each.image), "cells": areas(each.cells), "nuclei": int(each.nuclei.sum()), "site": each.site}
         for name, each in smears.items()
     }
 
@@ -65,7 +60,7 @@ def segmentation(smears):
         mask_quality,
         segment,
         segmentation_steps,
-        two_means,
+        otsu_threshold,
     )
 
     found = {}
@@ -78,7 +73,7 @@ def segmentation(smears):
                 **mask_quality(mask, truth),
                 "outlined": coarse(draw_outlines(image, mask)),
             }
-    found["two means"] = two_means(a_channel(smears["seen"].image))
+    found["otsu threshold"] = otsu_threshold(a_channel(smears["seen"].image))
     found["steps"] = {step: coarse(image) for step, image in segmentation_steps(smears["seen"].image, 300).items()}
     square = np.zeros((100, 100), bool)
     square[:1, :10] = True
@@ -123,7 +118,7 @@ def cells(smears):
     }
     for name in ("large", "seen"):
         image = resize_square(smears[name].image)
-        crops, masks = cell_crops(image, most=3, seed=4)
+        crops, masks = cell_crops(image, max_cells=3, seed=4)
         table = cell_table(image, find_cells(image))
         found[f"crops of {name}"] = {"crops": [coarse(crop, 3) for crop in crops], "masks": [int(mask.sum()) for mask in masks]}
         found[f"features of {name}"] = {"cell": table["cell"].tolist(), **{each: table[each].tolist() for each in FEATURE_NAMES}}
@@ -144,9 +139,9 @@ def colour(smears):
 def near_duplicates(folder, smears):
     from leukemia_nb.data.images import write_image
     from leukemia_nb.data.near_duplicates import find_near_duplicates, group_images, leakage_report
-    from leukemia_nb.data.synthetic import smear
+    from leukemia_nb.data.synthetic import make_smear
 
-    field = smear("Pre-B", 8, 600, 800).image
+    field = make_smear("Pre-B", 8, 600, 800).image
     images = {"a": field[:400, :400], "b": field[150:550, 120:520], "c": field[:400, 400:], "d": smears["seen"].image[:, :384]}
     images |= {"e": np.rot90(field[:400, :400]), "f": smears["large"].image[:400, :400]}
     for name, image in images.items():

@@ -881,3 +881,28 @@ def test_full_disk_is_one_error(tmp_path):
         assert [each.name for each in disk.iterdir()] == ["x.png"] and (disk / "x.png").read_bytes() == before_it
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_small_files_that_take_long_to_decode_are_refused_before(tmp_path, photo):
+    """A colour profile that expands to gigabytes, and thousands of scans."""
+    large = chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(200_000_000)))
+    png = saved(Image.fromarray(photo), "PNG")
+    assert len(large) < 300_000 and "its colour profile has over 1,048,576 bytes" in message(
+        tmp_path / "x.png", png[:33] + large + png[33:]
+    )
+    broken = chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(500))[:-8])
+    assert outcome(tmp_path / "y.png", png[:33] + broken + png[33:], photo) == "read"  # ignored, as any other unreadable profile
+    jpeg = saved(Image.fromarray(photo), "JPEG", progressive=True, quality=98, subsampling=0)
+    at = [place for place in range(len(jpeg) - 1) if jpeg[place : place + 2] == b"\xff\xda"]
+    assert 5 < len(at) <= 20 and outcome(tmp_path / "x.jpg", jpeg, photo, 12) == "read"
+    again = jpeg[at[-1] : -2]
+    assert outcome(tmp_path / "y.jpg", jpeg + b"\xff\xda\0\x02" * 300, photo, 12) == "read"  # behind the end, as a film's bytes
+    found = outcome(tmp_path / "z.jpg", jpeg[:-2] + 300 * again + jpeg[-2:], photo)
+    assert found == f"{len(at) + 300} progressive scans, more than the limit of 100. Save it as 8-bit RGB PNG."
+
+
+def message(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    with pytest.raises(ImageError) as refused:
+        read_image(path)
+    return str(refused.value)

@@ -11,19 +11,19 @@ from hypothesis import given, settings, strategies as st
 
 from leukemia_nb.data import near_duplicates as leakage
 from leukemia_nb.data.images import ImageError, write_image
-from leukemia_nb.data.synthetic import smear
+from leukemia_nb.data.synthetic import make_smear
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def field():
-    return smear("Pre-B", seed=3, height=768, width=1024, laboratory="Pre-B").image
+    return make_smear("Pre-B", seed=3, height=768, width=1024, site="C").image
 
 
 @pytest.fixture(scope="module")
 def others():
-    return [smear("Pre-B", seed=40 + seed, laboratory="Pre-B").image[:480, :640] for seed in range(5)]
+    return [make_smear("Pre-B", seed=40 + seed, site="C").image[:480, :640] for seed in range(5)]
 
 
 def save(folder, **images):
@@ -51,16 +51,16 @@ def test_correlation_ignores_brightness_and_has_a_mirror(gain, offset, dx, dy):
     image = np.random.default_rng(0).normal(0, 20, (100, 100)).astype(np.float32)
     other = np.random.default_rng(1).normal(0, 20, (100, 100)).astype(np.float32)
     mask = leakage._comparable(100)
-    score, share = leakage._overlap_correlation(image, other, dx, dy, mask)
-    again, same = leakage._overlap_correlation(other * np.float32(gain) + np.float32(offset), image, -dx, -dy, mask)
+    score, share = leakage._cross_correlation(image, other, dx, dy, mask)
+    again, same = leakage._cross_correlation(other * np.float32(gain) + np.float32(offset), image, -dx, -dy, mask)
     assert -1 <= score <= 1 and share == same and again == pytest.approx(score, abs=1e-4)
 
 
 def test_too_little_to_compare_is_no_agreement():
     image = np.random.default_rng(0).normal(0, 20, (100, 100)).astype(np.float32)
     for dx, dy in ((99, 99), (100, 0), (-300, 5)):
-        assert leakage._overlap_correlation(image, image, dx, dy, leakage._comparable(100))[0] == -1
-    assert leakage._overlap_correlation(np.zeros_like(image), np.zeros_like(image), 0, 0, leakage._comparable(100))[0] == -1
+        assert leakage._cross_correlation(image, image, dx, dy, leakage._comparable(100))[0] == -1
+    assert leakage._cross_correlation(np.zeros_like(image), np.zeros_like(image), 0, 0, leakage._comparable(100))[0] == -1
 
 
 @pytest.mark.parametrize("left, top", [(0, 190), (250, 0), (200, 150), (330, 180)])
@@ -93,7 +93,7 @@ def test_flipped_resized_and_saved_again(field, others, tmp_path, orientation):
     pairs = leakage.find_duplicates(sorted(tmp_path.glob("*.*")), progress=False)
     assert names(pairs) == {("a.png", "b.jpg")} and pairs["kind"][0] == "flipped copy"
     back = {"turned left": "turned right", "turned right": "turned left"}.get(orientation, orientation)
-    assert pairs["flip"][0] == back  # what has to be done to b to lie on a
+    assert pairs["orientation"][0] == back  # what has to be done to b to lie on a
 
 
 def test_same_file_under_a_name_outside_ascii(field, tmp_path):
@@ -106,7 +106,7 @@ def test_same_file_under_a_name_outside_ascii(field, tmp_path):
 def test_empty_images_are_similar_to_nothing(tmp_path):
     paths = save(tmp_path, a=np.full((60, 80, 3), 240, np.uint8), b=np.full((60, 80, 3), 250, np.uint8))
     assert len(leakage.find_near_duplicates(paths, progress=False)) == 0
-    assert list(leakage.find_near_duplicates([], progress=False).columns) == list(leakage._PAIR_COLUMNS)
+    assert list(leakage.find_near_duplicates([], progress=False).columns) == list(leakage._COLUMNS)
 
 
 def test_torn_image_is_named(tmp_path):
@@ -171,10 +171,7 @@ def benchmarks(monkeypatch, tmp_path):
         (tmp_path / "taleqani" / file).write_text(file)
     pd.DataFrame({"file": files, "overlap_group": [0, 1, 1, 2, 2]}).to_csv(tmp_path / "taleqani_fields.csv", index=False)
     found = pd.DataFrame(
-        [
-            {name: None for name in leakage._PAIR_COLUMNS}
-            | {side: str(tmp_path / "taleqani" / file) for side, file in zip("ab", files)}
-        ]
+        [{name: None for name in leakage._COLUMNS} | {side: str(tmp_path / "taleqani" / file) for side, file in zip("ab", files)}]
     )
     monkeypatch.setattr(leakage, "find_near_duplicates", lambda paths, **settings: found)
     import taleqani
@@ -195,7 +192,7 @@ def test_benchmarks_group_by_what_is_found_joined_with_what_is_listed(benchmarks
 
 
 def test_benchmarks_on_the_real_images_use_these_groups_and_say_so():
-    for name in ("cell_model", "shortcuts", "yolo"):
+    for name in ("cell_model", "shortcuts"):
         text = (ROOT / f"benchmarks/{name}.py").read_text(encoding="utf-8")
         assert "known_images(" in text and "check_apart(" in text and "overlap_group" not in text, name
         result = ROOT / f"benchmarks/results/{name}.json"

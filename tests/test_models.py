@@ -109,11 +109,11 @@ def test_batches_keep_order_sizes_and_channels():
 
 def test_segmented_images_are_made_by_the_method_of_the_setting():
     from leukemia_nb.data.images import resize_square
-    from leukemia_nb.data.synthetic import smear
+    from leukemia_nb.data.synthetic import make_smear
     from leukemia_nb.models.classifier import read_batches
     from leukemia_nb.processing.segmentation import apply_mask, segment
 
-    image = smear("Pre-B", 900, height=96, width=128).image
+    image = make_smear("Pre-B", 900, height=96, width=128).image
     for method in ("kmeans", "nucleus"):
         expected = resize_square(apply_mask(image, segment(image, method)), 48)
         np.testing.assert_array_equal(next(read_batches([image], 48, ("segmented",), segmentation=method))[0], expected)

@@ -13,9 +13,9 @@ from markdown_it import MarkdownIt
 from leukemia_nb.audit.baselines import baseline_table
 from leukemia_nb.audit.robustness import robustness_figure
 from leukemia_nb.audit.saliency import saliency_figure
-from leukemia_nb.data.files import shown
+from leukemia_nb.data.files import escape_text
 from leukemia_nb.data.images import write_image
-from leukemia_nb.data.synthetic import smear
+from leukemia_nb.data.synthetic import make_smear
 from leukemia_nb.evaluation.calibration import reliability_figure
 from leukemia_nb.evaluation.metrics import (
     accuracy_figure,
@@ -54,7 +54,7 @@ def drawn(figure, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES[:2])
 def test_compare_draws_files_of_any_name(tmp_path, name):
-    write_image(tmp_path / "in" / name.replace(".jpg", ".png"), smear("Pro-B", 1, 64, 64).image)
+    write_image(tmp_path / "in" / name.replace(".jpg", ".png"), make_smear("Pro-B", 1, 64, 64).image)
     dummy_model_file(tmp_path / "run" / "exported" / "dummy.onnx", size=64)
     done = subprocess.run(
         [sys.executable, "-m", "leukemia_nb", "compare", tmp_path / "in", "--study", tmp_path / "run", "--out", tmp_path / "out"],
@@ -118,7 +118,7 @@ def test_figures_of_images_take_any_file_and_class(predictions, tmp_path):
     }
     text = drawn(unseen_figure(unseen_table(unseen), tmp_path / "new"), tmp_path)
     assert all(name.replace(".jpg", ".png") in text for name in NAMES) and CLASSES[0] in text
-    image = smear("Pro-B", 1, 64, 64).image
+    image = make_smear("Pro-B", 1, 64, 64).image
     masks = np.zeros((1, 64, 64), bool)
     assert CLASSES[0] in drawn(
         saliency_figure(image[None], {next(iter(predictions)): np.ones((1, 64, 64))}, masks, CLASSES[:1]), tmp_path
@@ -152,7 +152,7 @@ MARKS = [
 @pytest.mark.parametrize("name", MARKS)
 def test_names_in_markdown_are_read_as_they_are(name):
     """Once as a text, once as a cell of a table; line ends are escaped, as on a terminal."""
-    plain = html.escape(shown(name))
+    plain = html.escape(escape_text(name))
     markdown = MarkdownIt("gfm-like", {"html": True, "linkify": False})
     assert markdown.render(f"It is {markdown_text(name)}.").strip() == f"<p>It is {plain}.</p>"
     page = markdown.render(f"| a | b |\n| --- | --- |\n| {markdown_text(name)} | 2 |\n")

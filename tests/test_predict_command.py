@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from leukemia_nb.data.files import OutputError, exclusive
+from leukemia_nb.data.files import OutputError, file_lock
 from leukemia_nb.data.images import ImageError, write_image
-from leukemia_nb.data.synthetic import smear, write_smears
+from leukemia_nb.data.synthetic import make_smear, write_smears
 from leukemia_nb.inference.batch import (
     PredictionTask,
     _compare_models,
@@ -105,7 +105,7 @@ def test_files_folders_and_patterns(place, paths):
 
 def test_brackets_in_patterns_are_literal_where_they_occur(tmp_path):
     for name in ("[Malignant] Pre-B/a.png", "[Malignant] Pro-B/b.png", "M/c.png", "[x]/[y]1.png", "[x]/y1.png", "q/y1.png"):
-        write_image(tmp_path / name, smear("Pre-B", 0, 96, 128).image)
+        write_image(tmp_path / name, make_smear("Pre-B", 0, 96, 128).image)
 
     def found(pattern):
         return [os.path.relpath(path, tmp_path) for path in list_images(f"{tmp_path}/{pattern}")]
@@ -180,7 +180,7 @@ def test_rows_of_a_journal_that_do_not_hold_are_predicted_again(change, task, tm
     elif change == "other model file":
         row["model_sha256"] = "0" * 64
     elif change == "other image":
-        write_image(mine[0], smear("Pro-B", 9, 96, 128).image)
+        write_image(mine[0], make_smear("Pro-B", 9, 96, 128).image)
     else:
         row[change] = "other"
     (tmp_path / "a.csv.unfinished").write_text(json.dumps(row) + "\n")
@@ -245,7 +245,7 @@ def test_predictions_replace_nothing_that_is_read(model, paths, tmp_path):
 @pytest.mark.parametrize("locked", ["a.csv", "a.json", "ov"])
 def test_a_second_writer_is_refused(locked, paths, model, tmp_path):
     task = PredictionTask(str(model), str(tmp_path / "ov"))
-    with exclusive(tmp_path / locked), pytest.raises(OutputError, match=f"{locked}: another leukemia_nb is writing it"):
+    with file_lock(tmp_path / locked), pytest.raises(OutputError, match=f"{locked}: another leukemia_nb is writing it"):
         predict_files(paths, task, tmp_path / "a.csv", tmp_path / "a.json")
     assert [name for name in os.listdir(tmp_path) if not name.endswith(".lock")] == []
 
@@ -371,7 +371,7 @@ def test_a_disk_that_takes_no_more_is_one_message_and_loses_nothing(many, model,
 
 def test_a_disk_that_takes_no_overlay_is_one_message(paths, model, tmp_path):
     big = tmp_path / "in.png"
-    write_image(big, smear("Pre-B", 0, 384, 512).image)
+    write_image(big, make_smear("Pre-B", 0, 384, 512).image)
     command = ("predict", *paths, big, "--model", model, "--out", tmp_path / "a.csv", "--overlays", tmp_path / "ov")
     status, _, error = call(*command, "--batch-size", 1, preexec_fn=limited(20_000))
     assert status == 1 and len(error.splitlines()) == 1 and "-cells.jpg: cannot be written" in error and "kept in" in error
@@ -425,6 +425,6 @@ def test_compare_has_a_row_for_every_image_and_a_column_for_every_model(paths, p
     assert (tmp_path / "cmp/comparison.csv").read_bytes().startswith(b"\xef\xbb\xbf") and (
         tmp_path / "cmp/comparison.png"
     ).is_file()
-    with exclusive(tmp_path / "cmp"):
+    with file_lock(tmp_path / "cmp"):
         status, _, error = call(*command)
     assert status == 1 and "cmp: another leukemia_nb is writing it" in error

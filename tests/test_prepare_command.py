@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from leukemia_nb.data.files import counted
+from leukemia_nb.data.files import pluralise
 from leukemia_nb.data.manifest import build_manifest
 from leukemia_nb.data.images import read_image, resize_square, write_image
 from leukemia_nb.errors import LeukemiaError
 from leukemia_nb.processing.dataset import Pairs, oversample_with_flips, prepare_folder, prepare_pairs
-from leukemia_nb.data.synthetic import smear
+from leukemia_nb.data.synthetic import make_smear
 
 CODE = """
 import sys
@@ -46,7 +46,7 @@ def call(data, out, cwd=None):
         except (LeukemiaError, OSError) as error:
             return 1, "", str(error)
     bad = int((table["problem"] != "").sum())
-    return 0, f"{len(table) - bad} pairs, {counted(bad, 'image')} with problems", "\n".join(lines)
+    return 0, f"{len(table) - bad} pairs, {pluralise(bad, 'image')} with problems", "\n".join(lines)
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def check_pairs(out):
 def fill(folder, number=2, height=96, width=128, times=1):
     for folder_name, label in FOLDERS.items():
         for seed in range(number):
-            image = np.tile(smear(label, seed, height, width).image, (times, times, 1))
+            image = np.tile(make_smear(label, seed, height, width).image, (times, times, 1))
             write_image(Path(folder) / folder_name / f"s{seed}.png", image)
     return Path(folder)
 
@@ -113,7 +113,7 @@ def test_names_that_fall_together_or_are_too_long(tmp_path):
     fill(tmp_path / "in", 1)
     names = ["a.jpg", "A.jpg", "a.png", "a.jpg.png", "é" * 121 + ".png", "é" * 121 + ".jpg"]
     for seed, name in enumerate(names):
-        write_image(tmp_path / "some.png", smear("Pro-B", seed + 5, 96, 128).image)
+        write_image(tmp_path / "some.png", make_smear("Pro-B", seed + 5, 96, 128).image)
         (tmp_path / "in/Pro" / name).write_bytes((tmp_path / "some.png").read_bytes())
     status, said, error = call(tmp_path / "in", tmp_path / "out")
     assert status == 0 and "9 pairs" in said and "0 images with problems" in said, error
@@ -194,7 +194,7 @@ def test_ctrl_c_says_what_is_done(tmp_path, many):
     with begun(many, tmp_path / "out") as run:
         run.send_signal(signal.SIGINT)
         error = run.communicate(timeout=300)[1]
-    assert run.returncode == 130 and "of 15 pairs are done and kept: run again to go on" in error and "Traceback" not in error
+    assert run.returncode == 130 and "of 15 pairs are done and kept: run again to resume" in error and "Traceback" not in error
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ def test_the_prepare_notebook_goes_on_past_bad_images(tmp_path):
 
 
 def test_data_that_is_none_leaves_nothing_behind(tmp_path):
-    write_image(tmp_path / "in/fields/a.png", smear("Pro-B", 0, 96, 128).image)
+    write_image(tmp_path / "in/fields/a.png", make_smear("Pro-B", 0, 96, 128).image)
     status, said, error = call(tmp_path / "in", tmp_path / "out")
     assert status == 1 and said == "" and "Sort them into folders" in error and not (tmp_path / "out").exists()
 

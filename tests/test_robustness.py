@@ -19,7 +19,7 @@ from leukemia_nb.audit.robustness import (
     _scale_stains,
     _shift_hue,
 )
-from leukemia_nb.data.synthetic import smear
+from leukemia_nb.data.synthetic import make_smear
 from leukemia_nb.evaluation.uncertainty import clopper_pearson
 from leukemia_nb.processing.segmentation import apply_mask, segment
 
@@ -37,7 +37,7 @@ def test_the_registry():
         "jpeg": (100, (10, 20, 50)),
         "rotation": (0, (30, 90, 180)),
     }
-    image = smear("Pre-B", 4, 96, 96).image
+    image = make_smear("Pre-B", 4, 96, 96).image
     for name, level in LEVELS:
         assert np.abs(CORRUPTIONS[name].function(image, level).astype(int) - image).mean() > 0.2, (name, level)
 
@@ -59,7 +59,7 @@ def test_shape_type_and_input_stay(images, which):
 
 @pytest.mark.parametrize("size", [32, 96])
 def test_pairs_change_together_and_stay_black_outside(size):
-    image = smear("Pre-B", 4, size, size).image
+    image = make_smear("Pre-B", 4, size, size).image
     mask = segment(image)
     assert mask.any() and not mask.all()
     pair = np.stack([image, apply_mask(image, mask)])[None]
@@ -95,7 +95,7 @@ def test_rotation_makes_no_black_corner_and_comes_round():
 def test_stains_act_on_density():
     # grey 128 has density 0.689 in every channel; doubling all stains doubles it: 255 * (128/255)**2 = 64.25
     assert _scale_stains(np.full((2, 2, 3), 128, np.uint8), 2, 2, 2) == pytest.approx(64, abs=1)
-    image = smear("Pre-B", 1, 32, 32).image
+    image = make_smear("Pre-B", 1, 32, 32).image
     bluer, pinker = (CORRUPTIONS["stain_balance"].function(image, level).mean(axis=(0, 1)) for level in (1.33, 0.75))
     assert bluer[2] - bluer[0] > pinker[2] - pinker[0]
     assert np.array_equal(_scale_stains(image, 1.33, 1 / 1.33), CORRUPTIONS["stain_balance"].function(image, 1.33))
@@ -111,7 +111,7 @@ def test_stains_act_on_density():
 
 
 def test_hue_goes_round_and_keeps_brightness():
-    image = smear("Pro-B", 1, 48, 48).image
+    image = make_smear("Pro-B", 1, 48, 48).image
     assert np.abs(_shift_hue(image, 360).astype(int) - image).max() <= 1
     assert np.abs(_shift_hue(image, 20).max(axis=2).astype(int) - image.max(axis=2)).max() <= 1
     assert _shift_hue(np.uint8([[[255, 0, 0]]]), 120).tolist() == [[[0, 255, 0]]]
@@ -129,7 +129,7 @@ def test_brightness_blur_and_compression():
     small = np.zeros((56, 56, 3), np.uint8)
     small[28, 28] = 255
     assert _blur(small, 4)[28, 28, 0] == pytest.approx(255 / (2 * np.pi), abs=3)  # 4 of 224 are 1 of 56
-    image = smear("Pre-B", 1, 64, 64).image
+    image = make_smear("Pre-B", 1, 64, 64).image
     error = [np.abs(_compress(image, quality).astype(int) - image).mean() for quality in (100, 90, 40, 10)]
     assert (
         error[0] == 0

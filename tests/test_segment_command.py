@@ -16,16 +16,16 @@ import pandas as pd
 import pytest
 
 from leukemia_nb.processing import quality_control
-from leukemia_nb.data.files import counted
+from leukemia_nb.data.files import pluralise
 from leukemia_nb.errors import LeukemiaError
 from leukemia_nb.data.images import read_image, write_image
 from leukemia_nb.processing.quality_control import _mask_names, segment_folder
 from leukemia_nb.processing.segmentation import segment
-from leukemia_nb.data.synthetic import smear
+from leukemia_nb.data.synthetic import make_smear
 
 CODE = """
 import sys
-from leukemia_nb.data.files import counted
+from leukemia_nb.data.files import pluralise
 from leukemia_nb.errors import LeukemiaError
 from leukemia_nb.processing.quality_control import segment_folder
 images, _, out, *jobs = sys.argv[1:]
@@ -37,7 +37,7 @@ except KeyboardInterrupt as error:
     print(error, file=sys.stderr)
     sys.exit(130)
 bad = int((table["problem"] != "").sum())
-print(f"{counted(len(table) - bad, 'image')} segmented, {bad} unreadable")
+print(f"{pluralise(len(table) - bad, 'image')} segmented, {bad} unreadable")
 sys.exit(bad > 0)
 """
 PROGRAM = [sys.executable, "-c", CODE]
@@ -57,7 +57,7 @@ def call(images, _, out, *jobs, cwd=None, **more):
         except (LeukemiaError, OSError) as error:
             return 1, "", "\n".join([*lines, str(error)])
     bad = int((table["problem"] != "").sum())
-    return int(bad > 0), f"{counted(len(table) - bad, 'image')} segmented, {bad} unreadable", "\n".join(lines)
+    return int(bad > 0), f"{pluralise(len(table) - bad, 'image')} segmented, {bad} unreadable", "\n".join(lines)
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def check_masks(images, out):
 @pytest.fixture(scope="module")
 def drawn():
     """Five different smears, 128 x 160."""
-    return [smear("Pre-B", seed, 128, 160).image for seed in range(5)]
+    return [make_smear("Pre-B", seed, 128, 160).image for seed in range(5)]
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +277,7 @@ def test_ctrl_c_says_what_is_done(tmp_path, many):
     with begun(tmp_path / "out", many, "--out", tmp_path / "out", "--n-jobs", 2) as run:
         run.send_signal(signal.SIGINT)
         error = run.communicate(timeout=300)[1]
-    assert run.returncode == 130 and "of 16 images are done and kept: run again to go on" in error and "Traceback" not in error
+    assert run.returncode == 130 and "of 16 images are done and kept: run again to resume" in error and "Traceback" not in error
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, drawn):

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from skimage.morphology import convex_hull_image
 
 from leukemia_nb.data.images import read_image
-from leukemia_nb.data.synthetic import smear
+from leukemia_nb.data.synthetic import make_smear
 from leukemia_nb.processing import cells as cells_module
 from leukemia_nb.processing.cells import (
     FEATURE_NAMES,
@@ -36,8 +37,8 @@ from leukemia_nb.processing.segmentation import (
     mask_quality,
     segment,
     segmentation_steps,
-    study_mask,
-    two_means,
+    original_study_mask,
+    otsu_threshold,
 )
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
@@ -46,7 +47,7 @@ sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 @pytest.fixture(scope="module")
 def smears():
     "Three smears of each class, 384 x 512."
-    return [smear(label, seed, 384, 512) for label in ("Normal", "Pre-B", "Pro-B") for seed in range(3)]
+    return [make_smear(label, seed, 384, 512) for label in ("Normal", "Pre-B", "Pro-B") for seed in range(3)]
 
 
 def left_over(values, threshold):
@@ -55,35 +56,32 @@ def left_over(values, threshold):
 
 
 @given(arrays(np.uint8, st.integers(1, 60), elements=st.integers(0, 255) | st.integers(100, 104)))
-def test_two_means_is_the_best_of_all_thresholds(values):
-    threshold, (low, high) = two_means(values)
+def test_otsu_threshold_is_the_best_of_all_thresholds(values):
+    threshold = otsu_threshold(values)
     scores = [left_over(values, t) for t in range(256)]
     assert left_over(values, threshold) == pytest.approx(min(scores), abs=1e-6)
-    assert threshold in values and low <= threshold <= max(high, threshold)
-    if len(np.unique(values)) > 1:
-        assert low == pytest.approx(values[values <= threshold].mean())
-        assert high == pytest.approx(values[values > threshold].mean())
+    assert threshold in values and (threshold < values.max() or values.min() == values.max())
 
 
 @given(arrays(np.uint8, st.integers(2, 40), elements=st.integers(0, 5)))
-def test_two_means_takes_the_lowest_of_equal_thresholds(values):
-    threshold, _ = two_means(values)
+def test_otsu_threshold_takes_the_lowest_of_equal_thresholds(values):
+    threshold = otsu_threshold(values)
     best = left_over(values, threshold)
     assert all(left_over(values, t) > best + 1e-9 for t in np.unique(values) if t < threshold)
 
 
-def test_two_means_of_constant_and_unusable_values():
-    assert two_means(np.full((3, 4), 9, np.uint8)) == (9, (9.0, 9.0))
+def test_otsu_threshold_of_constant_and_unusable_values():
+    assert otsu_threshold(np.full((3, 4), 9, np.uint8)) == 9
     with pytest.raises(ValueError, match="at least one"):
-        two_means(np.zeros(0, np.uint8))
+        otsu_threshold(np.zeros(0, np.uint8))
     with pytest.raises(ValueError, match="expected uint8"):
-        two_means(np.zeros(3))
+        otsu_threshold(np.zeros(3))
 
 
 def test_study_mask_equals_kmeans_on_smears(smears):
     for drawn in smears:
         small = np.ascontiguousarray(drawn.image[::2, ::2])
-        assert mask_quality(study_mask(small), study_mask(small, cluster=kmeans_mask))["iou"] > 0.98
+        assert mask_quality(original_study_mask(small), original_study_mask(small, cluster=kmeans_mask))["iou"] > 0.98
 
 
 @settings(max_examples=40, deadline=None)
@@ -210,8 +208,8 @@ def test_flags():
 
 
 def test_golden_values_by_hand():
-    assert two_means(np.uint8([1, 2, 9, 10])) == (2, (1.5, 9.5))
-    assert two_means(np.uint8([0, 0, 0, 4, 10])) == (4, (1.0, 10.0))
+    assert otsu_threshold(np.uint8([1, 2, 9, 10])) == 2
+    assert otsu_threshold(np.uint8([0, 0, 0, 4, 10])) == 4
     assert typical_area(np.int32([[1, 1, 1, 0], [2, 0, 0, 0]])) == (9 + 1) / 4
     one, two = np.array([[1, 1, 1, 0, 0]], bool), np.array([[0, 0, 1, 1, 0]], bool)
     assert mask_quality(one, two) == {"iou": 1 / 4, "dice": 2 / 5, "precision": 1 / 3, "recall": 1 / 2}
@@ -244,7 +242,9 @@ def test_steps_end_in_the_masked_image(smears):
     image = smears[1].image
     steps = segmentation_steps(image)
     assert list(steps) == ["A channel", "two clusters", "higher mean A", "cleaned", "masked"]
-    assert (steps["cleaned"] == study_mask(image)).all() and (steps["masked"] == apply_mask(image, study_mask(image))).all()
+    assert (steps["cleaned"] == original_study_mask(image)).all() and (
+        steps["masked"] == apply_mask(image, original_study_mask(image))
+    ).all()
 
 
 def disc(radius: int, colour: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -259,9 +259,18 @@ def test_features_of_a_disc():
     crop, mask = disc(15, (120, 60, 160))
     features = dict(zip(FEATURE_NAMES, cell_features(crop, mask)))
     assert len(features) == 39 and features["log area"] == pytest.approx(np.log(mask.sum()))
-    assert features["axis ratio"] == pytest.approx(1, abs=0.01) and features["length"] == pytest.approx(30, abs=1)
-    assert features["extent"] == pytest.approx(mask.sum() / 31**2, abs=0.001) and 1 <= features["solidity"] < 1.1
-    assert features["deviation L"] == 0 and features["mean A"] == cv2.cvtColor(crop, cv2.COLOR_RGB2LAB)[24, 24, 1]
+    assert features["axis ratio"] == pytest.approx(1, abs=0.01) and features["major axis length"] == pytest.approx(30, abs=1)
+    assert features["extent"] == pytest.approx(mask.sum() / 31**2, abs=0.001) and features["solidity"] == 1
+    assert features["SD L"] == 0 and features["mean A"] == cv2.cvtColor(crop, cv2.COLOR_RGB2LAB)[24, 24, 1]
+
+
+@given(arrays(bool, (48, 48), elements=st.booleans(), fill=st.just(False)), st.integers(3, 12))
+@settings(max_examples=30, deadline=None)
+def test_solidity_is_the_area_over_that_of_the_convex_hull(noise, radius):
+    mask = disc(radius, (0, 0, 0))[1] | noise
+    found = dict(zip(FEATURE_NAMES, cell_features(np.full((48, 48, 3), 90, np.uint8), mask)))["solidity"]
+    assert 0 < found <= 1
+    assert found == pytest.approx(mask.sum() / convex_hull_image(mask, offset_coordinates=False).sum(), rel=1e-5)
 
 
 def test_features_depend_on_nothing_outside_the_mask_and_not_on_mirroring():
@@ -284,14 +293,14 @@ def test_refined_mask_drops_a_pale_rim_and_never_everything():
 
 
 def test_cells_of_a_smear_one_row_each():
-    image = cv2.resize(smear("Pre-B", 3, 384, 512).image, (224, 224), interpolation=cv2.INTER_AREA)
+    image = cv2.resize(make_smear("Pre-B", 3, 384, 512).image, (224, 224), interpolation=cv2.INTER_AREA)
     cells = find_cells(image)
     crops, masks = cell_crops(image, cells)
     table = cell_table(image, cells)
     assert crops.shape == (len(table), 48, 48, 3) and masks.shape == crops.shape[:3] and len(table) > 1
     assert table["cell"].is_unique and set(table["cell"]) <= set(range(1, cells.max() + 1))
     np.testing.assert_allclose(table[list(FEATURE_NAMES)].iloc[0], cell_features(crops[0], masks[0]), rtol=1e-6)
-    assert len(cell_crops(image, cells, most=2)[0]) == 2
+    assert len(cell_crops(image, cells, max_cells=2)[0]) == 2
     assert cell_table(np.full((224, 224, 3), 240, np.uint8), np.zeros((224, 224), np.int32)).empty
     corner = np.zeros((224, 224), np.int32)
     corner[195:215, 180:210] = 1  # under the scale bar
@@ -312,7 +321,7 @@ def test_study_mask_equals_kmeans_on_real_images(shared_data):
     same, lowest = [], 1.0
     for path in sorted((shared_data / "taleqani").glob("*/*.jpg"))[::100]:
         channel = a_channel(read_image(path))
-        exact, attempts = channel > two_means(channel)[0], kmeans_mask(channel)
+        exact, attempts = channel > otsu_threshold(channel), kmeans_mask(channel)
         same.append((exact == attempts).all())
         lowest = min(lowest, mask_quality(exact, attempts)["iou"])
     assert len(same) >= 20 and np.mean(same) >= 0.9 and lowest > 0.95
@@ -341,10 +350,10 @@ def test_distances_inside_a_cell_are_the_same_at_every_call():
     mask = np.hypot(*np.mgrid[-26:27, -17:18]) < 16
     mask |= np.hypot(*np.mgrid[-40:13, -17:18]) < 12
     random, kept = np.random.default_rng(0), []
-    first = cells_module._peaks(mask, 0.1)
+    first = cells_module._h_maxima(mask, 0.1)
     for _ in range(60):
         kept.append(np.zeros(random.integers(1, 3000)))  # moves the next array in memory
-        again = cells_module._peaks(mask.copy(), 0.1)
+        again = cells_module._h_maxima(mask.copy(), 0.1)
         assert again[0] == first[0]
         np.testing.assert_array_equal(again[1], first[1])
         np.testing.assert_array_equal(again[2], first[2])

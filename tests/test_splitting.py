@@ -249,6 +249,13 @@ def test_groups_out_of_any_spreadsheet(images, tmp_path, separator, encoding):
     assert matched(tmp_path / "groups.csv", images) == (GROUPS, [])
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_without_its_mark_is_named(tmp_path, encoding):
+    (tmp_path / "groups.csv").write_bytes("path,group\na.jpg,1\n".encode(encoding))
+    with pytest.raises(SplitError, match="UTF-16 without a byte order mark.*Save the table as CSV"):
+        read_groups(tmp_path / "groups.csv")
+
+
 @pytest.mark.parametrize(
     "header", ["Path,Group", "FILE,Patient", "image,slide", "Image Path,Slide_ID", "file,overlap_group", "\"path\", 'group'"]
 )

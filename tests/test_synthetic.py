@@ -15,7 +15,7 @@ from leukemia_nb.data import synthetic
 from leukemia_nb.data.manifest import CLASSES, FOUR_CLASSES, build_manifest
 from leukemia_nb.data.files import mark_output_folder
 from leukemia_nb.data.images import read_image
-from leukemia_nb.data.synthetic import _KINDS, _LABORATORIES, smear, write_smears
+from leukemia_nb.data.synthetic import _CELL_KINDS, _SITE_OF_CLASS, _SITES, make_smear, write_smears
 
 
 def a_channel(image):
@@ -24,26 +24,26 @@ def a_channel(image):
 
 @settings(max_examples=15, deadline=None)
 @given(st.sampled_from(FOUR_CLASSES), st.integers(0, 10**6), st.integers(16, 120), st.integers(16, 160), st.floats(0, 1))
-def test_shape_of_the_truth(label, seed, height, width, confounded):
-    found = smear(label, seed, height, width, confounded)
+def test_shape_of_the_truth(label, seed, height, width, spurious_correlation):
+    found = make_smear(label, seed, height, width, spurious_correlation)
     assert found.image.shape == (height, width, 3) and found.image.dtype == np.uint8
     assert found.cells.shape == found.nuclei.shape == (height, width)
     assert found.cells.dtype == np.int32 and found.nuclei.dtype == bool
     assert (np.unique(found.cells[found.cells > 0]) == np.arange(1, found.cells.max() + 1)).all()  # 1..n, none left out
     assert (found.cells[found.nuclei] > 0).all()
-    assert found.label == label and found.laboratory in FOUR_CLASSES
+    assert found.label == label and found.site in _SITES
 
 
 def test_same_seed_same_bytes_other_seed_other_image():
-    one, two, other = (smear("Pre-B", seed, 192, 256) for seed in (7, 7, 8))
+    one, two, other = (make_smear("Pre-B", seed, 192, 256) for seed in (7, 7, 8))
     assert one.image.tobytes() == two.image.tobytes() and one.cells.tobytes() == two.cells.tobytes()
     assert (one.image != other.image).mean() > 0.5
 
 
 def test_same_bytes_in_another_process_and_with_one_thread():
     code = (
-        "import cv2, hashlib; cv2.setNumThreads(1); from leukemia_nb.data.synthetic import smear\n"
-        "found = smear('Pro-B', 3, 384, 512); print(hashlib.sha256(found.image.tobytes() + found.cells.tobytes()).hexdigest())"
+        "import cv2, hashlib; cv2.setNumThreads(1); from leukemia_nb.data.synthetic import make_smear\n"
+        "found = make_smear('Pro-B', 3, 384, 512); print(hashlib.sha256(found.image.tobytes() + found.cells.tobytes()).hexdigest())"
     )
     root = Path(synthetic.__file__).parents[2]
     done = subprocess.run(
@@ -52,7 +52,7 @@ def test_same_bytes_in_another_process_and_with_one_thread():
         text=True,
         env=os.environ | {"PYTHONPATH": str(root), "PYTHONHASHSEED": "1"},
     )
-    here = smear("Pro-B", 3, 384, 512)
+    here = make_smear("Pro-B", 3, 384, 512)
     assert done.stdout.strip() == hashlib.sha256(here.image.tobytes() + here.cells.tobytes()).hexdigest(), done.stderr
 
 
@@ -60,11 +60,11 @@ def test_global_random_state_is_left_alone():
     np.random.seed(0)
     cv2.setRNGSeed(0)
     before = np.random.get_state()[1].copy()
-    first = smear("Normal", 1, 64, 64).image
+    first = make_smear("Normal", 1, 64, 64).image
     assert (np.random.get_state()[1] == before).all()
     np.random.seed(5)
     cv2.setRNGSeed(5)
-    assert (smear("Normal", 1, 64, 64).image == first).all()
+    assert (make_smear("Normal", 1, 64, 64).image == first).all()
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def measured() -> dict:
     for label in FOUR_CLASSES:
         cells = []
         for seed in range(12):
-            field = smear(label, seed, laboratory="Pro-B")
+            field = make_smear(label, seed, site="D")
             light = cv2.cvtColor(field.image, cv2.COLOR_RGB2LAB)[..., 0].astype(float)
             edge = set(np.concatenate([field.cells[[0, -1]].ravel(), field.cells[:, [0, -1]].ravel()]))
             for number in set(range(1, field.cells.max() + 1)) - edge:
@@ -93,7 +93,7 @@ def test_classes_differ_as_the_original_study_says(measured):
     assert light["Normal"] < light["Pre-B"] < light["Pro-B"]  # condensed and dark; open; lighter
     assert share["Normal"] > share["Pre-B"]  # scant cytoplasm
     assert radius["Pro-B"] < radius["Early Pre-B"] < radius["Pre-B"]
-    for label, kind in _KINDS.items():
+    for label, kind in _CELL_KINDS.items():
         assert radius[label] == pytest.approx(kind.radius, rel=0.1)
 
 
@@ -104,13 +104,13 @@ def test_one_cell_alone_can_be_hard_to_name(measured):
 
 
 @pytest.mark.parametrize("label", FOUR_CLASSES)
-@pytest.mark.parametrize("laboratory", FOUR_CLASSES)
-def test_white_cells_stand_out_on_the_a_channel(label, laboratory):
-    """Two means on A, as the original study has it: every cell is found, and little else, in every laboratory."""
+@pytest.mark.parametrize("site", "ABCD")
+def test_white_cells_stand_out_on_the_a_channel(label, site):
+    """Two means on A, as the original study has it: every cell is found, and little else, in every site."""
     found = total = 0
     overlap = []
     for seed in range(3):
-        field = smear(label, seed, 384, 512, laboratory=laboratory)
+        field = make_smear(label, seed, 384, 512, site=site)
         a, white = a_channel(field.image), field.cells > 0
         low, high = a.min(), a.max()
         for _ in range(50):
@@ -125,7 +125,7 @@ def test_white_cells_stand_out_on_the_a_channel(label, laboratory):
 
 @pytest.mark.parametrize("height, width", [(384, 512), (192, 256)])
 def test_same_field_at_another_size(height, width):
-    large, small = smear("Pre-B", 5, laboratory="Pro-B"), smear("Pre-B", 5, height, width, laboratory="Pro-B")
+    large, small = make_smear("Pre-B", 5, site="D"), make_smear("Pre-B", 5, height, width, site="D")
     shrunk = cv2.resize(large.image, (width, height), interpolation=cv2.INTER_AREA)
     assert np.abs(shrunk.astype(float) - small.image).mean() < 12
     white = cv2.resize((large.cells > 0).astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
@@ -136,41 +136,44 @@ def test_same_field_at_another_size(height, width):
 def test_some_cells_touch():
     touching = 0
     for seed in range(10):
-        field = smear("Pre-B", seed, 384, 512)
+        field = make_smear("Pre-B", seed, 384, 512)
         parts = cv2.connectedComponents((field.cells > 0).astype(np.uint8))[0] - 1
         touching += parts < field.cells.max()
     assert 3 <= touching < 10
 
 
-def test_laboratory_alone_changes_no_cell():
-    one, two = (smear("Pre-B", 11, 384, 512, laboratory=name) for name in ("Early Pre-B", "Pro-B"))  # the same kind of bar
+def test_site_alone_changes_no_cell():
+    one, two = (make_smear("Pre-B", 11, 384, 512, site=site) for site in "BD")  # the same kind of bar
     assert (one.cells == two.cells).all() and (one.nuclei == two.nuclei).all()
     assert np.abs(one.image.astype(int) - two.image).mean() > 2
 
 
 def test_class_alone_changes_nothing_but_cells():
-    one, two = (smear(label, 11, 384, 512, laboratory="Pro-B") for label in ("Normal", "Pre-B"))
+    one, two = (make_smear(label, 11, 384, 512, site="D") for label in ("Normal", "Pre-B"))
     far = cv2.dilate(((one.cells > 0) | (two.cells > 0)).astype(np.uint8), np.ones((25, 25))) == 0
     assert far.mean() > 0.3 and (np.abs(one.image.astype(int) - two.image)[far] <= 1).all()
 
 
-@pytest.mark.parametrize("confounded, low, high", [(0, 0.22, 0.28), (0.5, 0.59, 0.66), (1, 1, 1)])
-def test_confounded_is_the_proportion(confounded, low, high):
-    own = [synthetic._choose_laboratory(CLASSES[seed % 3], seed, confounded) == CLASSES[seed % 3] for seed in range(3000)]
-    assert low <= np.mean(own) <= high  # confounded + (1 - confounded) / 4
+@pytest.mark.parametrize("spurious_correlation, low, high", [(0, 0.22, 0.28), (0.5, 0.59, 0.66), (1, 1, 1)])
+def test_confounded_is_the_proportion(spurious_correlation, low, high):
+    own = [
+        synthetic._choose_site(CLASSES[seed % 3], seed, spurious_correlation) == _SITE_OF_CLASS[CLASSES[seed % 3]]
+        for seed in range(3000)
+    ]
+    assert low <= np.mean(own) <= high  # spurious_correlation + (1 - spurious_correlation) / 4
 
 
 def test_background_alone_gives_the_class_away_only_where_confounded():
-    """Nearest laboratory by the background's colour, as a shortcut model would do it."""
+    """Nearest site by the background's colour, as a shortcut model would do it."""
 
-    def accuracy(confounded):
+    def accuracy(spurious_correlation):
         right = []
         for seed in range(24):
             label = CLASSES[seed % 3]
-            field = smear(label, seed, 96, 128, confounded)
+            field = make_smear(label, seed, 96, 128, spurious_correlation)
             bright = np.quantile(field.image.reshape(-1, 3), 0.8, axis=0)
             names = list(CLASSES)
-            guess = names[np.argmin([np.abs(bright - _LABORATORIES[name].background).sum() for name in names])]
+            guess = names[np.argmin([np.abs(bright - _SITES[_SITE_OF_CLASS[name]].background).sum() for name in names])]
             right.append(guess == label)
         return np.mean(right)
 
@@ -180,9 +183,7 @@ def test_background_alone_gives_the_class_away_only_where_confounded():
 def test_bars_hide_what_is_below_them():
     hidden = 0
     for seed in range(12):
-        free, barred = (
-            smear("Pre-B", seed, 384, 512, laboratory=name) for name in ("Pre-B", "Normal")
-        )  # thin red; big white box
+        free, barred = (make_smear("Pre-B", seed, 384, 512, site=site) for site in "CA")  # thin red; big white box
         assert not (barred.cells > 0)[-24:-8, -60:-8].any()
         hidden += (free.cells > 0).sum() > (barred.cells > 0).sum()
     assert hidden >= 1
@@ -190,25 +191,25 @@ def test_bars_hide_what_is_below_them():
 
 def test_wrong_requests():
     with pytest.raises(ValueError, match="'Pro-A' is no class.*Normal, Early Pre-B, Pre-B, Pro-B"):
-        smear("Pro-A")
-    with pytest.raises(ValueError, match="'Mayo' is no class"):
-        smear("Pro-B", laboratory="Mayo")
+        make_smear("Pro-A")
+    with pytest.raises(ValueError, match="'Mayo' is no site; choose from A, B, C, D"):
+        make_smear("Pro-B", site="Mayo")
     with pytest.raises(ValueError, match="is too small: 16"):
-        smear("Pro-B", height=15)
+        make_smear("Pro-B", height=15)
     with pytest.raises(ValueError, match="between 0 and 1, not 2"):
-        smear("Pro-B", confounded=2)
+        make_smear("Pro-B", spurious_correlation=2)
 
 
 def test_write_smears(tmp_path):
     table = write_smears(tmp_path, 3, classes=FOUR_CLASSES, seed=4, height=48, width=64)
     assert len(table) == 12 and table["seed"].is_unique
     for row in table.itertuples():
-        drawn = smear(row[1], row.seed, 48, 64)
+        drawn = make_smear(row[1], row.seed, 48, 64)
         assert (read_image(tmp_path / row.path) == drawn.image).all()
         assert (
             cv2.imread(str(tmp_path / row.truth), cv2.IMREAD_UNCHANGED) == drawn.cells
         ).all() and row.cells == drawn.cells.max()
-        assert row.laboratory == drawn.laboratory
+        assert row.site == drawn.site
     manifest = build_manifest(tmp_path, classes=FOUR_CLASSES)
     assert len(manifest) == 12 and (manifest["problem"] == "").all()  # the truth is no class
     assert (tmp_path / "truth" / "smears.csv").exists()
@@ -236,7 +237,7 @@ def test_like_the_real_ones(shared_data):
 
     names = [name for label in ("Benign", "Pre", "Pro") for name in sorted((shared_data / "taleqani" / label).iterdir())[::40]]
     real = np.array([describe(read_image(name)) for name in names])
-    drawn = np.array([describe(smear(label, seed, 224, 224).image) for seed in range(8) for label in CLASSES])
+    drawn = np.array([describe(make_smear(label, seed, 224, 224).image) for seed in range(8) for label in CLASSES])
     for column in range(3):
         low, high = np.quantile(real[:, column], [0.01, 0.99])
         assert low <= np.median(drawn[:, column]) <= high, (column, low, np.median(drawn[:, column]), high)

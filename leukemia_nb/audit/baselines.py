@@ -22,7 +22,7 @@ from ..evaluation.predictions import model_title, predicted_labels, predictions_
 from ..evaluation.uncertainty import CLOPPER_PEARSON, Interval, format_proportion, grouped_interval
 from ..processing.cells import find_cells
 from ..processing.dataset import Pairs
-from ..processing.segmentation import study_mask
+from ..processing.segmentation import original_study_mask
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #b9934ac6
 def background_pixels(
@@ -31,7 +31,7 @@ def background_pixels(
     margin: float = 0.03,  # width of the margin, in heights of the image
 ) -> np.ndarray:  # bool (H, W)
     "Pixels away from everything that any segmentation labels a white cell, and from the corner of the scale bar."
-    found = ((cells > 0) | study_mask(image)).astype(np.uint8)
+    found = ((cells > 0) | original_study_mask(image)).astype(np.uint8)
     size = 2 * max(1, round(margin * len(image))) + 1
     free = cv2.dilate(found, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))) == 0
     free[scale_bar_corner(image.shape)] = False

@@ -26,65 +26,62 @@ else:  # loaded when they are used; the names are for the documentation
     DataFrame = Any
 
 # %% auto #0
-__all__ = ['shown', 'counted', 'OutputError', 'writing', 'atomic_path', 'check_output', 'mark_output_folder', 'is_output_folder',
-           'unique_names', 'exclusive', 'file_sha256', 'make_once', 'restored_cell', 'write_table', 'TableError',
-           'read_table', 'shown_table', 'write_json', 'read_json', 'set_sha256']
+__all__ = ['escape_text', 'pluralise', 'OutputError', 'report_write_errors', 'atomic_path', 'check_output', 'mark_output_folder',
+           'is_output_folder', 'unique_names', 'file_lock', 'file_sha256', 'make_once', 'restore_cell', 'write_table',
+           'TableError', 'read_table', 'escape_table', 'write_json', 'read_json', 'set_sha256']
 
-# %% ../../nbs/01_data/10_files.ipynb #7ae08956
+# %% ../../nbs/01_data/10_files.ipynb #90aebfab
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
 
-# %% ../../nbs/01_data/10_files.ipynb #0167b109
+# %% ../../nbs/01_data/10_files.ipynb #4954355b
 def _utf8(text: str) -> str:
     "Text that can be saved: bytes that were no UTF-8 as backslash, x and two digits."
     text = re.sub("[\ud800-\udc7f\udd00-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)  # from JSON; no bytes of a name
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
-# %% ../../nbs/01_data/10_files.ipynb #addadc56
-def shown(
+# %% ../../nbs/01_data/10_files.ipynb #7ae08956
+def escape_text(
     text: str | os.PathLike,  # a path, or words with a path in them
 ) -> str:  # on one line; bytes that are no UTF-8, control characters and changes of direction are escaped
     "Text that any terminal, table or page can take."
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), _utf8(os.fspath(text)))
 
 # %% ../../nbs/01_data/10_files.ipynb #e6caa27b
-def counted(
+def pluralise(
     number: int,  # how many
-    what: str,  # of what, in the singular
+    noun: str,  # of what, in the singular
 ) -> str:
     "A number with its noun: 1 image, 2 images."
-    return f"{number} {what}{'' if number == 1 else 's'}"
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 # %% ../../nbs/01_data/10_files.ipynb #15819cb8
-def _listing(names: Iterable[str], most: int = 6) -> str:
+def _listing(names: Iterable[str], max_names: int = 6) -> str:
     "Some names, and how many more there are."
     names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    rest = len(names) - max_names
+    return ", ".join(names[:max_names]) + (f" and {rest} more" if rest > 0 else "")
 
 # %% ../../nbs/01_data/10_files.ipynb #91b82d7c
 class OutputError(LeukemiaError, OSError):
     "A file that could not be written; the message names it, the reason and the remedy, errno is the system's."
 
     def __str__(self) -> str:
-        return shown(super().__str__())
+        return escape_text(super().__str__())
+
+# %% ../../nbs/01_data/10_files.ipynb #f4155171
+_DISK = "Check that the disk or network drive is still there and sound, or choose another folder"
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space or choose another folder"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Choose a folder you may write to"),
+    **dict.fromkeys((errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT), _DISK),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "A file stands where a folder is needed; choose another folder"),
+    errno.EFBIG: "The disk or a limit of your account (ulimit -f) allows no file as large; choose another folder",
+    errno.ENOENT: "The folder was removed meanwhile; start again",
+    errno.EISDIR: "A folder stands where the file should go; choose another name",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+}
 
 # %% ../../nbs/01_data/10_files.ipynb #415382a5
-_SPACE, _PERMISSION = "Free some space or choose another folder", "Choose a folder you may write to"
-_DISK = "Check that the disk or network drive is still there and sound, or choose another folder"
-_NO_FOLDER = "A file stands where a folder is needed; choose another folder"
-_REMEDIES = (
-    dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _SPACE)
-    | dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _PERMISSION)
-    | dict.fromkeys((errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT), _DISK)
-    | dict.fromkeys((errno.ENOTDIR, errno.EEXIST), _NO_FOLDER)
-    | {
-        errno.EFBIG: "The disk or a limit of your account (ulimit -f) allows no file as large; choose another folder",
-        errno.ENOENT: "The folder was removed meanwhile; start again",
-        errno.EISDIR: "A folder stands where the file should go; choose another name",
-        errno.ENAMETOOLONG: "Choose a shorter name",
-    }
-)
-
-# %% ../../nbs/01_data/10_files.ipynb #1170949f
 def _output_error(path: Path, number: int, left: str = "") -> OutputError:
     problem = OutputError(f"{path}: cannot be written: {os.strerror(number)}. {_REMEDIES[number]}. {left}".strip())
     problem.errno = number
@@ -92,12 +89,12 @@ def _output_error(path: Path, number: int, left: str = "") -> OutputError:
 
 # %% ../../nbs/01_data/10_files.ipynb #9662b3d7
 @contextmanager
-def writing(
+def report_write_errors(
     path: str | os.PathLike,  # file that is written in the block
     temporary: str | os.PathLike = "",  # where its content goes until it is whole; empty: the file itself
     left: str = "",  # last words of the message: what is left of the file
 ) -> Iterator[None]:
-    "Raise `OutputError` for whatever hinders the writing of a file; errors about other files pass unchanged."
+    "Raise `OutputError` for an error of writing a file; errors about other files pass unchanged."
     path, target = Path(path), Path(temporary or path)
     try:
         yield
@@ -138,7 +135,7 @@ def atomic_path(
     path = Path(path)
     temporary = path.with_name(f".part-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
     try:
-        with writing(path, temporary, "Nothing half-written was left."):
+        with report_write_errors(path, temporary, "Nothing half-written was left."):
             _check_regular(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
@@ -159,17 +156,17 @@ def _check_regular(path: Path) -> None:
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OutputError(f"{path}: is a device, pipe or socket. Choose the name of a file.")
 
-# %% ../../nbs/01_data/10_files.ipynb #ec30ec3f
-_MAX_NAME = 255  # bytes of one file name on common file systems
+# %% ../../nbs/01_data/10_files.ipynb #93334c35
+_MAX_NAME_BYTES = 255  # bytes of one file name on common file systems
 
-# %% ../../nbs/01_data/10_files.ipynb #0b6e5d7c
+# %% ../../nbs/01_data/10_files.ipynb #ec30ec3f
 def check_output(
     path: str | os.PathLike,  # file or folder that is to be written in the end
     folder: bool = False,  # it is a folder
 ) -> None:
     "Find out before the work whether its result can be written. Raises `OutputError`."
     path = Path(path)
-    if len(os.fsencode(path.name)) > _MAX_NAME:
+    if len(os.fsencode(path.name)) > _MAX_NAME_BYTES:
         raise _output_error(path, errno.ENAMETOOLONG)
     there = next((each for each in (path, *path.parents) if os.path.exists(each)), Path("."))
     _check_regular(path)
@@ -182,11 +179,11 @@ def check_output(
     if not os.access(there, os.W_OK | os.X_OK):
         raise _output_error(path, errno.EACCES)
 
-# %% ../../nbs/01_data/10_files.ipynb #228b1733
+# %% ../../nbs/01_data/10_files.ipynb #0227b7d4
 _OUTPUT_MARKER = ".leukemia_nb-output"  # file name
 _MARKER_TEXT = "Signature: leukemia_nb output, left out by its searches. Delete this file to use the images as data.\n"
 
-# %% ../../nbs/01_data/10_files.ipynb #6a195cda
+# %% ../../nbs/01_data/10_files.ipynb #228b1733
 def mark_output_folder(
     folder: str | os.PathLike,  # made where it is missing
 ) -> Path:  # the folder
@@ -205,35 +202,35 @@ def is_output_folder(
     return os.path.isfile(os.path.join(folder, _OUTPUT_MARKER))
 
 # %% ../../nbs/01_data/10_files.ipynb #8572fdfe
-def _shortened(name: str, ending: str, most: int) -> str:
+def _shorten(name: str, ending: str, max_bytes: int) -> str:
     "A name with its ending in at most so many bytes: the end of one that is too long becomes a hash of it."
-    if len(os.fsencode(name + ending)) <= most:
+    if len(os.fsencode(name + ending)) <= max_bytes:
         return name + ending
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:12]
-    room = most - len(os.fsencode(ending)) - len(digest) - 1
+    room = max_bytes - len(os.fsencode(ending)) - len(digest) - 1
     return f"{os.fsencode(name)[:room].decode('utf-8', 'ignore')}-{digest}{ending}"
 
 # %% ../../nbs/01_data/10_files.ipynb #b3c7a813
 def unique_names(
     names: Iterable[str],  # wanted file names without prefix and ending, such as the stems of the inputs
-    most: int = 200,  # bytes a name may have, so that prefixes and endings fit as well
+    max_bytes: int = 200,  # of a name, so that prefixes and endings fit as well
 ) -> list[str]:  # as many, in order; no two the same, whatever the case
     "File names of which no two are the same on any disk: -2, -3 … where one is taken, a hash at the end of a long one."
     found: list[str] = []
     used = set()
     for wanted in names:
-        first = name = _shortened(unicodedata.normalize("NFC", shown(wanted)), "", most)
+        first = name = _shorten(unicodedata.normalize("NFC", escape_text(wanted)), "", max_bytes)
         number = 1
         while name.casefold() in used:
             number += 1
-            name = _shortened(first, f"-{number}", most)
+            name = _shorten(first, f"-{number}", max_bytes)
         used.add(name.casefold())
         found.append(name)
     return found
 
 # %% ../../nbs/01_data/10_files.ipynb #64128de3
 @contextmanager
-def exclusive(
+def file_lock(
     path: str | os.PathLike,  # file or folder that is being written; need not exist yet
 ) -> Iterator[None]:
     "Hold the lock of a file or folder. Raises `OutputError` where another process holds it or it cannot be had."
@@ -243,7 +240,7 @@ def exclusive(
     check_output(path, folder=path.is_dir())
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = os.access(path.parent, os.W_OK) or not path.is_dir()  # a folder may be all that one may write to
-    lock = FileLock((path.parent if beside else path) / _shortened(f".{path.name}", ".lock", _MAX_NAME), timeout=0)
+    lock = FileLock((path.parent if beside else path) / _shorten(f".{path.name}", ".lock", _MAX_NAME_BYTES), timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -259,7 +256,7 @@ def exclusive(
 @contextmanager
 def _output_folder(table: Path) -> Iterator[None]:
     "Hold the lock of a table; its folder is marked, and rid of what a killed run left half-written. Raises `OutputError`."
-    with exclusive(table):
+    with file_lock(table):
         for path in mark_output_folder(table.parent).rglob(".part-*"):
             if path.is_file():
                 path.unlink(missing_ok=True)
@@ -277,40 +274,40 @@ def file_sha256(
 def make_once(
     record: str | os.PathLike,  # JSON file of what is finished, read and written
     folder: str | os.PathLike,  # folder that the files of the record lie in
-    made_from: dict,  # source and settings wanted
-    make: Callable[[], tuple[dict, dict[str, str]]],  # returns row of a table, and SHA-256 by name of each file it wrote
+    provenance: dict,  # SHA-256 of the source, and the settings
+    make: Callable[[], tuple[dict, dict[str, str]]],  # returns the row, and the SHA-256 of each file by its name
 ) -> dict:  # row of the table
-    "Row of what is finished: its files are whole and made from the same source and settings. Else make it. Raises `OutputError`."
+    "Row of finished work, if its files are whole and of the same provenance; else make it. Raises `OutputError`."
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content = json.loads(Path(record).read_text(encoding="utf-8"))
         whole = all(file_sha256(Path(folder) / name) == digest for name, digest in content["files"].items())
-        if content["made_from"] == made_from and whole:
+        if content["provenance"] == provenance and whole:
             return dict(content["row"])
     row, files = make()
-    text = json.dumps({"made_from": made_from, "files": files, "row": row}, indent=1)
+    text = json.dumps({"provenance": provenance, "files": files, "row": row}, indent=1)
     with atomic_path(record, durable=False) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return row
 
-# %% ../../nbs/01_data/10_files.ipynb #e9a106ed
+# %% ../../nbs/01_data/10_files.ipynb #a08b36e4
 _FORMULA = r"'*[=+\-@\t\r\n＝＋－＠]"
 _STARTS = r"(?:^|(?<=[;\t\r\n]))"  # of a cell; also behind a semicolon, where Excel in many countries splits
 
-# %% ../../nbs/01_data/10_files.ipynb #88cf7231
+# %% ../../nbs/01_data/10_files.ipynb #e9a106ed
 def _safe_cell(value: Any) -> Any:
-    "A cell that no spreadsheet takes for a formula, by an apostrophe before it; `restored_cell` undoes it."
+    "A cell that no spreadsheet takes for a formula, by an apostrophe before it; `restore_cell` undoes it."
     return re.sub(f"{_STARTS}(?={_FORMULA})", "'", _utf8(value).replace("\0", "\\x00")) if isinstance(value, str) else value
 
 # %% ../../nbs/01_data/10_files.ipynb #b5fc3046
-def restored_cell(
+def restore_cell(
     value: Any,  # as a table holds it
 ) -> Any:
     "A cell as it was before `write_table` made it safe for spreadsheets."
     return re.sub(f"{_STARTS}'(?={_FORMULA})", "", value) if isinstance(value, str) else value
 
 # %% ../../nbs/01_data/10_files.ipynb #4fba9392
-def _changed(table: DataFrame, change: Callable[[Any], Any]) -> DataFrame:
-    "A copy with every cell of the columns of text changed."
+def _map_text(table: DataFrame, change: Callable[[Any], Any]) -> DataFrame:
+    "A copy with a function applied to every cell of the text columns."
     from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
     table = table.copy()
@@ -318,9 +315,6 @@ def _changed(table: DataFrame, change: Callable[[Any], Any]) -> DataFrame:
         if not (is_numeric_dtype(kind) or is_bool_dtype(kind)):
             table.isetitem(place, table.iloc[:, place].map(change))
     return table
-
-# %% ../../nbs/01_data/10_files.ipynb #20a78dd5
-_TEXT = ("pair", "class", "path", "sha256", "problem", "flip", "flag", "subset", "group", "original", "segmented", "cells")
 
 # %% ../../nbs/01_data/10_files.ipynb #e2d4a6f8
 def write_table(
@@ -330,7 +324,7 @@ def write_table(
     float_format: str | None = None,  # of numbers, as pandas takes it; all digits where left out
 ) -> None:
     "Write a table as CSV, whole or not at all; names that are no UTF-8 are escaped. Raises `OutputError`."
-    table = _changed(table, _safe_cell)
+    table = _map_text(table, _safe_cell)
     text = table.to_csv(index=False, float_format=float_format, lineterminator="\n")
     if "\r" in text:  # in a name: csv quotes it only where the lines end in it as well
         text = table.to_csv(index=False, float_format=float_format, lineterminator="\r\n")
@@ -342,11 +336,14 @@ class TableError(LeukemiaError, OSError):
     "A table that cannot be read; the message names it, what is wrong and the remedy."
 
     def __str__(self) -> str:
-        return shown(super().__str__())
+        return escape_text(super().__str__())
 
-# %% ../../nbs/01_data/10_files.ipynb #38bbdbc0
+# %% ../../nbs/01_data/10_files.ipynb #541d664f
+_TEXT = ("pair", "class", "path", "sha256", "problem", "flip", "flag", "subset", "group", "original", "segmented", "cells")
+
+# %% ../../nbs/01_data/10_files.ipynb #20a78dd5
 def read_table(
-    path: str | os.PathLike,  # a CSV of the study
+    path: str | os.PathLike,  # a CSV that write_table wrote
 ) -> DataFrame:  # text columns as text, '' where empty
     "Read a table that `write_table` wrote. Raises `TableError` for one that is damaged, MemoryError where it does not fit."
     import pandas as pd
@@ -360,14 +357,14 @@ def read_table(
         if "out of memory" in str(error):
             raise MemoryError(f"{path}: no memory left to read the table") from error
         raise TableError(f"{path}: not a table, or damaged ({str(error).strip()}). Make it again, or remove it.") from error
-    return _changed(table.fillna({name: "" for name in text if name in table}), restored_cell)
+    return _map_text(table.fillna({name: "" for name in text if name in table}), restore_cell)
 
 # %% ../../nbs/01_data/10_files.ipynb #1dea5eed
-def shown_table(
+def escape_table(
     table: DataFrame,  # any table
 ) -> DataFrame:  # a copy
-    "A table for people to look at: every text as `shown`."
-    return _changed(table, lambda value: shown(value) if isinstance(value, str) else value)
+    "A table for display: every text escaped by `escape_text`."
+    return _map_text(table, lambda value: escape_text(value) if isinstance(value, str) else value)
 
 # %% ../../nbs/01_data/10_files.ipynb #a9b8c7d6
 def write_json(
@@ -381,16 +378,15 @@ def write_json(
 
 # %% ../../nbs/01_data/10_files.ipynb #e3cf1342
 def read_json(
-    folder: str | os.PathLike,  # run folder
-    *names: str,  # parts of the path below it
+    path: str | os.PathLike,  # the file
 ) -> dict[str, Any]:
     "A JSON file of a study; empty where there is none."
-    path = Path(folder).joinpath(*names)
+    path = Path(path)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 # %% ../../nbs/01_data/10_files.ipynb #5a744fac
 def set_sha256(
     digests: Iterable[str],  # one for each image
 ) -> str:  # 64 hexadecimal digits
-    "SHA-256 over sorted digests, one a line."
+    "SHA-256 of the sorted digests, one per line."
     return hashlib.sha256("\n".join(sorted(map(str, digests))).encode()).hexdigest()

@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import cv2
 import numpy as np
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
-from .files import atomic_path, shown
+from .files import atomic_path, escape_text
 from ..errors import LeukemiaError
 from ..plotting import blank_figure, plot_style
 
@@ -37,16 +37,18 @@ __all__ = ['SUFFIXES', 'ImageError', 'scale_bar_corner', 'read_image', 'show_ima
            'write_image']
 
 # %% ../../nbs/01_data/20_images.ipynb #5723a928
-_MAX_PIXELS = 50_000_000  # 150 MB decoded; the largest images of the study have 5 million
+_MAX_PIXELS = 50_000_000  # 150 MB decoded; the largest images of the original study have 5 million
 _MAX_SIDE = 32_000  # pixels; OpenCV's resize and remap end at 32,767, JPEG at 65,535
-_MIN_SIDE = 16  # pixels; a red cell is about 60 across in the study's images
+_MIN_SIDE = 16  # pixels; a red cell is about 60 across in the original study's images
+
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")  # of images, for searches
 
 # %% ../../nbs/01_data/20_images.ipynb #3ed420e0
 class ImageError(LeukemiaError, ValueError):
     "An image that cannot be used; the message names the file, what is wrong and the remedy."
 
     def __str__(self) -> str:
-        return shown(super().__str__())
+        return escape_text(super().__str__())
 
 # %% ../../nbs/01_data/20_images.ipynb #b45b7d59
 def _check_size(width: int, height: int) -> None:
@@ -59,7 +61,7 @@ def _check_size(width: int, height: int) -> None:
     if min(width, height) < _MIN_SIDE:
         raise ImageError(f"too small, {size}; {_MIN_SIDE} pixels a side at least. Remove it.")
 
-# %% ../../nbs/01_data/20_images.ipynb #1630ac86
+# %% ../../nbs/01_data/20_images.ipynb #089eae93
 @contextmanager
 def _errors_about(name: str | os.PathLike) -> Iterator[None]:
     "Turn any error inside into an `ImageError`: name, reason, remedy."
@@ -76,7 +78,7 @@ def _errors_about(name: str | os.PathLike) -> Iterator[None]:
             raise ImageError(f"{name}: not enough memory to read it; the file may be whole. {remedy}") from error
         raise ImageError(f"{name}: the image is damaged or cut off ({reason}). Copy it again, or remove it.") from error
 
-
+# %% ../../nbs/01_data/20_images.ipynb #1630ac86
 _AS_PNG = "Save it as 8-bit RGB PNG."
 
 # %% ../../nbs/01_data/20_images.ipynb #042304bd
@@ -98,14 +100,11 @@ def _eight_bits(
         )
     return upper
 
-# %% ../../nbs/01_data/20_images.ipynb #276a5d7b
-_TRANSPOSE = Image.Transpose
-_EXIF_ORIENTATIONS: dict = {
-    **{2: _TRANSPOSE.FLIP_LEFT_RIGHT, 3: _TRANSPOSE.ROTATE_180, 4: _TRANSPOSE.FLIP_TOP_BOTTOM, 5: _TRANSPOSE.TRANSPOSE},
-    **{6: _TRANSPOSE.ROTATE_270, 7: _TRANSPOSE.TRANSVERSE, 8: _TRANSPOSE.ROTATE_90},
-}
+# %% ../../nbs/01_data/20_images.ipynb #cdaa74d9
+_FLIPS_AND_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
+_EXIF_ORIENTATIONS = dict(enumerate((Image.Transpose[name] for name in _FLIPS_AND_TURNS), 2))
 
-# %% ../../nbs/01_data/20_images.ipynb #efcffcd4
+# %% ../../nbs/01_data/20_images.ipynb #276a5d7b
 def _upright(image: Image.Image) -> Image.Image:
     "Turned as its EXIF orientation says; `ImageOps.exif_transpose` fails on other, damaged EXIF entries."
     try:
@@ -117,7 +116,7 @@ def _upright(image: Image.Image) -> Image.Image:
 # %% ../../nbs/01_data/20_images.ipynb #4cd70af1
 @lru_cache(maxsize=8)
 def _transform_to_srgb(profile: bytes) -> tuple[str, ImageCmsTransform | None] | None:
-    "Colour mode of an ICC profile and its transform to sRGB (None where it is sRGB); None for an unreadable one."
+    "Colour mode of an ICC profile, and its transform to sRGB or None for sRGB itself; None for an unreadable profile."
     from PIL import ImageCms
 
     try:
@@ -141,10 +140,10 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         image = image.convert("RGB")
     return transform.apply(image) if transform and mode == image.mode else image.convert("RGB")
 
-# %% ../../nbs/01_data/20_images.ipynb #b7be71dd
+# %% ../../nbs/01_data/20_images.ipynb #45818ba7
 _OPAQUE_MODES = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}  # without transparency and palette; all others: RGB
 
-# %% ../../nbs/01_data/20_images.ipynb #ba98afc7
+# %% ../../nbs/01_data/20_images.ipynb #b7be71dd
 def _to_rgb(image: Image.Image) -> np.ndarray:
     "uint8 (H, W, 3) sRGB of a decoded image, upright and over white. Raises `ImageError`."
     profile, kind = image.info.get("icc_profile"), image.format
@@ -168,7 +167,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 # %% ../../nbs/01_data/20_images.ipynb #28e92615
 def _only_page(file: TiffFile) -> TiffPage:
     "The page that is the image. Raises `ImageError` for a stack, a thumbnail, or strips that are missing."
-    page, *others = file.pages
+    page, *others = cast("list[TiffPage]", list(file.pages))  # whole pages, no frames, unless asked for
     if page.is_reduced or page.is_mask:
         raise ImageError("its first page is marked as a thumbnail or mask of another image. Save that one as PNG.")
     stack = page.imagedepth > 1 or max(series.size for series in file.series) > page.size
@@ -181,11 +180,11 @@ def _only_page(file: TiffFile) -> TiffPage:
         raise ValueError("strips or tiles are missing")
     return page
 
-# %% ../../nbs/01_data/20_images.ipynb #ea31b0d6
+# %% ../../nbs/01_data/20_images.ipynb #eef94647
 _COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # samples of a colour, by photometric interpretation; 6, YCbCr, only in JPEG
 _OWN_DECODERS = (1, 8, 32946, 32773)  # none, deflate, PackBits: tifffile needs no other package for them
 
-# %% ../../nbs/01_data/20_images.ipynb #70e5c74c
+# %% ../../nbs/01_data/20_images.ipynb #ea31b0d6
 def _check_samples(page: TiffPage) -> None:
     "Raise `ImageError` for samples that are no colours of 1 to 16 bits."
     if page.sampleformat not in (1, (1,) * page.samplesperpixel) or page.bitspersample not in (1, 2, 4, 8, 16):
@@ -248,24 +247,52 @@ def _decode_tiff(data: bytes) -> Image.Image:
     _eight_bits(np.asarray(image.convert("RGB")))  # Pillow keeps the upper bytes
     return image
 
+# %% ../../nbs/01_data/20_images.ipynb #1f0df02d
+_MAX_PROFILE = 2**20  # bytes of a PNG's colour profile, as Pillow's limit
+_MAX_SCANS = 100  # of a JPEG; cameras write about ten
+
 # %% ../../nbs/01_data/20_images.ipynb #9d4f5c2d
+def _check_profile(chunk: bytes) -> None:
+    "Raise `ImageError` for the iCCP chunk of a PNG whose profile is too large once it is decompressed."
+    try:
+        size = len(zlib.decompressobj().decompress(chunk.partition(b"\0")[2][1:], _MAX_PROFILE + 1))
+    except zlib.error:
+        return  # ignored later
+    if size > _MAX_PROFILE:
+        raise ImageError(f"its colour profile has over {_MAX_PROFILE:,} bytes, the limit. Convert the image to sRGB.")
+
+# %% ../../nbs/01_data/20_images.ipynb #bb50b766
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])")  # of a segment with a length, or of the end
+
+# %% ../../nbs/01_data/20_images.ipynb #9d4f5c2e
+def _count_scans(data: bytes) -> int:
+    "Number of scans of a JPEG, up to its end."
+    at, scans = 2, 0
+    while (found := _JPEG_MARKER.search(data, at)) and found[1] != b"\xd9":
+        scans += found[1] == b"\xda"
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+    return scans
+
+# %% ../../nbs/01_data/20_images.ipynb #5c999e81
 _PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"acTL", b"IEND", b"iCCP", b"eXIf")
 
 # %% ../../nbs/01_data/20_images.ipynb #d157d96e
-def _png_pixels(data: bytes) -> bytes:
-    "A PNG without its comments. Raises ValueError for a wrong checksum."
+def _strip_ancillary_chunks(data: bytes) -> bytes:
+    "A PNG with only the chunks that its pixels and colours need. Raises `ImageError`, and ValueError for a wrong checksum."
     at, kept = 8, [data[:8]]
     while at < len(data) and kept[-1][4:8] != b"IEND":
         kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4])
         whole = zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(data[end - 4 : end])
         if not whole and kind in _PNG_CHUNKS[:5]:
             raise ValueError(f"wrong checksum in {kind.decode()}, or cut off there")
+        if whole and kind == b"iCCP":
+            _check_profile(data[at + 8 : end - 4])
         if whole and kind in _PNG_CHUNKS:
             kept.append(data[at:end])
         at = end
     return b"".join(kept)
 
-# %% ../../nbs/01_data/20_images.ipynb #a391b29c
+# %% ../../nbs/01_data/20_images.ipynb #29625443
 _FORMATS: dict[bytes, Callable] = {  # first bytes: Pillow's reader
     b"\xff\xd8\xff": JpegImagePlugin.JpegImageFile,
     b"\x89PNG\r\n\x1a\n": PngImagePlugin.PngImageFile,
@@ -274,7 +301,7 @@ _FORMATS: dict[bytes, Callable] = {  # first bytes: Pillow's reader
     b"GIF8": GifImagePlugin.GifImageFile,
 }
 
-# %% ../../nbs/01_data/20_images.ipynb #66873efb
+# %% ../../nbs/01_data/20_images.ipynb #a391b29c
 def _decode(data: bytes) -> Image.Image:
     "Decode an image file, its format taken from its first bytes. Raises `ImageError` and decoders' errors."
     if data[:4] in (b"II*\0", b"MM\0*", b"II+\0"):
@@ -282,10 +309,12 @@ def _decode(data: bytes) -> Image.Image:
     reader = next((reader for start, reader in _FORMATS.items() if data.startswith(start)), None)
     if reader is None:
         raise ImageError("not an image, or of an unknown kind. Save it as PNG or JPEG, or remove it.")
-    image = reader(BytesIO(_png_pixels(data) if reader is PngImagePlugin.PngImageFile else data), None)
+    image = reader(BytesIO(_strip_ancillary_chunks(data) if reader is PngImagePlugin.PngImageFile else data), None)
     _check_size(*image.size)
     if getattr(image, "is_animated", False):
         raise ImageError("several images (animation). Save the one that is meant as PNG.")
+    if image.format == "JPEG" and (scans := _count_scans(data)) > _MAX_SCANS:
+        raise ImageError(f"{scans} progressive scans, more than the limit of {_MAX_SCANS}. {_AS_PNG}")
     if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
         raise ImageError(f"a CMYK JPEG without Adobe's marker, which may be a negative. {_AS_PNG}")
     image.load()
@@ -314,9 +343,6 @@ def _content(path: str | os.PathLike) -> bytes:
         raise ImageError(f"cannot be opened: {reason}. Check what it is and who may read it.") from None
 
 # %% ../../nbs/01_data/20_images.ipynb #577a0132
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")  # of images, for searches
-
-
 def scale_bar_corner(
     shape: tuple[int, ...],  # (H, W) or (H, W, 3)
 ) -> tuple[slice, slice]:  # rows and columns
@@ -335,7 +361,7 @@ def read_image(
 # %% ../../nbs/01_data/20_images.ipynb #dc9a425f
 def show_images(
     images: dict[str, np.ndarray],  # title: (H, W), or uint8 (H, W, 3) RGB
-    columns: int | None = None,  # images in a row; None: all
+    columns: int | None = None,  # images per row; None: all
     height: float = 2.2,  # of an image, inches
 ) -> Figure:
     "Figure of images side by side, each with its title."
@@ -370,7 +396,7 @@ def image_problem(
 def as_rgb(
     image: Image.Image | np.ndarray,  # any Pillow image; or uint8 (H, W, 3) RGB or (H, W) grey
 ) -> np.ndarray:  # uint8 (H, W, 3) RGB
-    "An image in memory as RGB array. Raises `ImageError` with what came instead and the remedy."
+    "An image in memory as an RGB array. Raises `ImageError` with what came instead and the remedy."
     if isinstance(image, Image.Image):
         with _errors_about(f"Pillow image of mode {image.mode}"):
             if isinstance(image, TiffImagePlugin.TiffImageFile) and max(image.tag_v2.get(258, (1,))) > 8:
@@ -403,10 +429,10 @@ def resize_square(
     shrinks = min(image.shape[:2]) >= size
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
-# %% ../../nbs/01_data/20_images.ipynb #be01a270
+# %% ../../nbs/01_data/20_images.ipynb #a47ffdf9
 _JPEG, _LOSSLESS16 = (".jpg", ".jpeg", ".jpe", ".jfif"), (".png", ".tif", ".tiff")
 
-# %% ../../nbs/01_data/20_images.ipynb #45f8c7d8
+# %% ../../nbs/01_data/20_images.ipynb #be01a270
 def write_image(
     path: str | os.PathLike,  # suffix .png, .jpg, .tif, .bmp or .webp
     image: np.ndarray,  # uint8 (H, W, 3) RGB; or uint8 or uint16 (H, W)

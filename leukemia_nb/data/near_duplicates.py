@@ -8,7 +8,7 @@ __all__ = ['find_duplicates', 'find_overlaps', 'group_images', 'find_near_duplic
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #e1f3ce1f
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -20,36 +20,42 @@ from .files import file_sha256
 from .images import read_image, resize_square, scale_bar_corner
 from .manifest import _connected
 
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #e1f3ce2f
+def _run(tasks: list, what: str, n_jobs: int, progress: bool) -> Iterator:
+    "Results of delayed calls in threads, in order, with a progress bar."
+    work = Parallel(n_jobs, prefer="threads", return_as="generator")(tasks)
+    return iter(tqdm(work, what, len(tasks), disable=not progress, leave=False))
+
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #e1de204c
-def _read_frame(path: str | os.PathLike, size: int) -> np.ndarray:
+def _read_green_channel(path: str | os.PathLike, size: int) -> np.ndarray:
     "Green channel of an image as a square, uint8 (size, size). Raises `ImageError`."
     return resize_square(np.ascontiguousarray(read_image(path)[..., 1]), size)
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #020a6748
-def _read_frames(paths: Sequence[str | os.PathLike], size: int = 224, n_jobs: int = 2, progress: bool = True) -> np.ndarray:
-    "Frames of many images, uint8 (n, size, size), green: 150 MB for 3,000 images. Raises `ImageError`, naming the file."
-    work = Parallel(n_jobs, prefer="threads", return_as="generator")(delayed(_read_frame)(path, size) for path in paths)
-    frames = np.empty((len(paths), size, size), np.uint8)
-    for number, frame in enumerate(tqdm(work, "frames", len(paths), disable=not progress, leave=False)):
-        frames[number] = frame
-    return frames
+def _read_green(paths: Sequence[str | os.PathLike], size: int = 224, n_jobs: int = 2, progress: bool = True) -> np.ndarray:
+    "Green channels of images, uint8 (n, size, size): 150 MB for 3,000 images. Raises `ImageError`, naming the file."
+    green = np.empty((len(paths), size, size), np.uint8)
+    tasks = [delayed(_read_green_channel)(path, size) for path in paths]
+    for place, image in enumerate(_run(tasks, "images", n_jobs, progress)):
+        green[place] = image
+    return green
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #917a4759
 def _comparable(size: int = 224) -> np.ndarray:
-    "Where frames are compared, bool (size, size): everywhere but in the scale bar's corner."
+    "Where images are compared, bool (size, size): everywhere but in the scale bar's corner."
     mask = np.ones((size, size), bool)
     mask[scale_bar_corner(mask.shape)] = False
     return mask
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #1b5c3cef
-def _band_pass(frame: np.ndarray) -> np.ndarray:
-    "Difference of Gaussians of a frame, float32 (S, S), around 0."
-    frame, side = frame.astype(np.float32), frame.shape[0]
-    return cv2.GaussianBlur(frame, (0, 0), side / 224) - cv2.GaussianBlur(frame, (0, 0), side / 18)
+def _band_pass(image: np.ndarray) -> np.ndarray:
+    "Difference of Gaussians of a green-channel image, float32 (S, S), around 0."
+    image, side = image.astype(np.float32), image.shape[0]
+    return cv2.GaussianBlur(image, (0, 0), side / 224) - cv2.GaussianBlur(image, (0, 0), side / 18)
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #13252833
-def _overlap_correlation(first: np.ndarray, second: np.ndarray, dx: int, dy: int, mask: np.ndarray) -> tuple[float, float]:
-    "Correlation of band-passed frames, the second's corner at (dx, dy) of the first, and the proportion compared; or -1."
+def _cross_correlation(first: np.ndarray, second: np.ndarray, dx: int, dy: int, mask: np.ndarray) -> tuple[float, float]:
+    "NCC of band-passed images, the second's corner at (dx, dy) of the first, or -1; and the proportion compared."
     size = len(first)
 
     def part(image: np.ndarray, x: int, y: int) -> np.ndarray:
@@ -66,22 +72,22 @@ def _overlap_correlation(first: np.ndarray, second: np.ndarray, dx: int, dy: int
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #4832ab02
 def _align(first: np.ndarray, second: np.ndarray, dx: float, dy: float, mask: np.ndarray, steps: int = 12) -> tuple:
-    "Correlation, proportion compared, dx and dy where two frames correlate best, by hill climbing from a first guess."
+    "NCC, proportion compared, dx and dy where two images correlate best, by hill climbing from a first guess."
     place = round(dx), round(dy)
-    best = _overlap_correlation(first, second, *place, mask)
+    best = _cross_correlation(first, second, *place, mask)
     for _ in range(steps):
         around = [(place[0] + i, place[1] + j) for i in (-1, 0, 1) for j in (-1, 0, 1) if i or j]
-        found, there = max((_overlap_correlation(first, second, *shift, mask), shift) for shift in around)
+        found, shift = max((_cross_correlation(first, second, *shift, mask), shift) for shift in around)
         if found[0] <= best[0]:
             break
-        best, place = found, there
+        best, place = found, shift
     return *best, *place
 
-# %% ../../nbs/01_data/50_near_duplicates.ipynb #b8319cf7
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #26fd5587
 _ORIENTATIONS = ("none", "horizontal", "vertical", "both", "transposed", "turned left", "turned right", "transversed")
-"What was done to the second image: flips, turns by a quarter, and both at once. All eight ways to lay down a square."
+# What was done to the second image: flips, turns by a quarter, and both at once. All eight ways to lay down a square.
 
-# %% ../../nbs/01_data/50_near_duplicates.ipynb #02c617af
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #b8319cf7
 def _orient(image: np.ndarray, orientation: str) -> np.ndarray:
     "Flip or turn an image, by a name of _ORIENTATIONS."
     place = _ORIENTATIONS.index(orientation)
@@ -91,9 +97,9 @@ def _orient(image: np.ndarray, orientation: str) -> np.ndarray:
     return image[:: -1 if down else 1, :: -1 if across else 1]
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #909eb29f
-def _similar_thumbnails(frames: np.ndarray, least: float = 0.9, side: int = 32, block: int = 1024) -> pd.DataFrame:
-    "Pairs a < b of frames whose thumbnails correlate in one of the eight orientations (flip), so many rows compared at a time."
-    resized = [cv2.resize(frame, (side, side), interpolation=cv2.INTER_AREA) for frame in frames]
+def _similar_thumbnails(green: np.ndarray, min_correlation: float = 0.9, side: int = 32, block: int = 1024) -> pd.DataFrame:
+    "Pairs a < b of images whose thumbnails correlate in one of the eight orientations; block: rows compared at a time."
+    resized = [cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in green]
     small = np.array(resized, np.float32).reshape(-1, side, side)
     small -= small.mean((1, 2), keepdims=True)
     small /= np.maximum(np.linalg.norm(small, axis=(1, 2), keepdims=True), side)  # flat images are similar to nothing
@@ -101,33 +107,33 @@ def _similar_thumbnails(frames: np.ndarray, least: float = 0.9, side: int = 32, 
     for orientation in _ORIENTATIONS:
         turned = np.array([_orient(image, orientation) for image in small]).reshape(-1, side * side)
         for start in range(0, max(len(small), 1), block):
-            a, b = np.nonzero(vectors[start : start + block] @ turned.T >= least)
+            a, b = np.nonzero(vectors[start : start + block] @ turned.T >= min_correlation)
             a += start
-            found.append(pd.DataFrame({"a": a[a < b], "b": b[a < b], "flip": orientation}))
+            found.append(pd.DataFrame({"a": a[a < b], "b": b[a < b], "orientation": orientation}))
     return pd.concat(found, ignore_index=True)
 
-# %% ../../nbs/01_data/50_near_duplicates.ipynb #6bed2417
-_PAIR_COLUMNS = ("a", "b", "kind", "flip", "dx", "dy", "overlap", "votes", "score")
-"a, b: paths; flip: of b; dx, dy: place of b's corner in a, in widths and heights; overlap: proportion compared."
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #802721b4
+_COLUMNS = ("a", "b", "kind", "orientation", "dx", "dy", "overlap", "votes", "ncc")
+# a, b: paths; orientation: of b; dx, dy: place of b's corner in a, in widths and heights; overlap: proportion compared.
 
-# %% ../../nbs/01_data/50_near_duplicates.ipynb #9cf95039
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #6bed2417
 def find_duplicates(
     paths: Sequence[str | os.PathLike],  # images of any size
-    frames: np.ndarray | None = None,  # uint8 (n, S, S) from _read_frames, if they are there already
-    least: float = 0.95,  # correlation of the band-passed frames of a copy
+    green: np.ndarray | None = None,  # green channels, uint8 (n, S, S); None: read here
+    min_correlation: float = 0.95,  # NCC of the band-passed images of a copy
     n_jobs: int = 2,  # threads
     progress: bool = True,  # show bars
-) -> pd.DataFrame:  # a, b, kind ("same file", "copy" or "flipped copy"), flip, dx, dy, overlap, votes, score
+) -> pd.DataFrame:  # a, b, kind ("same file", "copy" or "flipped copy"), orientation, dx, dy, overlap, votes, ncc
     "Pairs of images that show one field, whole: the same file, re-encoded, resized, flipped or turned."
-    frames = _read_frames(paths, n_jobs=n_jobs, progress=progress) if frames is None else frames
-    whole, rows = _comparable(frames.shape[1]), []
-    for a, b, flip in _similar_thumbnails(frames).itertuples(index=False):
-        turned, mask = _orient(frames[b], flip), whole & _orient(whole, flip)
-        rows.append((a, b, flip, *_overlap_correlation(_band_pass(frames[a]), _band_pass(turned), 0, 0, mask)))
-    table = pd.DataFrame(rows, columns=["a", "b", "flip", "score", "overlap"]).query("score >= @least")
-    table = table.sort_values("score", ascending=False, kind="stable").drop_duplicates(["a", "b"]).sort_values(["a", "b"])
+    green = _read_green(paths, n_jobs=n_jobs, progress=progress) if green is None else green
+    whole, rows = _comparable(green.shape[1]), []
+    for a, b, orientation in _similar_thumbnails(green).itertuples(index=False):
+        turned, mask = _orient(green[b], orientation), whole & _orient(whole, orientation)
+        rows.append((a, b, orientation, *_cross_correlation(_band_pass(green[a]), _band_pass(turned), 0, 0, mask)))
+    table = pd.DataFrame(rows, columns=["a", "b", "orientation", "ncc", "overlap"]).query("ncc >= @min_correlation")
+    table = table.sort_values("ncc", ascending=False, kind="stable").drop_duplicates(["a", "b"]).sort_values(["a", "b"])
     digests = {place: file_sha256(paths[place]) for place in {*table["a"], *table["b"]}}
-    table = table.assign(kind=np.where(table["flip"] == "none", "copy", "flipped copy"), dx=0.0, dy=0.0, votes=0)
+    table = table.assign(kind=np.where(table["orientation"] == "none", "copy", "flipped copy"), dx=0.0, dy=0.0, votes=0)
     table.loc[table["a"].map(digests) == table["b"].map(digests), "kind"] = "same file"
     return _with_paths(table, paths)
 
@@ -136,22 +142,22 @@ def _with_paths(table: pd.DataFrame, paths: Sequence[str | os.PathLike]) -> pd.D
     "Paths instead of places in the columns a and b."
     names = np.array([str(path) for path in paths], object)
     table = table.assign(a=names[table["a"].astype(int)], b=names[table["b"].astype(int)])
-    return table[list(_PAIR_COLUMNS)].reset_index(drop=True)
+    return table[list(_COLUMNS)].reset_index(drop=True)
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #4b55743f
-def _keypoints(frame: np.ndarray, number: int = 150) -> tuple[np.ndarray, np.ndarray]:
-    "The most distinctive points of a frame (x, y, diameter), and their upright RootSIFT descriptors, float16 (n, 128)."
-    image = cv2.createCLAHE(2.0, (4, 4)).apply(frame)  # evens out the contrast of pale and dark smears
-    sift = cv2.SIFT_create(3 * number, contrastThreshold=0.01, edgeThreshold=20)  # type: ignore[attr-defined]
+def _keypoints(green: np.ndarray, n_keypoints: int = 150) -> tuple[np.ndarray, np.ndarray]:
+    "The most distinctive points of an image (x, y, diameter), and their upright RootSIFT descriptors, float16 (n, 128)."
+    image = cv2.createCLAHE(2.0, (4, 4)).apply(green)  # evens out the contrast of pale and dark smears
+    sift = cv2.SIFT_create(3 * n_keypoints, contrastThreshold=0.01, edgeThreshold=20)  # type: ignore[attr-defined]
     found: dict = {}
-    for point in sift.detect(image, _comparable(len(frame)).astype(np.uint8) * 255):
+    for point in sift.detect(image, _comparable(len(green)).astype(np.uint8) * 255):
         point.angle = 0
         found.setdefault((round(point.pt[0], 1), round(point.pt[1], 1), round(point.size, 1)), point)
-    points = sorted(found.values(), key=lambda point: -point.response)[:number]
+    points = sorted(found.values(), key=lambda point: -point.response)[:n_keypoints]
     if not points:
         return np.zeros((0, 3), np.float32), np.zeros((0, 128), np.float16)
-    points, numbers = sift.compute(image, points)
-    roots = np.sqrt(numbers / np.maximum(numbers.sum(1, keepdims=True), 1e-6))
+    points, values = sift.compute(image, points)
+    roots = np.sqrt(values / np.maximum(values.sum(1, keepdims=True), 1e-6))
     return np.array([(*point.pt, point.size) for point in points], np.float32), roots.astype(np.float16)
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #8d1d049f
@@ -167,8 +173,8 @@ def _match_keypoints(points: np.ndarray, descriptors: np.ndarray, owner: np.ndar
     return np.stack([row, nearest[row, column]], axis=1).astype(np.int64)
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #25e9a736
-def _vote_shifts(matches: np.ndarray, points: np.ndarray, owner: np.ndarray, size: int = 224, least: int = 4) -> pd.DataFrame:
-    "Pairs of images on whose shift several matches agree: a, b, votes, and dx, dy in pixels of the frames."
+def _vote_shifts(matches: np.ndarray, points: np.ndarray, owner: np.ndarray, size: int = 224, min_votes: int = 4) -> pd.DataFrame:
+    "Pairs of images on whose shift several matches agree (Hough voting): a, b, votes, and dx, dy in pixels."
     turn = owner[matches[:, 0]] > owner[matches[:, 1]]
     matches = np.unique(np.where(turn[:, None], matches[:, ::-1], matches), axis=0)
     a, b = owner[matches[:, 0]], owner[matches[:, 1]]
@@ -178,47 +184,44 @@ def _vote_shifts(matches: np.ndarray, points: np.ndarray, owner: np.ndarray, siz
         column, row = (np.floor(shift * 28 / size + grid) + 32).astype(np.int64).T
         bins, inverse, votes = np.unique(((a * images + b) * 64 + column) * 64 + row, return_inverse=True, return_counts=True)
         dx, dy = (np.bincount(inverse, shift[:, axis], len(bins)) / votes for axis in (0, 1))
-        found.append(pd.DataFrame({"pair": bins // 4096, "votes": votes, "dx": dx, "dy": dy})[votes >= least])
+        found.append(pd.DataFrame({"pair": bins // 4096, "votes": votes, "dx": dx, "dy": dy})[votes >= min_votes])
     table = pd.concat(found).sort_values(["votes", "pair"], ascending=[False, True], kind="stable").drop_duplicates("pair")
     table = table.assign(a=table["pair"] // images, b=table["pair"] % images).sort_values("pair")
     return table[["a", "b", "votes", "dx", "dy"]].reset_index(drop=True)
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #8992c6ef
-def _is_overlap(votes: np.ndarray, score: np.ndarray, overlap: np.ndarray) -> np.ndarray:
+def _is_overlap(votes: np.ndarray, ncc: np.ndarray, overlap: np.ndarray) -> np.ndarray:
     "Whether proposed pairs are true overlaps: the images correlate, or many points and the blurred images agree."
-    return (overlap >= 0.02) & ((score >= 0.7) | ((votes >= 8) & (score >= 0.3)))
+    return (overlap >= 0.02) & ((ncc >= 0.7) | ((votes >= 8) & (ncc >= 0.3)))
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #db708ef9
 def find_overlaps(
     paths: Sequence[str | os.PathLike],  # images of any size, taken at one magnification
-    frames: np.ndarray | None = None,  # uint8 (n, S, S) from _read_frames, if they are there already
+    green: np.ndarray | None = None,  # green channels, uint8 (n, S, S); None: read here
     n_jobs: int = 2,  # threads
-    number: int = 150,  # points described in an image
+    n_keypoints: int = 150,  # described in each image
     seed: int = 0,  # of the index
     progress: bool = True,  # show bars
 ) -> pd.DataFrame:  # columns of find_duplicates, with kind "overlap"
     "Pairs of images whose fields of view overlap, unturned and unflipped, by about 3 % of their area or more."
-    frames = _read_frames(paths, n_jobs=n_jobs, progress=progress) if frames is None else frames
-    size = frames.shape[1]
-    run = Parallel(n_jobs, prefer="threads", return_as="generator")
-    work = run(delayed(_keypoints)(frame, number) for frame in frames)
-    described = list(tqdm(work, "points", len(frames), disable=not progress, leave=False))
+    green = _read_green(paths, n_jobs=n_jobs, progress=progress) if green is None else green
+    size = green.shape[1]
+    described = list(_run([delayed(_keypoints)(image, n_keypoints) for image in green], "points", n_jobs, progress))
     owner = np.repeat(np.arange(len(described)), [len(points) for points, _ in described])
     if not len(owner):
-        return pd.DataFrame(columns=list(_PAIR_COLUMNS))
+        return pd.DataFrame(columns=list(_COLUMNS))
     points, descriptions = (np.concatenate(part) for part in zip(*described))
     matches = _match_keypoints(points, descriptions, owner, seed)
     table = _vote_shifts(matches, points, owner, size)
     mask = _comparable(size)
 
     def check(row) -> tuple:
-        return _align(_band_pass(frames[row.a]), _band_pass(frames[row.b]), row.dx, row.dy, mask)
+        return _align(_band_pass(green[row.a]), _band_pass(green[row.b]), row.dx, row.dy, mask)
 
-    work = run(delayed(check)(row) for row in table.itertuples())
-    checked = list(tqdm(work, "alignment", len(table), disable=not progress, leave=False))
-    table[["score", "overlap", "dx", "dy"]] = np.array(checked, float).reshape(-1, 4)
-    table = table[_is_overlap(table["votes"], table["score"], table["overlap"])]
-    return _with_paths(table.assign(kind="overlap", flip="none", dx=table["dx"] / size, dy=table["dy"] / size), paths)
+    checked = list(_run([delayed(check)(row) for row in table.itertuples()], "alignment", n_jobs, progress))
+    table[["ncc", "overlap", "dx", "dy"]] = np.array(checked, float).reshape(-1, 4)
+    table = table[_is_overlap(table["votes"], table["ncc"], table["overlap"])]
+    return _with_paths(table.assign(kind="overlap", orientation="none", dx=table["dx"] / size, dy=table["dy"] / size), paths)
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #06248214
 def group_images(
@@ -237,10 +240,10 @@ def find_near_duplicates(
     progress: bool = True,  # show bars
 ) -> pd.DataFrame:  # columns of find_duplicates, each pair once
     "All pairs of images that show the same thing: copies, flipped copies and overlapping fields. Raises `ImageError`."
-    frames = _read_frames(paths, n_jobs=n_jobs, progress=progress)
+    green = _read_green(paths, n_jobs=n_jobs, progress=progress)
     found = [
-        find_duplicates(paths, frames, n_jobs=n_jobs, progress=progress),
-        find_overlaps(paths, frames, n_jobs=n_jobs, seed=seed, progress=progress),
+        find_duplicates(paths, green, n_jobs=n_jobs, progress=progress),
+        find_overlaps(paths, green, n_jobs=n_jobs, seed=seed, progress=progress),
     ]
     return pd.concat([table for table in found if len(table)] or found[:1]).drop_duplicates(["a", "b"]).reset_index(drop=True)
 
@@ -269,6 +272,6 @@ def leakage_report(
 def pairs_without_near_duplicates(
     split: pd.DataFrame,  # pair, subset, group
 ) -> set[str]:  # names of pairs
-    "Test pairs of which no near-duplicate in training was found or listed."
+    "Test pairs without a near-duplicate in training, by group."
     train = split.loc[split["subset"] == "train", "group"]
     return set(split.loc[(split["subset"] == "test") & ~split["group"].isin(train), "pair"])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pandas as pd
 
-from ..data.files import restored_cell, write_table
+from ..data.files import restore_cell, write_table
 from ..data.images import ImageError, read_image
 from ..data.manifest import class_of, find_images
 from ..errors import LeukemiaError
@@ -129,7 +129,7 @@ def read_predictions(
     except ValueError as error:
         raise PredictionsError(f"{os.fspath(path)}: not a CSV table ({error}).") from None
     for name in table.columns.intersection(_KEYS):
-        table[name] = table[name].map(restored_cell)
+        table[name] = table[name].map(restore_cell)
     return _check_predictions(table, path)
 
 # %% ../../nbs/04_evaluation/10_predictions.ipynb #71afcab2

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
-from ..data.files import counted, shown
+from ..data.files import pluralise, escape_text
 from ..data.images import ImageError, read_image
 from ..data.manifest import CLASSES
 from .batch import exported_models, open_predictors
@@ -66,9 +66,9 @@ def read_upload(
 def _image_html(name: str, image: np.ndarray, cells: np.ndarray) -> str:
     "A <figure> of an image, uint8 (H, W, 3) RGB, with its white blood cells, labels (H, W), outlined and counted."
     outlines = [_outline(cells == label) for label in range(1, int(cells.max(initial=0)) + 1)]
-    found = f"{counted(len(outlines), 'white blood cell')} found" if outlines else "No white blood cells found"
+    found = f"{pluralise(len(outlines), 'white blood cell')} found" if outlines else "No white blood cells found"
     share, (height, width) = (cells > 0).mean(), cells.shape
-    page = dict(name=shown(name), source=data_uri(image, 1400), found=found, outlines=outlines, cell_fraction=share)
+    page = dict(name=escape_text(name), source=data_uri(image, 1400), found=found, outlines=outlines, cell_fraction=share)
     return render_template("app_image.html.j2", width=width, height=height, **page)
 
 
@@ -89,7 +89,7 @@ def _headline(rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
     reasons = Counter(row["abstain_reasons"] for row in rows if row["abstains"]).most_common()
     counts = [f"{count} predict{'s' * (count == 1)} {name}" for name, count in votes]
     abstaining = [f"{count} abstain{'s' * (count == 1)} ({reason})" for reason, count in reasons]
-    sentence = f"{counted(len(rows), 'model')}: {', '.join(counts + abstaining)}."
+    sentence = f"{pluralise(len(rows), 'model')}: {', '.join(counts + abstaining)}."
     if 2 * sum("out of distribution" in row["abstain_reasons"] for row in rows) >= len(rows):
         sentence += " What is outlined may not be cells."
     if not votes:
@@ -107,7 +107,12 @@ def _headline(rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
 def _predictions_html(rows: Sequence[dict[str, Any]], titles: Sequence[str], classes: Sequence[str]) -> str:
     "A block of HTML: probabilities of each model as bars, a column a class, and its confidence."
     lines = [
-        dict(row, title=shown(title), confidence=format_confidence(row), probabilities={c: row.get(f"p_{c}") for c in classes})
+        dict(
+            row,
+            title=escape_text(title),
+            confidence=format_confidence(row),
+            probabilities={c: row.get(f"p_{c}") for c in classes},
+        )
         for row, title in zip(rows, titles)
     ]
     words, sentence = _headline(rows)
@@ -123,7 +128,7 @@ def _saliency_map(model: Predictor, image: np.ndarray, cells: np.ndarray) -> dic
     mask = cv2.resize((cells > 0).astype(np.uint8), heat.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0
     energy, area, _ = energy_pointing_game(heat, mask)
     text = f"{energy:.0%} on the cells, {area:.0%} by chance" if heat.any() else "no part alone changes the prediction"
-    return {"title": shown(model.info["title"]), "source": data_uri(overlay(image, heat), 480), "text": text}
+    return {"title": escape_text(model.info["title"]), "source": data_uri(overlay(image, heat), 480), "text": text}
 
 # %% ../../nbs/06_inference/60_app.ipynb #970d8f71
 def _drop_zone(receive: Callable[[str, bytes | memoryview | None, float], Any]) -> Widget:
@@ -152,7 +157,7 @@ class _Layout:
         self.models = list(models)
         self.classes = list(dict.fromkeys(str(name) for model in models for name in model.classes_))
         about = [(model.info, describe_calibration(model.info)) for model in models]
-        self.head = HTML(render_template("app_head.html.j2", note=shown(note)))
+        self.head = HTML(render_template("app_head.html.j2", note=escape_text(note)))
         self.about = HTML(render_template("app_about.html.j2", models=about))
         self.message, self.image, self.predictions, self.saliency = HTML(), HTML(), HTML(), HTML()
         self.button = Button(description="Show saliency maps").add_class("app-go")
@@ -168,7 +173,7 @@ class _Layout:
         self.shown: tuple[np.ndarray, np.ndarray] | None = None
         for part in (self.image, self.predictions, self.saliency):
             part.value = ""
-        self.message.value = render_template("app_error.html.j2", message=shown(message)) if message else ""
+        self.message.value = render_template("app_error.html.j2", message=escape_text(message)) if message else ""
         self.button.layout.display = "none"
 
     def _ipython_display_(self) -> None:
@@ -211,10 +216,10 @@ class Panel(_Layout):
 
     def show_synthetic(self, label: str) -> None:
         "Show a synthetic smear of a class, another one each time."
-        from leukemia_nb.data.synthetic import smear
+        from leukemia_nb.data.synthetic import make_smear
 
         self.n_examples += 1
-        self.show(f"synthetic smear {self.n_examples} ({label})", smear(label, 1000 + self.n_examples).image)
+        self.show(f"synthetic smear {self.n_examples} ({label})", make_smear(label, 1000 + self.n_examples).image)
 
     def explain(self) -> None:
         "Show a saliency map of each model, one after the other."

@@ -21,17 +21,17 @@ from leukemia_nb.data.files import (
     OutputError,
     atomic_path,
     check_output,
-    exclusive,
+    file_lock,
     file_sha256,
     mark_output_folder,
-    shown,
+    escape_text,
     unique_names,
     write_json,
     write_table,
-    writing,
+    report_write_errors,
 )
 from ..data.images import ImageError, read_image, write_image
-from ..data.manifest import ImageSearch, check_apart, check_folder, class_of, search_images
+from ..data.manifest import ImageSearch, check_not_inside, check_folder, class_of, search_images
 from ..data.processes import ClusterError, die_with_parent
 from .predictor import Predictor, describe_error, overlay, prediction_columns, saliency
 from ..models.interface import MODELS, ModelError
@@ -136,7 +136,7 @@ def _check_outputs(
     "Refuse, before any work, what cannot be written or would replace what is read. Raises OutputError."
     if task.overlays:
         check_output(task.overlays, folder=True)
-        check_apart(paths, task.overlays)
+        check_not_inside(paths, task.overlays)
     wanted = [file for file in (out, json_file) if file]
     for file, suffix in ((out, ".csv"), (json_file, ".json")):
         if file and Path(file).suffix.lower() != suffix:
@@ -159,7 +159,7 @@ def unfinished_file(
 
 def _append(journal: Path, rows: Sequence[dict[str, Any]]) -> None:
     "Add rows to a journal, so that they outlast a crash. Raises OutputError."
-    with writing(journal), open(journal, "ab") as lines:
+    with report_write_errors(journal), open(journal, "ab") as lines:
         lines.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
         lines.flush()
         os.fsync(lines.fileno())
@@ -235,7 +235,7 @@ def _sole_writer(task: PredictionTask, outputs: Sequence[str | os.PathLike]) -> 
     "Hold the only right to write tables and overlays. Raises OutputError."
     with ExitStack() as locks:
         for path in (*outputs, *([task.overlays] if task.overlays else [])):
-            locks.enter_context(exclusive(path))
+            locks.enter_context(file_lock(path))
         if task.overlays:
             mark_output_folder(task.overlays)
         yield
@@ -312,7 +312,7 @@ def _compare_models(paths: Sequence[str], models: Sequence[str | os.PathLike], l
     classes = {str(name) for predictor in predictors for name in predictor.classes_}
     labels = [class_of(Path(path).parent.name) or "" for path in paths]
     known = [label if label in classes else "" for label in labels]
-    compared = pd.DataFrame({"image": list(map(shown, paths)), "path": paths, "true label": known, "error": ""})
+    compared = pd.DataFrame({"image": list(map(escape_text, paths)), "path": paths, "true label": known, "error": ""})
     for predictor in predictors:
         table, title = predictor.predict(paths).table, predictor.info["title"]
         compared[title], compared[f"{title} confidence"] = table["prediction"], table["confidence"].astype(float)
@@ -336,7 +336,7 @@ def format_comparison(
     for image, (_, row) in zip(distinct_paths(table["image"]), table.iterrows()):
         cells = [f"{row[name]} {row[f'{name} confidence']:.2f}" if row[name] else "-" for name in names]
         cells = [f"({text})" if row[name] and row[f"{name} abstains"] else text for name, text in zip(names, cells)]
-        lines.append([shown(image), row["true label"] or "-", *cells])
+        lines.append([escape_text(image), row["true label"] or "-", *cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)
 
@@ -353,8 +353,8 @@ def compare_files(
     models, out = exported_models(run), Path(out)
     for name in ("comparison.csv", "comparison.png"):
         check_output(out / name)
-    check_apart(paths, out)
-    with exclusive(out):
+    check_not_inside(paths, out)
+    with file_lock(out):
         table = _compare_models(paths, models, log)
         mark_output_folder(out)
         write_table(out / "comparison.csv", table, excel=True)

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ..data.files import counted, file_sha256, shown
+from ..data.files import pluralise, file_sha256, escape_text
 from ..data.images import ImageError, as_rgb, read_image, resize_square
 from ..errors import LeukemiaError
 from .model_file import open_model_file
@@ -164,18 +164,18 @@ def format_row(
 ) -> str:  # one line
     "A prediction as a line of text."
     if not row["prediction"]:
-        return shown(f"not predicted: {row['error']}")
+        return escape_text(f"not predicted: {row['error']}")
     found = f"{row['prediction']} {row['confidence']:.1%}"
     if row["abstains"]:
         found = f"abstains: {row['abstain_reasons']} (most probable: {found})"
     parts = [found]
     if row["n_cells"] is not None:
-        parts.append(f"{counted(row['n_cells'], 'white blood cell')} on {row['cell_fraction']:.1%} of the image")
+        parts.append(f"{pluralise(row['n_cells'], 'white blood cell')} on {row['cell_fraction']:.1%} of the image")
     if row["flag"] and row["n_cells"]:
         parts.append(f"doubtful mask: {row['flag']}")
     if row["error"]:
         parts.append(f"incomplete: {row['error']}")
-    return shown(f"{row['path']}: {'; '.join(parts)}")
+    return escape_text(f"{row['path']}: {'; '.join(parts)}")
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #8bf14ebf
 def describe_calibration(
@@ -353,14 +353,14 @@ class Predictions:
 # %% ../../nbs/06_inference/30_predictor.ipynb #c0ffee01
 def _card(row: dict[str, Any], info: dict[str, Any], image: Any) -> dict[str, Any]:
     "What the display shows of one prediction."
-    title = shown(os.path.basename(row["path"])) or "image"
+    title = escape_text(os.path.basename(row["path"])) or "image"
     coloured = zip(info["classes"], class_colours(info["classes"])) if row["prediction"] else ()
     bars = [(name, row[f"p_{name}"], colour) for name, colour in coloured]
     try:
         drawn = data_uri(overlay(_pixels(image))) if bars else ""
     except Exception:
         drawn = ""  # the file is gone, say: the prediction is shown all the same
-    return {"name": title, "row": row, "bars": bars, "image": drawn, "confidence": shown(format_confidence(row))}
+    return {"name": title, "row": row, "bars": bars, "image": drawn, "confidence": escape_text(format_confidence(row))}
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #1208295a
 def render_template(

@@ -12,15 +12,16 @@ from collections.abc import Iterator
 import cv2
 import numpy as np
 import pandas as pd
+from scipy.ndimage import find_objects
 
 from ..data.images import scale_bar_corner
-from .segmentation import _smallest_area, _two_means_of, a_channel, two_means
+from .segmentation import _check_rgb, _smallest_area, a_channel, otsu_threshold
 
 # %% ../../nbs/02_processing/15_cells.ipynb #5741240b
 def _whiten_background(image: np.ndarray) -> np.ndarray:
     "Divide by the background's colour: the median of the pixels in the brighter of two clusters of green."
     green = cv2.extractChannel(image, 1)
-    bright = (green > two_means(green)[0]).view(np.uint8)
+    bright = (green > otsu_threshold(green)).view(np.uint8)
     if not bright.any():
         return image.copy()
     table = np.empty((1, 256, 3), np.uint8)
@@ -31,18 +32,14 @@ def _whiten_background(image: np.ndarray) -> np.ndarray:
     return cv2.LUT(image, table)
 
 # %% ../../nbs/02_processing/15_cells.ipynb #dd9446e3
-def _purple_pixels(
-    white: np.ndarray,  # uint8 (H, W, 3) RGB with a white background
-    least_a: int = 140,  # a nucleus is redder than this, whatever the clusters are (128 = neutral)
-    most_b: int = 116,  # and bluer than this (128 = neutral)
-) -> np.ndarray:  # bool (H, W)
-    "Pixels stained like nuclei: of the stained pixels those in the redder of two clusters, if bluish."
+def _purple_pixels(white: np.ndarray, min_a: int = 140, max_b: int = 116) -> np.ndarray:
+    "Pixels stained like nuclei, bool (H, W): redder than Otsu's threshold of stained pixels and min_a, bluer than max_b."
     lab = cv2.cvtColor(white, cv2.COLOR_RGB2LAB)
-    stained = (white[..., 1] < 225).view(np.uint8)
+    stained = white[..., 1] < 225
     if not stained.any():
-        return np.zeros(stained.shape, bool)
-    threshold, _ = _two_means_of(cv2.calcHist([lab], [1], stained, [256], [0, 256]).ravel())
-    purple = ((lab[..., 1] > max(least_a, threshold)) & (lab[..., 2] < most_b)).view(np.uint8)
+        return stained
+    threshold = otsu_threshold(lab[..., 1][stained])
+    purple = ((lab[..., 1] > max(min_a, threshold)) & (lab[..., 2] < max_b)).view(np.uint8)
     return cv2.morphologyEx(purple, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)).view(bool)
 
 # %% ../../nbs/02_processing/15_cells.ipynb #ab9e3a2f
@@ -57,62 +54,48 @@ def _solidity(mask: np.ndarray) -> float:
     hull = cv2.contourArea(cv2.convexHull(contour))
     return cv2.contourArea(contour) / hull if hull > 6 else 1.0
 
-# %% ../../nbs/02_processing/15_cells.ipynb #64248c91
-def _windows(labels: np.ndarray) -> list:
-    "Bounding box of each label 1..n as a pair of slices, None for a number that is not used."
-    from scipy.ndimage import find_objects
-
-    return find_objects(labels)
-
 # %% ../../nbs/02_processing/15_cells.ipynb #3e0bd331
-def _components(mask: np.ndarray, solid: float) -> Iterator[tuple[tuple[slice, slice], np.ndarray, bool]]:
+def _components(mask: np.ndarray, min_solidity: float) -> Iterator[tuple[tuple[slice, slice], np.ndarray, bool]]:
     "Window, pixels in it, and whether it is left whole, of each component."
     _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), ltype=cv2.CV_32S)
     for label, (x, y, width, height, area) in enumerate(stats[1:].tolist(), 1):
         window = slice(y, y + height), slice(x, x + width)
         part = labels[window] == label
-        yield window, part, area < 12 or _solidity(part) >= solid
-
-# %% ../../nbs/02_processing/15_cells.ipynb #64248c92
-def _rebuild(seed: np.ndarray, limit: np.ndarray) -> np.ndarray:
-    "Grey-scale reconstruction: the seed grown under the limit until nothing changes, float32."
-    while True:
-        grown = cv2.min(cv2.dilate(seed, np.ones((3, 3), np.uint8)), limit)
-        if np.array_equal(grown, seed):
-            return grown
-        seed = grown
+        yield window, part, area < 12 or _solidity(part) >= min_solidity
 
 # %% ../../nbs/02_processing/15_cells.ipynb #bae1da10
-def _peaks(mask: np.ndarray, depth: float) -> tuple[int, np.ndarray, np.ndarray]:
-    "Number of peaks of one component's distance to the outside, the peaks numbered, and the distance."
+def _h_maxima(mask: np.ndarray, depth: float) -> tuple[int, np.ndarray, np.ndarray]:
+    "Number of h-maxima of one component's distance transform, the maxima numbered, and the distance; depth: h as a proportion."
+    from skimage.morphology import local_maxima, reconstruction
+
     distance = cv2.distanceTransform(np.pad(mask.astype(np.uint8), 1), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
     distance = np.sqrt(np.rint(np.square(distance, dtype=np.float64)))  # exact: OpenCV's last bit differs from call to call
     distance = cv2.GaussianBlur(distance, (0, 0), max(0.5, 0.04 * distance.max())).astype(np.float32) * mask
-    level = _rebuild(distance * (1 - depth), distance)
-    highest = (level > _rebuild(np.nextafter(level, np.float32(-1)), level)) & mask  # plateaus with nothing higher beside them
-    number, peaks = cv2.connectedComponents(highest.view(np.uint8))
-    return number - 1, peaks, distance
+    level = reconstruction(distance * (1 - depth), distance, footprint=np.ones((3, 3)))
+    maxima = local_maxima(level, connectivity=2) & mask
+    number, markers = cv2.connectedComponents(maxima.view(np.uint8))
+    return number - 1, markers, distance
 
 # %% ../../nbs/02_processing/15_cells.ipynb #64248c93
-def _divide(mask: np.ndarray, depth: float) -> np.ndarray:
-    "Parts of one component, int32, divided at its waists."
-    number, peaks, distance = _peaks(mask, depth)
+def _watershed_split(mask: np.ndarray, depth: float) -> np.ndarray:
+    "Parts of one component, int32, split at its waists by the watershed."
+    number, markers, distance = _h_maxima(mask, depth)
     if number == 1:
         return mask.astype(np.int32)
     from skimage.segmentation import watershed
 
-    return watershed(-distance, peaks, connectivity=2, mask=mask).astype(np.int32)
+    return watershed(-distance, markers, connectivity=2, mask=mask).astype(np.int32)
 
 # %% ../../nbs/02_processing/15_cells.ipynb #6549cd7e
 def label_cells(
     mask: np.ndarray,  # bool (H, W)
-    depth: float = 0.1,  # a waist counts when it is narrower than its lower peak by this proportion
-    solid: float = 0.93,  # components of at least this solidity are one cell
+    depth: float = 0.1,  # a waist splits where its distance is below the lower maximum by this proportion
+    min_solidity: float = 0.93,  # components of at least this solidity are one cell
 ) -> np.ndarray:  # int32 (H, W), 0 background, 1..n cells
-    "Number the cells of a mask, touching ones divided by a watershed on the distance to the outside."
+    "Number the cells of a mask, touching ones separated by a watershed of the distance transform."
     cells, number = np.zeros(mask.shape, np.int32), 0
-    for window, part, whole in _components(mask, solid):
-        labels = part.astype(np.int32) if whole else _divide(part, depth)
+    for window, part, whole in _components(mask, min_solidity):
+        labels = part.astype(np.int32) if whole else _watershed_split(part, depth)
         cells[window][part] = np.where(labels[part] > 0, labels[part] + number, 0)
         number += int(labels.max())
     return cells
@@ -145,7 +128,7 @@ def _smooth_nuclei(purple: np.ndarray, smallest: float) -> np.ndarray:
 
 # %% ../../nbs/02_processing/15_cells.ipynb #0cc9a219
 def _renumber(labels: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    "Labels marked in `keep` (one bool a label, background first) numbered 1..n, the others 0."
+    "Labels marked in `keep` (one bool per label, background first) numbered 1..n, the others 0."
     table = np.zeros(len(keep), np.int32)
     table[keep] = np.arange(1, keep.sum() + 1)
     return table[labels]
@@ -154,20 +137,20 @@ def _renumber(labels: np.ndarray, keep: np.ndarray) -> np.ndarray:
 def _find_nuclei(
     white: np.ndarray,  # uint8 (H, W, 3) RGB with a white background
     min_area: float = 500,  # smallest nucleus, in pixels of a 1024x768 image
-    fragment: float = 0.1,  # smallest proportion of the typical nucleus
-    pale: float = 0.66,  # smudge cells: darkness x solidity below this proportion of the image's median
+    min_proportion: float = 0.1,  # of the typical nucleus' area; smaller ones are fragments
+    min_darkness: float = 0.66,  # darkness x solidity as a proportion of the image's median; smudge cells are below
 ) -> np.ndarray:  # int32 (H, W), 0 background, 1..n nuclei
     "Nuclei of white cells, each with a number; platelets, fragments and pale, ragged smudge cells left out."
     smallest = _smallest_area(white.shape, min_area)
     labels = label_cells(_smooth_nuclei(_purple_pixels(white), smallest))
     areas = np.bincount(labels.ravel())
-    keep = areas >= max(smallest, fragment * typical_area(labels))
+    keep = areas >= max(smallest, min_proportion * typical_area(labels))
     keep[0] = False
     if not keep.any():
         return np.zeros_like(labels)
     dark = np.bincount(labels.ravel(), 255.0 - white[..., 1].ravel()) / np.maximum(areas, 1)
-    solid = [1.0] + [_solidity(labels[window] == label) for label, window in enumerate(_windows(labels), 1)]
-    return _renumber(labels, keep & (dark * solid >= pale * min(float(np.median(dark[keep])), 100)))
+    solidity = [1.0] + [_solidity(labels[window] == label) for label, window in enumerate(find_objects(labels), 1)]
+    return _renumber(labels, keep & (dark * solidity >= min_darkness * min(float(np.median(dark[keep])), 100)))
 
 # %% ../../nbs/02_processing/15_cells.ipynb #d842da09
 def _colour_histogram(colour: np.ndarray, where: np.ndarray) -> np.ndarray:
@@ -188,9 +171,9 @@ def _nearest(nuclei: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _grow_cells(
     white: np.ndarray,  # uint8 (H, W, 3) RGB with a white background
     nuclei: np.ndarray,  # int32 (H, W)
-    reach: float = 1.5,  # how far cytoplasm can reach, in radii of the nucleus (at least the typical one)
-    red: float = 0.75,  # a colour this much more frequent far from nuclei than near them is a red cell's
-    crowded: float = 0.25,  # red cells are compared as proportions where they cover this much of the rest
+    max_reach: float = 1.5,  # of the cytoplasm, in radii of the nucleus (at least the typical one)
+    min_ratio: float = 0.75,  # a colour this much more frequent far from nuclei than near them is a red cell's
+    min_coverage: float = 0.25,  # red cells are compared as proportions where they cover this much of the rest
 ) -> np.ndarray:  # int32 (H, W), numbered as the nuclei
     "Nuclei with their cytoplasm: stained pixels within reach that do not have the red cells' colour."
     inside = nuclei > 0
@@ -198,19 +181,19 @@ def _grow_cells(
     if not typical:
         return nuclei.copy()
     distance, nearest = _nearest(nuclei)
-    limit = reach * np.maximum((np.bincount(nuclei.ravel()) / np.pi) ** 0.5, typical).astype(np.float32)[nearest]
+    limit = max_reach * np.maximum((np.bincount(nuclei.ravel()) / np.pi) ** 0.5, typical).astype(np.float32)[nearest]
     reds, green, blue = cv2.split(white)
     brightest = cv2.max(cv2.max(reds, green), blue)
     spread = cv2.subtract(brightest, cv2.min(cv2.min(reds, green), blue))
     stained = (green < 235) & (spread > brightest * np.float32(0.08))
     lab = cv2.cvtColor(white, cv2.COLOR_RGB2LAB)
     colour = (lab[..., 1] >> 2).astype(np.int32) * 64 + (lab[..., 2] >> 2)
-    near, away = stained & (distance <= limit) & ~inside, distance > limit / reach
+    near, away = stained & (distance <= limit) & ~inside, distance > limit / max_reach
     far = away & stained & (green < 225)
-    full = far.sum() > crowded * away.sum()
+    full = far.sum() > min_coverage * away.sum()
     ring = near & (distance < 0.3 * limit) if full else near
     scale = ring.sum() / max(1, far.sum()) if full else 1
-    reddish = scale * _colour_histogram(colour, far) > red * _colour_histogram(colour, ring)
+    reddish = scale * _colour_histogram(colour, far) > min_ratio * _colour_histogram(colour, ring)
     return np.where(inside | (near & ~reddish[colour]), nearest, 0)
 
 # %% ../../nbs/02_processing/15_cells.ipynb #cefe8a9b
@@ -235,15 +218,15 @@ def _neighbours(labels: np.ndarray) -> np.ndarray:
 def _join_lobes(
     cells: np.ndarray,  # int32 (H, W)
     nuclei: np.ndarray,  # int32 (H, W)
-    round_enough: float = 0.72,  # proportion of its enclosing circle that a joined cell fills
-    much_nucleus: float = 0.7,  # above this proportion of nucleus it has to fill 0.85 of it
-    largest: float = 1.5,  # a joined cell is at most this many times the median cell that stands alone
+    min_roundness: float = 0.72,  # proportion of its enclosing circle that a joined cell fills
+    nucleus_fraction: float = 0.7,  # above this proportion of nucleus it has to fill 0.85 of it
+    max_area: float = 1.5,  # of a joined cell, as a multiple of the median cell that stands alone
 ) -> np.ndarray:  # int32 (H, W), joined cells under one number
     "Join touching parts whose union is round and no larger than a cell: lobes of one nucleus, not neighbouring cells."
     pairs, areas = _neighbours(cells), np.bincount(cells.ravel())
     alone = np.setdiff1d(np.flatnonzero(areas), [0, *pairs.ravel()])
-    limit = largest * np.median(areas[alone]) if len(alone) else np.inf
-    windows, one_of = _windows(cells), np.arange(len(areas))
+    limit = max_area * np.median(areas[alone]) if len(alone) else np.inf
+    windows, one_of = find_objects(cells), np.arange(len(areas))
 
     def join(members: np.ndarray) -> None:
         members = np.flatnonzero(np.isin(one_of, one_of[members]))
@@ -251,7 +234,7 @@ def _join_lobes(
             slice(min(windows[m - 1][k].start for m in members), max(windows[m - 1][k].stop for m in members)) for k in (0, 1)
         )
         union = np.isin(cells[window], members)
-        enough = round_enough if (nuclei[window][union] > 0).mean() < much_nucleus else 0.85
+        enough = min_roundness if (nuclei[window][union] > 0).mean() < nucleus_fraction else 0.85
         if union.sum() <= limit and _roundness(union) >= enough:
             one_of[members] = members[0]
 
@@ -268,17 +251,17 @@ def _join_lobes(
 # %% ../../nbs/02_processing/15_cells.ipynb #c57f3ff4
 def _smooth_outlines(
     cells: np.ndarray,  # int32 (H, W)
-    solid: float = 0.85,  # cells of at least this solidity take their convex hull
+    min_solidity: float = 0.85,  # cells of at least this solidity take their convex hull
 ) -> np.ndarray:  # int32 (H, W), 1..n
     "Largest piece of each cell, its holes filled; its convex hull where it is nearly convex."
     smooth, number = np.zeros_like(cells), 0
-    for label, window in enumerate(_windows(cells), 1):
+    for label, window in enumerate(find_objects(cells), 1):
         if window is None:
             continue
         _, pieces, stats, _ = cv2.connectedComponentsWithStats((cells[window] == label).view(np.uint8))
         piece = pieces == 1 + stats[1:, cv2.CC_STAT_AREA].argmax()
         contour = _contour(piece)
-        outline = cv2.convexHull(contour) if _solidity(piece) >= solid else contour
+        outline = cv2.convexHull(contour) if _solidity(piece) >= min_solidity else contour
         free = np.isin(cells[window], (0, label)) & (smooth[window] == 0)
         number += 1
         smooth[window][(cv2.drawContours(np.zeros(piece.shape, np.uint8), [outline], -1, 1, -1) > 0) & free] = number
@@ -291,7 +274,7 @@ def find_cells(
     opening: float = 0.45,  # tails and bridges thinner than this many radii of a nucleus are cut
 ) -> np.ndarray:  # int32 (H, W), 0 background, 1..n white cells
     "Label image of the white cells: grown from their nuclei, touching cells separated, lobed nuclei in one cell."
-    a_channel(image[:1])  # the same demands on the image
+    _check_rgb(image)
     if image.ndim == 2:
         return np.zeros(image.shape, np.int32)
     white = cv2.medianBlur(_whiten_background(np.ascontiguousarray(image)), 3)
@@ -311,24 +294,22 @@ def count_cells(
     "Number of cells; touching cells of a mask are counted as `label_cells` separates them."
     if cells.dtype != bool:
         return int(cells.max(initial=0))
-    return sum(1 if whole else _peaks(part, 0.1)[0] for _, part, whole in _components(cells, 0.93))
+    return sum(1 if whole else _h_maxima(part, 0.1)[0] for _, part, whole in _components(cells, 0.93))
 
 # %% ../../nbs/02_processing/15_cells.ipynb #a7f26834
 def count_quality(
     cells: np.ndarray,  # int32 (H, W) labels found
     truth: np.ndarray,  # int32 (H, W) true labels
-    least_iou: float = 0.5,  # at least this overlap; from 0.5 on no label can match twice
+    min_iou: float = 0.5,  # at least this overlap; from 0.5 on no label can match twice
 ) -> dict[str, int]:  # cells true, found, matched, missed, false, and count_error = found - true
     "Cells found, missed and falsely found, by the overlap of labels."
-    found, true = np.unique(cells[cells > 0]), np.unique(truth[truth > 0])
-    matched = 0
-    for label in found:
-        part = cells == label
-        overlapping, sizes = np.unique(truth[part & (truth > 0)], return_counts=True)
-        unions = [part.sum() + (truth == other).sum() - size for other, size in zip(overlapping, sizes)]
-        matched += sum(size >= least_iou * union for size, union in zip(sizes, unions))
-    counts = {"true": len(true), "found": len(found), "matched": int(matched)}
-    return counts | {"missed": len(true) - matched, "false": len(found) - matched, "count_error": len(found) - len(true)}
+    sizes, true_sizes = np.bincount(cells.ravel()), np.bincount(truth.ravel())
+    found, true = int((sizes[1:] > 0).sum()), int((true_sizes[1:] > 0).sum())
+    both = (cells > 0) & (truth > 0)
+    (label, other), overlap = np.unique([cells[both], truth[both]], axis=1, return_counts=True)
+    matched = int((overlap >= min_iou * (sizes[label] + true_sizes[other] - overlap)).sum())
+    counts = {"true": true, "found": found, "matched": matched}
+    return counts | {"missed": true - matched, "false": found - matched, "count_error": found - true}
 
 # %% ../../nbs/02_processing/15_cells.ipynb #9b5bfee6
 SIDE, _WINDOW = 224, 48  # side of the image, and of the window around a cell
@@ -363,11 +344,12 @@ def _usable_cells(image: np.ndarray, cells: np.ndarray) -> list[tuple[int, int, 
     labels = [label for label in range(1, len(size)) if size[label] >= 80]
     medians = np.array([np.median(red[cells == label]) for label in labels]).round().astype(np.uint8)
     if len(labels) > 1:  # red cells, in an image with few white cells
-        limit, (low, high) = two_means(medians)
-        if high - low >= 8 and low < 144:
-            labels = [label for label, median in zip(labels, medians) if median > limit]
+        high = medians > otsu_threshold(medians)
+        if high.any() and medians[~high].mean() < 144 and medians[high].mean() - medians[~high].mean() >= 8:
+            labels = [label for label, keep in zip(labels, high) if keep]
     rows, columns = scale_bar_corner(cells.shape)
-    whole, cut = [], []
+    whole: list[tuple[int, int, int]] = []
+    cut: list[tuple[int, int, int]] = []
     for label in labels:
         x, y, w, h = cv2.boundingRect((cells == label).astype(np.uint8))
         if y + h > rows.start and x + w > columns.start:
@@ -393,39 +375,45 @@ def _crop(image: np.ndarray, cells: np.ndarray, chosen: list[tuple[int, int, int
 def cell_crops(
     image: np.ndarray,  # uint8 (224, 224, 3) RGB
     cells: np.ndarray | None = None,  # int labels (224, 224); None: found here
-    most: int = 10,  # cells, chosen at random
+    max_cells: int = 10,  # more are sampled at random
     seed: int = 0,  # of the choice
 ) -> tuple[np.ndarray, np.ndarray]:  # uint8 (n, 48, 48, 3), refined masks bool (n, 48, 48); n may be 0
     "Windows around the white cells of an image. Cells cut by the border only if all are."
     cells = find_cells(image) if cells is None else cells
     chosen = _usable_cells(image, cells)
-    if len(chosen) > most:
-        chosen = [chosen[i] for i in np.sort(np.random.default_rng(seed).choice(len(chosen), most, replace=False))]
+    if len(chosen) > max_cells:
+        chosen = [chosen[i] for i in np.sort(np.random.default_rng(seed).choice(len(chosen), max_cells, replace=False))]
     return _crop(image, cells, chosen)
 
 # %% ../../nbs/02_processing/15_cells.ipynb #f97122dd
 FEATURE_NAMES = (
-    *("log area", "axis ratio", "solidity", "extent", "roughness", "length", "width"),
-    *("dark proportion", "skewness", "kurtosis"),
-    *(f"{what} {scale}" for scale in (0.7, 1, 2, 4) for what in ("contrast", "slope")),
-    *("middle", "rim", "grain"),
-    *(f"pattern {i}" for i in range(10)),
-    *("L with A", "L with B"),
-    *(f"{what} {channel}" for what in ("mean", "deviation") for channel in "LAB"),
+    *("log area", "axis ratio", "solidity", "extent", "1/circularity", "major axis length", "minor axis length"),
+    *("dark fraction", "skewness", "kurtosis"),
+    *(f"{what} at σ={scale}" for scale in (0.7, 1, 2, 4) for what in ("SD", "gradient magnitude")),
+    *("central lightness", "peripheral lightness", "mean absolute Laplacian"),
+    *(f"LBP {i}" for i in range(10)),
+    *("L-A correlation", "L-B correlation"),
+    *(f"{what} {channel}" for what in ("mean", "SD") for channel in "LAB"),
 )
 
+# %% ../../nbs/02_processing/15_cells.ipynb #f97122de
+def _convex_area(mask: np.ndarray) -> float:
+    "Number of pixels of the convex hull of a mask, by Pick's theorem."
+    hull = cv2.convexHull(cv2.findNonZero(mask.astype(np.uint8)))[:, 0]
+    boundary = np.gcd(*np.abs(hull - np.roll(hull, 1, axis=0)).T).sum()
+    return cv2.contourArea(hull) + boundary / 2 + 1
+
 # %% ../../nbs/02_processing/15_cells.ipynb #cedff485
-def _shape_features(mask: np.ndarray) -> list[float]:
+def _cell_shape(mask: np.ndarray) -> list[float]:
     contour = max(cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0], key=len)
     area, moments = float(mask.sum()), cv2.moments(mask.astype(np.uint8), True)
     spread = np.array([[moments["mu20"], moments["mu11"]], [moments["mu11"], moments["mu02"]]]) / area
     short, long = np.sqrt(np.maximum(np.linalg.eigvalsh(spread), 0.01))
-    hull, box = cv2.contourArea(cv2.convexHull(contour)), np.prod(np.ptp(contour[:, 0], axis=0) + 1)
-    roughness = cv2.arcLength(contour, True) ** 2 / (4 * np.pi * area)
-    return [np.log(area), short / long, min(area / max(hull, 1), 1.3), area / box, roughness, 4 * long, 4 * short]
+    box, roughness = np.prod(np.ptp(contour[:, 0], axis=0) + 1), cv2.arcLength(contour, True) ** 2 / (4 * np.pi * area)
+    return [np.log(area), short / long, area / _convex_area(mask), area / box, roughness, 4 * long, 4 * short]
 
 # %% ../../nbs/02_processing/15_cells.ipynb #e85a27fa
-def _texture_features(z: np.ndarray, mask: np.ndarray, core: np.ndarray) -> list[float]:
+def _cell_texture(z: np.ndarray, mask: np.ndarray, core: np.ndarray) -> list[float]:
     features, weight = [], core.astype(np.float32)
     for scale in (0.7, 1, 2, 4):
         smooth = cv2.GaussianBlur(z, (0, 0), scale) / np.maximum(cv2.GaussianBlur(weight, (0, 0), scale), 0.05)
@@ -451,20 +439,20 @@ def cell_features(
     mean, deviation = values.mean(axis=0), values.std(axis=0)
     normal = (values - mean) / (deviation + 0.5)
     z = np.where(core, (light - mean[0]) / (deviation[0] + 0.5), 0).astype(np.float32)
-    dark = (values[:, 0] <= two_means(values[:, 0].astype(np.uint8))[0]).mean()
+    dark = (values[:, 0] <= otsu_threshold(values[:, 0].astype(np.uint8))).mean()
     flat = np.where(core, light, mean[0]).astype(np.uint8)
     patterns = np.bincount(local_binary_pattern(flat, 8, 1, "uniform").astype(int)[core], minlength=10) / core.sum()
     together = [(normal[:, 0] * normal[:, i]).mean() for i in (1, 2)]
     moments = [(normal[:, 0] ** 3).mean(), (normal[:, 0] ** 4).mean()]
-    texture = _texture_features(z, mask, core)
-    features = [*_shape_features(mask), dark, *moments, *texture, *patterns, *together, *mean, *deviation]
+    texture = _cell_texture(z, mask, core)
+    features = [*_cell_shape(mask), dark, *moments, *texture, *patterns, *together, *mean, *deviation]
     return np.nan_to_num(np.array(features, dtype=np.float32))
 
 # %% ../../nbs/02_processing/15_cells.ipynb #ed554fe0
 def cell_table(
     image: np.ndarray,  # uint8 (S, S, 3) RGB, a prepared image
     cells: np.ndarray,  # int labels (S, S) of find_cells
-) -> pd.DataFrame:  # a row a cell: cell (its label), and FEATURE_NAMES
+) -> pd.DataFrame:  # one row per cell: cell (its label), and FEATURE_NAMES
     "Features of all usable cells of an image."
     if len(image) != SIDE:
         image = cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)

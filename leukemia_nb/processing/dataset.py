@@ -18,28 +18,27 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from ..data.files import _output_folder, atomic_path, check_output, file_sha256
-from ..data.files import make_once, read_table, unique_names, write_table
-from ..data.images import ImageError, image_problem, read_image, resize_square
-from ..data.manifest import CLASSES, build_manifest, check_apart, check_manifest, search_images
-from ..data.processes import run_tasks
+from ..data.files import _output_folder, atomic_path, check_output, read_table, unique_names, write_table
+from ..data.images import ImageError, resize_square
+from ..data.manifest import CLASSES, build_manifest, check_not_inside, check_manifest, search_images
+from ..data.processes import image_row, run_tasks
 from .cells import cell_table, find_cells
 from .segmentation import apply_mask, check_mask, segment
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #0fd2ba73
-_CHANNELS = ("original", "segmented", "cells")
+# %% ../../nbs/02_processing/30_dataset.ipynb #9e74a98d
+_VARIANTS = ("original", "segmented", "cells")
 _PREFIXES = {"original": "ori", "segmented": "mask", "cells": "cells"}
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #00db32e7
+# %% ../../nbs/02_processing/30_dataset.ipynb #0fd2ba73
 def _pair_files(pair: str) -> dict[str, str]:
     "Files of a pair: original/class/ori_stem.png, segmented/class/mask_stem.png, cells/class/cells_stem.png."
     label, stem = PurePosixPath(pair).parent, PurePosixPath(pair).name
-    return {channel: str(PurePosixPath(channel) / label / f"{prefix}_{stem}.png") for channel, prefix in _PREFIXES.items()}
+    return {variant: str(PurePosixPath(variant) / label / f"{prefix}_{stem}.png") for variant, prefix in _PREFIXES.items()}
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #f4cb4d0a
+# %% ../../nbs/02_processing/30_dataset.ipynb #6fbe9672
 _FLIPS = ("none", "horizontal", "vertical", "both")
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #93bb2704
+# %% ../../nbs/02_processing/30_dataset.ipynb #f4cb4d0a
 def flip(
     image: np.ndarray,  # (H, W) or (H, W, C), any dtype
     kind: str,  # none, horizontal, vertical or both
@@ -57,14 +56,14 @@ def _pixel_hash(image: np.ndarray) -> str:
     first = min(flip(image, kind).tobytes() for kind in _FLIPS)
     return hashlib.sha256(f"{image.shape}".encode() + first).hexdigest()
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #c4f333d2
+# %% ../../nbs/02_processing/30_dataset.ipynb #0cc32b06
 _FAST_PNG = [
     *(cv2.IMWRITE_PNG_COMPRESSION, 1),
     *(cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE),
     *(cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP),
 ]
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #00212584
+# %% ../../nbs/02_processing/30_dataset.ipynb #c4f333d2
 def _save_png(path: Path, image: np.ndarray) -> str:
     "Write a PNG quickly, whole or not at all; return its SHA-256. Raises OutputError."
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image
@@ -103,56 +102,35 @@ def save_pair(
     cells = find_cells(original).astype(np.uint16)
     saved = {"original": original, "segmented": resize_square(apply_mask(image, mask), size), "cells": cells}
     names = _pair_files(pair)
-    files = {names[channel]: _save_png(Path(folder) / names[channel], saved[channel]) for channel in _CHANNELS}
+    files = {names[variant]: _save_png(Path(folder) / names[variant], saved[variant]) for variant in _VARIANTS}
     return {"mask": mask, "n_cells": int(cells.max()), "files": files}
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #a2c9b273
+# %% ../../nbs/02_processing/30_dataset.ipynb #1933c80e
 _VERSION = 2  # grows when the pixels that these steps make change, so that older pairs are made again
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #3e1f80c7
-def _prepared_row(row: dict, source: Path, folder: Path, size: int, segmentation: str, record: Path) -> dict:
-    "Rest of a pair's row. Raises `ImageError` for the source, `OutputError` for the pair."
-
-    def make() -> tuple[dict, dict[str, str]]:
-        image = read_image(source)
-        saved = save_pair(image, row["pair"], folder, size, segmentation)
-        mask = saved["mask"]
-        found = {"pixels": _pixel_hash(image), "cell_fraction": round(float(mask.mean()), 5)}
-        found |= {"n_cells": saved["n_cells"], "flag": check_mask(mask)}
-        return _pair_files(row["pair"]) | found, saved["files"]
-
-    try:
-        changed = file_sha256(source) != row["sha256"]
-    except OSError as error:
-        raise ImageError(image_problem(source, error)) from None
-    if changed:
-        raise ImageError(f"{source}: changed since the manifest was made. Make the manifest again.")
-    made_from = {"sha256": row["sha256"], "size": size, "segmentation": segmentation, "version": _VERSION}
-    return make_once(record, folder, made_from, make)
-
-# %% ../../nbs/02_processing/30_dataset.ipynb #26b37023
 def _prepare_pair(row: dict, folder: Path, size: int, segmentation: str, images: Path) -> dict:
     "Row of the pairs table: made, found finished, or with a problem and without files. Raises `OutputError`."
+
+    def make(image: np.ndarray) -> tuple[dict, dict[str, str]]:
+        saved = save_pair(image, row["pair"], folder, size, segmentation)
+        found = {"pixels": _pixel_hash(image), "cell_fraction": round(float(saved["mask"].mean()), 5)}
+        found |= {"n_cells": saved["n_cells"], "flag": check_mask(saved["mask"])}
+        return files | found, saved["files"]
+
+    files = _pair_files(row["pair"])
+    names = (f"records/{row['pair']}.json", *files.values())
+    settings = {"size": size, "segmentation": segmentation, "version": _VERSION}
     base = {name: row[name] for name in ("pair", "class", "path", "sha256")}
-    record = folder / "records" / f"{row['pair']}.json"
     problem = row.get("problem") or ""
-    if not problem:
-        try:
-            return base | _prepared_row(row, images / row["path"], folder, size, segmentation, record)
-        except OSError:
-            raise
-        except Exception as error:
-            problem = image_problem(images / row["path"], error)
-    for path in (record, *(folder / name for name in _pair_files(row["pair"]).values())):
-        path.unlink(missing_ok=True)
-    return base | {"problem": problem}
+    return base | image_row(images / row["path"], folder, names, settings, make, sha256=row["sha256"], problem=problem)
+
+# %% ../../nbs/02_processing/30_dataset.ipynb #91eddebe
+_PAIR_COLUMNS = ("pair", "class", "path", "sha256", *_VARIANTS, "pixels", "cell_fraction", "n_cells", "flag", "problem")
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #b099d9a7
-_PAIR_COLUMNS = ("pair", "class", "path", "sha256", *_CHANNELS, "pixels", "cell_fraction", "n_cells", "flag", "problem")
-
-# %% ../../nbs/02_processing/30_dataset.ipynb #6c91334a
 def prepare_pairs(
-    manifest: pd.DataFrame,  # a row an image: pair, class, path, sha256, problem
+    manifest: pd.DataFrame,  # one row per image: pair, class, path, sha256, problem
     folder: str | os.PathLike,  # written to: original/, segmented/, cells/, records/
     size: int = 224,  # side of the saved images, pixels
     segmentation: str = "kmeans",  # method, one of SEGMENTATION_METHODS
@@ -166,8 +144,9 @@ def prepare_pairs(
     calls = [(row, Path(folder), size, segmentation, Path(images)) for row in manifest.fillna("").to_dict("records")]
     rows = run_tasks(_prepare_pair, calls, folder, "pair", n_jobs, progress)
     table = pd.DataFrame(rows, columns=list(_PAIR_COLUMNS)).astype({"n_cells": "Int64"})
-    texts = [*_CHANNELS, "pixels", "flag", "problem"]
-    return table.fillna(dict.fromkeys(texts, ""))
+    texts = [*_VARIANTS, "pixels", "flag", "problem"]
+    table[texts] = table[texts].astype(object).fillna("")
+    return table.infer_objects()
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #85802102
 def _cell_rows(pair: str, folder: Path, original: str, cells: str) -> pd.DataFrame:
@@ -177,7 +156,7 @@ def _cell_rows(pair: str, folder: Path, original: str, cells: str) -> pd.DataFra
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #bdad2707
 def prepare_folder(
-    data: str | os.PathLike,  # one folder of images a class
+    data: str | os.PathLike,  # one folder of images per class
     out: str | os.PathLike,  # folder to be written
     classes: Sequence[str] = CLASSES,  # class names
     size: int = 224,  # side of the prepared images, pixels
@@ -189,7 +168,7 @@ def prepare_folder(
     out = Path(out)
     check_output(out, folder=True)
     if not (Path(data) / "truth" / "smears.csv").is_file():  # synthetic smears are data wherever they lie
-        check_apart(search_images(data).paths, out)
+        check_not_inside(search_images(data).paths, out)
     manifest = build_manifest(data, classes, exclude=out, log=log)
     check_manifest(manifest, minimum=1, classes=classes)
     with _output_folder(out / "pairs.csv"):
@@ -203,15 +182,15 @@ def prepare_folder(
     return pairs
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #8f6b39b7
-def _draw_copies(pairs: list[str], number: int, generator: np.random.Generator) -> pd.DataFrame:
-    "Flipped copies of one class at random (pair, flip, repeat), none twice until every variant is used."
+def _sample_flips(pairs: list[str], n_copies: int, generator: np.random.Generator) -> pd.DataFrame:
+    "Flipped copies of one class at random (pair, flip, repeat), none twice until every flip is used."
     drawn: list[tuple[str, str, int]] = []
     rounds = [(_FLIPS[1:3], 0), (_FLIPS[3:], 0)]
-    while len(drawn) < number:
+    while len(drawn) < n_copies:
         kinds, repeat = rounds.pop(0) if rounds else (_FLIPS, drawn[-1][2] + 1)
         fresh = [(pair, kind, repeat) for pair in pairs for kind in kinds]
         drawn += [fresh[place] for place in generator.permutation(len(fresh))]
-    return pd.DataFrame(drawn[:number], columns=["pair", "flip", "repeat"])
+    return pd.DataFrame(drawn[:n_copies], columns=["pair", "flip", "repeat"])
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #0a653ab9
 def oversample_with_flips(
@@ -227,22 +206,22 @@ def oversample_with_flips(
     largest, tables = train["class"].value_counts().max(), [train]
     for label, rows in train.groupby("class"):
         generator = np.random.default_rng([seed, *str(label).encode()])
-        copies = _draw_copies(sorted(rows["pair"]), largest - len(rows), generator)
+        copies = _sample_flips(sorted(rows["pair"]), largest - len(rows), generator)
         tables.append(copies.merge(rows.drop(columns=["flip", "repeat"]), on="pair")[train.columns])
     return pd.concat(tables, ignore_index=True)
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #ff80eb22
+# %% ../../nbs/02_processing/30_dataset.ipynb #3d6aecb6
 _SUBSETS = ("train", "val", "test")  # in the order of the table
 
-# %% ../../nbs/02_processing/30_dataset.ipynb #d607652b
+# %% ../../nbs/02_processing/30_dataset.ipynb #ff80eb22
 def _dataset_paths(rows: pd.DataFrame) -> pd.DataFrame:
-    "Rows with a path for each channel; a copy's name ends in its flip, and in a number where that is taken."
+    "Rows with a path for each variant; a copy's name ends in its flip, and in a number where that is taken."
     parts = []
     for (label, subset), part in rows.groupby(["class", "subset"], sort=False):
         ends = part["flip"].map(lambda kind: "" if kind == "none" else f"_{kind}")
         stems = unique_names(part["pair"].map(lambda pair: PurePosixPath(pair).name) + ends)
         names = {
-            channel: [f"{channel}/{subset}/{label}/{_PREFIXES[channel]}_{stem}.png" for stem in stems] for channel in _CHANNELS
+            variant: [f"{variant}/{subset}/{label}/{_PREFIXES[variant]}_{stem}.png" for stem in stems] for variant in _VARIANTS
         }
         parts.append(part.assign(**names))
     return pd.concat(parts).loc[rows.index]
@@ -271,20 +250,20 @@ def write_dataset(
     others = split[split["subset"] != "train"].assign(flip="none")
     rows = pd.concat([oversample_with_flips(split, seed), others], ignore_index=True)
     rows = rows.sort_values("subset", key=lambda subsets: subsets.map(_SUBSETS.index), kind="stable", ignore_index=True)
-    table = _dataset_paths(rows)[["pair", "class", "subset", "flip", *_CHANNELS]]
+    table = _dataset_paths(rows)[["pair", "class", "subset", "flip", *_VARIANTS]]
     Path(f"{folder}.csv").unlink(missing_ok=True)
-    for channel in _CHANNELS:
-        shutil.rmtree(folder / channel, ignore_errors=True)
+    for variant in _VARIANTS:
+        shutil.rmtree(folder / variant, ignore_errors=True)
     for row in table.to_dict("records"):
-        for channel, name in _pair_files(row["pair"]).items():
-            _link_or_flip(prepared / name, folder / row[channel], row["flip"])
+        for variant, name in _pair_files(row["pair"]).items():
+            _link_or_flip(prepared / name, folder / row[variant], row["flip"])
     write_table(f"{folder}.csv", table)
     return table
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #16de720b
 def _check_files(folder: Path, table: pd.DataFrame) -> None:
     "Raise `ImageError` when images of a table are missing."
-    files = [folder / name for channel in _CHANNELS[:2] for name in table[channel]]
+    files = [folder / name for variant in _VARIANTS[:2] for name in table[variant]]
     if lost := [path for path in files if not path.is_file()]:
         raise ImageError(f"{lost[0]}: missing ({len(lost)} in all). Prepare the pairs again.")
 
@@ -298,7 +277,7 @@ def _read_pngs(paths: list[Path], size: int | None) -> np.ndarray:
     return np.stack(images) if images else np.empty((0, size or 0, size or 0, 3), np.uint8)
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #5f444b30
-class Pairs(Sequence):
+class Pairs:
     "Image pairs of a dataset folder, read when asked for: `pairs[i]` is uint8 (2, S, S, 3), original then segmented."
 
     def __init__(
@@ -330,13 +309,13 @@ class Pairs(Sequence):
 
     def __getitem__(self, index: Any) -> np.ndarray:
         rows = np.arange(len(self))[index]
-        both = np.stack([self.read(rows.reshape(-1), channel) for channel in _CHANNELS[:2]], axis=1)
+        both = np.stack([self.read(rows.reshape(-1), variant) for variant in _VARIANTS[:2]], axis=1)
         return both if rows.ndim else both[0]
 
     def read(
         self,
         rows: Any,  # int (n,), a slice or a bool mask
-        channel: str = "original",  # original, segmented or cells
+        variant: str = "original",  # original, segmented or cells
     ) -> np.ndarray:  # uint8 (n, S, S, 3) RGB; uint16 (n, S, S) of cells
         "Read one image of each pair. Raises `ImageError`."
-        return _read_pngs([self.folder / name for name in self.table[channel].to_numpy()[rows]], self.size)
+        return _read_pngs([self.folder / name for name in self.table[variant].to_numpy()[rows]], self.size)

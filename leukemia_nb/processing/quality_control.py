@@ -6,7 +6,6 @@
 __all__ = ['segment_folder']
 
 # %% ../../nbs/02_processing/20_quality_control.ipynb #da6e0007
-import errno
 import hashlib
 import os
 import unicodedata
@@ -16,27 +15,27 @@ from pathlib import Path, PurePath
 import numpy as np
 import pandas as pd
 
-from ..data.files import _output_folder, check_output, file_sha256, make_once, shown, write_table
-from ..data.images import SUFFIXES, ImageError, image_problem, read_image, write_image
-from ..data.manifest import NO_IMAGES, ImageSearch, check_apart, search_images
-from ..data.processes import run_tasks
+from ..data.files import _output_folder, check_output, escape_text, file_sha256, write_table
+from ..data.images import SUFFIXES, ImageError, write_image
+from ..data.manifest import NO_IMAGES, ImageSearch, check_not_inside, search_images
+from ..data.processes import image_row, run_tasks
 from .cells import count_cells, find_cells
 from .segmentation import check_mask, draw_outlines, segment
 
-# %% ../../nbs/02_processing/20_quality_control.ipynb #5536fead
+# %% ../../nbs/02_processing/20_quality_control.ipynb #c36be3d1
 _MAX_BYTES = 240  # of a name: file systems take 255, and a record has five more
 
-# %% ../../nbs/02_processing/20_quality_control.ipynb #58b0821a
+# %% ../../nbs/02_processing/20_quality_control.ipynb #5536fead
 def _mask_names(names: Sequence[str]) -> list[str]:
     "Names for masks and overlays: a.png for a.png, a.jpg.png for a.jpg, with a hash where that is taken or too long."
 
     def caseless(name: str) -> str:
         return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
-    used = {caseless(shown(parent)) for name in names for parent in PurePath(name).parents}
+    used = {caseless(escape_text(parent)) for name in names for parent in PurePath(name).parents}
     found = []
     for name in names:
-        path = PurePath(shown(name))
+        path = PurePath(escape_text(name))
         png = path.suffix == ".png" and PurePath(path.stem).suffix.lower() not in SUFFIXES
         target = path if png else path.with_name(f"{path.name}.png")
         digest = os.fsencode(name)
@@ -48,51 +47,26 @@ def _mask_names(names: Sequence[str]) -> list[str]:
         found.append(target.as_posix())
     return found
 
-# %% ../../nbs/02_processing/20_quality_control.ipynb #f634d0a8
+# %% ../../nbs/02_processing/20_quality_control.ipynb #dbf98b02
 _QC_COLUMNS = ("path", "width", "height", "n_cells", "cell_fraction", "flag", "mask", "overlay", "problem")
-_MAX_SIDE = 1_000_000  # pixels, of a PNG file
-
-# %% ../../nbs/02_processing/20_quality_control.ipynb #dd69232e
-def _segmented_row(path: str | os.PathLike, out: Path, method: str, files: tuple[str, str], record: Path) -> dict:
-    "Rest of the row of one image. Raises `ImageError` for the image, `OutputError` and OSError for what is written."
-
-    def make() -> tuple[dict, dict[str, str]]:
-        image = read_image(path)
-        if max(image.shape) > _MAX_SIDE:
-            most = f"a PNG has {_MAX_SIDE:,} at most. Cut out fields of it."
-            raise ImageError(f"{path}: a side of {max(image.shape):,} pixels; {most}")
-        cells = find_cells(image) if method == "nucleus" else segment(image, method)
-        mask = np.asarray(cells > 0)
-        row = {"width": mask.shape[1], "height": mask.shape[0], "n_cells": count_cells(cells)}
-        row |= {"cell_fraction": round(float(mask.mean()), 5), "flag": check_mask(mask)}
-        for file, drawn in zip(files, (mask.astype(np.uint8) * 255, draw_outlines(image, cells))):
-            write_image(out / file, drawn)
-        saved = {"mask": files[0], "overlay": files[1], "problem": ""}
-        return row | saved, {file: file_sha256(out / file) for file in files}
-
-    try:
-        digest = file_sha256(path)
-    except OSError as error:
-        raise ImageError(image_problem(path, error)) from None
-    return make_once(record, out, {"sha256": digest, "segmentation": method, "version": 2}, make)
+_BLANK = dict.fromkeys(("flag", "mask", "overlay", "problem"), "")
 
 # %% ../../nbs/02_processing/20_quality_control.ipynb #bd1baa34
 def _segment_file(path: str | os.PathLike, name: str, out: str | os.PathLike, method: str, saved: str) -> dict:
     "Row of one image, its mask and overlay saved unless they are finished; saved: their name. Raises `OutputError`."
-    out = Path(out)
-    files, record = (f"masks/{saved}", f"overlays/{saved}"), out / "records" / f"{saved}.json"
-    try:
-        return {"path": name, **_segmented_row(path, out, method, files, record)}
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        problem = str(error)
-    except Exception as error:
-        problem = image_problem(path, error)
-    for file in (record, *(out / file for file in files)):  # of an earlier version of the image
-        if file.is_file():
-            file.unlink()
-    return {"path": name, "flag": "", "mask": "", "overlay": "", "problem": problem}
+    files = (f"masks/{saved}", f"overlays/{saved}")
+
+    def make(image: np.ndarray) -> tuple[dict, dict[str, str]]:
+        cells = find_cells(image) if method == "nucleus" else segment(image, method)
+        mask = np.asarray(cells > 0)
+        for file, drawn in zip(files, (mask.astype(np.uint8) * 255, draw_outlines(image, cells))):
+            write_image(Path(out) / file, drawn)
+        row = {"width": mask.shape[1], "height": mask.shape[0], "n_cells": count_cells(cells), "flag": check_mask(mask)}
+        row |= {"cell_fraction": round(float(mask.mean()), 5), "mask": files[0], "overlay": files[1]}
+        return row, {file: file_sha256(Path(out) / file) for file in files}
+
+    settings = {"segmentation": method, "version": 2}
+    return {"path": name} | _BLANK | image_row(path, Path(out), (f"records/{saved}.json", *files), settings, make)
 
 # %% ../../nbs/02_processing/20_quality_control.ipynb #fbbd4677
 def segment_folder(
@@ -102,7 +76,7 @@ def segment_folder(
     n_jobs: int | None = None,  # worker processes; None: joblib's configuration
     progress: bool = True,  # show a bar
     log: Callable[[str], object] | None = None,  # gets a line: how many images were found, how many left out, why
-) -> pd.DataFrame:  # path, width, height, n_cells, cell_fraction, flag, mask, overlay, problem; a row an image
+) -> pd.DataFrame:  # path, width, height, n_cells, cell_fraction, flag, mask, overlay, problem; one row per image
     "Segment every image of a folder, but for those that are finished, and write qc.csv. Raises `ImageError`, and as `run_tasks`."
     root, table_file = Path(images), Path(out) / "qc.csv"
     search = ImageSearch(root, [root]) if root.is_file() else search_images(root)
@@ -111,14 +85,13 @@ def segment_folder(
     if not search.paths:
         raise ImageError(f"{root}: {NO_IMAGES} {search.summary()}.")
     check_output(out, folder=True)
-    check_apart(search.paths, out)
+    check_not_inside(search.paths, out)
     names = [path.name if root.is_file() else path.relative_to(root).as_posix() for path in search.paths]
     with _output_folder(table_file):
         table_file.unlink(missing_ok=True)  # of masks that may now change
         calls = [(path, name, out, method, saved) for path, name, saved in zip(search.paths, names, _mask_names(names))]
         rows = run_tasks(_segment_file, calls, out, "image", n_jobs, progress)
-        blank = dict.fromkeys(("flag", "mask", "overlay"), "")
-        rows += [blank | {"path": path.relative_to(root).as_posix(), "problem": why} for path, why in search.unreachable]
+        rows += [_BLANK | {"path": path.relative_to(root).as_posix(), "problem": why} for path, why in search.unreachable]
         whole = dict.fromkeys(("width", "height", "n_cells"), "Int64")  # may be missing
         table = pd.DataFrame(rows, columns=list(_QC_COLUMNS)).astype(whole)
         write_table(table_file, table)

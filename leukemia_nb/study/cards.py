@@ -21,7 +21,7 @@ import pandas as pd
 
 from ..audit.baselines import BACKGROUND_ONLY, BASELINES
 from ..audit.cue_conflict import KINDS
-from ..data.files import atomic_path, read_json, read_table, set_sha256, shown
+from ..data.files import atomic_path, read_json, read_table, set_sha256, escape_text
 from ..data.near_duplicates import pairs_without_near_duplicates
 from ..errors import LeukemiaError
 from ..evaluation.predictions import classes_of, model_title, predicted_labels, read_all_predictions, take_subset
@@ -35,7 +35,7 @@ def markdown_text(
     text: object,  # a name of a file, class, model or run; any text that is to be read as it is
 ) -> str:  # one line of Markdown
     "Text with Markdown's own signs escaped."
-    line = re.sub(r"\s+", " ", shown(str(text)))
+    line = re.sub(r"\s+", " ", escape_text(str(text)))
     return re.sub(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", line)
 
 # %% ../../nbs/07_study/30_cards.ipynb #89597075
@@ -107,7 +107,7 @@ class _Tables:
 
     def json(self, *parts: str) -> dict[str, Any]:
         "A JSON file of the run; empty where there is none."
-        return read_json(self.folder, *parts)
+        return read_json(self.folder.joinpath(*parts))
 
 # %% ../../nbs/07_study/30_cards.ipynb #2f227221
 class _Study(_Tables):

@@ -92,9 +92,9 @@ def _explanation(error: Exception) -> str:
 # %% ../../nbs/07_study/50_command_line.ipynb #88a4a807
 def _echo(text: str, err: bool = False) -> None:
     "Print lines; what a terminal cannot show in a file name is escaped."
-    from leukemia_nb.data.files import shown
+    from leukemia_nb.data.files import escape_text
 
-    typer.echo("\n".join(map(shown, text.split("\n"))), err=err)
+    typer.echo("\n".join(map(escape_text, text.split("\n"))), err=err)
 
 
 def _log(line: str) -> None:
@@ -161,16 +161,29 @@ def _synth(
     seed: Annotated[int, Option(help="The same seed gives the same images.", min=0)] = 0,
 ) -> None:
     "Write synthetic blood smears with the true cell masks beside them."
+<<<<<<< ours
     from leukemia_nb.data.files import OutputError, check_output, counted, exclusive, is_output_folder
+=======
+    from leukemia_nb.data.files import OutputError, check_output, pluralise, file_lock, is_output_folder
+    from leukemia_nb.data.manifest import find_images
+>>>>>>> theirs
     from leukemia_nb.data.synthetic import write_smears
     from leukemia_nb.study.settings import class_names
 
     check_output(out, folder=True)
     if is_output_folder(out):
         raise OutputError(f"{out}: holds results, so no search would take its images for data. Choose another folder.")
+<<<<<<< ours
     with exclusive(out):
         table = write_smears(out, per_class, classes=class_names(classes), seed=seed, height=height, width=width)
     _echo(f"{counted(len(table), 'smear')} in {out}")
+=======
+    with _resumable(f"The smears so far are in {out}; the same command writes all of them."), file_lock(out):
+        table = write_smears(out, per_class, classes=class_names(classes), seed=seed, height=height, width=width)
+    before = len(find_images(out)) - len(table)
+    more = f"; {pluralise(before, 'other image')} lay there before" if before > 0 else ""
+    _echo(f"{pluralise(len(table), 'smear')} in {out}{more}")
+>>>>>>> theirs
 
 # %% ../../nbs/07_study/50_command_line.ipynb #d091c3d5
 @app.command("segment")
@@ -180,14 +193,24 @@ def _segment(
     segmentation: _Method = "kmeans",
     n_jobs: _Jobs = 1,
 ) -> None:
+<<<<<<< ours
     "Segment the white blood cells of images: masks, overlays and a quality-control table."
     from leukemia_nb.data.files import counted
+=======
+    "Segment the white blood cells of images: masks, overlays and a quality-control table. Goes on after an interruption."
+    from leukemia_nb.data.files import pluralise
+>>>>>>> theirs
     from leukemia_nb.processing.quality_control import segment_folder
 
     table = segment_folder(images, out, segmentation, n_jobs=n_jobs, log=_log)
     bad, flagged = int((table.problem != "").sum()), int((table.flag != "").sum())
+<<<<<<< ours
     found = f"{counted(len(table) - bad, 'image')} segmented into {out}"
     _echo(f"{found}; {counted(flagged, 'flagged mask')} and {bad} unreadable in qc.csv")
+=======
+    found = f"{pluralise(len(table) - bad, 'image')} segmented into {out}"
+    _echo(f"{found}; {pluralise(flagged, 'conspicuous mask')} and {bad} unreadable in qc.csv")
+>>>>>>> theirs
     if bad:
         raise typer.Exit(1)
 
@@ -201,14 +224,21 @@ def _prepare(
     segmentation: _Method = "kmeans",
     n_jobs: _Jobs = 1,
 ) -> None:
+<<<<<<< ours
     "Turn a folder of images into pairs: each image and its mask image, resized."
     from leukemia_nb.data.files import counted
+=======
+    "Turn a folder of images into pairs: each image and its mask image, resized. Goes on after an interruption."
+    from leukemia_nb.data.files import pluralise
+>>>>>>> theirs
     from leukemia_nb.processing.dataset import prepare_folder
     from leukemia_nb.study.settings import class_names
 
     pairs = prepare_folder(data, out, class_names(classes), size, segmentation, n_jobs, _log)
     flagged, bad = int((pairs.flag != "").sum()), int((pairs.problem != "").sum())
-    _echo(f"{counted(len(pairs) - bad, 'pair')} in {out}, {flagged} flagged; {counted(bad, 'image')} with problems in pairs.csv")
+    _echo(
+        f"{pluralise(len(pairs) - bad, 'pair')} in {out}, {flagged} flagged; {pluralise(bad, 'image')} with problems in pairs.csv"
+    )
 
 # %% ../../nbs/07_study/50_command_line.ipynb #f17c6f9b
 @app.command("predict")
@@ -250,7 +280,7 @@ def _predict_inputs(
     "Predict into files with a progress bar, or print a line for each image; counts how the predictions ended."
     from tqdm import tqdm
 
-    from leukemia_nb.data.files import counted
+    from leukemia_nb.data.files import pluralise
     from leukemia_nb.inference.batch import predict_files, unfinished_file
     from leukemia_nb.inference.predictor import format_row
     from leukemia_nb.study.cluster import parallel
@@ -272,7 +302,7 @@ def _predict_inputs(
         raise KeyboardInterrupt(f"stopped.{kept}") from None
     if to_file:
         kept = f" ({resumed} of them before)" if resumed else ""
-        _echo(f"{counted(len(paths), 'image')} in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
+        _echo(f"{pluralise(len(paths), 'image')} in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
     return outcomes
 
 # %% ../../nbs/07_study/50_command_line.ipynb #c71a57a5
@@ -350,7 +380,7 @@ def _run_study(options: dict[str, Any], run: Path | None, cluster: str, redo: li
     "Run a study with the options that were given; the others have the defaults of the settings."
     from dataclasses import replace
 
-    from leukemia_nb.data.files import counted
+    from leukemia_nb.data.files import pluralise
     from leukemia_nb.data.manifest import fetch_kaggle
     from leukemia_nb.study.driver import run_study
     from leukemia_nb.study.settings import SYNTHETIC_STUDY, StudySettings
@@ -367,6 +397,11 @@ def _run_study(options: dict[str, Any], run: Path | None, cluster: str, redo: li
         run_study(settings, where, n_jobs=settings.n_jobs, redo=redo, log=_echo, cluster=cluster)
     except KeyboardInterrupt:
         finished = len(list((where / "steps").glob("*.json")))
+<<<<<<< ours
         kept = f"{counted(finished, 'step')} finished and kept in {where}"
         raise KeyboardInterrupt(f"stopped. {kept}; run the same command to resume.") from None
+=======
+        _log(f"\nleukemia_nb: stopped. {pluralise(finished, 'step')} finished and kept in {where}; the same command goes on.")
+        raise typer.Exit(130) from None
+>>>>>>> theirs
     _echo(f"report: {where / 'report.html'}")

@@ -18,13 +18,13 @@ from typing import Any
 
 import pandas as pd
 
-from ..data.files import counted, file_sha256, is_output_folder, read_table, write_json, write_table
+from ..data.files import pluralise, file_sha256, is_output_folder, read_table, write_json, write_table
 from ..data.images import ImageError, read_image
 from leukemia_nb.data.manifest import (
     CLASSES,
     FOUR_CLASSES,
     NO_IMAGES,
-    check_apart,
+    check_not_inside,
     check_folder,
     find_images,
     search_images,
@@ -232,7 +232,7 @@ def _check_run_folder(settings: StudySettings, run: Run) -> None:
     "Raise ImageError, OutputError or StudyError for a run folder in which images lie that are no study's."
     for folder in filter(None, (settings.data, settings.unseen)):
         check_folder(folder)
-        check_apart(folder, run.folder)
+        check_not_inside(folder, run.folder)
     if is_output_folder(run.folder) or (run.folder / "study.json").is_file() or not run.folder.is_dir():
         return
     if found := find_images(run.folder):  # they would count as output from now on
@@ -246,8 +246,13 @@ def _check_images(settings: StudySettings, run: Run) -> list[Path]:
     search, found = selection.search, set(selection.search.paths)
     counts = Counter(label for path, label in selection.rows if path in found)
     for name in names:
+<<<<<<< ours
         if counts[name] < minimum:
             few = f"class {name} has {counted(counts[name], 'image')}, and the split needs {minimum} of each class"
+=======
+        if counts[name] < least:
+            few = f"class {name} has {pluralise(counts[name], 'image')}, and the split needs {least} of each class"
+>>>>>>> theirs
             raise ImageError(f"{settings.data}: {few}. Add images, or name their folder after the class ({search.summary()}).")
     return search.paths
 
@@ -261,7 +266,7 @@ def _check_unseen(settings: StudySettings, run: Run) -> None:
             return
         except ImageError as error:
             problems.append(str(error))
-    found = f"none of its {counted(len(problems), 'image')} can be read: {problems[0]}" if problems else NO_IMAGES
+    found = f"none of its {pluralise(len(problems), 'image')} can be read: {problems[0]}" if problems else NO_IMAGES
     raise ImageError(f"{settings.unseen}: {found}")
 
 # %% ../../nbs/07_study/18_settings.ipynb #5fa960f6
