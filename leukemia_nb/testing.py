@@ -177,7 +177,7 @@ def _dummy_model(folder: Path, name: str, accuracy: float, seed: int) -> None:
     curve |= {"val_accuracy": accuracy - 0.3 * np.exp(-epoch / 2), "val_loss": np.exp(-epoch / 3) + 0.002 * seed * epoch}
     write_table(folder / "models" / name / "history.csv", pd.DataFrame(curve))
     weights = "random initialisation" if "yolo" in name else f"ImageNet ({name}.h5)"
-    (folder / "models" / name / "model.json").write_text(json.dumps({"weights_source": weights}))
+    (folder / "models" / name / "model.json").write_text(json.dumps({"weights_source": weights, "best_epoch": 10}))
 
 # %% ../nbs/00_shared/30_testing.ipynb #31360674
 def _dummy_audit(folder: Path, models: list[str]) -> None:

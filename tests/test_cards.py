@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leukemia_nb.data.files import read_table, write_table
+from leukemia_nb.models.interface import MODELS
 from leukemia_nb.study.cards import MissingResultError, _Results, markdown_table, model_card, render, reporting_items, write_cards
 from leukemia_nb.study.driver import study_steps
 from leukemia_nb.study.settings import StudySettings
@@ -102,12 +104,22 @@ def test_random_initialisation_is_a_limitation(run):
     assert "Random initialisation" not in model_card(run, "yolo12")
 
 
-def test_best_epoch_is_the_recorded_one_or_the_lowest_loss(run):
+def test_best_epoch_is_the_recorded_one(run):
     history = read_table(run / "models" / "yolo11" / "history.csv")
-    lowest = int(history.loc[history["val_loss"].idxmin(), "epoch"])
-    assert fact(run, "history('yolo11').best") == str(lowest) == "10"
-    (run / "models" / "yolo11" / "model.json").write_text(json.dumps({"best_epoch": 2}))
+    (run / "models" / "yolo11" / "model.json").write_text(json.dumps({"best_epoch": 2, "weights_source": "none"}))
     assert fact(run, "history('yolo11').best") == "2"
+    kept = f"the weights of epoch 2 were kept, the one with the highest validation accuracy (validation loss {history.val_loss[1]:.4f}"
+    assert kept in " ".join(model_card(run, "yolo11").split())
+
+
+def test_a_model_without_epochs_or_exporter_has_a_card(run, monkeypatch):
+    entry = replace(MODELS["mobilenet_v2"], exporter="")
+    monkeypatch.setitem(MODELS, "mobilenet_v2", entry)
+    (run / "models" / "mobilenet_v2" / "model.json").write_text(json.dumps({"weights_source": "none"}))
+    table = read_table(run / "models" / "mobilenet_v2" / "history.csv")
+    write_table(run / "models" / "mobilenet_v2" / "history.csv", table.iloc[:0])
+    card = model_card(run, "mobilenet_v2")
+    assert "none, it is not trained in epochs" in card and "has no exported file" in card
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -40,12 +40,6 @@ def _channel_of(image: np.ndarray, channel: str, segmentation: str) -> np.ndarra
         return image[0 if channel == "original" else 1]
     return image if channel == "original" else apply_mask(image, segment(image, method=segmentation))
 
-
-def _check_images(images: Images) -> None:
-    "Refuse a single image in the place of many."
-    if isinstance(images, np.ndarray) and images.ndim not in (4, 5):
-        raise ModelError(f"images have the shape {images.shape}; give (n, H, W, 3), one image as a list of one.")
-
 # %% ../../nbs/03_models/15_classifier.ipynb #480397a9
 def read_batches(
     images: Images,  # what predict_proba takes
@@ -55,13 +49,14 @@ def read_batches(
     segmentation: str = "kmeans",  # method for segmented images that are not there
 ) -> Iterator[np.ndarray]:  # uint8; the last batch may be shorter
     "Images as square batches. Raises `ModelError` for anything but uint8 RGB."
-    _check_images(images)
+    if isinstance(images, np.ndarray) and images.ndim not in (4, 5):
+        raise ModelError(f"images have the shape {images.shape}; give (n, H, W, 3), one image as a list of one.")
     for start in range(0, len(images), batch_size):
         rows = range(start, min(start + batch_size, len(images)))
         batch = []
         for channel in channels:
             if isinstance(images, Pairs):
-                found = images.read(list(rows), channel)
+                found = list(images.read(list(rows), channel))
             else:
                 found = [_channel_of(np.asarray(images[row]), channel, segmentation) for row in rows]
             batch.append(np.stack([resize_square(image, size) for image in found]))
@@ -87,11 +82,31 @@ def describe_collapse(
         f"of which {true:.0%} are. Train longer, or check the input range."
     )
 
+# %% ../../nbs/03_models/15_classifier.ipynb #7e01f28b
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "preprocessing": ("native", "rescale"),
+    "augmentation": ("flips", "default"),
+    "weights": ("imagenet", "local", "random"),
+    "fine_tune": (None, True, False),
+}
+_MINIMUM = {"image_size": 32, "epochs": 1, "batch_size": 1, "patience": 1, "seed": 0}
+
+
+def _check_settings(model: Any) -> None:
+    "Raise `ModelError` for a setting that is not allowed."
+    for key, values in _ALLOWED.items():
+        if getattr(model, key) not in values:
+            raise ModelError(f"{key}={getattr(model, key)!r} is not one of {', '.join(map(repr, values))}.")
+    for key, minimum in _MINIMUM.items():
+        value = getattr(model, key)
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < minimum:
+            raise ModelError(f"{key}={value!r} is not a whole number of at least {minimum}.")
+    if not 0 < model.learning_rate <= 1:
+        raise ModelError(f"learning_rate={model.learning_rate!r} is not above 0 and at most 1.")
+    if model.classes is not None and (isinstance(model.classes, str) or len(set(model.classes)) != len(model.classes)):
+        raise ModelError(f"classes={model.classes!r} is not a list of different names.")
+
 # %% ../../nbs/03_models/15_classifier.ipynb #a7101ac9
-_ALLOWED = {"preprocessing": ("native", "rescale"), "weights": ("imagenet", "local", "random"), "fine_tune": (None, True, False)}
-_LEAST = {"image_size": 32, "epochs": 1, "batch_size": 1, "patience": 1, "seed": 0}
-
-
 class _Settings(ClassifierMixin, BaseEstimator):
     "The settings that all models share."
 
@@ -101,50 +116,56 @@ class _Settings(ClassifierMixin, BaseEstimator):
         *,
         classes: Sequence[str] | None = None,  # class names in column order; None: sorted folder names
         preprocessing: str = "native",  # "native": each backbone's own input range; "rescale": division by 255 for all
+        augmentation: str = "flips",  # of YOLO: "flips", or "default" for ultralytics' own; others train on the flips in the folder
         weights: str = "imagenet",  # "imagenet": file or download; "local": files of $LEUKEMIA_NB_WEIGHTS, else random; "random"
         fine_tune: bool | None = None,  # train the backbone too; None: only if its weights are random
         image_size: int = 224,  # side of the square the network sees, pixels
-        epochs: int = 20,  # most passes over the training images
-        batch_size: int = 32,  # images a step
-        learning_rate: float = 1e-3,  # of Adam
+        epochs: int = 20,  # passes over the training images, at most
+        batch_size: int = 32,  # images in a step
+        learning_rate: float = 1e-3,  # of the optimiser: Adam, AdamW for YOLO
         patience: int = 5,  # epochs without improvement on the validation images before training stops
         seed: int = 0,  # of new weights, of the order of images and of dropout
         segmentation: str = "kmeans",  # method for segmented images that are not given
         device: str | None = None,  # as the framework names it: "cpu", "gpu:0" (Keras), "0,1" (ultralytics); None: its choice
         train_arguments: dict[str, Any] | None = None,  # further arguments of keras fit or ultralytics train
     ):
-        self.name, self.classes, self.preprocessing = name, classes, preprocessing
-        self.weights, self.fine_tune = weights, fine_tune
-        self.image_size, self.epochs, self.batch_size, self.learning_rate = image_size, epochs, batch_size, learning_rate
-        self.patience, self.seed, self.segmentation, self.device = patience, seed, segmentation, device
-        self.train_arguments = train_arguments
+        self.name, self.classes, self.preprocessing, self.augmentation = name, classes, preprocessing, augmentation
+        self.weights, self.fine_tune, self.image_size, self.epochs = weights, fine_tune, image_size, epochs
+        self.batch_size, self.learning_rate, self.patience, self.seed = batch_size, learning_rate, patience, seed
+        self.segmentation, self.device, self.train_arguments = segmentation, device, train_arguments
 
-    def check_settings(self):  # the model itself
+    def check_settings(self) -> Self:
         "Raise `ModelError` naming the setting, its value, and what is allowed."
-        for key, values in _ALLOWED.items():
-            if getattr(self, key) not in values:
-                raise ModelError(f"{key}={getattr(self, key)!r} is not one of {', '.join(map(repr, values))}.")
-        for key, least in _LEAST.items():
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-                raise ModelError(f"{key}={value!r} is not a whole number of at least {least}.")
-        if not 0 < self.learning_rate <= 1:
-            raise ModelError(f"learning_rate={self.learning_rate!r} is not above 0 and at most 1.")
-        if self.classes is not None and (isinstance(self.classes, str) or len(set(self.classes)) != len(self.classes)):
-            raise ModelError(f"classes={self.classes!r} is not a list of different names.")
+        _check_settings(self)
         return self
 
-# %% ../../nbs/03_models/15_classifier.ipynb #b8ac9f57
+# %% ../../nbs/03_models/15_classifier.ipynb #e4245e06
 HISTORY_COLUMNS = ("epoch", "accuracy", "loss", "val_accuracy", "val_loss", "seconds")
 
 
-class ImageClassifier(_Settings):
-    "Base class of all models."
+class _Interface(_Settings):
+    "What a subclass fills in, and what a trained model has."
 
     classes_: np.ndarray  # str (k,): the order of the columns of predict_proba
-    history_: pd.DataFrame  # a row an epoch, HISTORY_COLUMNS; what a framework does not report is missing
+    history_: pd.DataFrame  # one row per epoch, HISTORY_COLUMNS; what a framework does not report is missing
+    best_epoch_: int | None = None  # epoch whose weights were kept, from 1; None for a model that is not trained in epochs
     weights_source_: str  # which weights training started from
     collapsed_: str  # see describe_collapse
+
+    def _fit(self, dataset: Path, feature_file: Path | None, log: Callable[[str], Any]) -> None:
+        raise NotImplementedError
+
+    def _predict(self, batch: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def _extract(self, batch: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def _save(self, folder: Path) -> None:
+        raise NotImplementedError
+
+    def _load(self, folder: Path) -> None:
+        raise NotImplementedError
 
     @property
     def entry(self) -> ModelEntry:
@@ -156,18 +177,36 @@ class ImageClassifier(_Settings):
         "What the model is given of each image."
         return ("original", "segmented") if self.entry.input == "pair" else ("original",)
 
+# %% ../../nbs/03_models/15_classifier.ipynb #1a70f288
+def _class_order(name: str, classes: Sequence[str] | None, train: np.ndarray, val: np.ndarray) -> np.ndarray:
+    "Class names in column order; every one with a training image, and none besides. Raises `ModelError`."
+    if not len(train) or not len(val):
+        raise ModelError(f"{name}: {len(train)} training and {len(val)} validation images. Both need at least one.")
+    found = sorted(set(map(str, train)))
+    order = found if classes is None else [str(each) for each in classes]
+    if missing := [each for each in order if each not in found]:
+        raise ModelError(f"{name}: no training image of class '{missing[0]}'. Add some, or leave the class out.")
+    if unknown := sorted(set(map(str, [*train, *val])) - set(order)):
+        raise ModelError(f"{name}: class '{unknown[0]}' is not one of {', '.join(order)}. Add it, or remove its images.")
+    return np.array(order, dtype=str)
+
+# %% ../../nbs/03_models/15_classifier.ipynb #b8ac9f57
+class ImageClassifier(_Interface):
+    "Base class of all models."
+
     def fit(
         self,
         dataset: str | Path,  # folder with original/ and segmented/, train, val and test in each
-        features: str | Path | None = None,  # what an earlier step computed: features/<backbone>.npz, or cell_features.csv
-        log: Callable[[str], Any] | None = None,  # called with one line an epoch, for example print
-    ) -> "ImageClassifier":
+        feature_file: str
+        | Path
+        | None = None,  # of an earlier step: features/<backbone>.npz of a frozen backbone; None: computed
+        log: Callable[[str], Any] | None = None,  # called with one line per epoch, for example print
+    ) -> Self:
         "Train on `train`, choose the epoch on `val`. Warns (RuntimeWarning) of a collapsed model. Raises `ModelError`."
         self.check_settings()
-        dataset = Path(dataset)
         train, val = (Pairs(dataset, subset, self.image_size) for subset in ("train", "val"))
         self.classes_ = _class_order(self.name, self.classes, train.labels, val.labels)
-        self._fit(dataset, None if features is None else Path(features), log or (lambda line: None))
+        self._fit(Path(dataset), Path(feature_file) if feature_file else None, log or (lambda line: None))
         self.collapsed_ = describe_collapse(self.predict_proba(val), val.labels, self.classes_)
         if self.collapsed_:
             warnings.warn(f"{self.name} {self.collapsed_}", RuntimeWarning, stacklevel=2)
@@ -184,9 +223,9 @@ class ImageClassifier(_Settings):
         "The most probable class of each image."
         return self.classes_[self.predict_proba(images).argmax(axis=1)]
 
-    def features(self, images: Images) -> np.ndarray:  # float32 (n, d)
+    def extract_features(self, images: Images) -> np.ndarray:  # float32 (n, d)
         "What the classifying layers are given, for out-of-distribution distances and neighbours."
-        return self._in_batches(self._features, images)
+        return self._in_batches(self._extract, images)
 
     def save(self, folder: str | Path) -> Path:
         "Write the model's folder, complete or not at all; one that is there is replaced. Raises `ModelError`."
@@ -202,37 +241,7 @@ class ImageClassifier(_Settings):
         found = [np.asarray(function(batch), dtype=np.float32) for batch in batches]
         return np.concatenate(found) if found else np.zeros((0, 0), np.float32)
 
-    def _fit(self, dataset: Path, features: Path | None, log: Callable[[str], Any]) -> None:
-        raise NotImplementedError
-
-    def _predict(self, batch: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
-
-    def _features(self, batch: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
-
-    def _save(self, folder: Path) -> None:
-        raise NotImplementedError
-
-    def _load(self, folder: Path) -> None:
-        raise NotImplementedError
-
-
-def _class_order(name: str, classes: Sequence[str] | None, train: np.ndarray, val: np.ndarray) -> np.ndarray:
-    "Class names in column order; every one with a training image, and none besides. Raises `ModelError`."
-    if not len(train) or not len(val):
-        raise ModelError(f"{name}: {len(train)} training and {len(val)} validation images. Both need at least one.")
-    found = sorted(set(map(str, train)))
-    order = found if classes is None else [str(each) for each in classes]
-    missing = [each for each in order if each not in found]
-    if missing:
-        raise ModelError(f"{name}: no training image of class '{missing[0]}'. Add some, or leave the class out.")
-    unknown = sorted(set(map(str, [*train, *val])) - set(order))
-    if unknown:
-        raise ModelError(f"{name}: class '{unknown[0]}' is not one of {', '.join(order)}. Add it, or remove its images.")
-    return np.array(order, dtype=str)
-
-
+# %% ../../nbs/03_models/15_classifier.ipynb #07d60772
 def epoch_line(
     name: str,  # of the model
     epoch: int,  # 1 for the first
@@ -253,6 +262,7 @@ def _write_folder(model: ImageClassifier, folder: Path) -> None:
         "classes": model.classes_.tolist(),
         "weights_source": model.weights_source_,
         "collapsed": model.collapsed_,
+        "best_epoch": model.best_epoch_,
         "settings": model.get_params(),
         "versions": package_versions("leukemia_nb", "numpy", "scikit-learn", "keras", "tensorflow", "torch", "ultralytics"),
         "files": files,
@@ -260,7 +270,7 @@ def _write_folder(model: ImageClassifier, folder: Path) -> None:
     text = json.dumps(facts, indent=1, ensure_ascii=False, default=lambda value: np.asarray(value).tolist())
     (folder / "model.json").write_text(text, encoding="utf-8")
 
-
+# %% ../../nbs/03_models/15_classifier.ipynb #6a0e080b
 def _save_model(model: ImageClassifier, folder: Path) -> Path:
     "See `ImageClassifier.save`."
     check_is_fitted(model, "classes_")

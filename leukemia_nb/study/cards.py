@@ -223,15 +223,13 @@ def _image_size(run: _Results, model: str) -> int:
 @_fact
 def _history(run: _Results, model: str) -> SimpleNamespace:
     history, record = run.table(f"models/{model}/history.csv"), run.json("models", model, "model.json")
-    best = int(record.get("best_epoch") or history.loc[history["val_loss"].idxmin(), "epoch"])
-    row, settings = history[history["epoch"] == best].iloc[0], dict(record.get("settings", {}))
+    settings, kept = dict(record.get("settings", {})), history[history["epoch"] == record.get("best_epoch")].to_dict("records")
     settings.pop("classes", None)
     return SimpleNamespace(
         epochs=len(history),
         at_most=settings.get("epochs", len(history)),
-        best=best,
-        val_loss=row.val_loss,
-        val_accuracy=row.val_accuracy,
+        best=record.get("best_epoch"),
+        kept=next(iter(kept), {}),
         settings=settings,
         versions=record.get("versions"),
         seconds=run.json("steps", f"train-{model}.json").get("seconds"),

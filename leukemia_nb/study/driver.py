@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from ..data.files import file_sha256, is_output_folder, mark_output_folder
 from ..data.images import ImageError
 from ..data.manifest import check_folder, search_images
-from ..models.interface import MODELS, local_weights, package_versions
+from ..models.interface import BACKBONES, MODELS, local_weights, package_versions
 from .cluster import Workers, parallel
 from .kernels import KernelStartError, end_kernels, python_kernel
 from .settings import Run, StudyError, StudySettings, check_study
@@ -64,6 +64,8 @@ def study_steps(
             continue
         key = _placeholder(entry["name"])
         for value in names.get(key, [""]):
+            if (field_name := entry.get("needs_field")) and not getattr(MODELS[value], field_name):
+                continue
             own = names | {key: [value]} | ({"backbone": _frozen_backbones(settings, [value])} if key == "model" else {})
             steps.append(_make_step(entry, declared["files"], settings, own, steps))
     return steps
@@ -71,8 +73,6 @@ def study_steps(
 # %% ../../nbs/07_study/20_driver.ipynb #13def8f0
 def _frozen_backbones(settings: StudySettings, models: Sequence[str]) -> list[str]:
     "Backbones whose features some models are trained on: not those that a model trains itself."
-    from leukemia_nb.models.transfer import BACKBONES
-
     frozen = []
     for model in models:
         chosen, name = settings.model_settings(model), MODELS[model].backbone
@@ -452,6 +452,9 @@ def run_study(
         _wait_for_workers(run)
         mark_output_folder(run.folder)
         run.write_json(asdict(settings) | {"versions": _versions()}, "study.json")
+        for model in settings.models:
+            if not MODELS[model].exporter:
+                log(f"export-{model}: skipped, its entry in MODELS names no exporter.")
         for group in generations(wanted):
             log(f"{', '.join(step.name for step in group)} …")
             try:
