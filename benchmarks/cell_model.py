@@ -105,7 +105,7 @@ def fit_cells(found: list[Cells], y: np.ndarray, train: np.ndarray, validation: 
     versions = [part(f, train) for f in found]
     model.image_layers_ = _fit_image_layers(versions, y[train])
     val = part(found[0], validation)
-    _fit_cell_layers(model, versions, y[train], val, y[validation], lambda line: None)
+    _fit_cell_layers(model, versions, y[train], val, y[validation])
     model.temperature_ = _fit_temperature(model, val, y[validation])
     return model
 

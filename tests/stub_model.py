@@ -9,7 +9,7 @@ from leukemia_nb.models.classifier import HISTORY_COLUMNS, ImageClassifier
 class Stub(ImageClassifier):
     """Predicts class i with a probability proportional to i + 1, whatever the image; saves one file."""
 
-    def _fit(self, dataset, feature_file, log):
+    def _fit(self, dataset, feature_file):
         self.weights_source_, self.row_ = "dummy", np.arange(1.0, len(self.classes_) + 1) / sum(range(len(self.classes_) + 1))
         self.best_epoch_, self.history_ = 1, pd.DataFrame([[1, 0.5, 1.0, 0.5, 1.0, 0.0]], columns=list(HISTORY_COLUMNS))
 

@@ -82,13 +82,12 @@ def test_the_dataset_folder_is_left_as_it_was(trained, dataset):
     assert sorted(path.name for path in (dataset / "original").iterdir()) == ["test", "train", "val"]
 
 
-def test_same_seed_same_predictions_and_lines_are_logged(dataset, test_pairs):
-    lines, found = [], []
+def test_same_seed_same_predictions(dataset, test_pairs):
+    found = []
     for seed in (1, 1, 2):
-        model = make_model("yolo11", **SMALL, seed=seed).fit(dataset, log=lines.append)
+        model = make_model("yolo11", **SMALL, seed=seed).fit(dataset)
         found.append(model.predict_proba(test_pairs))
     assert np.array_equal(found[0], found[1]) and not np.allclose(found[0], found[2], atol=1e-6)
-    assert len(lines) == 3 and all(line.startswith("yolo11: epoch 1/1  val_accuracy ") for line in lines)
 
 
 def test_ultralytics_is_given_the_settings():
@@ -257,7 +256,7 @@ def test_nothing_is_sent_and_nothing_is_written_elsewhere(dataset, tmp_path):
         os.chdir({str(work)!r}); tempfile.tempdir = {str(tmp_path / "temporary")!r}; os.mkdir(tempfile.tempdir)
         from leukemia_nb.models.interface import make_model
         settings = dict(weights="random", image_size=32, epochs=2, batch_size=6, train_arguments=dict(workers=0))
-        make_model("yolov8", **settings).fit({str(dataset)!r}, log=print).save({str(model)!r})
+        make_model("yolov8", **settings).fit({str(dataset)!r}).save({str(model)!r})
         from ultralytics import settings
         from ultralytics.utils.events import events
         assert not events.enabled and not any(settings[name] for name in ("sync", "wandb", "comet", "mlflow"))
@@ -267,7 +266,7 @@ def test_nothing_is_sent_and_nothing_is_written_elsewhere(dataset, tmp_path):
         ULTRALYTICS_API_KEY="ul_" + "0" * 40,
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == done.stdout.count("epoch") == 2 and not done.stderr.strip(), done.stdout + done.stderr
+    assert not done.stdout.strip() and not done.stderr.strip(), done.stdout + done.stderr
     assert not [path for folder in (home, work) for path in folder.rglob("*") if path.is_file()]
     assert not list((tmp_path / "temporary").iterdir())  # removed at exit
 

@@ -267,14 +267,6 @@ def _describe_model(model: ImageClassifier, train: Pairs, val: Pairs, segmentati
         "card": card,
     }
 
-# %% ../../nbs/06_inference/50_export.ipynb #94554154
-def _test_entry(correct: np.ndarray, split: str) -> dict[str, Any]:
-    "Number of correct predictions of test images, with the exact 95 % interval of the accuracy."
-    from leukemia_nb.evaluation.uncertainty import clopper_pearson
-
-    low, high = clopper_pearson(int(correct.sum()), len(correct))
-    return {"n_correct": int(correct.sum()), "images": len(correct), "low": low, "high": high, "split": split}
-
 # %% ../../nbs/06_inference/50_export.ipynb #257fc731
 def export_model(
     model: ImageClassifier,  # trained
@@ -287,6 +279,8 @@ def export_model(
     card: str = "",  # model card, Markdown
 ) -> dict[str, Any]:  # the description in the file, and difference, bytes
     "Write a model file. Raises ModelError where its probabilities differ from the framework's by 1e-4 or more."
+    from leukemia_nb.evaluation.uncertainty import clopper_pearson
+
     network = export_network(model)
     seen = {name: _run_exported(network, model, pairs) for name, pairs in (("train", train), ("val", val), ("test", test))}
     difference = float(np.abs(seen["test"]["probabilities"] - model.predict_proba(test)).max())
@@ -303,6 +297,8 @@ def export_model(
     correct = model.classes_[seen["test"]["probabilities"].argmax(axis=1)] == test.labels
     info = _describe_model(model, train, val, segmentation, card)
     info |= {"version": _weights_version(network), "temperature": temperature, "calibration": reason, "thresholds": thresholds}
-    info |= {"coverage": coverage, "test": _test_entry(correct, split)}
+    low, high = clopper_pearson(int(correct.sum()), len(correct))
+    tested = {"n_correct": int(correct.sum()), "images": len(correct), "low": low, "high": high, "split": split}
+    info |= {"coverage": coverage, "test": tested}
     info["sha256"] = write_model_file(file, network, info, constants)
     return info | {"difference": difference, "bytes": Path(file).stat().st_size}

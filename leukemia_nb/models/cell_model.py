@@ -21,7 +21,7 @@ from sklearn.metrics import accuracy_score, log_loss
 from sklearn.neural_network import MLPClassifier
 from sklearn.utils.validation import check_is_fitted
 
-from .classifier import HISTORY_COLUMNS, ImageClassifier, Images, epoch_line, read_batches
+from .classifier import HISTORY_COLUMNS, ImageClassifier, Images, read_batches
 from ..processing.cells import FEATURE_NAMES, SIDE, cell_crops, cell_features
 from ..processing.colour import colour_statistics, reinhard_transfer
 from ..processing.dataset import Pairs
@@ -155,9 +155,7 @@ def _fit_image_layers(versions: list[Cells], y: np.ndarray) -> Layers:
     return _fold_scaling([(regression.coef_.T, regression.intercept_)], x)
 
 # %% ../../nbs/03_models/50_cell_model.ipynb #40af2837
-def _fit_cell_layers(
-    model: "CellClassifier", versions: list[Cells], y: np.ndarray, val: Cells, y_val: np.ndarray, log: Callable[[str], Any]
-) -> None:
+def _fit_cell_layers(model: "CellClassifier", versions: list[Cells], y: np.ndarray, val: Cells, y_val: np.ndarray) -> None:
     "Train the perceptron and keep the epoch of the lowest validation loss."
     x = np.concatenate([cells.features for cells in versions])
     target = np.concatenate([y[cells.image_index] for cells in versions])
@@ -172,7 +170,6 @@ def _fit_cell_layers(
         kept.append(model.cell_layers_)
         scores = [*_evaluate(model, versions[0], y), *_evaluate(model, val, y_val)]
         rows.append([epoch, *scores, time.perf_counter() - start])
-        log(epoch_line(model.name, epoch, model.epochs, dict(zip(HISTORY_COLUMNS[1:5], scores))))
         best = int(np.argmin([row[4] for row in rows]))
         if epoch - 1 - best >= model.patience:
             break
@@ -241,8 +238,8 @@ class CellClassifier(ImageClassifier):
     def _extract(self, batch: Any) -> np.ndarray:
         return aggregate_cells(batch)
 
-    def _fit(self, dataset: Path, feature_file: Path | None, log: Callable[[str], Any]) -> None:
-        _fit_cells(self, dataset, log)
+    def _fit(self, dataset: Path, feature_file: Path | None) -> None:
+        _fit_cells(self, dataset)
 
     def _save(self, folder: Path) -> None:
         _write_layers(self, folder / "cells.npz")
@@ -251,18 +248,17 @@ class CellClassifier(ImageClassifier):
         _read_layers(self, folder / "cells.npz")
 
 # %% ../../nbs/03_models/50_cell_model.ipynb #4453be65
-def _fit_cells(model: CellClassifier, dataset: Path, log: Callable[[str], Any]) -> None:
+def _fit_cells(model: CellClassifier, dataset: Path) -> None:
     "See `ImageClassifier.fit`."
     model.weights_source_ = f"{len(FEATURE_NAMES)} features of each cell, no pretrained network"
     train, val = (Pairs(dataset, subset) for subset in ("train", "val"))
     table = train.table.drop_duplicates("pair")
     y, y_val = model._targets(table["class"]), model._targets(val.labels)
     model.class_proportions_, model.temperature_ = np.bincount(y, minlength=len(model.classes_)) / len(y), 1.0
-    log(f"{model.name}: features of the cells of {len(table)} images in their own and in other colours")
     versions = augment_colours(list(_crop_images(Pairs(dataset, table=table), model.seed)), y, model.seed)
     cells_val = model.extract_cells(val)
     model.image_layers_ = _fit_image_layers(versions, y)
-    _fit_cell_layers(model, versions, y, cells_val, y_val, log)
+    _fit_cell_layers(model, versions, y, cells_val, y_val)
     model.temperature_ = _fit_temperature(model, cells_val, y_val)
 
 # %% ../../nbs/03_models/50_cell_model.ipynb #86146cdf

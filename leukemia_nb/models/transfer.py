@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.files import atomic_path, file_sha256
-from .classifier import HISTORY_COLUMNS, ImageClassifier, epoch_line
+from .classifier import HISTORY_COLUMNS, ImageClassifier
 from .interface import BACKBONES, WEIGHTS_FOLDER, Backbone, ModelEntry, ModelError, local_weights
 from ..processing.dataset import Pairs
 
@@ -274,16 +274,12 @@ def _join(backbone: "Model", head: "Model", channels: tuple[str, ...], name: str
     return keras.Model(inputs, head(features), name=name)
 
 # %% ../../nbs/03_models/20_transfer.ipynb #9ca3f872
-def _train(model: "KerasClassifier", network: "Model", rate: float, data: dict[str, Any], log: Callable[[str], Any]) -> None:
+def _train(model: "KerasClassifier", network: "Model", rate: float, data: dict[str, Any]) -> None:
     "`compile` and `fit`; leaves the weights of the lowest validation loss in the network, `history_` and `best_epoch_`."
     keras, seconds = import_keras(), [time.perf_counter()]
-
-    def end_epoch(epoch: int, logs: dict[str, float]) -> None:
-        seconds.append(time.perf_counter())
-        log(epoch_line(model.name, epoch + 1, model.epochs, logs))
-
     stopping = keras.callbacks.EarlyStopping("val_loss", patience=model.patience, restore_best_weights=True)
-    callbacks = [stopping, keras.callbacks.TerminateOnNaN(), keras.callbacks.LambdaCallback(on_epoch_end=end_epoch)]
+    clock = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seconds.append(time.perf_counter()))
+    callbacks = [stopping, keras.callbacks.TerminateOnNaN(), clock]
     network.compile(
         keras.optimizers.Adam(rate),
         loss="sparse_categorical_crossentropy",
@@ -319,7 +315,7 @@ class KerasClassifier(ImageClassifier):
 
     network_: "Model"  # pixels (n, S, S, 3) in 0..255, one input for each channel, to probabilities (n, k)
 
-    def _fit(self, dataset: Path, feature_file: Path | None, log: Callable[[str], Any]) -> None:
+    def _fit(self, dataset: Path, feature_file: Path | None) -> None:
         keras = import_keras()
         with keras.device(self.device) if self.device else contextlib.nullcontext():
             settings = self.weights, self.preprocessing, self.image_size, self.seed
@@ -330,9 +326,9 @@ class KerasClassifier(ImageClassifier):
             self.network_ = _join(backbone, head, self.channels, self.name)
             parts = {subset: Pairs(dataset, subset, self.image_size) for subset in ("train", "val")}
             if backbone.trainable:
-                _train(self, self.network_, self.learning_rate * (0.1 if pretrained else 1), _image_data(self, parts), log)
+                _train(self, self.network_, self.learning_rate * (0.1 if pretrained else 1), _image_data(self, parts))
             else:
-                _train(self, head, self.learning_rate, _feature_data(self, parts, backbone, feature_file), log)
+                _train(self, head, self.learning_rate, _feature_data(self, parts, backbone, feature_file))
 
     def _inputs(self, batch: np.ndarray) -> Any:
         pixels = batch.astype(np.float32)

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.files import file_sha256
-from .classifier import HISTORY_COLUMNS, ImageClassifier, epoch_line
+from .classifier import HISTORY_COLUMNS, ImageClassifier
 from .interface import WEIGHTS_FOLDER, ModelError, local_weights
 
 if TYPE_CHECKING:
@@ -126,26 +126,14 @@ def training_arguments(
     return arguments | (_FLIPS if model.augmentation == "flips" else {}) | (model.train_arguments or {})
 
 # %% ../../nbs/03_models/40_yolo.ipynb #264744bd
-def _read_results(path: Path) -> pd.DataFrame:
-    "Ultralytics' results.csv as a training history."
+def _read_results(path: Path) -> tuple[pd.DataFrame, int]:
+    "Ultralytics' results.csv as a training history, and the epoch of best.pt: the last of highest fitness."
     table = pd.read_csv(path).rename(columns=str.strip)
+    fitness = table["metrics/accuracy_top1"] + table["metrics/accuracy_top5"]
+    best = int(table.loc[fitness == fitness.max(), "epoch"].iloc[-1])
     names = {"train/loss": "loss", "metrics/accuracy_top1": "val_accuracy", "val/loss": "val_loss"}
     table = table.rename(columns=names).assign(seconds=table["time"].diff().fillna(table["time"]))
-    return table.reindex(columns=list(HISTORY_COLUMNS))
-
-# %% ../../nbs/03_models/40_yolo.ipynb #39904b1a
-def _watch_epochs(model: "YoloClassifier", log: Callable[[str], Any]) -> Callable[[Any], None]:
-    "Callback that logs an epoch and notes the one that is kept; the last validation, of best.pt, has no loss and is left out."
-
-    def on_fit_epoch_end(trainer: Any) -> None:
-        if "val/loss" not in trainer.metrics:
-            return
-        if trainer.fitness == trainer.best_fitness:  # so ultralytics has written best.pt
-            model.best_epoch_ = trainer.epoch + 1
-        values = {"val_accuracy": trainer.metrics["metrics/accuracy_top1"], "val_loss": trainer.metrics["val/loss"]}
-        log(epoch_line(model.name, trainer.epoch + 1, model.epochs, values))
-
-    return on_fit_epoch_end
+    return table.reindex(columns=list(HISTORY_COLUMNS)), best
 
 # %% ../../nbs/03_models/40_yolo.ipynb #82dd283d
 def _train(model: "YoloClassifier", network: "YOLO", data: Path, work: Path) -> Path:
@@ -178,12 +166,11 @@ class YoloClassifier(ImageClassifier):
             raise ModelError(f"image_size={self.image_size} is not a multiple of 32, as YOLO needs. The usual one is 224.")
         return self
 
-    def _fit(self, dataset: Path, feature_file: Path | None, log: Callable[[str], Any]) -> None:
+    def _fit(self, dataset: Path, feature_file: Path | None) -> None:
         network, self.weights_source_ = build_network(self.name, self.entry.weight_files, self.weights)
-        network.add_callback("on_fit_epoch_end", _watch_epochs(self, log))
         with tempfile.TemporaryDirectory(prefix="leukemia_nb_yolo_") as work:
             results = _train(self, network, dataset / "original", Path(work))
-            self.history_ = _read_results(results / "results.csv")
+            self.history_, self.best_epoch_ = _read_results(results / "results.csv")
             self._open(results / "weights" / "best.pt")
 
     def _open(self, path: Path) -> None:
