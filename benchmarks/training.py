@@ -1,125 +1,97 @@
-"""Training a frozen MobileNetV2 with cached features against the same training without; the same weights come out.
+"""A head on features that are computed once, against `fit` through the frozen backbone in every epoch (Keras' guide).
 
-    python benchmarks/training.py [--per-class 90] [--epochs 20] [--image-size 224] [--statistics]
+    LEUKEMIA_NB_WEIGHTS=../shared/weights python benchmarks/training.py runs/taleqani/dataset [--epochs 20]
 
-Needs the real images and the MobileNetV2 weights of ../shared. Also measures how BatchNorm's statistics decide what a network
-trained from random weights answers (see nbs/03_models/20_transfer.ipynb). Writes benchmarks/results/training.json.
+Both train MobileNetV2's head on the same dataset folder, with the same batch size, learning rate and number of epochs, one after
+the other in one process; the time runs from building the network to the trained network. Writes benchmarks/results/training.json.
 """
 
 import argparse
 import json
 import os
 import platform
-import sys
 import time
-import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = Path(os.environ.get("LEUKEMIA_NB_SHARED", ROOT.parent / "shared"))
-os.environ.setdefault("LEUKEMIA_NB_WEIGHTS", str(SHARED / "weights"))
-sys.path.insert(0, str(ROOT))
+import keras
+import pandas as pd
 
-import numpy as np
+from leukemia_nb.evaluation.uncertainty import clopper_pearson
+from leukemia_nb.models.interface import local_weights, make_model, package_versions
+from leukemia_nb.models.transfer import BACKBONES
+from leukemia_nb.processing.dataset import Pairs
 
-from leukemia_nb.data.images import read_image
-from leukemia_nb.models.interface import Images, make_model, versions
-
-
-def real_images(per_class: int, size: int):
-    """Training and validation images (2:1), evenly spread over the three study classes."""
-    images, labels = [], []
-    for folder, name in {"Benign": "Normal", "Pre": "Pre-B", "Pro": "Pro-B"}.items():
-        files = sorted((SHARED / "data" / "taleqani" / folder).iterdir())
-        for place in np.linspace(0, len(files) - 1, per_class).round().astype(int):
-            images.append(read_image(files[place]))
-            labels.append(name)
-    validation = np.arange(len(labels)) % 3 == 2
-    return [
-        Images([p for p, part in zip(images, chosen) if part], np.array(labels)[chosen], size)
-        for chosen in (~validation, validation)
-    ]
+RESULT = Path(__file__).parent / "results" / "training.json"
+SIZE = 224
 
 
-def train(name: str, cache: bool, sources, **settings):
-    """A trained model and the seconds it took, building and compiling included."""
-    model = make_model(name, **settings)
-    model.cache_features = cache
-    start = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        model.fit(*sources, progress=print)
-    return model, time.perf_counter() - start
+def once(dataset: Path, epochs: int) -> Callable[[Any], Any]:
+    """This project's way."""
+    model = make_model("mobilenet_v2", weights="local", image_size=SIZE, epochs=epochs, patience=epochs)
+    model.fit(dataset, log=lambda line: None)
+    return model.network_
 
 
-def cached_against_long_way(name: str, sources, **settings) -> dict:
-    """Seconds both ways and whether weights and answers are the same to the last bit."""
-    cached, cached_seconds = train(name, True, sources, **settings)
-    long, long_seconds = train(name, False, sources, **settings)
-    weights = [np.array_equal(a, b) for a, b in zip(cached.head_.get_weights(), long.head_.get_weights(), strict=True)]
-    return dict(
-        model=name,
-        weights_source=cached.weights_source_,
-        training=len(sources[0]),
-        validation=len(sources[1]),
-        image_size=settings["image_size"],
-        epochs=len(cached.history_),
-        seconds_cached=round(cached_seconds, 2),
-        seconds_long_way=round(long_seconds, 2),
-        times_faster=round(long_seconds / cached_seconds, 2),
-        seconds_per_epoch_cached=round(float(cached.history_.seconds[1:].median()), 4),
-        seconds_per_epoch_long_way=round(float(long.history_.seconds[1:].median()), 3),
-        identical_weights=all(weights),
-        identical_history=bool(cached.history_.drop(columns="seconds").equals(long.history_.drop(columns="seconds"))),
-        identical_answers=bool(np.array_equal(cached.predict_proba(sources[1]), long.predict_proba(sources[1]))),
-        validation_accuracy=round(float(cached.history_.val_accuracy.max()), 4),
-    )
-
-
-def statistics_of_batchnorm(epochs: int = 8) -> list[dict]:
-    """One training of a whole random network, asked with measured statistics and with Keras' own running ones."""
-    sources, rows = real_images(100, 96), []
-    for images in (256, 0):
-        model = make_model("mobilenet_v2", weights="random", image_size=96, batch_size=16, epochs=epochs, patience=epochs)
-        model.statistics_images = images
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            history = model.fit(*sources, progress=print)
-        rows.append(
-            dict(
-                statistics="measured after each epoch" if images else "Keras' running average",
-                **history.drop(columns=["epoch", "seconds"]).round(4).to_dict("list"),
-            )
+def every_epoch(dataset: Path, epochs: int) -> Callable[[Any], Any]:
+    """Keras' guide to transfer learning, first part: the base model frozen, `fit` on images."""
+    train, val = (
+        keras.utils.image_dataset_from_directory(
+            dataset / "original" / subset, image_size=(SIZE, SIZE), batch_size=32, verbose=False
         )
-    return rows
+        for subset in ("train", "val")
+    )
+    base = keras.applications.MobileNetV2(
+        weights=str(local_weights(*BACKBONES["mobilenet_v2"].files)), include_top=False, input_shape=(SIZE, SIZE, 3)
+    )
+    base.trainable = False
+    inputs = keras.Input((SIZE, SIZE, 3))
+    x = keras.layers.Rescaling(1 / 127.5, offset=-1)(inputs)
+    x = keras.layers.GlobalAveragePooling2D()(base(x, training=False))
+    outputs = keras.layers.Dense(len(train.class_names), activation="softmax")(keras.layers.Dropout(0.2)(x))
+    network = keras.Model(inputs, outputs)
+    network.compile(keras.optimizers.Adam(1e-3), loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+    network.fit(train, validation_data=val, epochs=epochs, verbose=0)
+    return network
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--per-class", type=int, default=90, help="images of each class, two thirds for training")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", type=Path, nargs="?", default=Path("runs/taleqani/dataset"), help="dataset folder of a study")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "training.json")
-    parser.add_argument("--statistics", action="store_true", help="measure the BatchNorm statistics too (minutes)")
     options = parser.parse_args()
-    if not (SHARED / "data" / "taleqani").is_dir():
-        sys.exit(f"no real images in {SHARED / 'data'}")
-    sources = real_images(options.per_class, options.image_size)
-    settings = dict(image_size=options.image_size, epochs=options.epochs, patience=options.epochs)
-    rows = [cached_against_long_way("mobilenet_v2", sources, **settings)]
-    result = dict(
-        training=rows,
-        load_before=os.getloadavg()[0],
-        cores=os.cpu_count(),
-        machine=platform.processor() or platform.machine(),
-        versions=versions("keras", "tensorflow", "numpy"),
-        python=platform.python_version(),
-    )
-    old = json.loads(options.out.read_text()) if options.out.exists() else {}
-    result["statistics"] = statistics_of_batchnorm() if options.statistics else old.get("statistics")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1))
-    print(json.dumps(result, indent=1))
+    if not (options.dataset / "dataset.csv").is_file() and not (options.dataset.parent / "dataset.csv").is_file():
+        parser.exit(message=f"{options.dataset}: no dataset of a study; run `make study` with the real images first.\n")
+    sizes = {subset: len(Pairs(options.dataset, subset, SIZE)) for subset in ("train", "val", "test")}
+    test = Pairs(options.dataset, "test", SIZE)
+    pixels, labels = test.read(range(len(test)), "original").astype("float32"), test.labels
+    classes = sorted(set(labels))
+    rows = []
+    for name, train in (("features computed once", once), ("fit through the backbone", every_epoch)):
+        began = time.perf_counter()
+        network = train(options.dataset, options.epochs)
+        seconds = time.perf_counter() - began
+        predicted = network.predict(pixels, verbose=0).argmax(axis=1)
+        n_correct = int((pd.Categorical(labels, classes).codes == predicted).sum())
+        low, high = clopper_pearson(n_correct, len(labels))
+        rows.append(
+            {"way": name, "seconds": round(seconds, 1), "n_correct": n_correct, "n_images": len(labels), "low": low, "high": high}
+        )
+        print(rows[-1], flush=True)
+    result = {
+        "model": "mobilenet_v2",
+        "epochs": options.epochs,
+        **sizes,
+        "rows": rows,
+        "times_faster": round(rows[1]["seconds"] / rows[0]["seconds"], 1),
+        "interval": "Clopper-Pearson 95 %",
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "versions": package_versions("keras", "tensorflow", "numpy"),
+    }
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(result["times_faster"], "times faster")
 
 
 if __name__ == "__main__":

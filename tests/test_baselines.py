@@ -353,7 +353,7 @@ def test_views_by_hand():
     silhouettes = BASELINES["silhouettes"].view(image, cells)
     assert silhouettes[0, 0].tolist() == [255] * 3 and silhouettes.sum() == 3 * 255
     corner = BASELINES["scale_bar"].view(image, cells)
-    assert (corner[41:, 8:] == image[41:, 8:]).all() and corner[40, 9].tolist() == corner[41, 7].tolist() == [122, 135, 147]
+    assert (corner[40:, 8:] == image[40:, 8:]).all() and corner[39, 9].tolist() == corner[40, 7].tolist() == [122, 135, 147]
     assert BASELINES["blur"].features(image, cells).shape == (16 * 16 * 3,)
 
 
