@@ -170,7 +170,7 @@ def test_an_interrupted_run_resumes(task, paths, tmp_path):
     assert not journal.exists()
 
 
-@pytest.mark.parametrize("change", ["path", "sha256", "missing", "error", "other model file", "other image"])
+@pytest.mark.parametrize("change", ["path", "sha256", "missing", "problem", "other model file", "other image"])
 def test_rows_of_a_journal_that_do_not_hold_are_predicted_again(change, task, tmp_path):
     write_smears(tmp_path / "in", 1, height=96, width=128)
     mine = list_images(tmp_path / "in")

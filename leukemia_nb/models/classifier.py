@@ -177,6 +177,10 @@ class _Interface(_Settings):
         "What the model is given of each image."
         return ("original", "segmented") if self.entry.input == "pair" else ("original",)
 
+    def _targets(self, labels: Sequence[str] | np.ndarray) -> np.ndarray:
+        "int (n,): position of each label in classes_."
+        return pd.Index(self.classes_).get_indexer(np.asarray(labels, dtype=str))
+
 # %% ../../nbs/03_models/15_classifier.ipynb #1a70f288
 def _class_order(name: str, classes: Sequence[str] | None, train: np.ndarray, val: np.ndarray) -> np.ndarray:
     "Class names in column order; every one with a training image, and none besides. Raises `ModelError`."
@@ -229,10 +233,6 @@ class ImageClassifier(_Interface):
     def save(self, folder: str | Path) -> Path:
         "Write the model's folder, complete or not at all; one that is there is replaced. Raises `ModelError`."
         return _save_model(self, Path(folder))
-
-    def _targets(self, labels: Sequence[str] | np.ndarray) -> np.ndarray:
-        "int (n,): position of each label in classes_."
-        return pd.Index(self.classes_).get_indexer(np.asarray(labels, dtype=str))
 
     def _in_batches(self, function: Callable[[np.ndarray], np.ndarray], images: Images) -> np.ndarray:
         check_is_fitted(self, "classes_")
