@@ -154,6 +154,15 @@ def test_a_model_without_exporter_is_named(cells, monkeypatch):
         export_network(cells)
 
 
+def test_a_model_without_exporter_has_no_export_step(monkeypatch):
+    from leukemia_nb.study.driver import study_steps
+    from leukemia_nb.study.settings import StudySettings
+
+    monkeypatch.setitem(MODELS, "yolo11", replace(MODELS["yolo11"], exporter=""))
+    names = [step.name for step in study_steps(StudySettings(weights="random", models=("yolo11", "cells")))]
+    assert "export-cells" in names and "train-yolo11" in names and "export-yolo11" not in names
+
+
 def test_the_exporter_is_the_entrys(cells, monkeypatch):
     module = ModuleType("own_exporter")
     module.export = lambda model: f"network of {model.name}"

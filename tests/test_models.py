@@ -3,11 +3,21 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from leukemia_nb.models.interface import MODELS, ModelEntry, ModelError, load_model, local_weights, make_model, package_versions
+from leukemia_nb.models.interface import (
+    BACKBONES,
+    MODELS,
+    ModelEntry,
+    ModelError,
+    load_model,
+    local_weights,
+    make_model,
+    package_versions,
+)
 
 STUB = ModelEntry(title="Stub", module="stub_model", class_name="Stub", framework="numpy", description="no network")
 pytestmark = pytest.mark.filterwarnings("ignore:stub collapsed:RuntimeWarning")
@@ -41,6 +51,15 @@ def test_unknown_model_and_setting_are_named():
         make_model("resnet")
     with pytest.raises(ModelError, match="stub: unknown setting 'epoch'. It has: .*epochs"):
         make_model("stub", epoch=3)
+
+
+def test_a_backbone_that_is_added_is_a_model(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "other", replace(BACKBONES["mobilenet_v2"], title="Other", in_original_study=False))
+    try:
+        entry = make_model("other").entry
+    finally:
+        MODELS.pop("other", None)
+    assert (entry.title, entry.backbone, entry.framework) == ("Other", "other", "keras") and not entry.in_original_study
 
 
 @pytest.mark.parametrize(

@@ -222,8 +222,10 @@ class App(_Layout):
 # %% ../../nbs/06_inference/60_app.ipynb #45d25a10
 def _explain(app: App) -> None:
     "See `App.explain`."
-    maps = []
-    for model in app.models if app.shown is not None else ():
+    maps: list[dict[str, str]] = []
+    if app.shown is None:
+        return
+    for model in app.models:
         maps.append(_saliency_map(model, *app.shown))
         app.saliency.value = render_template("app_saliency.html.j2", maps=maps)
     app.button.layout.display = "none"

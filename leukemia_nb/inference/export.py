@@ -129,6 +129,8 @@ def export_cells(
     import torch
 
     class Classifier(torch.nn.Module):
+        prior: torch.Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.cell, self.image = _perceptron(model.cell_layers_), _perceptron(model.image_layers_)
@@ -193,7 +195,9 @@ def _run_exported(network: ModelProto, model: ImageClassifier, pairs: Pairs | np
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 # %% ../../nbs/06_inference/50_export.ipynb #cec22b36
-def _fit_safe_temperature(labels: Sequence[str], probabilities: np.ndarray, classes: Sequence[str]) -> tuple[float, str]:
+def _fit_safe_temperature(
+    labels: Sequence[str] | np.ndarray, probabilities: np.ndarray, classes: Sequence[str] | np.ndarray
+) -> tuple[float, str]:
     "Temperature fitted on validation images (n labels, (n, k) probabilities); 1 and the reason where they cannot determine it."
     import pandas as pd
 

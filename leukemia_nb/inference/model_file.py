@@ -92,7 +92,7 @@ def write_model_file(
     from onnx.helper import set_model_props
 
     arrays = io.BytesIO()
-    np.savez_compressed(arrays, **constants)
+    np.savez_compressed(arrays, allow_pickle=False, **constants)
     entries = {"leukemia_nb": json.dumps({"format": _FORMAT, **info}, ensure_ascii=False)}
     entries |= {"constants": base64.b64encode(arrays.getvalue()).decode(), "sha256": _DIGITS * "0"}
     set_model_props(network, entries)

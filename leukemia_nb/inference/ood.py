@@ -91,7 +91,7 @@ def fit_ood(
     standardise: bool = False,  # the features have different units, as those of the single-cell model
 ) -> dict[str, np.ndarray]:  # float32 arrays named features_mean, …, statistics_percentile
     "Fit both distances on training images and their percentiles on validation images."
-    constants = {}
+    constants: dict[str, np.ndarray] = {}
     for kind in _DISTANCES:
         fitted = fit_mahalanobis(train[kind], labels, standardise and kind == "features")
         percentile = np.quantile(mahalanobis_distance(validation[kind], fitted), 0.975)

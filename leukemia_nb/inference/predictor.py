@@ -91,6 +91,7 @@ def prepare_image(
 ) -> PreparedImage:
     "Read an image and bring it to the network's input; whatever goes wrong is the row's `problem`, in one line."
     row: dict[str, Any] = {"path": "", "sha256": "", "n_cells": None, "cell_fraction": None, "flag": "", "problem": ""}
+    pixels: np.ndarray | Image.Image
     try:
         if isinstance(image, str | os.PathLike):
             row["path"] = os.fspath(image)
@@ -237,8 +238,8 @@ def _network_inputs(session: Any, prepared: Sequence[PreparedImage]) -> Iterator
     dtype = np.float32 if session.get_inputs()[0].type == "tensor(float)" else np.uint8
     for start in range(0, len(prepared), _NETWORK_BATCH):
         batch = prepared[start : start + _NETWORK_BATCH]
-        channels = [[each.square for each in batch], [each.segmented for each in batch]]
-        yield {name: np.stack(images).astype(dtype) for name, images in zip(names, channels)}
+        fields = zip(names, ("square", "segmented"))
+        yield {name: np.stack([getattr(each, field) for each in batch]).astype(dtype) for name, field in fields}
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #ba22a16a
 def calibrate(
@@ -258,7 +259,7 @@ class _Network:
         self.file, self.threads = os.path.abspath(file), threads
         self.session, self.info, self.constants = open_model_file(file, threads)
         self.classes_ = np.array(self.info["classes"], dtype=str)
-        self.image_size, self.method = self.info["image_size"], self.info["segmentation"]
+        self.image_size = self.info["image_size"]
         self.channels = ("original", "segmented") if self.info["input"] == "pair" else ("original",)
 
     def _judge(self, prepared: Sequence[PreparedImage]) -> tuple[np.ndarray, np.ndarray]:
@@ -285,7 +286,7 @@ def _rows(network: _Network, prepared: Sequence[PreparedImage]) -> list[dict[str
         found = iter(())
         prepared = [PreparedImage(each.row | {"problem": describe_failure(each.row["path"], failure)}) for each in prepared]
     judged = [(None, np.nan) if each.square is None else next(found) for each in prepared]
-    return [_prediction_row(each.row, *part, network.info) for each, part in zip(prepared, judged)]
+    return [_prediction_row(each.row, values, distance, network.info) for each, (values, distance) in zip(prepared, judged)]
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #2ca7867c
 class Predictor(_Network):
@@ -431,9 +432,9 @@ def saliency(
     from leukemia_nb.audit.saliency import occlusion_map
 
     prepared = [each for batch in prepare_images(images, model.info) for each in batch]
-    pairs = len(model.channels) == 2
-    arrays = [[each.square, each.segmented] if pairs else each.square for each in prepared]
-    return occlusion_map(model, np.stack(arrays), grid=grid)
+    fields = ("square", "segmented")[: len(model.channels)]
+    arrays = np.stack([[getattr(each, field) for field in fields] for each in prepared])
+    return occlusion_map(model, arrays if len(fields) == 2 else arrays[:, 0], grid=grid)
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #67770cc4
 def _pixels(image: Any) -> np.ndarray:

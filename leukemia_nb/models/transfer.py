@@ -153,8 +153,10 @@ def image_batches(
     **kwargs: Any,  # of keras.utils.PyDataset, such as workers
 ) -> "PyDataset":  # batches of float32 images, 0..255, and targets
     "Batches for `keras.Model.fit` and `predict`."
+    import_keras()
+    from keras.utils import PyDataset
 
-    class ImageBatches(import_keras().utils.PyDataset):
+    class ImageBatches(PyDataset):
         def __init__(self) -> None:
             super().__init__(**kwargs)
             self.epoch = -1
@@ -314,6 +316,7 @@ class KerasClassifier(ImageClassifier):
     "A head on a backbone of `BACKBONES`; the model's entry says which, and which head. `network_` is the whole network."
 
     network_: "Model"  # pixels (n, S, S, 3) in 0..255, one input for each channel, to probabilities (n, k)
+    _extractor: "Model | None" = None
 
     def _fit(self, dataset: Path, feature_file: Path | None) -> None:
         keras = import_keras()
@@ -338,7 +341,7 @@ class KerasClassifier(ImageClassifier):
         return self.network_.predict(self._inputs(batch), verbose=0)
 
     def _extract(self, batch: np.ndarray) -> np.ndarray:
-        if getattr(self, "_extractor", None) is None or self._extractor.inputs[0] is not self.network_.inputs[0]:
+        if self._extractor is None or self._extractor.inputs[0] is not self.network_.inputs[0]:
             self._extractor = import_keras().Model(self.network_.inputs, self.network_.get_layer("features").output)
         return self._extractor.predict(self._inputs(batch), verbose=0)
 

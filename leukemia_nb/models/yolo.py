@@ -119,7 +119,12 @@ def training_arguments(
     layers: int,  # number of layers of its network
 ) -> dict[str, Any]:  # for YOLO.train
     "A model's settings as ultralytics names them; what is not here keeps ultralytics' default."
-    arguments = {"epochs": model.epochs, "batch": model.batch_size, "imgsz": model.image_size, "patience": model.patience}
+    arguments: dict[str, Any] = {
+        "epochs": model.epochs,
+        "batch": model.batch_size,
+        "imgsz": model.image_size,
+        "patience": model.patience,
+    }
     arguments |= {"seed": model.seed, "device": model.device, "freeze": layers - 1 if model.fine_tune is False else None}
     arguments |= {"optimizer": "AdamW", "lr0": model.learning_rate, "nbs": model.batch_size, "momentum": 0.9}
     arguments |= {"warmup_epochs": 1.0, "warmup_bias_lr": 0.0, "amp": False, "plots": False, "verbose": False}
@@ -136,7 +141,7 @@ def _read_results(path: Path) -> tuple[pd.DataFrame, int]:
     return table.reindex(columns=list(HISTORY_COLUMNS)), best
 
 # %% ../../nbs/03_models/40_yolo.ipynb #82dd283d
-def _train(model: "YoloClassifier", network: "YOLO", data: Path, work: Path) -> Path:
+def _train(model: "YoloClassifier", network: Any, data: Path, work: Path) -> Path:
     "Train in a folder, and give the folder of the results. Raises `ModelError`."
     _remove_caches(data)
     try:
@@ -177,7 +182,7 @@ class YoloClassifier(ImageClassifier):
         self._checkpoint = path.read_bytes()
         self.network_ = import_ultralytics().YOLO(path)
 
-    def _run(self, function: Callable[..., list[Any]], batch: np.ndarray) -> list[Any]:
+    def _run(self, function: Callable[..., Any], batch: np.ndarray) -> list[Any]:
         "A method of the network on a batch, given as ultralytics takes tensors: RGB, 0..1, channels first."
         import torch
 
