@@ -73,7 +73,7 @@ def _image_html(name: str, image: np.ndarray, cells: np.ndarray) -> str:
     page = dict(name=shown(name), source=data_uri(image, 1400), found=found, outlines=outlines, cell_fraction=fraction)
     return render_template("app_image.html.j2", width=width, height=height, **page)
 
-
+# %% ../../nbs/06_inference/60_app.ipynb #1700c7bc
 def _outline(mask: np.ndarray) -> dict[str, Any]:
     "SVG path of a cell, and where its number stands."
     contours = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]

@@ -156,7 +156,7 @@ def unfinished_file(
     "The log of a run: its rows until all are there."
     return Path(f"{out or json_file}.unfinished")
 
-
+# %% ../../nbs/06_inference/40_batch.ipynb #9ee7cae9
 def _append(unfinished: Path, rows: Sequence[dict[str, Any]]) -> None:
     "Add rows to a log, so that they outlast a crash. Raises OutputError."
     with writing(unfinished), open(unfinished, "ab") as lines:
@@ -187,7 +187,7 @@ def _resume(unfinished: Path, paths: Sequence[str], task: PredictionTask) -> set
         temporary.write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in kept))
     return {row["path"] for row in kept}
 
-
+# %% ../../nbs/06_inference/40_batch.ipynb #33f06732
 def _still_holds(row: dict[str, Any], task: PredictionTask) -> bool:
     "Whether a row has no problem, its image is unchanged, and its overlays are there."
     if row["problem"] or not os.path.isfile(row["path"]) or file_sha256(row["path"]) != row["sha256"]:

@@ -272,7 +272,7 @@ def _write_layers(model: CellClassifier, path: Path) -> None:
     }
     np.savez(path, class_proportions=model.class_proportions_, temperature=np.float64(model.temperature_), **layers)
 
-
+# %% ../../nbs/03_models/50_cell_model.ipynb #f2c29d38
 def _read_layers(model: CellClassifier, path: Path) -> None:
     "Fill a model with the arrays of `_write_layers`."
     with np.load(path, allow_pickle=False) as file:

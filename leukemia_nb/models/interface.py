@@ -204,7 +204,7 @@ def _one_line(error: Exception) -> str:
     "First line of an error's message, shortened."
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
-
+# %% ../../nbs/03_models/10_interface.ipynb #6ad0e02a
 def _read_facts(folder: Path) -> dict[str, Any]:
     "Content of `model.json`, its entries of the expected types and its files unchanged. Raises `ModelError`."
     path = folder / "model.json"

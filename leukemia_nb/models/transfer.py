@@ -210,7 +210,7 @@ def write_features(
         np.savez(temporary, **arrays)
     return Path(path)
 
-
+# %% ../../nbs/03_models/20_transfer.ipynb #7a3ea1d5
 def _describe_features(name: str, source: str, preprocessing: str, image_size: int) -> str:
     "What features depend on, beside the images."
     return f"{name}, {source}, {preprocessing}, {image_size} pixels"
@@ -262,7 +262,7 @@ def _build_head(entry: ModelEntry, n_channels: int, n_classes: int) -> "Model":
     inputs = keras.Input((BACKBONES[entry.backbone].features * n_channels,))
     return keras.Sequential([inputs, *layers, keras.layers.Dense(n_classes, activation="softmax")], name="head")
 
-
+# %% ../../nbs/03_models/20_transfer.ipynb #d04b24b9
 def _join(backbone: "Model", head: "Model", channels: tuple[str, ...], name: str) -> "Model":
     "The network from pixels, one input for each channel, to probabilities."
     keras = import_keras()
@@ -300,7 +300,7 @@ def _image_data(model: "KerasClassifier", parts: Mapping[str, Pairs]) -> dict[st
     x_val = image_batches(val, y_val, model.channels, model.batch_size)
     return {"x": image_batches(train, y, model.channels, model.batch_size, model.seed), "validation_data": x_val}
 
-
+# %% ../../nbs/03_models/20_transfer.ipynb #cb9631a5
 def _feature_data(model: "KerasClassifier", parts: Mapping[str, Pairs], backbone: "Model", path: Path | None) -> dict[str, Any]:
     "Arguments of `fit` for the head: features of the frozen backbone, read from a file or computed."
     if path is None:

@@ -153,7 +153,7 @@ def _train(model: "YoloClassifier", network: Any, data: Path, work: Path) -> Pat
         _remove_caches(data)
     return work / "train"
 
-
+# %% ../../nbs/03_models/40_yolo.ipynb #01b12f44
 def _remove_caches(folder: Path) -> None:
     "Remove the pickles in which ultralytics lists the images of a folder."
     for cache in folder.glob("*.cache"):
