@@ -169,7 +169,7 @@ def measure(
             "abstained_or_no_cells": proportion(table["abstains"]),
         }
         if name in OF_TEST:
-            correct, kept = table["prediction"] == labels, ~(unlike | unsure)
+            correct, kept = table["predicted"] == labels, ~(unlike | unsure)
             row |= {"accuracy": proportion(correct), "accuracy_of_predicted": proportion(correct[kept]) if kept.any() else None}
         if name == "test":
             inside = table["ood_distance"], score
@@ -189,11 +189,11 @@ def measure(
 
 def kinds_of_distance(train: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     "The distances that were compared, each a function of features (n, d)."
-    from leukemia_nb.inference.ood import fit_distance, mahalanobis_distance
+    from leukemia_nb.inference.ood import fit_mahalanobis, mahalanobis_distance
     from sklearn.neighbors import NearestNeighbors
 
-    fitted = fit_distance(train, labels)
-    one = fit_distance(train, np.zeros(len(labels)))
+    fitted = fit_mahalanobis(train, labels)
+    one = fit_mahalanobis(train, np.zeros(len(labels)))
     near = NearestNeighbors(n_neighbors=5).fit(train)
 
     def outside_axes(values: np.ndarray) -> np.ndarray:

@@ -34,14 +34,14 @@ from leukemia_nb.audit.cue_conflict import cue_conflict_rates, make_composites, 
 from leukemia_nb.data.images import read_image
 from leukemia_nb.data.manifest import CLASSES
 from leukemia_nb.evaluation.uncertainty import clopper_pearson
-from leukemia_nb.models.cell_model import COLOURS, CellClassifier, Cells, augment_colours, aggregate_cells, describe_images
-from leukemia_nb.models.cell_model import _fit_image_layers
+from leukemia_nb.models.cell_model import COLOURS, CellClassifier, Cells, augment_colours, aggregate_cells, describe_cells
+from leukemia_nb.models.cell_model import _fit_cell_layers, _fit_image_layers, _fit_temperature
 from leukemia_nb.processing.cells import cell_crops, find_cells
 from taleqani import GROUPED_BY, INTERVAL, check_apart, known_images
 
 ROOT = Path(__file__).resolve().parents[1]
 WHOLE = "MobileNetV2, whole image"
-NAMES = {"own": "cells", "jitter": "cells, colours disturbed", "matched": "cells, colours matched", "grey": "cells, grey"}
+NAMES = {"own": "cells", "jitter": "cells, colours disturbed", "normalised": "cells, colours matched", "grey": "cells, grey"}
 
 
 def log(text: str) -> None:
@@ -67,22 +67,22 @@ def backbone_features(images: np.ndarray, shared: Path) -> np.ndarray:
 
 def part(found: Cells, rows: np.ndarray) -> Cells:
     "Cells of some images, renumbered."
-    place = np.full(found.n, -1)
+    place = np.full(found.n_images, -1)
     place[rows] = np.arange(len(rows))
-    keep = place[found.image] >= 0
-    return Cells(found.features[keep], place[found.image][keep], len(rows))
+    keep = place[found.image_index] >= 0
+    return Cells(found.features[keep], place[found.image_index][keep], len(rows))
 
 
 def join(parts: list[Cells], rows: list[np.ndarray], n: int) -> Cells:
     "Cells of several folds as one, with the images' numbers in the whole."
-    return Cells(np.concatenate([p.features for p in parts]), np.concatenate([r[p.image] for p, r in zip(parts, rows)]), n)
+    return Cells(np.concatenate([p.features for p in parts]), np.concatenate([r[p.image_index] for p, r in zip(parts, rows)]), n)
 
 
 def describe_fold(images: np.ndarray, y: np.ndarray) -> tuple[list[Cells], list[Cells]]:
     "Of one fold: the cells in each of `COLOURS`, and the versions that training uses."
     cv2.setNumThreads(1)
     cropped = [cell_crops(image) for image in images]
-    return [describe_images(cropped, colours) for colours in COLOURS], augment_colours(cropped, y)
+    return [describe_cells(cropped, colours) for colours in COLOURS], augment_colours(cropped, y)
 
 
 def predict_cells(model: CellClassifier, images: np.ndarray) -> np.ndarray:
@@ -99,12 +99,14 @@ def composites(images: np.ndarray, cells: np.ndarray, labels: np.ndarray, kinds:
 
 def fit_cells(found: list[Cells], y: np.ndarray, train: np.ndarray, validation: np.ndarray) -> CellClassifier:
     "CellClassifier.fit on cells described before."
-    model = CellClassifier(classes=CLASSES)
+    model = CellClassifier("cells", classes=CLASSES)
     model.classes_ = np.array(CLASSES)
-    model.class_proportions_ = np.bincount(y[train]) / len(train)
+    model.class_proportions_, model.temperature_ = np.bincount(y[train]) / len(train), 1.0
     versions = [part(f, train) for f in found]
     model.image_layers_ = _fit_image_layers(versions, y[train])
-    model._fit_cell_layers(versions, y[train], part(found[0], validation), y[validation], lambda line: None)
+    val = part(found[0], validation)
+    _fit_cell_layers(model, versions, y[train], val, y[validation])
+    model.temperature_ = _fit_temperature(model, val, y[validation])
     return model
 
 
@@ -158,7 +160,7 @@ def cross_validate_both(
         cells, net = fit_cells(taught, y, train, validation), fit_whole(whole, y, train, validation)
         correct["mobilenet_v2"][fold] = net.predict(whole[fold]) == y[fold]
         for colours, f in zip(COLOURS, found):
-            correct[colours][fold] = cells.decision_function(part(f, fold)).argmax(axis=1) == y[fold]
+            correct[colours][fold] = cells.log_scores(part(f, fold)).argmax(axis=1) == y[fold]
         first = first or (cells, net, train)
     return correct, first
 
@@ -191,11 +193,11 @@ def main() -> None:
 
     log("features of cells")
     start = time.process_time()
-    describe_images(cell_crops(image) for image in images[:100])
+    describe_cells(cell_crops(image) for image in images[:100])
     report["cpu_seconds_per_image"] = round((time.process_time() - start) / min(100, len(y)), 3)
     described = Parallel(n_jobs=2)(delayed(describe_fold)(images[f], y[f]) for f in folds)
     found, taught = ([join(parts, folds, len(y)) for parts in zip(*which)] for which in zip(*described))
-    report["images_without_cells"] = int(len(y) - len(np.unique(found[0].image)))
+    report["images_without_cells"] = int(len(y) - len(np.unique(found[0].image_index)))
     log("features of whole images")
     whole = backbone_features(images, asked.shared)
 

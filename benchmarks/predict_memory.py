@@ -64,7 +64,7 @@ def run(folder: Path, model: Path, work: Path, n_jobs: int) -> dict:
             except psutil.Error:
                 continue
     predictions = json.loads((work / "predictions.json").read_text())
-    assert process.returncode == 0 and not any(row["error"] for row in predictions)
+    assert process.returncode == 0 and not any(row["problem"] for row in predictions)
     return {
         "images": len(predictions),
         "workers": n_jobs,

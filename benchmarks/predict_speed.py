@@ -38,7 +38,7 @@ def ours(model: Path):
     def predict(files: list[str], count: bool) -> np.ndarray:
         if not count:
             return predictor.predict_proba(files)
-        rows = predictor.predict(files, batch_size=len(files)).rows
+        rows = predictor.report(files, batch_size=len(files)).rows
         return np.array([[row[f"p_{name}"] for name in predictor.classes_] for row in rows])
 
     return predict

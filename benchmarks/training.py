@@ -19,8 +19,7 @@ import keras
 import pandas as pd
 
 from leukemia_nb.evaluation.uncertainty import clopper_pearson
-from leukemia_nb.models.interface import local_weights, make_model, package_versions
-from leukemia_nb.models.transfer import BACKBONES
+from leukemia_nb.models.interface import BACKBONES, local_weights, make_model, package_versions
 from leukemia_nb.processing.dataset import Pairs
 
 RESULT = Path(__file__).parent / "results" / "training.json"
@@ -30,7 +29,7 @@ SIZE = 224
 def once(dataset: Path, epochs: int) -> Callable[[Any], Any]:
     """This project's way."""
     model = make_model("mobilenet_v2", weights="local", image_size=SIZE, epochs=epochs, patience=epochs)
-    model.fit(dataset, log=lambda line: None)
+    model.fit(dataset)
     return model.network_
 
 

@@ -9,14 +9,14 @@ from leukemia_nb.models.classifier import HISTORY_COLUMNS, ImageClassifier
 class Stub(ImageClassifier):
     """Predicts class i with a probability proportional to i + 1, whatever the image; saves one file."""
 
-    def _fit(self, dataset, features, log):
+    def _fit(self, dataset, feature_file):
         self.weights_source_, self.row_ = "dummy", np.arange(1.0, len(self.classes_) + 1) / sum(range(len(self.classes_) + 1))
-        self.history_ = pd.DataFrame([[1, 0.5, 1.0, 0.5, 1.0, 0.0]], columns=list(HISTORY_COLUMNS))
+        self.best_epoch_, self.history_ = 1, pd.DataFrame([[1, 0.5, 1.0, 0.5, 1.0, 0.0]], columns=list(HISTORY_COLUMNS))
 
     def _predict(self, batch):
         return np.tile(self.row_, (len(batch), 1))
 
-    def _features(self, batch):
+    def _extract(self, batch):
         return batch.reshape(len(batch), -1, 3).mean(axis=1)
 
     def _save(self, folder):

@@ -52,7 +52,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(run):
-    return app.panel(run)
+    return app.app(run)
 
 
 def receive(page, file):
@@ -63,7 +63,7 @@ def test_an_image_is_shown_with_cells_and_predictions(page, files):
     receive(page, files / "smear.png")
     image, cells = page.shown
     assert cells.max() > 3 and (cells == find_image_cells(image)).all() and cells.shape == image.shape[:2]
-    assert {model.predict(image).rows[0]["n_cells"] for model in page.models} == {int(cells.max())}  # one count
+    assert {model.report(image).rows[0]["n_cells"] for model in page.models} == {int(cells.max())}  # one count
     assert page.image.value.count("<path") == cells.max() and f"{cells.max()} white blood cells found" in page.image.value
     assert page.predictions.value.count('class="app-line') == 1 + len(KINDS)
     widths = [float(width) for width in re.findall(r"width:([\d.]+)%", page.predictions.value)]
@@ -104,7 +104,7 @@ def test_a_model_that_cannot_be_opened_is_named_and_the_others_predict(page):
 
 def test_without_a_study_cells_are_found_and_the_page_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("LEUKEMIA_NB_RUN", str(tmp_path / "nowhere"))
-    page = app.panel()
+    page = app.app()
     assert "there is no such folder" in page.head.value and "make app RUN=runs/name" in page.head.value and not page.models
     page.examples[1].click()
     assert "synthetic smear 1 (Pre-B)" in page.image.value and "white blood cells found" in page.image.value
@@ -161,7 +161,7 @@ def test_models_abstain_from_blank_and_foreign_images(page):
 
 
 def row(prediction, reasons=""):
-    return {"prediction": prediction, "abstains": bool(reasons), "abstain_reasons": reasons}
+    return {"predicted": prediction, "abstains": bool(reasons), "abstain_reasons": reasons}
 
 
 @pytest.mark.parametrize(

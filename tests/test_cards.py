@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 import yaml
 
 from leukemia_nb.data.files import read_table, write_table
+from leukemia_nb.models.interface import MODELS
 from leukemia_nb.study.cards import MissingResultError, _Results, model_card, render, reporting_items, write_cards
 from leukemia_nb.study.driver import _section_steps
 from leukemia_nb.testing import dummy_run
@@ -108,6 +110,14 @@ def test_best_epoch_is_the_recorded_one_or_that_of_the_models_own_criterion(run)
     assert "the weights of epoch 4 were kept, the one with the highest validation accuracy" in card
     (run / "models" / "yolo11" / "model.json").write_text(json.dumps({"best_epoch": 2}))
     assert fact(run, "run.best_epoch('yolo11')") == "2"
+
+
+def test_a_model_without_epochs_or_exporter_has_a_card(run, monkeypatch):
+    monkeypatch.setitem(MODELS, "mobilenet_v2", replace(MODELS["mobilenet_v2"], exporter=""))
+    table = read_table(run / "models" / "mobilenet_v2" / "history.csv")
+    write_table(run / "models" / "mobilenet_v2" / "history.csv", table.iloc[:0])
+    card = model_card(run, "mobilenet_v2")
+    assert "none, it is not trained in epochs" in card and "has no exported file" in card
 
 
 def test_items_of_an_empty_run_are_open(tmp_path):

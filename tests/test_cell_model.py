@@ -38,33 +38,33 @@ def test_pairs(cell_dataset):
     return Pairs(cell_dataset, "test")
 
 
-def test_grey_and_matched_cells_have_no_colour_of_their_own():
+def test_grey_and_normalised_cells_have_no_colour_of_their_own():
     from leukemia_nb.models.cell_model import recolour_cell
 
     random = np.random.default_rng(0)
     for crop, mask in zip(*crops_of("Pro-B", 3)):
         assert np.ptp(recolour_cell(crop, mask, "grey", random).astype(int), axis=2).max() <= 3
-        lab = cv2.cvtColor(recolour_cell(crop, mask, "matched", random), cv2.COLOR_RGB2LAB)[mask].mean(axis=0)
+        lab = cv2.cvtColor(recolour_cell(crop, mask, "normalised", random), cv2.COLOR_RGB2LAB)[mask].mean(axis=0)
         assert np.abs(lab - (135, 158, 100)).max() < 8
         assert np.array_equal(recolour_cell(crop, mask, "own", random), crop)
     with pytest.raises(ValueError, match="unknown colours 'blue'"):
         recolour_cell(crop, mask, "blue", random)
 
 
-def test_exchanged_colours_are_the_others_and_differences_between_cells_stay():
-    from leukemia_nb.models.cell_model import exchange_colours
+def test_transferred_colours_are_the_others_and_differences_between_cells_stay():
+    from leukemia_nb.models.cell_model import transfer_colours
     from leukemia_nb.processing.colour import colour_statistics
 
     def statistics(crops, masks):
         return colour_statistics(np.concatenate(crops), np.concatenate(masks))
 
     (crops, masks), donor = crops_of("Pre-B", 3), crops_of("Normal", 3)
-    moved = exchange_colours(crops, masks, donor)
+    moved = transfer_colours(crops, masks, donor)
     assert moved.dtype == np.uint8 and moved.shape == crops.shape
     np.testing.assert_allclose(statistics(moved, masks), statistics(*donor), atol=3)
     lightness = [[cv2.cvtColor(c, cv2.COLOR_RGB2LAB)[m][:, 0].mean() for c, m in zip(some, masks)] for some in (crops, moved)]
     assert np.corrcoef(*lightness)[0, 1] > 0.95
-    assert np.abs(exchange_colours(crops, masks, (crops, masks)).astype(int) - crops)[masks].mean() < 2
+    assert np.abs(transfer_colours(crops, masks, (crops, masks)).astype(int) - crops)[masks].mean() < 2
 
 
 def test_colour_statistics_and_transfer_of_two_pixels():
@@ -85,9 +85,9 @@ def test_training_gives_each_class_in_the_colours_of_every_class():
     seen = [crops_of(label, seed) for label in CLASSES for seed in (4, 5)]
     nothing = np.zeros((0, 48, 48, 3), np.uint8), np.zeros((0, 48, 48), bool)
     found = augment_colours([*seen, nothing], np.array([0, 0, 1, 1, 2, 2, 2]))
-    assert len(found) == 3 + 3 + 3 and all(cells.n == 7 for cells in found)
-    assert np.bincount(found[3].image).max() <= 5
-    means = [[cells.features[cells.image // 2 == k][:, -6:-3].mean(axis=0) for k in range(3)] for cells in found]
+    assert len(found) == 3 + 3 + 3 and all(cells.n_images == 7 for cells in found)
+    assert np.bincount(found[3].image_index).max() <= 5
+    means = [[cells.features[cells.image_index // 2 == k][:, -6:-3].mean(axis=0) for k in range(3)] for cells in found]
     apart = [np.ptp(by_class, axis=0).sum() for by_class in means]  # how far the classes' colours lie from each other
     assert max(apart[-3:]) < 0.5 * apart[0], "colour still separates the classes"
     for target, moved in enumerate(means[-3:]):
@@ -115,7 +115,7 @@ def test_prepared_cells_give_the_prediction_of_cells_found_anew(model, test_pair
     np.testing.assert_allclose(model.predict_proba(test_pairs), model.predict_proba(test_pairs.read(slice(None))), atol=1e-6)
     one_by_one = np.concatenate([model.predict_proba(test_pairs.read([i])) for i in range(len(test_pairs))])
     np.testing.assert_allclose(one_by_one, model.predict_proba(test_pairs), atol=1e-6)
-    assert model.features(test_pairs).shape == (len(test_pairs), 78)
+    assert model.extract_features(test_pairs).shape == (len(test_pairs), 78)
 
 
 def test_history_and_temperature_are_of_the_best_epoch(model, cell_dataset):
@@ -124,12 +124,11 @@ def test_history_and_temperature_are_of_the_best_epoch(model, cell_dataset):
     from leukemia_nb.processing.dataset import Pairs
 
     val = Pairs(cell_dataset, "val")
-    scores, y = model.decision_function(model.measure(val)), np.searchsorted(CLASSES, val.labels)
+    scores, y = model.log_scores(model.extract_cells(val)), np.searchsorted(CLASSES, val.labels)
     loss = [-np.log(softmax(scores / t, axis=1)[np.arange(len(y)), y]).mean() for t in (1.0, model.temperature_)]
     assert loss[0] == pytest.approx(model.history_["val_loss"].min(), rel=1e-6) and loss[1] <= loss[0]
-    assert (scores.argmax(axis=1) == y).mean() == pytest.approx(
-        model.history_.loc[model.history_["val_loss"].idxmin(), "val_accuracy"]
-    )
+    assert model.best_epoch_ == model.history_["val_loss"].idxmin() + 1
+    assert (scores.argmax(axis=1) == y).mean() == pytest.approx(model.history_["val_accuracy"][model.best_epoch_ - 1])
 
 
 def test_the_same_seed_gives_the_same_model(model, cell_dataset, test_pairs):
@@ -149,8 +148,8 @@ def test_an_image_without_cells_is_given_the_class_proportions(model):
 
 
 def test_other_colours_change_the_features(model, test_pairs):
-    own, grey = model.measure(test_pairs), model.measure(test_pairs, "grey")
-    assert np.array_equal(own.image, grey.image) and not np.allclose(own.features, grey.features)
+    own, grey = model.extract_cells(test_pairs), model.extract_cells(test_pairs, "grey")
+    assert np.array_equal(own.image_index, grey.image_index) and not np.allclose(own.features, grey.features)
 
 
 def test_two_classes(tmp_path):

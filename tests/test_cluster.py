@@ -233,5 +233,5 @@ def test_predictions_over_a_cluster_are_the_same_though_a_worker_is_killed(addre
     assert alone.exit_code == shared.exit_code == 1  # of the broken file
     first, second = (pd.read_csv(images / name) for name in ("alone.csv", "shared.csv"))
     assert second.path.tolist() == [str(images / path) for path in first.path] and len(second) == 31
-    pd.testing.assert_frame_equal(first.drop(columns=["path", "error"]), second.drop(columns=["path", "error"]))
+    pd.testing.assert_frame_equal(first.drop(columns=["path", "problem"]), second.drop(columns=["path", "problem"]))
     assert len(list((images / "found").glob("*-cells.jpg"))) == 30

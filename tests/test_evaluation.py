@@ -529,8 +529,9 @@ def test_marks_of_the_accuracy_figure_by_hand(counted):
 def test_points_of_the_training_curves_by_hand():
     history = pd.DataFrame({"epoch": [1, 2, 3], "accuracy": [0.5, 0.6, 0.7], "loss": [1.0, 0.9, 0.8]})
     history = history.assign(val_accuracy=[0.4, 0.6, 0.5], val_loss=[1.2, 0.7, 0.9])
-    accuracy, loss = curves_figure({"yolo11": history}).axes
+    accuracy, loss = curves_figure({"yolo11": history}, {"yolo11": 2}).axes
     assert [line.get_ydata().tolist() for line in accuracy.get_lines()[:2]] == [[0.5, 0.6, 0.7], [0.4, 0.6, 0.5]]
     assert [line.get_ydata().tolist() for line in loss.get_lines()[:2]] == [[1.0, 0.9, 0.8], [1.2, 0.7, 0.9]]
-    assert (loss.get_lines()[-1].get_xdata(), loss.get_lines()[-1].get_ydata()) == ([2], [0.7])  # lowest validation loss
+    assert (loss.get_lines()[-1].get_xdata(), loss.get_lines()[-1].get_ydata()) == ([2], [0.7])  # the epoch that was kept
+    assert accuracy.get_lines()[-1].get_ydata() == [0.6]
     assert accuracy.get_ylim() == (0, 1.04) and loss.get_ylim()[0] == 0

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from conftest import ROOT
 
 from leukemia_nb.inference.export import (
     choose_thresholds,
-    _covers,
+    _accepts,
     export_model,
     export_network,
     _fit_safe_temperature,
@@ -19,7 +21,7 @@ from leukemia_nb.inference.export import (
     _weights_version,
 )
 from leukemia_nb.inference.predictor import Predictor
-from leukemia_nb.models.interface import ModelError, make_model
+from leukemia_nb.models.interface import MODELS, ModelError, make_model
 from leukemia_nb.processing.dataset import Pairs
 from leukemia_nb.testing import dummy_dataset
 
@@ -56,7 +58,7 @@ def check_file(model, dataset, file):
     expected = np.exp(expected - expected.max(axis=1, keepdims=True))
     expected /= expected.sum(axis=1, keepdims=True)
     assert info["difference"] < 1e-4 and np.abs(predictor.predict_proba(images) - expected).max() < 1e-4
-    assert np.allclose(predictor.features(images), model.features(test), atol=1e-4, rtol=1e-4)
+    assert np.allclose(predictor.extract_features(images), model.extract_features(test), atol=1e-4, rtol=1e-4)
     found = {key: value for key, value in predictor.info.items() if key not in ("format", "sha256")}
     assert found == json.loads(json.dumps({key: info[key] for key in found}))
     return info
@@ -146,12 +148,27 @@ def test_nothing_is_written_where_predictions_differ(cells, dataset, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
-def test_a_framework_without_exporter_is_named(cells, monkeypatch):
-    from leukemia_nb.inference import export
-
-    monkeypatch.setattr(export, "EXPORTERS", {})
-    with pytest.raises(ModelError, match="cells cannot be exported: no function for 'sklearn'"):
+def test_a_model_without_exporter_is_named(cells, monkeypatch):
+    monkeypatch.setitem(MODELS, "cells", replace(MODELS["cells"], exporter=""))
+    with pytest.raises(ModelError, match="cells is not exported: its entry in MODELS names no exporter"):
         export_network(cells)
+
+
+def test_a_model_without_exporter_has_no_export_step(monkeypatch):
+    from leukemia_nb.study.driver import study_steps
+    from leukemia_nb.study.settings import StudySettings
+
+    monkeypatch.setitem(MODELS, "yolo11", replace(MODELS["yolo11"], exporter=""))
+    names = [step.name for step in study_steps(StudySettings(weights="random", models=("yolo11", "cells")))]
+    assert "export-cells" in names and "train-yolo11" in names and "export-yolo11" not in names
+
+
+def test_the_exporter_is_the_entrys(cells, monkeypatch):
+    module = ModuleType("own_exporter")
+    module.export = lambda model: f"network of {model.name}"
+    monkeypatch.setitem(sys.modules, "own_exporter", module)
+    monkeypatch.setitem(MODELS, "cells", replace(MODELS["cells"], exporter="own_exporter:export"))
+    assert export_network(cells) == "network of cells"
 
 
 def test_outputs_in_batches_are_those_of_single_images(cells, dataset):
@@ -170,7 +187,7 @@ def test_outputs_in_batches_are_those_of_single_images(cells, dataset):
 def test_thresholds_reach_the_coverage(coverage):
     rng = np.random.default_rng(1)
     confidence, distance = rng.random(300), rng.random(300)
-    found = _covers(confidence, distance, choose_thresholds(confidence, distance, coverage))
+    found = _accepts(confidence, distance, choose_thresholds(confidence, distance, coverage))
     assert coverage <= found.mean() < coverage + 0.02
 
 

@@ -3,18 +3,29 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from leukemia_nb.models.interface import MODELS, ModelEntry, ModelError, load_model, local_weights, make_model, package_versions
+from leukemia_nb.models.interface import (
+    BACKBONES,
+    MODELS,
+    ModelEntry,
+    ModelError,
+    load_model,
+    local_weights,
+    make_model,
+    package_versions,
+)
 
+STUB = ModelEntry(title="Stub", module="stub_model", class_name="Stub", framework="numpy", description="no network")
 pytestmark = pytest.mark.filterwarnings("ignore:stub collapsed:RuntimeWarning")
 
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    monkeypatch.setitem(MODELS, "stub", ModelEntry("Stub", "stub_model", "Stub", "numpy", "no network"))
+    monkeypatch.setitem(MODELS, "stub", STUB)
 
 
 @pytest.fixture
@@ -42,11 +53,21 @@ def test_unknown_model_and_setting_are_named():
         make_model("stub", epoch=3)
 
 
+def test_a_backbone_that_is_added_is_a_model(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "other", replace(BACKBONES["mobilenet_v2"], title="Other", in_original_study=False))
+    try:
+        entry = make_model("other").entry
+    finally:
+        MODELS.pop("other", None)
+    assert (entry.title, entry.backbone, entry.framework) == ("Other", "other", "keras") and not entry.in_original_study
+
+
 @pytest.mark.parametrize(
     "setting, text",
     [
         ({"preprocessing": "deck"}, "preprocessing='deck' is not one of 'native', 'rescale'"),
         ({"weights": "imagenett"}, "weights='imagenett'"),
+        ({"augmentation": "crops"}, "augmentation='crops' is not one of 'flips', 'default'"),
         ({"fine_tune": "yes"}, "fine_tune='yes'"),
         ({"image_size": 31}, "image_size=31 is not a whole number of at least 32"),
         ({"epochs": 0}, "epochs=0"),
@@ -89,7 +110,7 @@ def test_arrays_lists_and_pairs_give_the_same_prediction(trained, dataset):
     pairs = Pairs(dataset, "test", 32)
     array = pairs.read(slice(None))
     for images in (array, list(array), pairs[:], pairs):
-        np.testing.assert_array_equal(trained.features(images), array.mean(axis=(1, 2), dtype=float).astype(np.float32))
+        np.testing.assert_array_equal(trained.extract_features(images), array.mean(axis=(1, 2), dtype=float).astype(np.float32))
     np.testing.assert_allclose(trained.predict_proba(array), np.tile([1 / 6, 2 / 6, 3 / 6], (6, 1)), rtol=1e-6)
     assert trained.predict(array).tolist() == ["Pro-B"] * 6 and trained.score(array, pairs.labels) == pytest.approx(1 / 3)
     assert trained.predict_proba([]).shape == (0, 3)
@@ -181,7 +202,7 @@ def test_saved_and_loaded_are_equal(trained, tmp_path):
     again = load_model(folder)
     image = [np.zeros((8, 8, 3), np.uint8)]
     np.testing.assert_array_equal(again.predict_proba(image), trained.predict_proba(image))
-    assert again.get_params() == trained.get_params() and again.history_.equals(trained.history_)
+    assert again.get_params() == trained.get_params() and again.history_.equals(trained.history_) and again.best_epoch_ == 1
     assert sorted(path.name for path in folder.iterdir()) == ["history.csv", "model.json", "row.npy"]
 
 

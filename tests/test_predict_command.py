@@ -152,7 +152,7 @@ def test_csv_and_json_hold_the_same(task, paths, tmp_path, n_jobs):
     table, entries = table_of(tmp_path / "a.csv"), json.loads((tmp_path / "a.json").read_text())
     assert list(table["path"]) == paths == [row["path"] for row in entries] == sorted(row["path"] for row in rows)
     np.testing.assert_allclose(table["confidence"], [row["confidence"] for row in entries])
-    assert set(table["model_sha256"]) == {task.predictor().info["sha256"]} and set(table["error"]) == {""}
+    assert set(table["model_sha256"]) == {task.predictor().info["sha256"]} and set(table["problem"]) == {""}
     assert sorted(each.name for each in tmp_path.iterdir() if each.suffix != ".lock") == ["a.csv", "a.json"]
     assert (tmp_path / "a.csv").read_bytes().startswith(b"\xef\xbb\xbfpath,")
 
@@ -170,7 +170,7 @@ def test_an_interrupted_run_resumes(task, paths, tmp_path):
     assert not journal.exists()
 
 
-@pytest.mark.parametrize("change", ["path", "sha256", "missing", "error", "other model file", "other image"])
+@pytest.mark.parametrize("change", ["path", "sha256", "missing", "problem", "other model file", "other image"])
 def test_rows_of_a_journal_that_do_not_hold_are_predicted_again(change, task, tmp_path):
     write_smears(tmp_path / "in", 1, height=96, width=128)
     mine = list_images(tmp_path / "in")
@@ -214,7 +214,7 @@ def test_an_overlay_that_fails_is_an_error_of_its_row(paths, model, tmp_path, mo
 
     monkeypatch.setattr(batch, "overlay", lambda image, heat: 1 / 0)
     (row,) = _predict_batch(PredictionTask(str(model), str(tmp_path / "ov")), paths[:1])
-    assert "ZeroDivisionError" in row["error"] and row["prediction"]
+    assert "ZeroDivisionError" in row["problem"] and row["predicted"]
 
 
 # What may be written
@@ -293,7 +293,7 @@ def test_a_killed_run_leaves_no_workers_and_resumes(many, model, tmp_path):
     status, out, error = call(*command)
     assert status == 0 and f"({kept} of them before)" in out, error
     table = table_of(tmp_path / "a.csv")
-    assert list(table["path"]) == list_images(many) and set(table["error"]) == {""} and not journal.exists()
+    assert list(table["path"]) == list_images(many) and set(table["problem"]) == {""} and not journal.exists()
 
 
 @pytest.mark.skipif(not shutil.which("ps"), reason="needs ps")
@@ -335,7 +335,7 @@ def test_any_name_is_one_row_and_no_formula(paths, model, place, tmp_path):
     assert "caf\\xe9.png" in escaped and os.fsdecode(b"caf\xe9.png") in raw
     assert "Blüte" in table.read_text(encoding="utf-8") and len(list(overlays.glob("*.jpg"))) == len(NAMES)
     with open(table, encoding="utf-8-sig", newline="") as lines:
-        cells = [cell for row in csv.DictReader(lines) for cell in (row["path"], row["error"])]
+        cells = [cell for row in csv.DictReader(lines) for cell in (row["path"], row["problem"])]
     assert len(cells) == 2 * len(NAMES) and not [cell for cell in cells if cell[:1] in tuple("=+-@\t\r\n") and cell]
     status, out, error = call("predict", ".", "--model", model, cwd=folder)
     assert status == 0 and len(out.splitlines()) == len(NAMES) == len(out.split("\n")) - 1 and "\r" not in out
@@ -389,9 +389,9 @@ def test_every_model_beside_the_others(place, paths, tmp_path):
     models[0].write_bytes(b"half a file")
     table = _compare_models([*paths, "nowhere.png"], models, messages.append)
     assert list(table["path"]) == [*paths, "nowhere.png"] and set(table["true label"][:6]) == {"Normal", "Pre-B", "Pro-B"}
-    assert len(messages) == 2 and "torn.onnx: not a model file" in messages[0] and messages[1] == table["error"][6]
-    assert not any(table["error"][:6]) and table.loc[6, "Dummy (cells)"] == ""
-    single = PredictionTask(str(place / "run/exported/cells.onnx")).predictor().predict(paths).table
+    assert len(messages) == 2 and "torn.onnx: not a model file" in messages[0] and messages[1] == table["problem"][6]
+    assert not any(table["problem"][:6]) and table.loc[6, "Dummy (cells)"] == ""
+    single = PredictionTask(str(place / "run/exported/cells.onnx")).predictor().report(paths).table
     np.testing.assert_allclose(table["Dummy (cells) confidence"][:6], single["confidence"], atol=1e-5)
     text = format_comparison(table.assign(**{"Dummy (cells) abstains": "low confidence"}))
     lines = text.splitlines()
@@ -418,7 +418,7 @@ def test_compare_has_a_row_for_every_image_and_a_column_for_every_model(paths, p
     status, out, error = call(*command)
     table = table_of(tmp_path / "cmp/comparison.csv")
     assert status == 1 and len(table) == 5 and len(out.splitlines()) == 6 and "pipe.onnx: a pipe or device" in error
-    assert [bool(problem) for problem in table["error"]] == [True] + [False] * 4
+    assert [bool(problem) for problem in table["problem"]] == [True] + [False] * 4
     assert len([name for name in table if name.endswith(" confidence")]) == 3
     shown = {line.split()[0] for line in out.splitlines()[2:]}
     assert shown == {"Normal/a.png", "Pre-B/a.png", "1/b.png", "2/b.png"}

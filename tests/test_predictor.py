@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from leukemia_nb.data.images import ImageError, read_image, resize_square, write_image
 from leukemia_nb.data.synthetic import write_smears
 from leukemia_nb.inference.model_file import _FORMAT, _add_checksum, _check_checksum, open_model_file
-from leukemia_nb.inference.ood import fit_distance, fit_ood, image_statistics, mahalanobis_distance, ood_distance
+from leukemia_nb.inference.ood import fit_mahalanobis, fit_ood, image_statistics, mahalanobis_distance, ood_distance
 from leukemia_nb.inference.predictor import (
     Predictor,
     abstain_reasons,
@@ -67,7 +67,7 @@ def paths(place):
 @settings(max_examples=40, deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 10_000), st.integers(1, 255))
 def test_any_changed_byte_breaks_the_checksum(body, where, change):
-    data = bytearray(_add_checksum(body))
+    data = bytearray(_add_checksum(body + b"0" * 64))
     assert _check_checksum(bytes(data)) == hashlib.sha256(body).hexdigest()
     data[where % len(data)] ^= change
     with pytest.raises(ModelError, match="damaged|cut off"):
@@ -92,7 +92,7 @@ def test_the_checksum_is_metadata_that_others_can_read(file):
         (lambda data: b"", "cut off"),
         (lambda data: data.replace(b"Softmax", b"Hardmax"), "damaged"),
         (lambda data: b"\xff\xd8\xff" * 100, "not a model file"),
-        (lambda data: _add_checksum(b"not a protobuf"), "cannot be started"),
+        (lambda data: _add_checksum(b"not a protobuf" + b"0" * 64), "cannot be started"),
     ],
 )
 def test_a_damaged_model_file_is_one_line(file, tmp_path, damage, message):
@@ -107,11 +107,12 @@ def rewritten(file, out, change=None, text=None, edit=None):
     """A copy of a model file with another description, or another graph, and a checksum that fits."""
     import onnx
 
-    network = onnx.load_model_from_string(file.read_bytes()[: -len(_add_checksum(b""))])
+    network = onnx.load_model_from_string(file.read_bytes())
     (entry,) = (each for each in network.metadata_props if each.key == "leukemia_nb")
     entry.value = json.dumps(change(json.loads(entry.value))) if change else entry.value if text is None else text
     if edit:
         edit(network)
+        network.metadata_props.append(onnx.StringStringEntryProto(key="sha256", value="0" * 64))
     out.write_bytes(_add_checksum(network.SerializeToString()))
     return out
 
@@ -203,31 +204,31 @@ def test_image_statistics_by_hand():
 def test_distance_by_hand():
     """Two classes on a line with variance 1 around -10 and 10."""
     values = np.array([[-11.0], [-9], [-11], [-9], [9], [11], [9], [11]])
-    fitted = fit_distance(values, np.repeat(["a", "b"], 4))
+    fitted = fit_mahalanobis(values, np.repeat(["a", "b"], 4))
     assert fitted["axes"].shape == (1, 1) and abs(float(fitted["residual"]) - 101 / 1000) < 1e-4  # the floor: total / 1000
     whitening = float(fitted["whitening"][0, 0])
     assert np.allclose(sorted(fitted["centroids"].ravel() / whitening), [-10, 10], atol=1e-4)
     distance = mahalanobis_distance(np.array([[10.0], [12], [0]]), fitted)
     assert np.allclose(distance, np.abs([0, 2, 10]) * abs(whitening) / np.sqrt(2), atol=1e-4)
     with pytest.raises(ModelError, match="not finite"):
-        fit_distance(values * np.inf, np.repeat(["a", "b"], 4))
+        fit_mahalanobis(values * np.inf, np.repeat(["a", "b"], 4))
 
 
 def test_distance_of_more_features_than_images():
     rng = np.random.default_rng(0)
     values = rng.normal(size=(30, 300))
-    fitted = fit_distance(values, np.repeat(["a", "b"], 15), max_axes=10)
-    assert fitted["axes"].shape == (300, 7)  # one for four images, and not more than max_axes
+    fitted = fit_mahalanobis(values, np.repeat(["a", "b"], 15), max_components=10)
+    assert fitted["axes"].shape == (300, 7)  # one for four images, and not more than max_components
     far, near = mahalanobis_distance(values + 20, fitted).min(), mahalanobis_distance(values, fitted).max()
     assert far > 2 * near
 
 
-def test_the_larger_distance_counts_relative_to_its_reach():
+def test_the_larger_distance_counts_relative_to_its_percentile():
     rng = np.random.default_rng(0)
     train = {"features": rng.normal(size=(80, 4)), "statistics": rng.normal(size=(80, 15))}
     labels = np.repeat(["a", "b"], 40)
     constants = fit_ood(train, labels, train)
-    single = {kind: fit_distance(train[kind], labels) for kind in train}
+    single = {kind: fit_mahalanobis(train[kind], labels) for kind in train}
     relative = [
         mahalanobis_distance(train[kind], single[kind]) / np.quantile(mahalanobis_distance(train[kind], single[kind]), 0.975)
         for kind in train
@@ -254,8 +255,8 @@ def test_abstain_reasons(confidence, distance, n_cells, reasons):
 
 
 def test_rows_have_all_columns_and_describe_the_image(model, paths):
-    table = model.predict(paths).table
-    assert list(table) == prediction_columns(CLASSES) and list(table["path"]) == paths and not any(table["error"])
+    table = model.report(paths).table
+    assert list(table) == prediction_columns(CLASSES) and list(table["path"]) == paths and not any(table["problem"])
     cells, row = find_image_cells(read_image(paths[2])), table.iloc[2]
     assert row["n_cells"] == cells.max() > 0 and abs(row["cell_fraction"] - (cells > 0).mean()) < 0.01
     assert row["sha256"] == hashlib.sha256(Path(paths[2]).read_bytes()).hexdigest()
@@ -263,19 +264,19 @@ def test_rows_have_all_columns_and_describe_the_image(model, paths):
     columns = [f"p_{name}" for name in CLASSES]
     np.testing.assert_allclose(table[columns].sum(axis=1), 1, atol=1e-5)
     assert (table["confidence"] == table[columns].max(axis=1)).all()
-    assert (table["prediction"] == np.array(CLASSES)[table[columns].to_numpy().argmax(axis=1)]).all()
+    assert (table["predicted"] == np.array(CLASSES)[table[columns].to_numpy().argmax(axis=1)]).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_arrays_and_paths_agree(place, paths, kind):
     model = Predictor(place / f"{kind}.onnx")
     whole = model.predict_proba(paths)
-    assert whole.shape == (6, 3) and model.features(paths).shape == (6, {"image": 4, "pair": 8, "cells": 39}[kind])
+    assert whole.shape == (6, 3) and model.extract_features(paths).shape == (6, {"image": 4, "pair": 8, "cells": 39}[kind])
     np.testing.assert_allclose(model.predict_proba([read_image(path) for path in paths]), whole, atol=1e-6)
-    parts = list(model.iter_predict(paths, batch_size=4))
+    parts = list(model.iter_report(paths, batch_size=4))
     assert [len(part) for part in parts] == [4, 2]
     np.testing.assert_allclose([row["p_Pre-B"] for part in parts for row in part.rows], whole[:, 1], atol=2e-6)
-    blank = model.predict(np.full((96, 128, 3), 235, np.uint8)).rows[0]
+    blank = model.report(np.full((96, 128, 3), 235, np.uint8)).rows[0]
     assert blank["abstains"] and "no cells found" in blank["abstain_reasons"] and blank["n_cells"] == 0
 
 
@@ -291,13 +292,13 @@ def test_a_segmented_image_that_is_given_is_not_made_again(place, paths):
     segmented = resize_square(apply_mask(image, segment(image)), 224)
     pair = np.stack([resize_square(image, 224), segmented])
     np.testing.assert_allclose(model.predict_proba(pair[None]), model.predict_proba([image]), atol=1e-6)
-    assert not np.allclose(model.features(pair[[0, 0]][None]), model.features(pair[None]), atol=1e-3)
+    assert not np.allclose(model.extract_features(pair[[0, 0]][None]), model.extract_features(pair[None]), atol=1e-3)
 
 
 def test_a_doubtful_mask_is_reported_and_does_not_make_the_model_abstain(model, paths):
     stained = np.full((192, 256, 3), 235, np.uint8)
     stained[:, 60:] = (120, 60, 160)
-    row, plain = model.predict([stained, read_image(paths[4])]).rows
+    row, plain = model.report([stained, read_image(paths[4])]).rows
     assert row["flag"] == check_mask(find_image_cells(resize_square(stained, 224)) > 0) and plain["flag"] == ""
     limits = model.info["thresholds"]
     assert row["abstain_reasons"] == abstain_reasons(row["confidence"], row["ood_distance"], row["n_cells"], limits)
@@ -309,11 +310,11 @@ def test_unreadable_images_are_rows_and_the_rest_goes_on(model, paths, tmp_path)
     (tmp_path / "empty.png").write_bytes(b"")
     write_image(tmp_path / "wide.png", np.full((100, 70144, 3), 230, np.uint8))
     bad = [str(tmp_path / name) for name in ("broken.jpg", "empty.png", "nowhere.png", "wide.png", ".")]
-    table = model.predict([bad[0], paths[0], *bad[1:]]).table
-    assert list(table["error"] == "") == [False, True, False, False, False, False]
-    failed = table[table["error"] != ""]
-    assert failed["abstains"].all() and (failed["prediction"] == "").all() and failed["confidence"].isna().all()
-    assert all(path in error for path, error in zip(failed["path"], failed["error"]))
+    table = model.report([bad[0], paths[0], *bad[1:]]).table
+    assert list(table["problem"] == "") == [False, True, False, False, False, False]
+    failed = table[table["problem"] != ""]
+    assert failed["abstains"].all() and (failed["predicted"] == "").all() and failed["confidence"].isna().all()
+    assert all(path in error for path, error in zip(failed["path"], failed["problem"]))
     with pytest.raises(ImageError, match="nowhere.png"):
         model.predict_proba([paths[0], "nowhere.png"])
     with pytest.raises(ImageError, match="no images"):
@@ -324,8 +325,8 @@ def test_unreadable_images_are_rows_and_the_rest_goes_on(model, paths, tmp_path)
     "array", [np.zeros((20, 30)), np.zeros((20, 30, 3)), np.zeros((20, 30, 5), np.uint8), np.zeros(3, np.uint8)]
 )
 def test_other_arrays_are_refused(model, array):
-    (row,) = model.predict([array]).rows
-    assert row["error"] and row["prediction"] == "" and "\n" not in row["error"]
+    (row,) = model.report([array]).rows
+    assert row["problem"] and row["predicted"] == "" and "\n" not in row["problem"]
 
 
 def test_what_fails_in_any_other_way_stays_with_its_image(model, paths, monkeypatch):
@@ -339,9 +340,9 @@ def test_what_fails_in_any_other_way_stays_with_its_image(model, paths, monkeypa
         return real(image)
 
     monkeypatch.setattr(predictor, "find_cells", failing)
-    rows = model.predict(paths).rows
-    assert [bool(row["error"]) for row in rows] == [False, True] + [False] * 4
-    assert "(RuntimeError: one)" in rows[1]["error"] and paths[1] in rows[1]["error"]
+    rows = model.report(paths).rows
+    assert [bool(row["problem"]) for row in rows] == [False, True] + [False] * 4
+    assert "(RuntimeError: one)" in rows[1]["problem"] and paths[1] in rows[1]["problem"]
 
 
 @pytest.mark.parametrize("values", [np.nan, "failure"])
@@ -359,23 +360,24 @@ def test_a_network_that_fails_gives_errors_and_no_prediction(file, paths, values
             return [probabilities * values, features]
 
     model.session = Session()
-    rows = model.predict(paths[:2]).rows
+    rows = model.report(paths[:2]).rows
     message = "MemoryError" if values == "failure" else "not finite"
-    assert all(row["prediction"] == "" and row["abstains"] and message in row["error"] for row in rows)
+    assert all(row["predicted"] == "" and row["abstains"] and message in row["problem"] for row in rows)
     json.dumps(rows, allow_nan=False)
 
 
 def test_a_predictor_can_be_pickled(model, paths):
     other = pickle.loads(pickle.dumps(model))
     np.testing.assert_allclose(other.predict_proba(paths[:2]), model.predict_proba(paths[:2]), atol=1e-6)
-    assert model.score(paths[:1], model.predict(paths[:1]).table["prediction"]) == 1 and model.score(paths[:1], ["none"]) == 0
+    assert model.predict(paths).tolist() == model.report(paths).table["predicted"].tolist()
+    assert model.score(paths[:1], model.predict(paths[:1])) == 1 and model.score(paths[:1], ["none"]) == 0
 
 
 # Texts, display, overlays
 
 
-ROW = {"path": "a.png", "prediction": "Pre-B", "p_Normal": 0.02, "p_Pre-B": 0.95, "p_Pro-B": 0.03, "confidence": 0.95}
-ROW |= {"abstains": False, "abstain_reasons": "", "n_cells": 1, "cell_fraction": 0.071, "flag": "", "error": ""}
+ROW = {"path": "a.png", "predicted": "Pre-B", "p_Normal": 0.02, "p_Pre-B": 0.95, "p_Pro-B": 0.03, "confidence": 0.95}
+ROW |= {"abstains": False, "abstain_reasons": "", "n_cells": 1, "cell_fraction": 0.071, "flag": "", "problem": ""}
 
 
 def test_texts_of_a_row():
@@ -384,7 +386,7 @@ def test_texts_of_a_row():
     low = ROW | {"abstains": True, "abstain_reasons": "low confidence", "flag": "covers 64% of the image"}
     assert format_confidence(low) == "Abstains: low confidence."
     assert "abstains: low confidence (most probable: Pre-B 95.0%)" in format_row(low) and "covers 64%" in format_row(low)
-    assert format_row(ROW | {"prediction": "", "error": "a.png: gone\n"}) == "not predicted: a.png: gone\\n"
+    assert format_row(ROW | {"predicted": "", "problem": "a.png: gone\n"}) == "not predicted: a.png: gone\\n"
 
 
 def test_calibration_is_described():
@@ -402,7 +404,7 @@ def test_the_display_escapes_names_and_survives_a_file_that_is_gone(model, paths
     odd, gone = tmp_path / "<b>&.png", tmp_path / "gone.png"
     for path in (odd, gone):
         path.write_bytes(Path(paths[4]).read_bytes())
-    predictions = model.predict([odd, gone, "nowhere.png", *paths])
+    predictions = model.report([odd, gone, "nowhere.png", *paths])
     gone.unlink()
     text = predictions._repr_html_()
     assert "<b>&" not in text and "&lt;b&gt;&amp;" in text and "Research use only" in text
@@ -422,7 +424,7 @@ def test_overlays_and_saliency(place, paths):
 def test_the_predict_path_loads_nothing_heavy(file, paths):
     code = (
         "import sys\nfrom leukemia_nb.inference.predictor import Predictor\n"
-        f"Predictor({str(file)!r}).predict([{paths[0]!r}])\n"
+        f"Predictor({str(file)!r}).report([{paths[0]!r}])\n"
         "heavy = ('tensorflow', 'torch', 'keras', 'onnx', 'sklearn', 'matplotlib', 'seaborn', 'jinja2')\n"
         "print([name for name in heavy if name in sys.modules])"
     )

@@ -24,7 +24,14 @@ def tiny(weights=None, include_top=False, input_tensor=None, input_shape=None, n
 
     maps = keras.layers.Conv2D(8, 5, strides=4)(input_tensor)
     maps = keras.layers.ReLU()(keras.layers.BatchNormalization(name="norm")(maps))
-    return keras.Model(keras.utils.get_source_inputs(input_tensor), keras.layers.SpatialDropout2D(0.2)(maps), name=name)
+    network = keras.Model(keras.utils.get_source_inputs(input_tensor), keras.layers.SpatialDropout2D(0.2)(maps), name=name)
+    if weights:
+        network.load_weights(weights)
+    return network
+
+
+TINY = {"title": "Tiny", "application": "Tiny", "features": 8, "scale": 1 / 127.5, "offset": -1.0, "source": ""}
+TINY |= {"url": "file:///nowhere/tiny.h5"}
 
 
 @pytest.fixture
@@ -32,10 +39,10 @@ def tiny_backbone(monkeypatch):
     """MobileNetV2's place in the registry taken by a network that trains in milliseconds."""
     import keras
 
-    from leukemia_nb.models.transfer import BACKBONES, Backbone
+    from leukemia_nb.models.interface import BACKBONES, Backbone
 
     monkeypatch.setattr(keras.applications, "Tiny", tiny, raising=False)
-    monkeypatch.setitem(BACKBONES, "mobilenet_v2", Backbone("Tiny", 8, 1 / 127.5, -1.0, "file:///nowhere/tiny.h5"))
+    monkeypatch.setitem(BACKBONES, "mobilenet_v2", Backbone(**TINY))
     monkeypatch.delenv("LEUKEMIA_NB_WEIGHTS", raising=False)
 
 
@@ -64,7 +71,8 @@ def equal(first, second):
 # ---------------------------------------------------------------- weight files and input scaling
 @pytest.mark.parametrize("name", KERAS_MODULES)
 def test_addresses_names_checksums_and_ranges_are_those_of_the_installed_keras(name):
-    from leukemia_nb.models.transfer import BACKBONES, input_scaling
+    from leukemia_nb.models.interface import BACKBONES
+    from leukemia_nb.models.transfer import input_scaling
 
     backbone, module = BACKBONES[name], importlib.import_module(f"keras.src.applications.{KERAS_MODULES[name]}")
     source = inspect.getsource(module)
@@ -88,7 +96,8 @@ def test_efficientnet_of_a_file_is_given_what_keras_own_imagenet_network_is(tmp_
     import keras
     from keras.src.applications import efficientnet
 
-    from leukemia_nb.models.transfer import BACKBONES, build_backbone, input_scaling
+    from leukemia_nb.models.interface import BACKBONES
+    from leukemia_nb.models.transfer import build_backbone, input_scaling
 
     backbone, shape = BACKBONES["efficientnet_b0"], (32, 32, 3)
     network = keras.applications.EfficientNetB0(weights=None, include_top=False, input_shape=shape)
@@ -151,11 +160,11 @@ def test_features_of_the_file_are_the_models_own_and_give_the_same_model(tiny_we
     found = read_features(path, "test")
     assert found["pair"].tolist() == test.table["pair"].tolist() and set(found["subset"]) == {"test"}
     plain = make_model("mobilenet_v2", **SMALL).fit(dataset)
-    given = make_model("mobilenet_v2", **SMALL).fit(dataset, features=path)
-    np.testing.assert_allclose(plain.features(test), found["original"], atol=1e-5)
+    given = make_model("mobilenet_v2", **SMALL).fit(dataset, feature_file=path)
+    np.testing.assert_allclose(plain.extract_features(test), found["original"], atol=1e-5)
     np.testing.assert_array_equal(given.predict_proba(test), plain.predict_proba(test))
-    dual = make_model("dual_channel", **SMALL).fit(dataset, features=path)
-    np.testing.assert_allclose(dual.features(test), np.hstack([found["original"], found["segmented"]]), atol=1e-5)
+    dual = make_model("dual_channel", **SMALL).fit(dataset, feature_file=path)
+    np.testing.assert_allclose(dual.extract_features(test), np.hstack([found["original"], found["segmented"]]), atol=1e-5)
 
 
 def test_features_of_other_settings_or_images_are_refused(tiny_weights, dataset, tmp_path):
@@ -166,14 +175,14 @@ def test_features_of_other_settings_or_images_are_refused(tiny_weights, dataset,
     with pytest.raises(
         ModelError, match="features made with mobilenet_v2, .*rescale.* needs .*native.* Compute the features again"
     ):
-        make_model("mobilenet_v2", **SMALL).fit(dataset, features=path)
+        make_model("mobilenet_v2", **SMALL).fit(dataset, feature_file=path)
     other = dummy_dataset(tmp_path / "other", per_class=4, size=32)
     path = write_features(other, tmp_path / "features.npz", "mobilenet_v2", "local", image_size=32)
     with pytest.raises(ModelError, match="features of another dataset"):
-        make_model("mobilenet_v2", **SMALL).fit(dataset, features=path)
+        make_model("mobilenet_v2", **SMALL).fit(dataset, feature_file=path)
     path.write_bytes(b"PK")
     with pytest.raises(ModelError, match="features.npz: not a file of features"):
-        make_model("mobilenet_v2", **SMALL).fit(dataset, features=path)
+        make_model("mobilenet_v2", **SMALL).fit(dataset, feature_file=path)
 
 
 # ---------------------------------------------------------------- training
@@ -208,11 +217,10 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another(tiny_weight
 def test_patience_ends_training_and_the_best_epoch_is_kept(tiny_weights, dataset):
     from leukemia_nb.processing.dataset import Pairs
 
-    lines = []
     settings = SMALL | {"epochs": 30, "patience": 2, "learning_rate": 0.3}
-    model = make_model("mobilenet_v2", **settings).fit(dataset, log=lines.append)
+    model = make_model("mobilenet_v2", **settings).fit(dataset)
     history, val = model.history_, Pairs(dataset, "val", 32)
-    assert len(history) == len(lines) == history["val_loss"].idxmin() + 1 + 2 < 30 and "epoch 1/30" in lines[0]
+    assert len(history) == model.best_epoch_ + 2 < 30 and model.best_epoch_ == history["val_loss"].idxmin() + 1
     probabilities = model.predict_proba(val)
     true = probabilities[np.arange(len(val)), np.searchsorted(model.classes_, val.labels)]
     assert -np.log(true).mean() == pytest.approx(history["val_loss"].min(), rel=1e-4)
@@ -250,7 +258,7 @@ def test_saved_and_loaded_without_the_weights_folder(tiny_weights, dataset, tmp_
     again = load_model(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["history.csv", "model.json", "model.keras"]
     np.testing.assert_array_equal(again.predict_proba(test), model.predict_proba(test))
-    np.testing.assert_array_equal(again.features(test), model.features(test))
+    np.testing.assert_array_equal(again.extract_features(test), model.extract_features(test))
     one_by_one = np.concatenate([model.predict_proba(test[i : i + 1]) for i in range(len(test))])
     np.testing.assert_allclose(one_by_one, model.predict_proba(test), atol=1e-6)
 
@@ -262,7 +270,7 @@ def test_the_dual_channel_model_is_the_original_studys(tiny_weights, dataset):
     ]
     assert layers == [("Dense", 512), ("Dropout", 0.5), ("Dense", 256), ("Dropout", 0.5), ("Dense", 3)]
     pairs = np.random.default_rng(0).integers(0, 256, (3, 2, 32, 32, 3), dtype=np.uint8)
-    both, swapped = model.features(pairs), model.features(pairs[:, ::-1])
+    both, swapped = model.extract_features(pairs), model.extract_features(pairs[:, ::-1])
     assert both.shape == (3, 16) and np.array_equal(both[:, :8], swapped[:, 8:]) and not np.array_equal(both, swapped)
 
 
@@ -283,11 +291,11 @@ SMOKE = """
 import sys, warnings; warnings.simplefilter("ignore")
 import keras
 from leukemia_nb.models.interface import load_model, make_model
-from leukemia_nb.models.transfer import BACKBONES, Backbone
+from leukemia_nb.models.interface import BACKBONES, Backbone
 from leukemia_nb.processing.dataset import Pairs
-from test_transfer import tiny
+from test_transfer import TINY, tiny
 keras.applications.Tiny = tiny
-BACKBONES["mobilenet_v2"] = Backbone("Tiny", 8, 1 / 127.5, -1.0, "file:///nowhere/tiny.h5")
+BACKBONES["mobilenet_v2"] = Backbone(**TINY)
 test = Pairs(sys.argv[1], "test", 32)
 for name, settings in (("mobilenet_v2", {}), ("dual_channel", {"fine_tune": False})):
     model = make_model(name, weights="random", image_size=32, epochs=2, batch_size=6, **settings).fit(sys.argv[1])
@@ -313,10 +321,10 @@ tf.config.set_logical_device_configuration(processor, [tf.config.LogicalDeviceCo
 import sys, warnings; warnings.simplefilter("ignore")
 import keras
 from leukemia_nb.models.interface import make_model
-from leukemia_nb.models.transfer import BACKBONES, Backbone
-from test_transfer import tiny
+from leukemia_nb.models.interface import BACKBONES, Backbone
+from test_transfer import TINY, tiny
 keras.applications.Tiny = tiny
-BACKBONES["mobilenet_v2"] = Backbone("Tiny", 8, 1 / 127.5, -1.0, "file:///nowhere/tiny.h5")
+BACKBONES["mobilenet_v2"] = Backbone(**TINY)
 with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
     for fine_tune in (True, False):
         settings = dict(weights="random", image_size=32, epochs=4, batch_size=6, learning_rate=0.01, fine_tune=fine_tune)

@@ -9,6 +9,7 @@ __all__ = ['ORIGINAL_ACCURACY', 'ORIGINAL_TEST_IMAGES', 'confusion_table', 'clas
 
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #e81007ae
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -213,6 +214,7 @@ def _interval_label(table: pd.DataFrame) -> str:
 @styled
 def curves_figure(
     histories: Mapping[str, pd.DataFrame],  # model name -> epoch, accuracy, loss, val_accuracy, val_loss
+    best_epochs: Mapping[str, int | None] = MappingProxyType({}),  # model name -> epoch whose weights were kept, to be marked
 ) -> "Figure":
     "Training and validation curves, a row a model. Raises ValueError if a history has no epoch."
     import seaborn as sns
@@ -224,14 +226,15 @@ def curves_figure(
     grid = sns.relplot(_long_histories(histories), kind="line", row="model", col="metric", **curves)
     grid.set_titles(row_template="{row_name}", col_template="{col_name}").set_axis_labels("epoch", "")
     by_title = {model_title(name): history for name, history in histories.items()}
+    best_by_title = {model_title(name): epoch for name, epoch in best_epochs.items()}
     for (title, metric), axis in grid.axes_dict.items():
         history = by_title[title]
         axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         axis.set_ylim(0, 1.04 if metric == "accuracy" else None)
         axis.grid(axis="y")
-        if metric == "loss" and "val_loss" in history and history["val_loss"].notna().any():
-            best = history.loc[history["val_loss"].astype(float).idxmin()]
-            axis.plot(best["epoch"], best["val_loss"], "o", color=colour, markersize=7)
+        best = history[history["epoch"] == best_by_title.get(title)]
+        if f"val_{metric}" in best:
+            axis.plot(best["epoch"], best[f"val_{metric}"], "o", color=colour, markersize=7)
     return grid.figure
 
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #5e817a8e

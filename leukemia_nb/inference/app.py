@@ -19,6 +19,7 @@ import numpy as np
 from ..data.files import pluralise, escape_text
 from ..data.images import ImageError, read_image
 from ..data.manifest import CLASSES
+from ..data.synthetic import smear
 from .batch import exported_models, open_predictors
 from leukemia_nb.inference.predictor import (
     Predictor,
@@ -32,6 +33,7 @@ from leukemia_nb.inference.predictor import (
 )
 from ..models.interface import ModelError
 from ..plotting import class_colours
+from ..processing.cells import SIDE
 
 if TYPE_CHECKING:
     from ipywidgets import Widget
@@ -39,7 +41,7 @@ else:  # loaded when they are used; the names are for the documentation
     Widget = Any
 
 # %% auto #0
-__all__ = ['read_upload', 'Panel', 'panel', 'serve']
+__all__ = ['read_upload', 'app', 'serve']
 
 # %% ../../nbs/06_inference/60_app.ipynb #deaf59ba
 _MAX_UPLOAD = 64  # megabytes
@@ -66,12 +68,18 @@ def read_upload(
 def _image_html(name: str, image: np.ndarray, cells: np.ndarray) -> str:
     "A <figure> of an image, uint8 (H, W, 3) RGB, with its white blood cells, labels (H, W), outlined and counted."
     outlines = [_outline(cells == label) for label in range(1, int(cells.max(initial=0)) + 1)]
+<<<<<<< ours
     found = f"{pluralise(len(outlines), 'white blood cell')} found" if outlines else "No white blood cells found"
     share, (height, width) = (cells > 0).mean(), cells.shape
     page = dict(name=escape_text(name), source=data_uri(image, 1400), found=found, outlines=outlines, cell_fraction=share)
+=======
+    found = f"{counted(len(outlines), 'white blood cell')} found" if outlines else "No white blood cells found"
+    fraction, (height, width) = (cells > 0).mean(), cells.shape
+    page = dict(name=shown(name), source=data_uri(image, 1400), found=found, outlines=outlines, cell_fraction=fraction)
+>>>>>>> theirs
     return render_template("app_image.html.j2", width=width, height=height, **page)
 
-
+# %% ../../nbs/06_inference/60_app.ipynb #1700c7bc
 def _outline(mask: np.ndarray) -> dict[str, Any]:
     "SVG path of a cell, and where its number stands."
     contours = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]
@@ -85,7 +93,7 @@ def _headline(rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
     "What the models, with one row each, predict together: a few words, a sentence."
     if not rows:
         return "No models", "The cells are found without them."
-    votes = Counter(row["prediction"] for row in rows if not row["abstains"]).most_common()
+    votes = Counter(row["predicted"] for row in rows if not row["abstains"]).most_common()
     reasons = Counter(row["abstain_reasons"] for row in rows if row["abstains"]).most_common()
     counts = [f"{count} predict{'s' * (count == 1)} {name}" for name, count in votes]
     abstaining = [f"{count} abstain{'s' * (count == 1)} ({reason})" for reason, count in reasons]
@@ -105,7 +113,7 @@ def _headline(rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
 
 # %% ../../nbs/06_inference/60_app.ipynb #0284cf00
 def _predictions_html(rows: Sequence[dict[str, Any]], titles: Sequence[str], classes: Sequence[str]) -> str:
-    "A block of HTML: probabilities of each model as bars, a column a class, and its confidence."
+    "A block of HTML: probabilities of each model as bars, one column per class, and its confidence."
     lines = [
         dict(
             row,
@@ -182,7 +190,7 @@ class _Layout:
         display(self.widget)
 
 # %% ../../nbs/06_inference/60_app.ipynb #b4a6a9a3
-class Panel(_Layout):
+class App(_Layout):
     "The page: `receive` takes an uploaded file, `show` an image, `explain` adds saliency maps; `widget` is displayed."
 
     def __init__(
@@ -207,39 +215,48 @@ class Panel(_Layout):
     def show(self, name: str, image: np.ndarray) -> None:
         "Show an image with its cells and each model's prediction."
         self.clear()
-        size = self.models[0].image_size if self.models else 224
-        self.shown = image, find_image_cells(image, size)
+        self.shown = image, find_image_cells(image, self.models[0].image_size if self.models else SIDE)
         self.image.value = _image_html(name, *self.shown)
-        rows = [model.predict(image).rows[0] for model in self.models]
+        rows = [model.report(image).rows[0] for model in self.models]
         self.predictions.value = _predictions_html(rows, [model.info["title"] for model in self.models], self.classes)
         self.button.layout.display = "" if self.models else "none"
 
     def show_synthetic(self, label: str) -> None:
         "Show a synthetic smear of a class, another one each time."
+<<<<<<< ours
         from leukemia_nb.data.synthetic import make_smear
 
+=======
+>>>>>>> theirs
         self.n_examples += 1
         self.show(f"synthetic smear {self.n_examples} ({label})", make_smear(label, 1000 + self.n_examples).image)
 
     def explain(self) -> None:
         "Show a saliency map of each model, one after the other."
-        maps = []
-        for model in self.models if self.shown is not None else ():
-            maps.append(_saliency_map(model, *self.shown))
-            self.saliency.value = render_template("app_saliency.html.j2", maps=maps)
-        self.button.layout.display = "none"
+        _explain(self)
+
+# %% ../../nbs/06_inference/60_app.ipynb #45d25a10
+def _explain(app: App) -> None:
+    "See `App.explain`."
+    maps: list[dict[str, str]] = []
+    if app.shown is None:
+        return
+    for model in app.models:
+        maps.append(_saliency_map(model, *app.shown))
+        app.saliency.value = render_template("app_saliency.html.j2", maps=maps)
+    app.button.layout.display = "none"
 
 # %% ../../nbs/06_inference/60_app.ipynb #cad12a49
-def panel(
+def app(
     run: str | os.PathLike | None = None,  # a study's run folder; None: $LEUKEMIA_NB_RUN, else runs/synthetic
-) -> Panel:
+) -> App:
     "The page for the exported models of a run. Without models it finds cells only, and says what to do."
     run = run or os.environ.get("LEUKEMIA_NB_RUN", "runs/synthetic")
     problems: list[str] = []
     try:
-        return Panel(open_predictors(exported_models(run), problems.append), " ".join(problems))
+        return App(open_predictors(exported_models(run), problems.append), " ".join(problems))
     except ModelError as error:
-        return Panel([], f"{error} Then open this page again; for another run: make app RUN=runs/name.")
+        return App([], f"{error} Then open this page again; for another run: make app RUN=runs/name.")
 
 # %% ../../nbs/06_inference/60_app.ipynb #d10305c4
 _POLICY = (

@@ -33,7 +33,7 @@ from leukemia_nb.data.files import (
 from ..data.images import ImageError, read_image, write_image
 from ..data.manifest import ImageSearch, check_not_inside, check_folder, class_of, search_images
 from ..data.processes import ClusterError, die_with_parent
-from .predictor import Predictor, describe_error, overlay, prediction_columns, saliency
+from .predictor import Predictor, describe_failure, overlay, prediction_columns, saliency
 from ..models.interface import MODELS, ModelError
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ else:  # loaded when they are used; the names are for the documentation
     DataFrame = Any
 
 # %% auto #0
-__all__ = ['find_inputs', 'PredictionTask', 'unfinished_file', 'predict_files', 'exported_models', 'open_predictors',
-           'format_comparison', 'compare_files']
+__all__ = ['find_inputs', 'PredictionTask', 'predict_files', 'exported_models', 'open_predictors', 'format_comparison',
+           'compare_files']
 
 # %% ../../nbs/06_inference/40_batch.ipynb #9a752a31
 def find_inputs(
     images: str | os.PathLike | Iterable[str | os.PathLike],  # files, folders, patterns such as slides/*.png
     exclude: str | os.PathLike = "",  # a folder left out of every search, say the one to write to
-) -> tuple[list[str], str]:  # paths, each once, in the order given; a line a search on what was found and left out
+) -> tuple[list[str], str]:  # paths, each once, in the order given; one line per search on what was found and left out
     "Paths of the images that files, folders and patterns mean; what could not be reached is among them."
     found: list[str] = []
     summaries: list[str] = []
@@ -114,19 +114,19 @@ def _open_predictor(file: str, threads: int | None, modified: float) -> Predicto
 
 # %% ../../nbs/06_inference/40_batch.ipynb #17c6333b
 def _predict_batch(task: PredictionTask, paths: Sequence[str]) -> list[dict[str, Any]]:
-    "Predict one batch and write its overlays; gives a row for each file, in order. Raises ModelError, OutputError."
+    "Predict one batch and write its overlays; gives one row per file, in order. Raises ModelError, OutputError."
     die_with_parent()
     predictor = task.predictor()
-    rows = [row for part in predictor.iter_predict(list(paths), max(1, len(paths))) for row in part.rows]
+    rows = [row for part in predictor.iter_report(list(paths), max(1, len(paths))) for row in part.rows]
     for row in rows if task.overlays else ():
         try:
-            for kind, file in task.overlay_files(row).items() if not row["error"] else ():
+            for kind, file in task.overlay_files(row).items() if not row["problem"] else ():
                 heat = saliency(predictor, [row["path"]])[0] if kind == "saliency" else None
                 write_image(file, overlay(read_image(row["path"]), heat))
         except OutputError:
             raise  # a full disk, say, which would hinder all that follow
-        except Exception as error:
-            row["error"] = describe_error(row["path"], error)
+        except Exception as failure:
+            row["problem"] = describe_failure(row["path"], failure)
     return rows
 
 # %% ../../nbs/06_inference/40_batch.ipynb #97a923ff
@@ -153,8 +153,9 @@ def unfinished_file(
     out: str | os.PathLike | None,  # CSV file that is wanted
     json_file: str | os.PathLike | None = None,  # JSON file that is wanted
 ) -> Path:
-    "The journal of a run: rows until all are there."
+    "The log of a run: its rows until all are there."
     return Path(f"{out or json_file}.unfinished")
+<<<<<<< ours
 
 
 def _append(journal: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -163,12 +164,22 @@ def _append(journal: Path, rows: Sequence[dict[str, Any]]) -> None:
         lines.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
         lines.flush()
         os.fsync(lines.fileno())
+=======
+>>>>>>> theirs
+
+# %% ../../nbs/06_inference/40_batch.ipynb #9ee7cae9
+def _append(unfinished: Path, rows: Sequence[dict[str, Any]]) -> None:
+    "Add rows to a log, so that they outlast a crash. Raises OutputError."
+    with writing(unfinished), open(unfinished, "ab") as lines:
+        lines.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+        lines.flush()
+        os.fsync(lines.fileno())
 
 # %% ../../nbs/06_inference/40_batch.ipynb #7e5be2b9
-def _read_unfinished(journal: str | os.PathLike, model_sha256: str) -> dict[str, dict[str, Any]]:
-    "Rows of a journal by path; those of other model files, and a line that was cut off, are left out."
+def _read_unfinished(unfinished: str | os.PathLike, model_sha256: str) -> dict[str, dict[str, Any]]:
+    "Rows of a log by path; those of other model files, and a line that was cut off, are left out."
     rows = {}
-    for line in Path(journal).read_bytes().splitlines() if os.path.exists(journal) else ():
+    for line in Path(unfinished).read_bytes().splitlines() if os.path.exists(unfinished) else ():
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -178,40 +189,44 @@ def _read_unfinished(journal: str | os.PathLike, model_sha256: str) -> dict[str,
     return rows
 
 # %% ../../nbs/06_inference/40_batch.ipynb #f1985d7c
-def _resume(journal: Path, paths: Sequence[str], task: PredictionTask) -> set[str]:
-    "Reduce a journal to the rows that still hold, and return their paths."
+def _resume(unfinished: Path, paths: Sequence[str], task: PredictionTask) -> set[str]:
+    "Reduce a log to the rows that still hold, and return their paths."
     info = task.predictor().info
-    rows, columns = _read_unfinished(journal, info["sha256"]), set(prediction_columns(info["classes"]))
+    rows, columns = _read_unfinished(unfinished, info["sha256"]), set(prediction_columns(info["classes"]))
     kept = [rows[path] for path in paths if path in rows and rows[path].keys() == columns and _still_holds(rows[path], task)]
-    with atomic_path(journal) as temporary:
+    with atomic_path(unfinished) as temporary:
         temporary.write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in kept))
     return {row["path"] for row in kept}
 
-
+# %% ../../nbs/06_inference/40_batch.ipynb #33f06732
 def _still_holds(row: dict[str, Any], task: PredictionTask) -> bool:
-    "Whether a row has no error, its image is unchanged, and its overlays are there."
-    if row["error"] or not os.path.isfile(row["path"]) or file_sha256(row["path"]) != row["sha256"]:
+    "Whether a row has no problem, its image is unchanged, and its overlays are there."
+    if row["problem"] or not os.path.isfile(row["path"]) or file_sha256(row["path"]) != row["sha256"]:
         return False
     return all(file.is_file() for file in task.overlay_files(row).values())
 
 # %% ../../nbs/06_inference/40_batch.ipynb #a2d9f910
 def _write_tables(
-    journal: Path, paths: Sequence[str], task: PredictionTask, out: str | os.PathLike | None, json_file: str | os.PathLike | None
+    unfinished: Path,
+    paths: Sequence[str],
+    task: PredictionTask,
+    out: str | os.PathLike | None,
+    json_file: str | os.PathLike | None,
 ) -> None:
-    "Turn a journal into the tables, in the order of the files. Raises OutputError."
+    "Turn a log into the tables, in the order of the files. Raises OutputError."
     import pandas as pd
 
     info = task.predictor().info
-    rows = _read_unfinished(journal, info["sha256"])
+    rows = _read_unfinished(unfinished, info["sha256"])
     if missing := [path for path in paths if path not in rows]:
-        raise OutputError(f"{journal}: has no row of {missing[0]}: it was changed meanwhile. Give the same command again.")
+        raise OutputError(f"{unfinished}: has no row of {missing[0]}: it was changed meanwhile. Give the same command again.")
     columns = prediction_columns(info["classes"])
     ordered = [{name: rows[path].get(name) for name in columns} for path in paths]
     if out:
         write_table(out, pd.DataFrame(ordered, columns=columns), excel=True)
     if json_file:
         write_json(json_file, ordered)
-    journal.unlink()
+    unfinished.unlink()
 
 # %% ../../nbs/06_inference/40_batch.ipynb #bc3a0c0e
 def _run_batches(paths: Sequence[str], task: PredictionTask, size: int, n_jobs: int | None) -> Iterator[list[dict[str, Any]]]:
@@ -231,8 +246,8 @@ def _run_batches(paths: Sequence[str], task: PredictionTask, size: int, n_jobs: 
 
 # %% ../../nbs/06_inference/40_batch.ipynb #0a5dbd24
 @contextmanager
-def _sole_writer(task: PredictionTask, outputs: Sequence[str | os.PathLike]) -> Iterator[None]:
-    "Hold the only right to write tables and overlays. Raises OutputError."
+def _locked_outputs(task: PredictionTask, outputs: Sequence[str | os.PathLike]) -> Iterator[None]:
+    "Lock tables and overlays against other runs. Raises OutputError."
     with ExitStack() as locks:
         for path in (*outputs, *([task.overlays] if task.overlays else [])):
             locks.enter_context(file_lock(path))
@@ -246,27 +261,28 @@ def predict_files(
     task: PredictionTask,  # model and overlays
     out: str | os.PathLike | None = None,  # CSV file
     json_file: str | os.PathLike | None = None,  # JSON file
-    batch_size: int = 32,  # files a batch
+    batch_size: int = 32,  # files in a batch
     n_jobs: int | None = 1,  # joblib's: worker processes, or all workers of the cluster that joblib is configured for
-    log: Callable[[list[dict[str, Any]]], Any] = len,  # called with the rows of each batch as it is done
+    log: Callable[[list[dict[str, Any]]], Any] | None = None,  # called with the rows of each batch as it is done
 ) -> int:  # files whose rows were kept from an interrupted run
     "Predict files into tables, or with neither only for `log`. Raises ModelError, OutputError, ClusterError."
     paths, outputs = list(dict.fromkeys(paths)), [file for file in (out, json_file) if file]
     task.predictor()  # an unusable model file is the first thing to be known
     _check_outputs(paths, task, out, json_file)
-    with _sole_writer(task, outputs):
-        journal = unfinished_file(out, json_file)
-        kept = _resume(journal, paths, task) if outputs else set()
+    with _locked_outputs(task, outputs):
+        unfinished = unfinished_file(out, json_file)
+        kept = _resume(unfinished, paths, task) if outputs else set()
         left = [path for path in paths if path not in kept]
         try:
             for rows in _run_batches(left, task, batch_size, n_jobs):
                 if outputs:
-                    _append(journal, rows)
-                log(rows)
+                    _append(unfinished, rows)
+                if log:
+                    log(rows)
             if outputs:
-                _write_tables(journal, paths, task, out, json_file)
+                _write_tables(unfinished, paths, task, out, json_file)
         except (OutputError, ClusterError) as error:
-            hint = f"Predictions so far are kept in {journal}: the same command resumes from there." if outputs else ""
+            hint = f"Predictions so far are kept in {unfinished}: the same command resumes from there." if outputs else ""
             raise type(error)(f"{error} {hint}".strip()) from error
     return len(kept)
 
@@ -312,22 +328,26 @@ def _compare_models(paths: Sequence[str], models: Sequence[str | os.PathLike], l
     classes = {str(name) for predictor in predictors for name in predictor.classes_}
     labels = [class_of(Path(path).parent.name) or "" for path in paths]
     known = [label if label in classes else "" for label in labels]
+<<<<<<< ours
     compared = pd.DataFrame({"image": list(map(escape_text, paths)), "path": paths, "true label": known, "error": ""})
+=======
+    compared = pd.DataFrame({"image": list(map(shown, paths)), "path": paths, "true label": known, "problem": ""})
+>>>>>>> theirs
     for predictor in predictors:
-        table, title = predictor.predict(paths).table, predictor.info["title"]
-        compared[title], compared[f"{title} confidence"] = table["prediction"], table["confidence"].astype(float)
-        compared[f"{title} abstains"] = table["abstain_reasons"]
-        compared["error"] = compared["error"].where(compared["error"] != "", table["error"])
-    for error in filter(None, compared["error"]):
-        log(error)
-    if all(compared["error"] != ""):
+        table, title = predictor.report(paths).table, predictor.info["title"]
+        compared[title], compared[f"{title} confidence"] = table["predicted"], table["confidence"].astype(float)
+        compared[f"{title} abstains"], compared[f"{title} abstain reasons"] = table["abstains"], table["abstain_reasons"]
+        compared["problem"] = compared["problem"].where(compared["problem"] != "", table["problem"])
+    for problem in filter(None, compared["problem"]):
+        log(problem)
+    if all(compared["problem"] != ""):
         raise ImageError("No image can be read. Check the paths.")
-    return compared[[name for name in compared if name != "error"] + ["error"]]
+    return compared[[name for name in compared if name != "problem"] + ["problem"]]
 
 # %% ../../nbs/06_inference/40_batch.ipynb #73a4dcd4
 def format_comparison(
     table: DataFrame,  # from compare_files
-) -> str:  # a line an image, a column a model
+) -> str:  # one line per image, one column per model
     "The comparison as text: predictions with their confidence, in brackets where the model abstains, - where there is none."
     from leukemia_nb.evaluation.predictions import distinct_paths, model_titles
 
@@ -346,7 +366,7 @@ def compare_files(
     run: str | os.PathLike,  # a study's run folder
     out: str | os.PathLike,  # folder for comparison.csv and comparison.png
     log: Callable[[str], Any] = print,  # called with the message of each image and each model that cannot be read
-) -> DataFrame:  # a row a file: image, path, true label, error; a model: title, title confidence, title abstains
+) -> DataFrame:  # one row per file: image, path, true label, problem; per model: title, confidence, abstains, abstain reasons
     "Compare a study's models on new images, as a table and a grid of images. Raises ImageError, ModelError, OutputError."
     from leukemia_nb.evaluation.predictions import unseen_figure
 
@@ -359,5 +379,5 @@ def compare_files(
         mark_output_folder(out)
         write_table(out / "comparison.csv", table, excel=True)
         with atomic_path(out / "comparison.png") as temporary:
-            unseen_figure(table[table["error"] == ""], most=12).savefig(temporary, dpi=160)
+            unseen_figure(table[table["problem"] == ""], most=12).savefig(temporary, dpi=160)
     return table

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,14 +33,16 @@ else:  # loaded when they are used; the names are for the documentation
     ModelProto = ImageClassifier = Pairs = Any
 
 # %% auto #0
-__all__ = ['EXPORTERS', 'export_network', 'choose_thresholds', 'export_model']
-
-# %% ../../nbs/06_inference/50_export.ipynb #c08eefa6
-_OPSET = 18  # version of ONNX' operators
+__all__ = ['export_keras', 'export_yolo', 'export_cells', 'export_network', 'choose_thresholds', 'export_model']
 
 # %% ../../nbs/06_inference/50_export.ipynb #c9c5a4b6
-def _export_keras(model: Any) -> ModelProto:
-    "A fitted `KerasClassifier` as ONNX."
+_OPSET = 18  # version of ONNX' operators
+
+
+def export_keras(
+    model: Any,  # trained KerasClassifier
+) -> ModelProto:
+    "A Keras network as ONNX, by Keras' own exporter. Needs TensorFlow."
     import keras
     import onnx
 
@@ -76,8 +79,10 @@ def _rename_outputs(network: ModelProto, names: Sequence[str]) -> None:
         output.name = renamed[output.name]
 
 # %% ../../nbs/06_inference/50_export.ipynb #94a0bf5b
-def _export_torch(model: Any) -> ModelProto:
-    "A fitted `YoloClassifier` as ONNX."
+def export_yolo(
+    model: Any,  # trained YoloClassifier
+) -> ModelProto:
+    "A YOLO network as ONNX, by PyTorch's exporter."
     import torch
 
     class Classifier(torch.nn.Module):
@@ -103,7 +108,7 @@ def _trace(module: Any, example: Any, name: str) -> ModelProto:
     names, written = [name, "probabilities", "features"], io.BytesIO()
     axes = {each: {0: "n"} for each in names if example.dtype == torch.uint8} or {name: {0: "cells"}}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # this exporter is deprecated; its successor needs a further package
+        warnings.simplefilter("ignore")  # this exporter is deprecated
         torch.onnx.export(
             module.cpu().eval(),
             (example,),
@@ -117,11 +122,15 @@ def _trace(module: Any, example: Any, name: str) -> ModelProto:
     return onnx.load_model_from_string(written.getvalue())
 
 # %% ../../nbs/06_inference/50_export.ipynb #f4ece443
-def _export_cells(model: Any) -> ModelProto:
-    "A fitted `CellClassifier` as ONNX, in double precision."
+def export_cells(
+    model: Any,  # trained CellClassifier
+) -> ModelProto:
+    "The single-cell model as ONNX, in double precision."
     import torch
 
     class Classifier(torch.nn.Module):
+        prior: torch.Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.cell, self.image = _perceptron(model.cell_layers_), _perceptron(model.image_layers_)
@@ -161,19 +170,16 @@ def _aggregate(cells: Any, number: Any) -> Any:
     return torch.cat([mean, (((cells - mean) ** 2).sum(0, keepdim=True) / number.clamp(min=1)).sqrt()], dim=1)
 
 # %% ../../nbs/06_inference/50_export.ipynb #3d1ce04b
-EXPORTERS: dict[str, Callable[[Any], Any]] = {"keras": _export_keras, "torch": _export_torch, "sklearn": _export_cells}
-
-
 def export_network(
     model: ImageClassifier,  # trained
 ) -> ModelProto:  # outputs probabilities (n, k) and features (n, d)
-    "The network of a model as ONNX. Raises ModelError for a framework without exporter or a package that is missing."
-    framework = MODELS[model.name].framework
-    if framework not in EXPORTERS:
-        where = "leukemia_nb.inference.export.EXPORTERS"
-        raise ModelError(f"{model.name} cannot be exported: no function for {framework!r} in {where}.")
+    "The network of a model as ONNX. Raises ModelError for a model without exporter or a package that is missing."
+    exporter = MODELS[model.name].exporter
+    if not exporter:
+        raise ModelError(f"{model.name} is not exported: its entry in MODELS names no exporter ('module:function').")
+    module, _, function = exporter.partition(":")
     try:
-        return EXPORTERS[framework](model)
+        return getattr(importlib.import_module(module), function)(model)
     except ImportError as error:
         raise ModelError(f"{model.name} cannot be exported: {error}. Install it: pip install '.[train]'.") from error
 
@@ -189,7 +195,9 @@ def _run_exported(network: ModelProto, model: ImageClassifier, pairs: Pairs | np
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 # %% ../../nbs/06_inference/50_export.ipynb #cec22b36
-def _fit_safe_temperature(labels: Sequence[str], probabilities: np.ndarray, classes: Sequence[str]) -> tuple[float, str]:
+def _fit_safe_temperature(
+    labels: Sequence[str] | np.ndarray, probabilities: np.ndarray, classes: Sequence[str] | np.ndarray
+) -> tuple[float, str]:
     "Temperature fitted on validation images (n labels, (n, k) probabilities); 1 and the reason where they cannot determine it."
     import pandas as pd
 
@@ -203,7 +211,7 @@ def _fit_safe_temperature(labels: Sequence[str], probabilities: np.ndarray, clas
     return temperature, ""
 
 # %% ../../nbs/06_inference/50_export.ipynb #100a08d9
-def _covers(confidence: np.ndarray, distance: np.ndarray, thresholds: Mapping[str, float]) -> np.ndarray:
+def _accepts(confidence: np.ndarray, distance: np.ndarray, thresholds: Mapping[str, float]) -> np.ndarray:
     "Which of n images a model predicts, by their confidence and OOD distance, bool (n,); the mean is its coverage."
     return (confidence >= thresholds["confidence"]) & (distance <= thresholds["distance"])
 
@@ -214,12 +222,12 @@ def choose_thresholds(
     coverage: float = 0.95,  # proportion of the validation images to be predicted, at least
 ) -> dict[str, float]:  # confidence: at least; distance: at most
     "The strictest pair of thresholds, at one quantile, with this coverage."
-    sure, far = np.sort(np.asarray(confidence, np.float64)), np.sort(np.asarray(distance, np.float64))[::-1]
+    confidence_sorted, distance_sorted = np.sort(np.float64(confidence)), np.sort(np.float64(distance))[::-1]
     chosen: dict[str, float] = {}
-    for rank in range(len(far)):  # so many lowest confidences and largest distances are given up
-        low, high = np.floor(sure[rank] * 1e6) / 1e6, np.ceil(far[rank] * 1e4) / 1e4
+    for lowest, farthest in zip(confidence_sorted, distance_sorted):  # abstains from all that are worse than these two
+        low, high = np.floor(lowest * 1e6) / 1e6, np.ceil(farthest * 1e4) / 1e4
         thresholds = {"confidence": round(float(low), 6), "distance": round(float(high), 4)}
-        if np.mean(_covers(confidence, distance, thresholds)) < coverage:
+        if np.mean(_accepts(confidence, distance, thresholds)) < coverage:
             break
         chosen = thresholds
     return chosen
@@ -234,10 +242,10 @@ def _weights_version(network: ModelProto) -> str:
 
     return set_sha256(digest(numpy_helper.to_array(tensor)) for tensor in network.graph.initializer)[:12]
 
-# %% ../../nbs/06_inference/50_export.ipynb #db70e307
+# %% ../../nbs/06_inference/50_export.ipynb #e9393ac2
 _RESEARCH_USE = "For research only. Not a medical device; no prediction of this model is medical advice."
 
-# %% ../../nbs/06_inference/50_export.ipynb #e9393ac2
+
 def _describe_model(model: ImageClassifier, train: Pairs, val: Pairs, segmentation: str, card: str) -> dict[str, Any]:
     "The entries of a description that do not depend on the network."
     entry, (names, counts) = MODELS[model.name], np.unique(train.labels, return_counts=True)
@@ -263,14 +271,6 @@ def _describe_model(model: ImageClassifier, train: Pairs, val: Pairs, segmentati
         "card": card,
     }
 
-# %% ../../nbs/06_inference/50_export.ipynb #94554154
-def _test_entry(correct: np.ndarray, split: str) -> dict[str, Any]:
-    "Number of correct predictions of test images, with the exact 95 % interval of the accuracy."
-    from leukemia_nb.evaluation.uncertainty import clopper_pearson
-
-    low, high = clopper_pearson(int(correct.sum()), len(correct))
-    return {"n_correct": int(correct.sum()), "images": len(correct), "low": low, "high": high, "split": split}
-
 # %% ../../nbs/06_inference/50_export.ipynb #257fc731
 def export_model(
     model: ImageClassifier,  # trained
@@ -283,6 +283,8 @@ def export_model(
     card: str = "",  # model card, Markdown
 ) -> dict[str, Any]:  # the description in the file, and difference, bytes
     "Write a model file. Raises ModelError where its probabilities differ from the framework's by 1e-4 or more."
+    from leukemia_nb.evaluation.uncertainty import clopper_pearson
+
     network = export_network(model)
     seen = {name: _run_exported(network, model, pairs) for name, pairs in (("train", train), ("val", val), ("test", test))}
     difference = float(np.abs(seen["test"]["probabilities"] - model.predict_proba(test)).max())
@@ -295,10 +297,12 @@ def export_model(
     confidence = {name: calibrate(seen[name]["probabilities"], temperature).max(axis=1) for name in ("val", "test")}
     distance = {name: ood_distance(seen[name]["features"], seen[name]["statistics"], constants) for name in ("val", "test")}
     thresholds = choose_thresholds(confidence["val"], distance["val"])
-    coverage = {name: float(_covers(confidence[name], distance[name], thresholds).mean()) for name in ("val", "test")}
+    coverage = {name: float(_accepts(confidence[name], distance[name], thresholds).mean()) for name in ("val", "test")}
     correct = model.classes_[seen["test"]["probabilities"].argmax(axis=1)] == test.labels
     info = _describe_model(model, train, val, segmentation, card)
     info |= {"version": _weights_version(network), "temperature": temperature, "calibration": reason, "thresholds": thresholds}
-    info |= {"coverage": coverage, "test": _test_entry(correct, split)}
+    low, high = clopper_pearson(int(correct.sum()), len(correct))
+    tested = {"n_correct": int(correct.sum()), "images": len(correct), "low": low, "high": high, "split": split}
+    info |= {"coverage": coverage, "test": tested}
     info["sha256"] = write_model_file(file, network, info, constants)
     return info | {"difference": difference, "bytes": Path(file).stat().st_size}

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,24 +30,23 @@ else:  # loaded when they are used; the names are for the documentation
 __all__ = ['write_model_file', 'ModelFile', 'open_model_file']
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #7a4b97b2
-_FORMAT = 3  # of model files; files of another format are refused
-_ENTRY = b"\x72\x4a\x0a\x06sha256\x12\x40"  # protobuf: metadata_props {key: "sha256", value: 64 characters}
+_FORMAT = 4  # of model files; files of another format are refused
+_DIGITS = 64  # of a SHA-256, at the end of a file
 
 
 def _add_checksum(content: bytes) -> bytes:
-    "A serialised ONNX model with its SHA-256 as the last metadata entry."
-    return content + _ENTRY + hashlib.sha256(content).hexdigest().encode()
+    "The SHA-256 of all bytes before the last 64 in the place of these."
+    return content[:-_DIGITS] + hashlib.sha256(content[:-_DIGITS]).hexdigest().encode()
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #045c6353
 def _check_checksum(content: bytes, file: str | os.PathLike = "model file") -> str:
     "The SHA-256 in a model file. Raises ModelError for a file that is damaged, cut off or of another kind."
-    body, entry, digest = content[:-76], content[-76:-64], content[-64:]
-    if entry != _ENTRY:
+    digest = content[-_DIGITS:]
+    if not re.fullmatch(rb"[0-9a-f]{64}", digest):
         raise ModelError(f"{file}: not a model file of leukemia_nb, or cut off. Copy it again, or export the model again.")
-    found = hashlib.sha256(body).hexdigest()
-    if found.encode() != digest:
+    if _add_checksum(content) != content:
         raise ModelError(f"{file}: damaged, its checksum does not match. Copy it again, or export the model again.")
-    return found
+    return digest.decode()
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #11012883
 _INPUTS = ("image", "pair", "cells")  # what a network takes: an image, an image with its segmented image, cell features
@@ -92,9 +92,10 @@ def write_model_file(
     from onnx.helper import set_model_props
 
     arrays = io.BytesIO()
-    np.savez_compressed(arrays, **constants)
-    description = json.dumps({"format": _FORMAT, **info}, ensure_ascii=False)
-    set_model_props(network, {"leukemia_nb": description, "constants": base64.b64encode(arrays.getvalue()).decode()})
+    np.savez_compressed(arrays, allow_pickle=False, **constants)
+    entries = {"leukemia_nb": json.dumps({"format": _FORMAT, **info}, ensure_ascii=False)}
+    entries |= {"constants": base64.b64encode(arrays.getvalue()).decode(), "sha256": _DIGITS * "0"}
+    set_model_props(network, entries)
     content = _add_checksum(network.SerializeToString())
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)

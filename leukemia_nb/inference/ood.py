@@ -12,7 +12,7 @@ import numpy as np
 from ..models.interface import ModelError
 
 # %% auto #0
-__all__ = ['image_statistics', 'fit_distance', 'mahalanobis_distance', 'fit_ood', 'ood_distance']
+__all__ = ['image_statistics', 'fit_mahalanobis', 'mahalanobis_distance', 'fit_ood', 'ood_distance']
 
 # %% ../../nbs/06_inference/10_ood.ipynb #4c67df13
 def image_statistics(
@@ -40,11 +40,11 @@ def _edge_strength(images: np.ndarray) -> np.ndarray:
     return sum(np.abs(np.diff(images, axis=axis)).mean(axis=(1, 2)) for axis in (1, 2))
 
 # %% ../../nbs/06_inference/10_ood.ipynb #e1b5492c
-def fit_distance(
+def fit_mahalanobis(
     values: np.ndarray,  # float (n, d), vectors of the training images
     labels: Sequence[str] | np.ndarray,  # n class names
     standardise: bool = False,  # divide each column by its standard deviation, for columns of different units
-    max_axes: int = 96,  # principal axes kept at most
+    max_components: int = 96,  # principal components kept
 ) -> dict[str, np.ndarray]:  # float32: mean (d,), scale (d,), axes (d, r), whitening (r, r), centroids (k, r), residual ()
     "Fit the constants of `mahalanobis_distance`. Needs scikit-learn. Raises ModelError for values that are not finite."
     from sklearn.covariance import LedoitWolf
@@ -56,7 +56,7 @@ def fit_distance(
     centred = (values - mean) / scale
     _, singular, axes = np.linalg.svd(centred, full_matrices=False)
     rank = int((singular > 1e-5 * singular[0]).sum())
-    axes = axes[: max(1, min(max_axes, len(values) // 4, rank))].T
+    axes = axes[: max(1, min(max_components, len(values) // 4, rank))].T
     scores = centred @ axes
     names, index = np.unique(labels, return_inverse=True)
     centroids = np.stack([scores[index == i].mean(axis=0) for i in range(len(names))])
@@ -70,9 +70,9 @@ def fit_distance(
 # %% ../../nbs/06_inference/10_ood.ipynb #5eac3ff9
 def mahalanobis_distance(
     values: np.ndarray,  # float (n, d)
-    fitted: Mapping[str, np.ndarray],  # from fit_distance
+    fitted: Mapping[str, np.ndarray],  # from fit_mahalanobis
 ) -> np.ndarray:  # float (n,), about 1 for a training image
-    "Distance to the nearest class centroid, as a root mean square over the axes."
+    "Distance to the nearest class centroid, as a root mean square over the components."
     centred = (values - fitted["mean"]) / fitted["scale"]
     scores = centred @ fitted["axes"]
     outside = np.maximum((centred**2).sum(axis=1) - (scores**2).sum(axis=1), 0) / fitted["residual"]
@@ -80,22 +80,22 @@ def mahalanobis_distance(
     nearest = (difference**2).sum(axis=2).min(axis=1)
     return np.sqrt((nearest + outside) / (len(fitted["whitening"]) + 1))
 
-# %% ../../nbs/06_inference/10_ood.ipynb #b4c5b9bd
+# %% ../../nbs/06_inference/10_ood.ipynb #692b929d
 _DISTANCES = ("features", "statistics")
 
-# %% ../../nbs/06_inference/10_ood.ipynb #692b929d
+
 def fit_ood(
     train: Mapping[str, np.ndarray],  # "features" (n, d) and "statistics" (n, 15) of the training images
     labels: Sequence[str] | np.ndarray,  # n class names
     validation: Mapping[str, np.ndarray],  # the same two arrays of the validation images
     standardise: bool = False,  # the features have different units, as those of the single-cell model
-) -> dict[str, np.ndarray]:  # float32 arrays named features_mean, …, statistics_reach
-    "Fit both distances on training images and their reach on validation images."
-    constants = {}
+) -> dict[str, np.ndarray]:  # float32 arrays named features_mean, …, statistics_percentile
+    "Fit both distances on training images and their percentiles on validation images."
+    constants: dict[str, np.ndarray] = {}
     for kind in _DISTANCES:
-        fitted = fit_distance(train[kind], labels, standardise and kind == "features")
-        reach = np.quantile(mahalanobis_distance(validation[kind], fitted), 0.975)
-        fitted["reach"] = np.float32(max(reach, 1e-6))
+        fitted = fit_mahalanobis(train[kind], labels, standardise and kind == "features")
+        percentile = np.quantile(mahalanobis_distance(validation[kind], fitted), 0.975)
+        fitted["percentile"] = np.asarray(max(percentile, 1e-6), np.float32)
         constants |= {f"{kind}_{name}": value for name, value in fitted.items()}
     return constants
 
@@ -105,9 +105,9 @@ def ood_distance(
     statistics: np.ndarray,  # float (n, 15), from image_statistics
     constants: Mapping[str, np.ndarray],  # from fit_ood
 ) -> np.ndarray:  # float (n,): at most about 1 for an image like the training images
-    "The larger of the two distances, each as a multiple of its reach."
+    "The larger of the two distances, each as a multiple of its 97.5th percentile."
     distances = []
     for kind, values in zip(_DISTANCES, (features, statistics)):
         fitted = {name.removeprefix(f"{kind}_"): value for name, value in constants.items() if name.startswith(f"{kind}_")}
-        distances.append(mahalanobis_distance(values, fitted) / fitted["reach"])
+        distances.append(mahalanobis_distance(values, fitted) / fitted["percentile"])
     return np.maximum(*distances)

@@ -31,30 +31,30 @@ else:  # loaded when they are used; the names are for the documentation
     DataFrame = Any
 
 # %% auto #0
-__all__ = ['PreparedImage', 'describe_error', 'prepare_image', 'abstain_reasons', 'prediction_columns', 'format_confidence',
-           'format_row', 'describe_calibration', 'prepare_images', 'run_network', 'calibrate', 'Predictor',
-           'Predictions', 'render_template', 'data_uri', 'find_image_cells', 'overlay', 'saliency']
+__all__ = ['PreparedImage', 'describe_failure', 'prepare_image', 'abstain_reasons', 'prediction_columns', 'format_confidence',
+           'describe_calibration', 'prepare_images', 'run_network', 'calibrate', 'Predictor', 'Predictions',
+           'render_template', 'data_uri', 'find_image_cells', 'overlay', 'saliency']
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #e3489002
 class PreparedImage(NamedTuple):
     "An image as the network takes it."
 
-    row: dict[str, Any]  # path, sha256, n_cells, cell_fraction, flag, error
+    row: dict[str, Any]  # path, sha256, n_cells, cell_fraction, flag, problem
     square: np.ndarray | None = None  # uint8 (S, S, 3) RGB; None where the image could not be read
     segmented: np.ndarray | None = None  # uint8 (S, S, 3) RGB, for models of pairs
     cells: np.ndarray | None = None  # float32 (m, 39), features of the cells, for the single-cell model
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #49e1daf5
-def describe_error(
+def describe_failure(
     path: str,  # of the image, "" for one in memory
-    error: Exception,  # what happened
+    failure: Exception,  # what happened
 ) -> str:  # one line
-    "An error as the row of its image gives it."
-    if isinstance(error, LeukemiaError):
-        return str(error)
-    reason = (str(error).splitlines() or ["no message"])[0]
+    "An exception as the row of its image gives it."
+    if isinstance(failure, LeukemiaError):
+        return str(failure)
+    reason = (str(failure).splitlines() or ["no message"])[0]
     remedy = "Save the image as PNG, predict fewer at a time (--batch-size, --n-jobs), or report this."
-    return f"{path or 'image'}: the software failed ({type(error).__name__}: {reason}). {remedy}"
+    return f"{path or 'image'}: the software failed ({type(failure).__name__}: {reason}). {remedy}"
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #33984db5
 def _prepare_pixels(pixels: Any, info: dict[str, Any], count: bool, row: dict[str, Any]) -> PreparedImage:
@@ -69,8 +69,8 @@ def _prepare_pixels(pixels: Any, info: dict[str, Any], count: bool, row: dict[st
         if kind == "cells":
             features = _cell_features(square, cells, info.get("seed", 0))
     if kind == "pair":
-        mask_image = apply_mask(original, segment(original, info["segmentation"])) if pair is None else as_rgb(pair[1])
-        segmented = resize_square(mask_image, size)
+        whole = apply_mask(original, segment(original, info["segmentation"])) if pair is None else as_rgb(pair[1])
+        segmented = resize_square(whole, size)
     return PreparedImage(row, square, segmented, features)
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #f514c79f
@@ -82,12 +82,16 @@ def _cell_features(square: np.ndarray, cells: np.ndarray, seed: int) -> np.ndarr
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #2c578e77
 def prepare_image(
-    image: str | os.PathLike | np.ndarray | Image.Image,  # a path, or uint8 (H, W, 3), (H, W); (2, H, W, 3): with its mask image
+    image: str
+    | os.PathLike
+    | np.ndarray
+    | Image.Image,  # a path, or uint8 (H, W, 3), (H, W); (2, H, W, 3): with its segmented image
     info: dict[str, Any],  # description of the model: input, image_size, segmentation
     count: bool = True,  # find and count the white blood cells
 ) -> PreparedImage:
-    "Read an image and bring it to the network's input; whatever goes wrong is the row's `error`, in one line."
-    row: dict[str, Any] = {"path": "", "sha256": "", "n_cells": None, "cell_fraction": None, "flag": "", "error": ""}
+    "Read an image and bring it to the network's input; whatever goes wrong is the row's `problem`, in one line."
+    row: dict[str, Any] = {"path": "", "sha256": "", "n_cells": None, "cell_fraction": None, "flag": "", "problem": ""}
+    pixels: np.ndarray | Image.Image
     try:
         if isinstance(image, str | os.PathLike):
             row["path"] = os.fspath(image)
@@ -95,8 +99,8 @@ def prepare_image(
         else:
             pixels = image
         return _prepare_pixels(pixels, info, count, row)
-    except Exception as error:  # one image must not end the prediction of the others
-        return PreparedImage(row | {"error": describe_error(row["path"], error)})
+    except Exception as failure:  # one image must not end the prediction of the others
+        return PreparedImage(row | {"problem": describe_failure(row["path"], failure)})
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #b8047329
 def abstain_reasons(
@@ -120,7 +124,7 @@ def prediction_columns(
     "Columns of a table of predictions of new images."
     judged = ["confidence", "ood_distance", "abstains", "abstain_reasons", "n_cells", "cell_fraction", "flag"]
     probabilities = [f"p_{name}" for name in classes]
-    return ["path", "prediction", *probabilities, *judged, "sha256", "model", "model_version", "model_sha256", "error"]
+    return ["path", "predicted", *probabilities, *judged, "sha256", "model", "model_version", "model_sha256", "problem"]
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #7c5086df
 def _prediction_row(
@@ -131,14 +135,14 @@ def _prediction_row(
     row = dict.fromkeys(prediction_columns(classes)) | known
     row |= {"model": info["name"], "model_version": info["version"], "model_sha256": info["sha256"]}
     if probabilities is not None and not np.isfinite(probabilities).all():
-        row["error"], probabilities = "the probabilities are not finite. Train the model again.", None
+        row["problem"], probabilities = "the probabilities are not finite. Train the model again.", None
     if probabilities is None:
-        return row | {"prediction": "", "abstains": True, "abstain_reasons": "could not be read"}
+        return row | {"predicted": "", "abstains": True, "abstain_reasons": "could not be read"}
     confidence = round(float(probabilities.max()), 6)
     reasons = abstain_reasons(confidence, distance, known["n_cells"], info["thresholds"])
     row |= {f"p_{name}": round(float(p), 6) for name, p in zip(classes, probabilities)}
     return row | {
-        "prediction": classes[int(probabilities.argmax())],
+        "predicted": classes[int(probabilities.argmax())],
         "confidence": confidence,
         "ood_distance": round(float(distance), 4) if np.isfinite(distance) else None,
         "abstains": bool(reasons),
@@ -150,11 +154,11 @@ def format_confidence(
     row: dict[str, Any],  # a prediction
 ) -> str:  # one sentence
     "Confidence and runner-up, or why there is no prediction."
-    if not row["prediction"]:
-        return f"Not predicted: {row['error']}"
+    if not row["predicted"]:
+        return f"Not predicted: {row['problem']}"
     if row["abstains"]:
         return f"Abstains: {row['abstain_reasons']}."
-    others = {name[2:]: p for name, p in row.items() if name.startswith("p_") and name[2:] != row["prediction"]}
+    others = {name[2:]: p for name, p in row.items() if name.startswith("p_") and name[2:] != row["predicted"]}
     second = max(others, key=lambda name: others[name])
     return f"Confidence {row['confidence']:.1%}; next is {second}, {others[second]:.1%}."
 
@@ -163,9 +167,15 @@ def format_row(
     row: dict[str, Any],  # a prediction
 ) -> str:  # one line
     "A prediction as a line of text."
+<<<<<<< ours
     if not row["prediction"]:
         return escape_text(f"not predicted: {row['error']}")
     found = f"{row['prediction']} {row['confidence']:.1%}"
+=======
+    if not row["predicted"]:
+        return shown(f"not predicted: {row['problem']}")
+    found = f"{row['predicted']} {row['confidence']:.1%}"
+>>>>>>> theirs
     if row["abstains"]:
         found = f"abstains: {row['abstain_reasons']} (most probable: {found})"
     parts = [found]
@@ -173,9 +183,15 @@ def format_row(
         parts.append(f"{pluralise(row['n_cells'], 'white blood cell')} on {row['cell_fraction']:.1%} of the image")
     if row["flag"] and row["n_cells"]:
         parts.append(f"doubtful mask: {row['flag']}")
+<<<<<<< ours
     if row["error"]:
         parts.append(f"incomplete: {row['error']}")
     return escape_text(f"{row['path']}: {'; '.join(parts)}")
+=======
+    if row["problem"]:
+        parts.append(f"incomplete: {row['problem']}")
+    return shown(f"{row['path']}: {'; '.join(parts)}")
+>>>>>>> theirs
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #8bf14ebf
 def describe_calibration(
@@ -188,7 +204,7 @@ def describe_calibration(
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #ae83d713
 def _image_list(images: Any) -> list[Any]:
-    "Paths, arrays and Pillow images, one an image, of what `prepare_images` takes."
+    "Paths, arrays and Pillow images, one for each image, of what `prepare_images` takes."
     if isinstance(images, np.ndarray):
         return list(images) if images.ndim in (4, 5) else [images]
     single = isinstance(images, str | os.PathLike | Image.Image) or not isinstance(images, Iterable)
@@ -206,8 +222,8 @@ def prepare_images(
         raise ImageError("no images. Give paths or arrays.")
     for start in range(0, len(every), batch_size):
         batch = [prepare_image(image, info, count=False) for image in every[start : start + batch_size]]
-        if errors := [each.row["error"] for each in batch if each.row["error"]]:
-            raise ImageError(errors[0])
+        if problems := [each.row["problem"] for each in batch if each.row["problem"]]:
+            raise ImageError(problems[0])
         yield batch
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #75c54ada
@@ -234,8 +250,8 @@ def _network_inputs(session: Any, prepared: Sequence[PreparedImage]) -> Iterator
     dtype = np.float32 if session.get_inputs()[0].type == "tensor(float)" else np.uint8
     for start in range(0, len(prepared), _NETWORK_BATCH):
         batch = prepared[start : start + _NETWORK_BATCH]
-        channels = [[each.square for each in batch], [each.segmented for each in batch]]
-        yield {name: np.stack(images).astype(dtype) for name, images in zip(names, channels)}
+        fields = zip(names, ("square", "segmented"))
+        yield {name: np.stack([getattr(each, field) for each in batch]).astype(dtype) for name, field in fields}
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #ba22a16a
 def calibrate(
@@ -255,7 +271,7 @@ class _Network:
         self.file, self.threads = os.path.abspath(file), threads
         self.session, self.info, self.constants = open_model_file(file, threads)
         self.classes_ = np.array(self.info["classes"], dtype=str)
-        self.image_size, self.method = self.info["image_size"], self.info["segmentation"]
+        self.image_size = self.info["image_size"]
         self.channels = ("original", "segmented") if self.info["input"] == "pair" else ("original",)
 
     def _judge(self, prepared: Sequence[PreparedImage]) -> tuple[np.ndarray, np.ndarray]:
@@ -268,25 +284,25 @@ class _Network:
         "Calibrated probabilities (n, k), columns as `classes_`. Raises ImageError."
         return np.concatenate([self._judge(batch)[0] for batch in prepare_images(images, self.info)])
 
-    def features(self, images: Any) -> np.ndarray:
+    def extract_features(self, images: Any) -> np.ndarray:
         "Features float32 (n, d), the input of the last layers. Raises ImageError."
         return np.concatenate([run_network(self.session, batch)["features"] for batch in prepare_images(images, self.info)])
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #2e9bf0ed
 def _rows(network: _Network, prepared: Sequence[PreparedImage]) -> list[dict[str, Any]]:
-    "A row for each image, whether or not it could be read."
+    "One row per image, whether or not it could be read."
     readable = [each for each in prepared if each.square is not None]
     try:
         found = iter(zip(*network._judge(readable)) if readable else ())
-    except Exception as error:  # of the network; without it there is no prediction
+    except Exception as failure:  # of the network; without it there is no prediction
         found = iter(())
-        prepared = [PreparedImage(each.row | {"error": describe_error(each.row["path"], error)}) for each in prepared]
+        prepared = [PreparedImage(each.row | {"problem": describe_failure(each.row["path"], failure)}) for each in prepared]
     judged = [(None, np.nan) if each.square is None else next(found) for each in prepared]
-    return [_prediction_row(each.row, *part, network.info) for each, part in zip(prepared, judged)]
+    return [_prediction_row(each.row, values, distance, network.info) for each, (values, distance) in zip(prepared, judged)]
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #2ca7867c
 class Predictor(_Network):
-    "An exported model: `classes_`, `info`, `predict`, `iter_predict`, `predict_proba`, `features`, `score`."
+    "An exported model: `classes_`, `predict`, `predict_proba`, `score`, `report`, `iter_report`, `extract_features`, `info`."
 
     def __init__(
         self,
@@ -301,8 +317,8 @@ class Predictor(_Network):
     def __repr__(self) -> str:
         return f"Predictor({self.info['title']}, version {self.info['version']}, classes {', '.join(self.classes_)})"
 
-    def iter_predict(self, images: Any, batch_size: int = 32) -> Iterator[Predictions]:
-        "Predictions batch by batch; an image that cannot be read is a row with its error."
+    def iter_report(self, images: Any, batch_size: int = 32) -> Iterator[Predictions]:
+        "Reports batch by batch; an image that cannot be read is a row with its problem."
         every, prepare = _image_list(images), functools.partial(prepare_image, info=self.info)
         with ThreadPoolExecutor(2) as pool:
             for start in range(0, len(every), batch_size):
@@ -310,14 +326,18 @@ class Predictor(_Network):
                 first = prepare(batch[0])  # alone: two threads must not import the same part of a library at once
                 yield Predictions(_rows(self, [first, *pool.map(prepare, batch[1:])]), self.info, batch)
 
-    def predict(self, images: Any, batch_size: int = 32) -> Predictions:
-        "Predictions of all images; `batch_size` of them are in memory at a time."
+    def report(self, images: Any, batch_size: int = 32) -> Predictions:
+        "Predictions of all images with what is known of them; `batch_size` images are in memory at a time."
         every = _image_list(images)
-        return Predictions([row for part in self.iter_predict(every, batch_size) for row in part.rows], self.info, every)
+        return Predictions([row for part in self.iter_report(every, batch_size) for row in part.rows], self.info, every)
+
+    def predict(self, images: Any) -> np.ndarray:
+        "The most probable class of each image, str (n,); abstaining is ignored. Raises ImageError."
+        return self.classes_[self.predict_proba(images).argmax(axis=1)]
 
     def score(self, images: Any, labels: Sequence[str]) -> float:
-        "Accuracy on labelled images; abstaining is ignored. Raises ImageError."
-        return float(np.mean(self.classes_[self.predict_proba(images).argmax(axis=1)] == np.asarray(labels)))
+        "Accuracy on labelled images. Raises ImageError."
+        return float(np.mean(self.predict(images) == np.asarray(labels)))
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #dd3e2cf3
 class Predictions:
@@ -325,7 +345,7 @@ class Predictions:
 
     def __init__(
         self,
-        rows: list[dict[str, Any]],  # one an image, keys as in `prediction_columns`
+        rows: list[dict[str, Any]],  # one per image, keys as in prediction_columns
         info: dict[str, Any],  # description of the model
         images: Sequence[Any] = (),  # paths or arrays of the same images, for the display
     ):
@@ -353,8 +373,13 @@ class Predictions:
 # %% ../../nbs/06_inference/30_predictor.ipynb #c0ffee01
 def _card(row: dict[str, Any], info: dict[str, Any], image: Any) -> dict[str, Any]:
     "What the display shows of one prediction."
+<<<<<<< ours
     title = escape_text(os.path.basename(row["path"])) or "image"
     coloured = zip(info["classes"], class_colours(info["classes"])) if row["prediction"] else ()
+=======
+    title = shown(os.path.basename(row["path"])) or "image"
+    coloured = zip(info["classes"], class_colours(info["classes"])) if row["predicted"] else ()
+>>>>>>> theirs
     bars = [(name, row[f"p_{name}"], colour) for name, colour in coloured]
     try:
         drawn = data_uri(overlay(_pixels(image))) if bars else ""
@@ -418,15 +443,15 @@ def overlay(
 def saliency(
     model: Predictor,  # an exported model
     images: Any,  # paths or uint8 arrays
-    grid: int = 7,  # squares along a side: grid * grid + 1 predictions an image
+    grid: int = 7,  # squares along a side: grid * grid + 1 predictions per image
 ) -> np.ndarray:  # float32 (n, S, S), 0..1
     "Occlusion maps of the model's predictions. Raises ImageError."
     from leukemia_nb.audit.saliency import occlusion_map
 
     prepared = [each for batch in prepare_images(images, model.info) for each in batch]
-    pairs = len(model.channels) == 2
-    arrays = [[each.square, each.segmented] if pairs else each.square for each in prepared]
-    return occlusion_map(model, np.stack(arrays), grid=grid)
+    fields = ("square", "segmented")[: len(model.channels)]
+    arrays = np.stack([[getattr(each, field) for field in fields] for each in prepared])
+    return occlusion_map(model, arrays if len(fields) == 2 else arrays[:, 0], grid=grid)
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #67770cc4
 def _pixels(image: Any) -> np.ndarray:

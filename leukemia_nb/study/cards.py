@@ -153,10 +153,12 @@ class _Study(_Tables):
 class _Models(_Study):
     "Training and predictions of the models of a run."
 
-    def best_epoch(self, model: str) -> int:
-        "The epoch whose weights were kept: of the lowest validation loss; of YOLO models, the last of the highest accuracy."
+    def best_epoch(self, model: str) -> int | None:
+        "The epoch whose weights were kept, as recorded or, in older runs, by the model's own criterion; None without epochs."
         history, record = self.table(f"models/{model}/history.csv"), self.json("models", model, "model.json")
-        by_accuracy = MODELS[model].framework == "torch"
+        if history.empty:
+            return None
+        by_accuracy = "accuracy" in MODELS[model].epoch_kept
         best = history["val_accuracy"][::-1].idxmax() if by_accuracy else history["val_loss"].idxmin()
         return int(record.get("best_epoch") or history.loc[best, "epoch"])
 

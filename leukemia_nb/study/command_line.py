@@ -308,9 +308,9 @@ def _predict_inputs(
 # %% ../../nbs/07_study/50_command_line.ipynb #c71a57a5
 def _outcome(row: dict[str, Any]) -> str:
     "How the prediction of one image ended."
-    if not row["prediction"]:
+    if not row["predicted"]:
         return "not read"
-    if row["error"]:
+    if row["problem"]:
         return "without overlay"
     return "abstained" if row["abstains"] else "predicted"
 

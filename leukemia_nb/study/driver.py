@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from ..data.files import file_sha256, is_output_folder, mark_output_folder
 from ..data.manifest import search_images
-from ..models.interface import MODELS, local_weights, package_versions
+from ..models.interface import BACKBONES, MODELS, local_weights, package_versions
 from .cluster import Workers, parallel
 from .kernels import KernelStartError, end_kernels, python_kernel
 from .settings import Run, StudyError, StudySettings, check_study
@@ -70,6 +70,8 @@ def study_steps(
             continue
         key = _placeholder(entry["name"])
         for value in names.get(key, [""]):
+            if (needed := entry.get("needs_field")) and not getattr(MODELS[value], needed):
+                continue
             own = {key: [value], "backbone": frozen[value]} if key == "model" else {key: [value]}
             steps.append(_make_step(entry, STEPS["files"], settings, names | own, steps))
     return steps
@@ -77,8 +79,6 @@ def study_steps(
 # %% ../../nbs/07_study/20_driver.ipynb #13def8f0
 def _frozen_backbone(settings: StudySettings, model: str) -> list[str]:
     "The backbone on whose features a model is trained; empty where the model trains it itself."
-    from leukemia_nb.models.transfer import BACKBONES
-
     chosen, name = settings.settings_of(model), MODELS[model].backbone
     if not name or chosen.get("fine_tune") or chosen["weights"] == "random":
         return []
@@ -325,17 +325,6 @@ def _check_written(step: Step, run: Run, before: Mapping[str, tuple[int, int]], 
         raise StudyError(f"step {step.name} wrote {', '.join(extra[:3])}, which it does not declare. Its notebook: {partial}")
     os.replace(partial, partial.with_name(f"{step.name}.ipynb"))
 
-# %% ../../nbs/07_study/20_driver.ipynb #386b9b40
-_MEMORY = "Memory may have run out: close other programs, or use a smaller --n-jobs, --image-size or batch_size of the model"
-
-
-def _reason(name: str, text: str) -> str:
-    "An error of a notebook in words, with the remedy where the machine is the cause."
-    if name in ("MemoryError", "ResourceExhaustedError", "OutOfMemoryError"):
-        return f"{name}: {text}. {_MEMORY}."
-    full = "No space left on device" in text and "Free some space" not in text
-    return f"{name}: {text}{'. The disk is full: free some space.' if full else ''}"
-
 # %% ../../nbs/07_study/20_driver.ipynb #987e07f9
 def _execute(
     step: Step, run: Run, notebook: Path, parameters: dict[str, Any], environment: Mapping[str, str], held: tuple[int, ...]
@@ -360,6 +349,17 @@ def _execute(
             name, text = getattr(error, "ename", ""), getattr(error, "evalue", "")
             reason = _reason(name, text) if name else f"its process was killed. {_MEMORY}."
             raise StudyError(f"step {step.name} failed: {reason}\nThe notebook up to there: {partial}") from None
+
+# %% ../../nbs/07_study/20_driver.ipynb #386b9b40
+_MEMORY = "Memory may have run out: close other programs, or use a smaller --n-jobs, --image-size or batch_size of the model"
+
+
+def _reason(name: str, text: str) -> str:
+    "An error of a notebook in words, with the remedy where the machine is the cause."
+    if name in ("MemoryError", "ResourceExhaustedError", "OutOfMemoryError"):
+        return f"{name}: {text}. {_MEMORY}."
+    full = "No space left on device" in text and "Free some space" not in text
+    return f"{name}: {text}{'. The disk is full: free some space.' if full else ''}"
 
 # %% ../../nbs/07_study/20_driver.ipynb #2e3df9ae
 @contextmanager
@@ -427,6 +427,9 @@ def run_study(
         _wait_for_workers(run)
         mark_output_folder(run.folder)
         run.write_json(asdict(settings) | {"versions": _versions()}, "study.json")
+        for model in settings.models:
+            if not MODELS[model].exporter:
+                log(f"export-{model}: skipped, its entry in MODELS names no exporter.")
         for group in parallel_groups(wanted):
             log(f"{', '.join(step.name for step in group)} …")
             try:
