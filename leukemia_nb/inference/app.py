@@ -19,7 +19,7 @@ import numpy as np
 from ..data.files import pluralise, escape_text
 from ..data.images import ImageError, read_image
 from ..data.manifest import CLASSES
-from ..data.synthetic import smear
+from ..data.synthetic import make_smear
 from .batch import exported_models, open_predictors
 from leukemia_nb.inference.predictor import (
     Predictor,
@@ -41,7 +41,7 @@ else:  # loaded when they are used; the names are for the documentation
     Widget = Any
 
 # %% auto #0
-__all__ = ['read_upload', 'app', 'serve']
+__all__ = ['read_upload', 'App', 'app', 'serve']
 
 # %% ../../nbs/06_inference/60_app.ipynb #deaf59ba
 _MAX_UPLOAD = 64  # megabytes
@@ -68,15 +68,9 @@ def read_upload(
 def _image_html(name: str, image: np.ndarray, cells: np.ndarray) -> str:
     "A <figure> of an image, uint8 (H, W, 3) RGB, with its white blood cells, labels (H, W), outlined and counted."
     outlines = [_outline(cells == label) for label in range(1, int(cells.max(initial=0)) + 1)]
-<<<<<<< ours
     found = f"{pluralise(len(outlines), 'white blood cell')} found" if outlines else "No white blood cells found"
-    share, (height, width) = (cells > 0).mean(), cells.shape
-    page = dict(name=escape_text(name), source=data_uri(image, 1400), found=found, outlines=outlines, cell_fraction=share)
-=======
-    found = f"{counted(len(outlines), 'white blood cell')} found" if outlines else "No white blood cells found"
     fraction, (height, width) = (cells > 0).mean(), cells.shape
-    page = dict(name=shown(name), source=data_uri(image, 1400), found=found, outlines=outlines, cell_fraction=fraction)
->>>>>>> theirs
+    page = dict(name=escape_text(name), source=data_uri(image, 1400), found=found, outlines=outlines, cell_fraction=fraction)
     return render_template("app_image.html.j2", width=width, height=height, **page)
 
 # %% ../../nbs/06_inference/60_app.ipynb #1700c7bc
@@ -223,11 +217,6 @@ class App(_Layout):
 
     def show_synthetic(self, label: str) -> None:
         "Show a synthetic smear of a class, another one each time."
-<<<<<<< ours
-        from leukemia_nb.data.synthetic import make_smear
-
-=======
->>>>>>> theirs
         self.n_examples += 1
         self.show(f"synthetic smear {self.n_examples} ({label})", make_smear(label, 1000 + self.n_examples).image)
 

@@ -42,8 +42,8 @@ else:  # loaded when they are used; the names are for the documentation
     DataFrame = Any
 
 # %% auto #0
-__all__ = ['find_inputs', 'PredictionTask', 'predict_files', 'exported_models', 'open_predictors', 'format_comparison',
-           'compare_files']
+__all__ = ['find_inputs', 'PredictionTask', 'unfinished_file', 'predict_files', 'exported_models', 'open_predictors',
+           'format_comparison', 'compare_files']
 
 # %% ../../nbs/06_inference/40_batch.ipynb #9a752a31
 def find_inputs(
@@ -155,22 +155,11 @@ def unfinished_file(
 ) -> Path:
     "The log of a run: its rows until all are there."
     return Path(f"{out or json_file}.unfinished")
-<<<<<<< ours
-
-
-def _append(journal: Path, rows: Sequence[dict[str, Any]]) -> None:
-    "Add rows to a journal, so that they outlast a crash. Raises OutputError."
-    with report_write_errors(journal), open(journal, "ab") as lines:
-        lines.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-        lines.flush()
-        os.fsync(lines.fileno())
-=======
->>>>>>> theirs
 
 # %% ../../nbs/06_inference/40_batch.ipynb #9ee7cae9
 def _append(unfinished: Path, rows: Sequence[dict[str, Any]]) -> None:
     "Add rows to a log, so that they outlast a crash. Raises OutputError."
-    with writing(unfinished), open(unfinished, "ab") as lines:
+    with report_write_errors(unfinished), open(unfinished, "ab") as lines:
         lines.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
         lines.flush()
         os.fsync(lines.fileno())
@@ -328,11 +317,7 @@ def _compare_models(paths: Sequence[str], models: Sequence[str | os.PathLike], l
     classes = {str(name) for predictor in predictors for name in predictor.classes_}
     labels = [class_of(Path(path).parent.name) or "" for path in paths]
     known = [label if label in classes else "" for label in labels]
-<<<<<<< ours
-    compared = pd.DataFrame({"image": list(map(escape_text, paths)), "path": paths, "true label": known, "error": ""})
-=======
-    compared = pd.DataFrame({"image": list(map(shown, paths)), "path": paths, "true label": known, "problem": ""})
->>>>>>> theirs
+    compared = pd.DataFrame({"image": list(map(escape_text, paths)), "path": paths, "true label": known, "problem": ""})
     for predictor in predictors:
         table, title = predictor.report(paths).table, predictor.info["title"]
         compared[title], compared[f"{title} confidence"] = table["predicted"], table["confidence"].astype(float)

@@ -32,8 +32,8 @@ else:  # loaded when they are used; the names are for the documentation
 
 # %% auto #0
 __all__ = ['PreparedImage', 'describe_failure', 'prepare_image', 'abstain_reasons', 'prediction_columns', 'format_confidence',
-           'describe_calibration', 'prepare_images', 'run_network', 'calibrate', 'Predictor', 'Predictions',
-           'render_template', 'data_uri', 'find_image_cells', 'overlay', 'saliency']
+           'format_row', 'describe_calibration', 'prepare_images', 'run_network', 'calibrate', 'Predictor',
+           'Predictions', 'render_template', 'data_uri', 'find_image_cells', 'overlay', 'saliency']
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #e3489002
 class PreparedImage(NamedTuple):
@@ -167,15 +167,9 @@ def format_row(
     row: dict[str, Any],  # a prediction
 ) -> str:  # one line
     "A prediction as a line of text."
-<<<<<<< ours
-    if not row["prediction"]:
-        return escape_text(f"not predicted: {row['error']}")
-    found = f"{row['prediction']} {row['confidence']:.1%}"
-=======
     if not row["predicted"]:
-        return shown(f"not predicted: {row['problem']}")
+        return escape_text(f"not predicted: {row['problem']}")
     found = f"{row['predicted']} {row['confidence']:.1%}"
->>>>>>> theirs
     if row["abstains"]:
         found = f"abstains: {row['abstain_reasons']} (most probable: {found})"
     parts = [found]
@@ -183,15 +177,9 @@ def format_row(
         parts.append(f"{pluralise(row['n_cells'], 'white blood cell')} on {row['cell_fraction']:.1%} of the image")
     if row["flag"] and row["n_cells"]:
         parts.append(f"doubtful mask: {row['flag']}")
-<<<<<<< ours
-    if row["error"]:
-        parts.append(f"incomplete: {row['error']}")
-    return escape_text(f"{row['path']}: {'; '.join(parts)}")
-=======
     if row["problem"]:
         parts.append(f"incomplete: {row['problem']}")
-    return shown(f"{row['path']}: {'; '.join(parts)}")
->>>>>>> theirs
+    return escape_text(f"{row['path']}: {'; '.join(parts)}")
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #8bf14ebf
 def describe_calibration(
@@ -373,13 +361,8 @@ class Predictions:
 # %% ../../nbs/06_inference/30_predictor.ipynb #c0ffee01
 def _card(row: dict[str, Any], info: dict[str, Any], image: Any) -> dict[str, Any]:
     "What the display shows of one prediction."
-<<<<<<< ours
     title = escape_text(os.path.basename(row["path"])) or "image"
-    coloured = zip(info["classes"], class_colours(info["classes"])) if row["prediction"] else ()
-=======
-    title = shown(os.path.basename(row["path"])) or "image"
     coloured = zip(info["classes"], class_colours(info["classes"])) if row["predicted"] else ()
->>>>>>> theirs
     bars = [(name, row[f"p_{name}"], colour) for name, colour in coloured]
     try:
         drawn = data_uri(overlay(_pixels(image))) if bars else ""

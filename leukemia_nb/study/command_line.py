@@ -161,29 +161,16 @@ def _synth(
     seed: Annotated[int, Option(help="The same seed gives the same images.", min=0)] = 0,
 ) -> None:
     "Write synthetic blood smears with the true cell masks beside them."
-<<<<<<< ours
-    from leukemia_nb.data.files import OutputError, check_output, counted, exclusive, is_output_folder
-=======
-    from leukemia_nb.data.files import OutputError, check_output, pluralise, file_lock, is_output_folder
-    from leukemia_nb.data.manifest import find_images
->>>>>>> theirs
+    from leukemia_nb.data.files import OutputError, check_output, file_lock, is_output_folder, pluralise
     from leukemia_nb.data.synthetic import write_smears
     from leukemia_nb.study.settings import class_names
 
     check_output(out, folder=True)
     if is_output_folder(out):
         raise OutputError(f"{out}: holds results, so no search would take its images for data. Choose another folder.")
-<<<<<<< ours
-    with exclusive(out):
+    with file_lock(out):
         table = write_smears(out, per_class, classes=class_names(classes), seed=seed, height=height, width=width)
-    _echo(f"{counted(len(table), 'smear')} in {out}")
-=======
-    with _resumable(f"The smears so far are in {out}; the same command writes all of them."), file_lock(out):
-        table = write_smears(out, per_class, classes=class_names(classes), seed=seed, height=height, width=width)
-    before = len(find_images(out)) - len(table)
-    more = f"; {pluralise(before, 'other image')} lay there before" if before > 0 else ""
-    _echo(f"{pluralise(len(table), 'smear')} in {out}{more}")
->>>>>>> theirs
+    _echo(f"{pluralise(len(table), 'smear')} in {out}")
 
 # %% ../../nbs/07_study/50_command_line.ipynb #d091c3d5
 @app.command("segment")
@@ -193,24 +180,14 @@ def _segment(
     segmentation: _Method = "kmeans",
     n_jobs: _Jobs = 1,
 ) -> None:
-<<<<<<< ours
     "Segment the white blood cells of images: masks, overlays and a quality-control table."
-    from leukemia_nb.data.files import counted
-=======
-    "Segment the white blood cells of images: masks, overlays and a quality-control table. Goes on after an interruption."
     from leukemia_nb.data.files import pluralise
->>>>>>> theirs
     from leukemia_nb.processing.quality_control import segment_folder
 
     table = segment_folder(images, out, segmentation, n_jobs=n_jobs, log=_log)
     bad, flagged = int((table.problem != "").sum()), int((table.flag != "").sum())
-<<<<<<< ours
-    found = f"{counted(len(table) - bad, 'image')} segmented into {out}"
-    _echo(f"{found}; {counted(flagged, 'flagged mask')} and {bad} unreadable in qc.csv")
-=======
     found = f"{pluralise(len(table) - bad, 'image')} segmented into {out}"
-    _echo(f"{found}; {pluralise(flagged, 'conspicuous mask')} and {bad} unreadable in qc.csv")
->>>>>>> theirs
+    _echo(f"{found}; {pluralise(flagged, 'flagged mask')} and {bad} unreadable in qc.csv")
     if bad:
         raise typer.Exit(1)
 
@@ -224,13 +201,8 @@ def _prepare(
     segmentation: _Method = "kmeans",
     n_jobs: _Jobs = 1,
 ) -> None:
-<<<<<<< ours
     "Turn a folder of images into pairs: each image and its mask image, resized."
-    from leukemia_nb.data.files import counted
-=======
-    "Turn a folder of images into pairs: each image and its mask image, resized. Goes on after an interruption."
     from leukemia_nb.data.files import pluralise
->>>>>>> theirs
     from leukemia_nb.processing.dataset import prepare_folder
     from leukemia_nb.study.settings import class_names
 
@@ -397,11 +369,6 @@ def _run_study(options: dict[str, Any], run: Path | None, cluster: str, redo: li
         run_study(settings, where, n_jobs=settings.n_jobs, redo=redo, log=_echo, cluster=cluster)
     except KeyboardInterrupt:
         finished = len(list((where / "steps").glob("*.json")))
-<<<<<<< ours
-        kept = f"{counted(finished, 'step')} finished and kept in {where}"
+        kept = f"{pluralise(finished, 'step')} finished and kept in {where}"
         raise KeyboardInterrupt(f"stopped. {kept}; run the same command to resume.") from None
-=======
-        _log(f"\nleukemia_nb: stopped. {pluralise(finished, 'step')} finished and kept in {where}; the same command goes on.")
-        raise typer.Exit(130) from None
->>>>>>> theirs
     _echo(f"report: {where / 'report.html'}")

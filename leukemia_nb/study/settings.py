@@ -246,13 +246,8 @@ def _check_images(settings: StudySettings, run: Run) -> list[Path]:
     search, found = selection.search, set(selection.search.paths)
     counts = Counter(label for path, label in selection.rows if path in found)
     for name in names:
-<<<<<<< ours
         if counts[name] < minimum:
-            few = f"class {name} has {counted(counts[name], 'image')}, and the split needs {minimum} of each class"
-=======
-        if counts[name] < least:
-            few = f"class {name} has {pluralise(counts[name], 'image')}, and the split needs {least} of each class"
->>>>>>> theirs
+            few = f"class {name} has {pluralise(counts[name], 'image')}, and the split needs {minimum} of each class"
             raise ImageError(f"{settings.data}: {few}. Add images, or name their folder after the class ({search.summary()}).")
     return search.paths
 
