@@ -74,9 +74,9 @@ def test_figures_are_those_of_the_files(run):
     assert "40 of 111 test images show" in card and "180/200" in card
 
 
-def test_a_collapsed_model_is_called_that(run):
-    assert "**Collapsed:** it predicts Pro-B for every image" in say(run, "accuracy", "efficientnet_b0")
-    assert "Collapsed" not in say(run, "accuracy", "yolov8")
+def test_a_constant_predictor_is_called_that(run):
+    assert "**Constant predictor:** it predicts Pro-B for every image" in say(run, "accuracy", "efficientnet_b0")
+    assert "Constant predictor" not in say(run, "accuracy", "yolov8")
 
 
 def test_first_lines_are_yaml_with_the_fields_of_hugging_face(run):

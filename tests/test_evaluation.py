@@ -229,7 +229,7 @@ def test_metrics_of_models_by_hand(counted):
     assert row["macro_f1"] == pytest.approx((3 / 4 + f1_pro) / 2) and row["balanced_accuracy"] == pytest.approx(
         (3 / 4 + 5 / 6) / 2
     )
-    assert row["auc"] == pytest.approx(20.5 / 24) and row["collapsed"] == "" and row["weights"] == "ImageNet"
+    assert row["auc"] == pytest.approx(20.5 / 24) and row["constant_class"] == "" and row["weights"] == "ImageNet"
     text = readable_comparison(compare_models({"yolo11": counted}, weights={"yolo11": "ImageNet"})).iloc[0]
     assert text["Accuracy"] == "80.0 % (95 % CI 44.4–97.5; 8/10)" and text["Original study"] == "100.0 %"
     assert text["ROC-AUC"] == "0.854" and text["Macro F1"] == "0.792" and "Note" not in text
@@ -254,7 +254,11 @@ def test_metrics_are_scikit_learns(accuracy, seed):
 def test_a_single_class_in_test():
     table = dummy_predictions(1.0, (0, 12, 0))
     row = compare_models({"yolo11": table}).iloc[0]
-    assert np.isnan(row["auc"]) and row["accuracy"] == row["macro_f1"] == row["balanced_accuracy"] == 1 and row["collapsed"] == ""
+    assert (
+        np.isnan(row["auc"])
+        and row["accuracy"] == row["macro_f1"] == row["balanced_accuracy"] == 1
+        and row["constant_class"] == ""
+    )
     by_class = class_table(table)
     assert by_class["sensitivity"].isna().tolist() == [True, False, True] == by_class["sensitivity_low"].isna().tolist()
     assert by_class["specificity"].isna().tolist() == [False, True, False]
@@ -271,13 +275,13 @@ def test_a_single_class_in_test():
         compare_models({})
 
 
-def test_a_collapsed_model_is_marked():
+def test_a_constant_predictor_is_marked():
     table = dummy_predictions().assign(**{"p_Normal": 0.2, "p_Pre-B": 0.3, "p_Pro-B": 0.5})
     compared = compare_models({"efficientnet_b0": table})
-    assert compared.loc[0, ["n_correct", "images", "collapsed", "weights"]].tolist() == [39, 111, "Pro-B", ""]
+    assert compared.loc[0, ["n_correct", "images", "constant_class", "weights"]].tolist() == [39, 111, "Pro-B", ""]
     assert readable_comparison(compared).loc[0, ["Note", "Weights"]].tolist() == ["predicts Pro-B for every image", "–"]
     assert compared["macro_f1"].item() == pytest.approx(2 * 39 / (111 + 39) / 3)  # F1 of the other two is 0
-    assert compare_models({"a": table.head(1)})["collapsed"].item() == ""  # one image is no collapse
+    assert compare_models({"a": table.head(1)})["constant_class"].item() == ""  # one image is not enough
 
 
 def test_average_precision_by_hand():

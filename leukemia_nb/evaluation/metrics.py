@@ -117,13 +117,13 @@ def compare_models(
 
 
 def _summary_metrics(table: pd.DataFrame) -> dict[str, Any]:
-    "Means over classes, and the class that a collapsed model predicts for every image."
+    "Means over classes, and the class of a constant predictor."
     predicted, by_class = predicted_labels(table), class_table(table)
     present = by_class[by_class["images"] > 0]
-    collapsed = len(table) > 1 and len(set(predicted)) == 1 and len(present) > 1
+    constant = len(table) > 1 and len(set(predicted)) == 1 and len(present) > 1
     found: dict[str, Any] = {"macro_f1": float(present["f1"].mean()), "balanced_accuracy": float(present["sensitivity"].mean())}
     found["auc"] = float(_roc_auc(table).mean()) if len(present) == len(by_class) else np.nan
-    return found | {"collapsed": predicted[0] if collapsed else ""}
+    return found | {"constant_class": predicted[0] if constant else ""}
 
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #bc6bddfd
 def readable_comparison(
@@ -138,7 +138,7 @@ def readable_comparison(
             "Macro F1": f"{row.macro_f1:.3f}",
             "ROC-AUC": "–" if pd.isna(row.auc) else f"{row.auc:.3f}",
             "Weights": row.weights or "–",
-            "Note": f"predicts {row.collapsed} for every image" if row.collapsed else "",
+            "Note": f"predicts {row.constant_class} for every image" if row.constant_class else "",
         }
         for row in comparison.itertuples()
     ]
