@@ -37,7 +37,9 @@ def once(dataset: Path, epochs: int) -> Callable[[Any], Any]:
 def every_epoch(dataset: Path, epochs: int) -> Callable[[Any], Any]:
     """Keras' guide to transfer learning, first part: the base model frozen, `fit` on images."""
     train, val = (
-        keras.utils.image_dataset_from_directory(dataset / "original" / subset, image_size=(SIZE, SIZE), batch_size=32, verbose=False)
+        keras.utils.image_dataset_from_directory(
+            dataset / "original" / subset, image_size=(SIZE, SIZE), batch_size=32, verbose=False
+        )
         for subset in ("train", "val")
     )
     base = keras.applications.MobileNetV2(

@@ -157,7 +157,7 @@ def _dummy_images(folder: Path) -> None:
     number = pairs["pair"].str[-3:].astype(int)
     subset = np.where(number < pairs["class"].map(_TEST), "test", np.where(number % 10 == 9, "val", "train"))
     split = pairs[["pair", "class", "path", "sha256"]].assign(subset=subset, group=range(len(pairs)))
-    leakage = pd.DataFrame({"subset": ["val", "test"], "images": [16, 111], "near_duplicates": [5, 40]})
+    leakage = pd.DataFrame({"subset": ["val", "test"], "n_images": [16, 111], "near_duplicates": [5, 40]})
     tables = {"manifest": manifest, "pairs": pairs, "split": split, "leakage": leakage, "dataset": split.assign(flip="none")}
     for name, table in tables.items():
         write_table(folder / f"{name}.csv", table)
@@ -185,29 +185,29 @@ def _dummy_audit(folder: Path, models: list[str]) -> None:
     rates = {"mixed_next": (0.3, 0.6), "only_bg": (0.0, 0.9), "cell_colour": (0.7, 0.2)}
     rows, n = [], 200
     for model in models:
-        for kind, (foreground, other) in rates.items():
-            for cue, p in {"foreground": foreground, "other": other, "neither": 1 - foreground - other}.items():
+        for kind, (foreground, manipulated) in rates.items():
+            for cue, p in {"foreground": foreground, "manipulated": manipulated, "neither": 1 - foreground - manipulated}.items():
                 low, high = clopper_pearson(round(n * p), n)
-                row = {"model": model, "title": model_title(model), "kind": kind, "cue": cue, "n": n, "count": round(n * p)}
+                row = {"model": model, "title": model_title(model), "kind": kind, "cue": cue, "n_images": n, "count": round(n * p)}
                 rows.append(row | {"proportion": p, "low": low, "high": high})
     write_table(folder / "metrics" / "cue_conflict.csv", pd.DataFrame(rows))
-    of_model = [(corruption, level, k) for corruption in ("hue", "blur") for level, k in ((0, 60), (2, 41))]
-    levels = [(model, *row) for model in models for row in of_model]
-    robustness = pd.DataFrame(levels, columns=["model", "corruption", "level", "n_correct"]).assign(images=60, chance=0.42)
-    robustness = robustness.assign(title=robustness["model"].map(model_title), clean=robustness["level"] == 0)
+    of_model = [(corruption, severity, k) for corruption in ("hue", "blur") for severity, k in ((0, 60), (2, 41))]
+    severities = [(model, *row) for model in models for row in of_model]
+    robustness = pd.DataFrame(severities, columns=["model", "corruption", "severity", "n_correct"]).assign(n_images=60, chance=0.42)
+    robustness = robustness.assign(title=robustness["model"].map(model_title), clean=robustness["severity"] == 0)
     write_table(folder / "metrics" / "robustness.csv", robustness.assign(accuracy=robustness["n_correct"] / 60))
-    baseline = {"kind": "baseline", "name": "background_colour", "title": "Background colour", "sees": "colours outside of cells"}
+    baseline = {"kind": "baseline", "name": "background_colour", "title": "Background colour", "cue": "colours outside of cells"}
     baseline |= {
-        "images": 111,
+        "n_images": 111,
         "groups": 104,
         "accuracy": 0.982,
         "low": 0.95,
         "high": 1.0,
-        "interval": "Clopper-Pearson on effective groups",
+        "interval": "Korn-Graubard (ICC = 1)",
     }
     write_table(folder / "metrics" / "baselines.csv", pd.DataFrame([baseline]))
     made = ["Normal"] * 44 + ["Pre-B"] * 85 + ["Pro-B"] * 71
-    write_table(folder / "audit" / "cue_conflict.csv", pd.DataFrame({"kind": "only_bg", "other": made}))
+    write_table(folder / "audit" / "cue_conflict.csv", pd.DataFrame({"kind": "only_bg", "manipulated": made}))
 
 # %% ../nbs/00_shared/30_testing.ipynb #f2fec35b
 def dummy_run(

@@ -252,10 +252,10 @@ def test_permutations_by_hand():
     table = permutation_table(predictions)
     assert table.to_numpy().tolist() == [[1, 4, 1, 0.25], [2, 4, 2, 0.5], [3, 4, 3, 0.75], [4, 4, 4, 1.0]]
     row = baseline_table({"permuted": predictions}).iloc[0]
-    assert row[["images", "groups", "accuracy", "low", "high", "chance"]].tolist() == [4, 4, 0.625, 0.25, 1.0, 1.0]
+    assert row[["n_images", "groups", "accuracy", "low", "high", "chance"]].tolist() == [4, 4, 0.625, 0.25, 1.0, 1.0]
     assert row["interval"] == "central 95 % of 4 label permutations"
     grouped = baseline_table({"permuted": predictions.assign(group=1)}).iloc[0]
-    assert (grouped["images"], grouped["groups"]) == (4, 1)
+    assert (grouped["n_images"], grouped["groups"]) == (4, 1)
     many = pd.concat(
         [predictions[predictions["repeat"] == 2].assign(repeat=i) for i in range(97)]
         + [t.assign(p_b=1 - t.p_a, repeat=200 + i) for i, t in enumerate(tables[2:] + tables[:1])]
@@ -267,11 +267,11 @@ def test_table_and_figure_join_baselines_and_models():
     models = {"yolo11": dummy_predictions(0.99), "colour": dummy_predictions(0.9, seed=1), "permuted": dummy_predictions(0.4)}
     table = baseline_table(models)
     assert table["name"].tolist() == ["colour", "permuted", "yolo11"] and table["title"].tolist()[2] == "YOLO11"
-    assert table["kind"].tolist() == ["baseline", "baseline", "model"] and table["sees"].tolist()[2] == ""
+    assert table["kind"].tolist() == ["baseline", "baseline", "model"] and table["cue"].tolist()[2] == ""
     assert table["chance"].tolist() == pytest.approx([47 / 111] * 3) and set(table["interval"]) == {"Clopper-Pearson"}
     assert table.loc[0, ["accuracy", "low", "high"]].tolist() == pytest.approx([100 / 111, *clopper_pearson(100, 111)])
     by_field = baseline_table(models, {pair: i // 4 for i, pair in enumerate(models["colour"]["pair"])})
-    assert by_field["groups"].tolist() == [28] * 3 and set(by_field["interval"]) == {"Clopper-Pearson on effective groups"}
+    assert by_field["groups"].tolist() == [28] * 3 and set(by_field["interval"]) == {"Korn-Graubard (ICC = 1)"}
     axis = accuracy_figure(table).axes[0]
     assert [text.get_text() for text in axis.texts] == ["90.1 %", "39.6 %", "99.1 %"]
     assert axis.get_yticklabels()[0].get_text().startswith("Colour statistics\n21 colour")
@@ -354,7 +354,7 @@ def test_views_by_hand():
     assert silhouettes[0, 0].tolist() == [255] * 3 and silhouettes.sum() == 3 * 255
     corner = BASELINES["scale_bar"].view(image, cells)
     assert (corner[41:, 8:] == image[41:, 8:]).all() and corner[40, 9].tolist() == corner[41, 7].tolist() == [122, 135, 147]
-    assert BASELINES["blur"].features(image, cells).shape == (16 * 16 * 3,)
+    assert BASELINES["thumbnail"].features(image, cells).shape == (16 * 16 * 3,)
 
 
 def test_estimators_and_number_of_permutations():

@@ -212,10 +212,10 @@ def test_a_missing_subset_is_named():
 def test_confusion_and_class_metrics_by_hand(counted):
     assert confusion_table(counted).to_numpy().tolist() == [[3, 1], [1, 5]]
     normal, pro = (row for _, row in class_table(counted).iterrows())
-    assert normal[["images", "precision", "sensitivity", "specificity", "f1"]].tolist() == pytest.approx(
+    assert normal[["n_images", "precision", "sensitivity", "specificity", "f1"]].tolist() == pytest.approx(
         [4, 3 / 4, 3 / 4, 5 / 6, 3 / 4]
     )
-    assert pro[["images", "precision", "sensitivity", "specificity"]].tolist() == pytest.approx([6, 5 / 6, 5 / 6, 3 / 4])
+    assert pro[["n_images", "precision", "sensitivity", "specificity"]].tolist() == pytest.approx([6, 5 / 6, 5 / 6, 3 / 4])
     # exact intervals, R: binom.test(3, 4) and binom.test(5, 6)
     assert normal[["sensitivity_low", "sensitivity_high"]].tolist() == pytest.approx([0.19412, 0.99369], abs=1e-5)
     assert normal[["specificity_low", "specificity_high"]].tolist() == pytest.approx([0.35877, 0.99579], abs=1e-5)
@@ -223,7 +223,7 @@ def test_confusion_and_class_metrics_by_hand(counted):
 
 def test_metrics_of_models_by_hand(counted):
     row = compare_models({"yolo11": counted}, weights={"yolo11": "ImageNet"}).iloc[0]
-    assert (row["title"], row["n_correct"], row["images"], row["accuracy"], row["original"]) == ("YOLO11", 8, 10, 0.8, 1.0)
+    assert (row["title"], row["n_correct"], row["n_images"], row["accuracy"], row["original"]) == ("YOLO11", 8, 10, 0.8, 1.0)
     assert (row["low"], row["high"]) == pytest.approx((0.44390, 0.97479), abs=1e-5)  # R: binom.test(8, 10)
     f1_pro = 2 * (5 / 6) * (5 / 6) / (5 / 6 + 5 / 6)
     assert row["macro_f1"] == pytest.approx((3 / 4 + f1_pro) / 2) and row["balanced_accuracy"] == pytest.approx(
@@ -278,7 +278,7 @@ def test_a_single_class_in_test():
 def test_a_constant_predictor_is_marked():
     table = dummy_predictions().assign(**{"p_Normal": 0.2, "p_Pre-B": 0.3, "p_Pro-B": 0.5})
     compared = compare_models({"efficientnet_b0": table})
-    assert compared.loc[0, ["n_correct", "images", "constant_class", "weights"]].tolist() == [39, 111, "Pro-B", ""]
+    assert compared.loc[0, ["n_correct", "n_images", "constant_class", "weights"]].tolist() == [39, 111, "Pro-B", ""]
     assert readable_comparison(compared).loc[0, ["Note", "Weights"]].tolist() == ["predicts Pro-B for every image", "–"]
     assert compared["macro_f1"].item() == pytest.approx(2 * 39 / (111 + 39) / 3)  # F1 of the other two is 0
     assert compare_models({"a": table.head(1)})["constant_class"].item() == ""  # one image is not enough
@@ -295,8 +295,8 @@ def test_grouped_accuracy_counts_groups():
     table.loc[:11, ["p_Normal", "p_Pre-B", "p_Pro-B"]] = [0.0, 1.0, 0.0]
     fields = {pair: i // 6 for i, pair in enumerate(table["pair"])}
     row = grouped_accuracy({"a": table}, fields).iloc[0]
-    assert (row["images"], row["groups"], row["accuracy"]) == (80, 14, 0.85)
-    assert row["effective"] == pytest.approx(80**2 / (13 * 36 + 4)) and row["method"] == "Clopper-Pearson on effective groups"
+    assert (row["n_images"], row["groups"], row["accuracy"]) == (80, 14, 0.85)
+    assert row["n_effective"] == pytest.approx(80**2 / (13 * 36 + 4)) and row["method"] == "Korn-Graubard (ICC = 1)"
     assert (row["exact_low"], row["exact_high"]) == pytest.approx((0.75263, 0.92002), abs=5e-5)  # R: binom.test(68, 80)
     assert row["grouped_low"] < row["exact_low"] < row["exact_high"] < row["grouped_high"]
     alone = grouped_accuracy({"a": table}, {table["pair"][0]: 1}).iloc[0]  # pairs without a group are alone
@@ -308,7 +308,7 @@ def test_grouped_accuracy_counts_groups():
 
 def test_reliability_by_hand(ten):
     table = _reliability_table(ten)
-    assert table[["from", "to", "images", "confidence", "accuracy"]].to_numpy().tolist() == [
+    assert table[["from", "to", "n_images", "confidence", "accuracy"]].to_numpy().tolist() == [
         pytest.approx([0.5, 0.6, 2, 0.6, 0.5]),
         pytest.approx([0.8, 0.9, 8, 0.9, 0.75]),
     ]
@@ -343,7 +343,7 @@ def test_calibration_metrics_of_any_predictions(accuracy, seed):
     bins = [(confidence > i / 15) & (confidence <= (i + 1) / 15) for i in range(15)]
     ece = sum(abs(confidence[inside].mean() - correct[inside].mean()) * inside.mean() for inside in bins if inside.any())
     assert expected_calibration_error(table) == pytest.approx(ece, abs=1e-6)
-    assert _reliability_table(table)["images"].sum() == 27
+    assert _reliability_table(table)["n_images"].sum() == 27
 
 
 def test_temperature_by_hand():
@@ -379,7 +379,7 @@ def test_temperature_is_fitted_on_the_validation_subset_alone():
 def test_calibration_table_by_hand(ten):
     val = two_classes(["Normal"] * 8 + ["Pro-B"] * 2, [0.95] * 10, "val")
     row = calibration_table({"yolo11": pd.concat([val, ten], ignore_index=True)}).iloc[0]
-    assert (row["model"], row["title"], row["images"], row["note"]) == ("yolo11", "YOLO11", 10, "")
+    assert (row["model"], row["title"], row["n_images"], row["note"]) == ("yolo11", "YOLO11", 10, "")
     assert row["accuracy"] == pytest.approx(0.7) and row["confidence"] == pytest.approx(0.84)
     assert row[["ece", "brier", "log_loss"]].tolist() == pytest.approx([0.14, 0.44, _log_loss(ten)])
     scaled = _scale_temperature(ten, row["temperature"])

@@ -237,13 +237,13 @@ def test_table_and_summary_by_hand(red_corner):
     heat[0, :8, :8], heat[1, 20:, 20:] = 1, 1
     table = saliency_table(Corner(), red_corner, masks, heat)
     assert table["predicted"].tolist() == ["yes", "no"] and table["energy_inside"].tolist() == [1, 0]
-    assert table["other_maps"].tolist() == [0, 1]  # what the other image's map has inside these cells
+    assert table["centre_bias"].tolist() == [0, 1]  # what the other image's map has inside these cells
     area = 17**2 - 1  # a rim of one pixel, without its corner
     assert table["area_inside"].tolist() == pytest.approx([area / 1024] * 2) and table["original_channel"].tolist() == [1, 1]
     empty = pd.concat([table, table.assign(energy_inside=np.nan, ratio=np.nan)], ignore_index=True)
     row = saliency_summary({"yolo11": empty}).iloc[0]
-    assert (row["title"], row["images"], row["empty_maps"], row["energy_inside"]) == ("YOLO11", 4, 2, 0.5)
-    assert row["ratio"] == pytest.approx(1 / (2 * area / 1024)) and row["other_maps"] == 0.5 and row["original_channel"] == 1
+    assert (row["title"], row["n_images"], row["empty_maps"], row["energy_inside"]) == ("YOLO11", 4, 2, 0.5)
+    assert row["ratio"] == pytest.approx(1 / (2 * area / 1024)) and row["centre_bias"] == 0.5 and row["original_channel"] == 1
     assert (row["low"], row["high"]) == (0, 1) and np.isnan(row["head_randomised"])
     assert row["interval"] == "percentile bootstrap of groups"
     checked = saliency_summary({"a": table}, {"a": pd.DataFrame({"head": [0.2, 0.4], "whole": [0.0, -0.2]})}).iloc[0]

@@ -211,7 +211,7 @@ def make_composites(
     labels: Sequence[str] | np.ndarray,  # n class names
     kinds: Sequence[str] = ("mixed_next",),  # keys of KINDS
     seed: int = 0,  # of donors and inpainting
-) -> tuple[np.ndarray, pd.DataFrame]:  # uint8 (m, H, W, 3); table kind, row, donor, foreground, other; m = n for each kind
+) -> tuple[np.ndarray, pd.DataFrame]:  # uint8 (m, H, W, 3); table kind, row, donor, foreground, manipulated; m = n for each kind
     "Composites, the classes of their cells (foreground) and of everything else or what was changed (other). Raises ValueError."
     labels = np.asarray(labels, dtype=str)
     unknown = [kind for kind in kinds if kind not in KINDS]
@@ -226,7 +226,7 @@ def make_composites(
             made.append(_composite(kind, images, cells, row, donor, seed + row))
             other = labels[row if kind in ("only_bg", "no_scale_bar") else donor]
             rows.append((kind, row, donor, "" if kind == "only_bg" else labels[row], other))
-    return np.stack(made), pd.DataFrame(rows, columns=["kind", "row", "donor", "foreground", "other"])
+    return np.stack(made), pd.DataFrame(rows, columns=["kind", "row", "donor", "foreground", "manipulated"])
 
 
 def _donors(labels: np.ndarray, random: np.random.Generator) -> tuple[list[int], list[int]]:
@@ -262,9 +262,9 @@ def _composite(kind: str, images: np.ndarray, cells: np.ndarray, row: int, donor
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #90c896be
 def cue_conflict_rates(
-    table: pd.DataFrame,  # columns kind, foreground, other, as of make_composites
+    table: pd.DataFrame,  # columns kind, foreground, manipulated, as from make_composites
     predicted: Sequence[str] | np.ndarray,  # class name for each row
-) -> pd.DataFrame:  # a row a kind and cue: kind, cue (foreground, other, neither), n, count, proportion, low, high
+) -> pd.DataFrame:  # a row a kind and cue: kind, cue (foreground, manipulated, neither), n_images, count, proportion, low, high
     "Proportion of predictions that follow each cue. Raises ValueError."
     predicted = np.asarray(predicted, dtype=str)
     if len(predicted) != len(table):
@@ -272,11 +272,11 @@ def cue_conflict_rates(
     rows = []
     for kind, part in table.assign(predicted=predicted).groupby("kind", sort=False):
         foreground = part["predicted"] == part["foreground"]
-        other = (part["predicted"] == part["other"]) & ~foreground
-        for cue, follows in (("foreground", foreground), ("other", other), ("neither", ~foreground & ~other)):
+        manipulated = (part["predicted"] == part["manipulated"]) & ~foreground
+        for cue, follows in (("foreground", foreground), ("manipulated", manipulated), ("neither", ~foreground & ~manipulated)):
             n, count = len(part), int(follows.sum())
             rows.append((kind, cue, n, count, count / n, *clopper_pearson(count, n)))
-    return pd.DataFrame(rows, columns=["kind", "cue", "n", "count", "proportion", "low", "high"])
+    return pd.DataFrame(rows, columns=["kind", "cue", "n_images", "count", "proportion", "low", "high"])
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #1abb0edd
 @styled
@@ -289,7 +289,7 @@ def cue_conflict_figure(
 
     shown = rates[rates["kind"].isin(list(kinds))].reset_index(drop=True)
     shown["panel"] = shown["kind"].map(kinds)
-    palette = {"foreground": "#0072B2", "other": "#D55E00", "neither": "#BBBBBB"}
+    palette = {"foreground": "#0072B2", "manipulated": "#D55E00", "neither": "#BBBBBB"}
     bars = {"hue": "cue", "hue_order": list(palette)[::-1], "palette": palette, "weights": "count", "multiple": "fill"}
     height = 1.3 + 0.25 * rates["title"].nunique()
     size = {"height": height, "aspect": 2.0 / height, "shrink": 0.8}

@@ -279,7 +279,7 @@ def saliency_table(
     images: np.ndarray,  # uint8 (n, H, W, 3), or pairs (n, 2, H, W, 3)
     masks: np.ndarray,  # bool (n, S, S): cells
     heatmaps: np.ndarray,  # float (n, S, S), of grad_cam or occlusion_map
-) -> pd.DataFrame:  # a row an image: predicted, energy_inside, area_inside, ratio, other_maps, original_channel
+) -> pd.DataFrame:  # a row an image: predicted, energy_inside, area_inside, ratio, centre_bias, original_channel
     "Energy-based pointing game of each image beside two levels of chance."
     games = [energy_pointing_game(*pair) for pair in zip(heatmaps, masks)]
     table = pd.DataFrame(games, columns=["energy_inside", "area_inside", "ratio"])
@@ -288,7 +288,7 @@ def saliency_table(
     inside = np.stack([_widen_cells(mask).ravel() for mask in masks])
     crossed = (flat / np.where(total > 0, total, np.nan)) @ inside.T.astype(np.float64)
     np.fill_diagonal(crossed, np.nan)
-    table["other_maps"] = pd.DataFrame(crossed).mean().to_numpy()
+    table["centre_bias"] = pd.DataFrame(crossed).mean().to_numpy()
     table.insert(0, "predicted", model.classes_[_target_places(model, images, None)])
     table["original_channel"] = _channel_gradients(model, images)[:, 0] if np.ndim(images) == 5 else 1.0
     return table
@@ -305,9 +305,9 @@ def saliency_summary(
     for name, table in tables.items():
         valid = table[np.isfinite(table["energy_inside"])]
         group = np.arange(len(valid)) if groups is None else [str(groups.get(pair, f"alone:{pair}")) for pair in valid["pair"]]
-        row: dict[str, Any] = {"model": name, "title": model_title(name), "images": len(table)}
+        row: dict[str, Any] = {"model": name, "title": model_title(name), "n_images": len(table)}
         row["empty_maps"] = len(table) - len(valid)
-        row |= valid[["energy_inside", "area_inside", "other_maps", "original_channel"]].mean().to_dict()
+        row |= valid[["energy_inside", "area_inside", "centre_bias", "original_channel"]].mean().to_dict()
         row |= {"low": np.nan, "high": np.nan, "interval": ""}
         if len(set(group)) > 1:
             found = cluster_bootstrap(valid["energy_inside"], group, seed=seed)

@@ -28,9 +28,9 @@ def _reliability_table(table: pd.DataFrame, bins: int = 10) -> pd.DataFrame:
     found["correct"] = predicted_labels(table) == table["class"].to_numpy()
     found["to"] = np.ceil(found["confidence"] * bins - 1e-9) / bins
     by_bin = found.groupby("to").agg(
-        images=("correct", "size"), confidence=("confidence", "mean"), accuracy=("correct", "mean"), k=("correct", "sum")
+        n_images=("correct", "size"), confidence=("confidence", "mean"), accuracy=("correct", "mean"), k=("correct", "sum")
     )
-    by_bin["low"], by_bin["high"] = zip(*map(clopper_pearson, by_bin["k"], by_bin["images"]))
+    by_bin["low"], by_bin["high"] = zip(*map(clopper_pearson, by_bin["k"], by_bin["n_images"]))
     by_bin.insert(0, "from", by_bin.index - 1 / bins)
     return by_bin.drop(columns="k").reset_index()
 
@@ -41,7 +41,7 @@ def expected_calibration_error(
 ) -> float:
     "Expected calibration error of the predicted class's confidence."
     found = _reliability_table(table, bins)
-    return float(np.average((found["confidence"] - found["accuracy"]).abs(), weights=found["images"]))
+    return float(np.average((found["confidence"] - found["accuracy"]).abs(), weights=found["n_images"]))
 
 
 def _brier_score(table: pd.DataFrame) -> float:
@@ -98,7 +98,7 @@ def calibration_table(
     rows = []
     for name, table in predictions.items():
         part = take_subset(table, subset)
-        row: dict[str, Any] = {"model": name, "title": model_title(name), "images": len(part)}
+        row: dict[str, Any] = {"model": name, "title": model_title(name), "n_images": len(part)}
         row["accuracy"] = float((predicted_labels(part) == part["class"]).mean())
         row |= _calibration_metrics(part)
         if (table["subset"] == "val").any():
@@ -133,7 +133,7 @@ def reliability_figure(
         x, y, colour = found["confidence"], found["accuracy"], CLASS_COLOURS["Normal"]
         axis.axline((0, 0), slope=1, color=GREY, linewidth=0.8, linestyle="--")
         axis.vlines(x, found["low"], found["high"], color=colour, alpha=0.5)
-        axis.scatter(x, y, 12 + 130 * found["images"] / len(part), color=colour, edgecolor="white", zorder=3, clip_on=False)
+        axis.scatter(x, y, 12 + 130 * found["n_images"] / len(part), color=colour, edgecolor="white", zorder=3, clip_on=False)
         axis.text(0.97, 0.05, f"ECE {expected_calibration_error(part):.3f}", ha="right", fontsize=8, transform=axis.transAxes)
         axis.set(title=model_title(name), xlim=(0, 1), ylim=(0, 1), aspect="equal")
     figure.supxlabel(f"confidence (bars: 95 % CI of the accuracy, {CLOPPER_PEARSON})", fontsize=9)

@@ -22,7 +22,7 @@ from leukemia_nb.evaluation.predictions import (
     probabilities_of,
     take_subset,
 )
-from .uncertainty import CLOPPER_PEARSON, clopper_pearson, format_proportion, grouped_interval
+from .uncertainty import CLOPPER_PEARSON, clopper_pearson, format_proportion, korn_graubard_interval
 from ..plotting import CLASS_COLOURS, GREY, PALE, blank_figure, class_colours, styled
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def class_table(
     precision, _, f1, images = precision_recall_fscore_support(
         table["class"], predicted_labels(table), labels=labels, zero_division=np.nan
     )
-    found = pd.DataFrame({"class": labels, "images": images.astype(int), "precision": precision, "f1": f1})
+    found = pd.DataFrame({"class": labels, "n_images": images.astype(int), "precision": precision, "f1": f1})
     others, false_positives = images.sum() - images, counts.sum(axis=0).to_numpy() - hits
     for name, n_correct, n in (("sensitivity", hits, images), ("specificity", others - false_positives, others)):
         bounds = [(k / total, *clopper_pearson(k, total)) if total else (np.nan,) * 3 for k, total in zip(n_correct, n)]
@@ -109,7 +109,7 @@ def compare_models(
         part = take_subset(table, subset)
         n_correct, images = int((predicted_labels(part) == part["class"]).sum()), len(part)
         low, high = clopper_pearson(n_correct, images)
-        row = {"model": name, "title": model_title(name), "n_correct": n_correct, "images": images}
+        row = {"model": name, "title": model_title(name), "n_correct": n_correct, "n_images": images}
         row |= {"accuracy": n_correct / images, "low": low, "high": high}
         row |= {"original": ORIGINAL_ACCURACY.get(name, np.nan)} | _summary_metrics(part)
         rows.append(row | {"weights": (weights or {}).get(name, "")})
@@ -119,7 +119,7 @@ def compare_models(
 def _summary_metrics(table: pd.DataFrame) -> dict[str, Any]:
     "Means over classes, and the class of a constant predictor."
     predicted, by_class = predicted_labels(table), class_table(table)
-    present = by_class[by_class["images"] > 0]
+    present = by_class[by_class["n_images"] > 0]
     constant = len(table) > 1 and len(set(predicted)) == 1 and len(present) > 1
     found: dict[str, Any] = {"macro_f1": float(present["f1"].mean()), "balanced_accuracy": float(present["sensitivity"].mean())}
     found["auc"] = float(_roc_auc(table).mean()) if len(present) == len(by_class) else np.nan
@@ -133,7 +133,7 @@ def readable_comparison(
     rows = [
         {
             "Model": row.title,
-            "Accuracy": format_proportion(row.accuracy, row.low, row.high, row.n_correct, row.images),
+            "Accuracy": format_proportion(row.accuracy, row.low, row.high, row.n_correct, row.n_images),
             "Original study": format_proportion(row.original),
             "Macro F1": f"{row.macro_f1:.3f}",
             "ROC-AUC": "–" if pd.isna(row.auc) else f"{row.auc:.3f}",
@@ -156,9 +156,9 @@ def grouped_accuracy(
     for name, table in predictions.items():
         part = take_subset(table, subset)
         correct = (predicted_labels(part) == part["class"]).to_numpy()
-        found = grouped_interval(correct, [str((groups or {}).get(pair, f"alone:{pair}")) for pair in part["pair"]])
+        found = korn_graubard_interval(correct, [str((groups or {}).get(pair, f"alone:{pair}")) for pair in part["pair"]])
         exact_low, exact_high = clopper_pearson(int(correct.sum()), len(part))
-        row = {"model": name, "title": model_title(name), "images": found.n, "groups": found.groups, "effective": found.effective}
+        row = {"model": name, "title": model_title(name), "n_images": found.n, "groups": found.groups, "n_effective": found.n_effective}
         row |= {"accuracy": found.estimate, "exact_low": exact_low, "exact_high": exact_high}
         rows.append(row | {"grouped_low": found.low, "grouped_high": found.high, "method": found.method})
     return pd.DataFrame(rows)
@@ -166,7 +166,7 @@ def grouped_accuracy(
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #13667812
 @styled
 def accuracy_figure(
-    table: pd.DataFrame,  # title, accuracy, low, high; optional original, chance, sees, kind and interval (method's name)
+    table: pd.DataFrame,  # title, accuracy, low, high; optional original, chance, cue, kind and interval (method's name)
 ) -> "Figure":
     "Accuracies with 95 % intervals, a row a model or baseline."
     from matplotlib.ticker import PercentFormatter
@@ -181,7 +181,7 @@ def accuracy_figure(
         if len(part):
             axis.errorbar(part["accuracy"], place[rows], xerr=bounds, fmt="o", color=colour, label=f"{kind} with 95 % CI")
     _reference_marks(axis, table, place)
-    seen = table["sees"] if "sees" in table else pd.Series("", table.index)
+    seen = table["cue"] if "cue" in table else pd.Series("", table.index)
     axis.set_yticks(place, [f"{title}\n{what}" if what else title for title, what in zip(table["title"], seen)])
     for i, value in enumerate(table["accuracy"]):
         axis.text(1.03, i, format_proportion(value), transform=axis.get_yaxis_transform(), va="center")

@@ -274,7 +274,7 @@ def _significant(run: _Results, model: str) -> SimpleNamespace:
 @_fact
 def _class_table(run: _Results, model: str) -> pd.DataFrame:
     table = run.table("metrics/classes.csv", model)
-    found = {"Class": table["class"].map(markdown_text), "Test images": table["images"]}
+    found = {"Class": table["class"].map(markdown_text), "Test images": table["n_images"]}
     for name in ("sensitivity", "specificity"):
         found[name.capitalize()] = [format_proportion(*row) for row in table[[name, f"{name}_low", f"{name}_high"]].to_numpy()]
     return pd.DataFrame(found)
@@ -338,10 +338,10 @@ def _cue_conflict_table(run: _Results, model: str) -> pd.DataFrame:
     rows = []
     for kind, part in rates.groupby("kind", sort=False):
         rate = part.set_index("cue")
-        counts = [rate.loc[cue, ["count", "n"]] if cue in rate.index else None for cue in ("foreground", "other")]
+        counts = [rate.loc[cue, ["count", "n_images"]] if cue in rate.index else None for cue in ("foreground", "manipulated")]
         texts = ["–" if count is None else _proportion(*count) for count in counts]
-        rows.append([KINDS.get(str(kind), kind), rate["n"].iloc[0], *texts])
-    return pd.DataFrame(rows, columns=["Images", "n", "Class of the foreground predicted", "Class of the rest, or of the change"])
+        rows.append([KINDS.get(str(kind), kind), rate["n_images"].iloc[0], *texts])
+    return pd.DataFrame(rows, columns=["Images", "n", "Class of the foreground predicted", "Class of the manipulated cue"])
 
 # %% ../../nbs/07_study/30_cards.ipynb #e11355bd
 @_fact
@@ -365,7 +365,7 @@ def _robustness_table(run: _Results, model: str) -> pd.DataFrame:
     changed = table[table["clean"].astype(str) != "True"]
     worst = changed.loc[changed.groupby("corruption", sort=False)["accuracy"].idxmin()]
     names = [row.corruption.replace("_", " ") for row in worst.itertuples()]
-    accuracies = [_proportion(row.n_correct, row.images) for row in worst.itertuples()]
+    accuracies = [_proportion(row.n_correct, row.n_images) for row in worst.itertuples()]
     rows = list(zip(names, worst["level"].map("{:g}".format), accuracies, strict=True))
     return pd.DataFrame(rows, columns=["Corruption", "Level of lowest accuracy", "Accuracy"])
 
