@@ -188,12 +188,21 @@ def _dummy_audit(folder: Path, models: list[str]) -> None:
         for kind, (foreground, manipulated) in rates.items():
             for cue, p in {"foreground": foreground, "manipulated": manipulated, "neither": 1 - foreground - manipulated}.items():
                 low, high = clopper_pearson(round(n * p), n)
-                row = {"model": model, "title": model_title(model), "kind": kind, "cue": cue, "n_images": n, "count": round(n * p)}
+                row = {
+                    "model": model,
+                    "title": model_title(model),
+                    "kind": kind,
+                    "cue": cue,
+                    "n_images": n,
+                    "count": round(n * p),
+                }
                 rows.append(row | {"proportion": p, "low": low, "high": high})
     write_table(folder / "metrics" / "cue_conflict.csv", pd.DataFrame(rows))
     of_model = [(corruption, severity, k) for corruption in ("hue", "blur") for severity, k in ((0, 60), (2, 41))]
     severities = [(model, *row) for model in models for row in of_model]
-    robustness = pd.DataFrame(severities, columns=["model", "corruption", "severity", "n_correct"]).assign(n_images=60, chance=0.42)
+    robustness = pd.DataFrame(severities, columns=["model", "corruption", "severity", "n_correct"]).assign(
+        n_images=60, chance=0.42
+    )
     robustness = robustness.assign(title=robustness["model"].map(model_title), clean=robustness["severity"] == 0)
     write_table(folder / "metrics" / "robustness.csv", robustness.assign(accuracy=robustness["n_correct"] / 60))
     baseline = {"kind": "baseline", "name": "background_colour", "title": "Background colour", "cue": "colours outside of cells"}

@@ -254,7 +254,7 @@ def test_rates_by_hand():
         rates["kind"].tolist() == ["mixed_next"] * 3 + ["mixed_same"] * 3
         and rates["cue"].tolist() == ["foreground", "manipulated", "neither"] * 2
     )
-    assert rates["count"].tolist() == [7, 2, 1, 1, 0, 1] and rates["n"].tolist() == [10] * 3 + [2] * 3
+    assert rates["count"].tolist() == [7, 2, 1, 1, 0, 1] and rates["n_images"].tolist() == [10] * 3 + [2] * 3
     assert rates["proportion"].tolist() == [0.7, 0.2, 0.1, 0.5, 0.0, 0.5]
     assert rates.loc[0, ["low", "high"]].tolist() == pytest.approx([0.34755, 0.93326], abs=1e-5)  # R: binom.test(7, 10)
     with pytest.raises(ValueError, match="12 images but 1 predictions"):

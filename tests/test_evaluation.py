@@ -307,7 +307,7 @@ def test_grouped_accuracy_counts_groups():
 
 
 def test_reliability_by_hand(ten):
-    table = _reliability_table(ten)
+    table = _reliability_table(ten, n_bins=10)
     assert table[["from", "to", "n_images", "confidence", "accuracy"]].to_numpy().tolist() == [
         pytest.approx([0.5, 0.6, 2, 0.6, 0.5]),
         pytest.approx([0.8, 0.9, 8, 0.9, 0.75]),
@@ -326,7 +326,7 @@ def test_log_loss_of_impossible_predictions_is_finite():
 
 def test_certain_predictions_fall_into_the_last_bin():
     table = dummy_predictions().assign(**{"p_Normal": 1.0, "p_Pre-B": 0.0, "p_Pro-B": 0.0})
-    only = _reliability_table(table).iloc[0]
+    only = _reliability_table(table, 10).iloc[0]
     assert len(_reliability_table(table)) == 1 and (only["from"], only["to"]) == (0.9, 1.0)
     assert expected_calibration_error(table) == pytest.approx(1 - 25 / 111)
 
@@ -407,6 +407,15 @@ def test_risk_and_coverage_by_hand(ten):
 
 
 # ---- figures
+
+
+def test_the_reliability_diagram_shows_the_bins_of_its_error(ten):
+    for n_bins in (3, 15):
+        axis = reliability_figure({"yolo11": ten}, n_bins=n_bins).axes[0]
+        assert f"ECE {expected_calibration_error(ten, n_bins):.3f}" in [text.get_text() for text in axis.texts]
+        table = _reliability_table(ten, n_bins)
+        assert axis.collections[1].get_offsets().data.tolist() == table[["confidence", "accuracy"]].to_numpy().tolist()
+    assert expected_calibration_error(ten) == expected_calibration_error(ten, 15) != expected_calibration_error(ten, 1)
 
 
 def test_figures_of_one_and_of_many_models(tmp_path):
@@ -490,7 +499,7 @@ def test_unseen_table_and_grid(folder_of_images):
     assert text.loc["somewhere/Snap_3é.png"].tolist() == ["–", "Pro-B 0.98", "Pro-B 0.98"]
     page = readable_unseen(table).to_html(index=False)
     assert page.count("✗") == 2 and "x&lt;y&gt;" in page and "<y>" not in page
-    assert len(unseen_figure(table, folder_of_images, most=3).axes) == 3
+    assert len(unseen_figure(table, folder_of_images, max_images=3).axes) == 3
     labels = [axis.get_xlabel() for axis in unseen_figure(table.assign(**{"x<y> abstains": True}), folder_of_images).axes]
     assert labels[0].split("\n") == ["Snap_0é.png", "✓ MobileNetV2: Normal 0.96", "✓ x<y>: (Normal) 0.96"] and len(labels) == 5
     with pytest.raises(PredictionsError, match="yolo11: its images are not those"):
@@ -523,7 +532,7 @@ def test_marks_of_the_accuracy_figure_by_hand(counted):
     axis = accuracy_figure(table).axes[0]
     lines = {line.get_label(): line for line in axis.get_lines()}
     assert np.array_equal(lines["original study"].get_xdata(), [1.0, np.nan], equal_nan=True)
-    assert lines["most frequent class"].get_xdata() == pytest.approx([0.6, 0.6])
+    assert lines["majority-class baseline"].get_xdata() == pytest.approx([0.6, 0.6])
     assert axis.get_xlabel() == "accuracy; 95 % CI: Clopper-Pearson\nother: bootstrap"
     assert axis.get_xlim() == pytest.approx((0.44390 - 0.05, 1.005), abs=1e-4)
     without = accuracy_figure(compare_models({"other": counted})).axes[0]

@@ -13,7 +13,7 @@ from leukemia_nb.evaluation.uncertainty import (
     cluster_bootstrap,
     compare_model_pairs,
     difference_figure,
-    _effective_groups,
+    _effective_sample_size,
     format_proportion,
     korn_graubard_interval,
     _holm,
@@ -76,7 +76,7 @@ def test_independent_images_give_the_exact_interval():
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 12), min_size=2, max_size=30), st.floats(0, 1))
-def test_grouped_interval_is_korn_and_graubards_with_the_worst_design_effect(sizes, proportion):
+def test_interval_is_korn_and_graubards_with_the_worst_design_effect(sizes, proportion):
     """The published formula, F quantiles instead of the beta distribution's: v1 = 2x, v2 = 2(n* - x + 1), and its mirror image."""
     sizes = np.array(sizes)
     n, n_correct = sizes.sum(), round(proportion * sizes.sum())
@@ -98,12 +98,12 @@ def test_fewer_groups_give_wider_intervals_and_one_the_whole_range():
     intervals = [korn_graubard_interval(correct, np.arange(103) // size) for size in (1, 2, 5, 20, 103)]
     widths = [one.high - one.low for one in intervals]
     assert widths == sorted(widths) and widths[-1] == pytest.approx(1, abs=1e-4)
-    assert _effective_groups([0] * 9 + [1]) == pytest.approx(100 / 82)
+    assert _effective_sample_size([0] * 9 + [1]) == pytest.approx(100 / 82)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 103, [1] * 97 + [2] * 3, [10] * 10 + [3], [30] + [1] * 73])
 @pytest.mark.parametrize("rho", [0, 0.5, 1])
-def test_grouped_interval_covers(sizes, rho):
+def test_korn_graubard_interval_covers(sizes, rho):
     """0.95 within three standard errors of 4,000 simulated test subsets; the percentile bootstrap has 0.86 to 0.9 for the first two."""
     sizes, random = np.array(sizes), np.random.default_rng(5)
     group = np.repeat(np.arange(len(sizes)), sizes)

@@ -19,7 +19,7 @@ from ..data.images import scale_bar_corner
 from ..data.processes import die_with_parent
 from ..evaluation.cross_validation import cross_validate, cross_validated_accuracy
 from ..evaluation.predictions import model_title, predicted_labels, predictions_table, take_subset
-from ..evaluation.uncertainty import CLOPPER_PEARSON, Interval, format_proportion, korn_graubard_interval
+from ..evaluation.uncertainty import CLOPPER_PEARSON, Interval, format_proportion, group_labels, korn_graubard_interval
 from ..processing.cells import find_cells
 from ..processing.dataset import Pairs
 from ..processing.segmentation import study_mask
@@ -66,11 +66,10 @@ def _shape_features(image: np.ndarray) -> np.ndarray:
     return hog(_stretched_grey(image, 64), 9, (16, 16), (2, 2)).astype(np.float32)
 
 
-def _stretched_grey(image: np.ndarray, side: int | None = None) -> np.ndarray:
-    "Grey image, float32 between 0 and 1, its 1st and 99th percentiles stretched to the ends."
+def _stretched_grey(image: np.ndarray, side: int) -> np.ndarray:
+    "Grey image of side x side pixels, float32 between 0 and 1, its 1st and 99th percentiles stretched to the ends."
     grey = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY).astype(np.float32)
-    if side:
-        grey = cv2.resize(grey, (side, side), interpolation=cv2.INTER_AREA)
+    grey = cv2.resize(grey, (side, side), interpolation=cv2.INTER_AREA)
     low, high = np.percentile(grey, (1, 99))
     return np.clip((grey - low) / max(high - low, 1), 0, 1).astype(np.float32)
 
@@ -95,9 +94,8 @@ class Baseline:
     title: str  # name in tables and figures
     cue: str  # what it is shown
     features: Callable[[np.ndarray, np.ndarray], np.ndarray]  # image, cells -> float32 (d,)
-    view: Callable[[np.ndarray, np.ndarray], np.ndarray]  # image, cells -> uint8 (H, W, 3), for people
     linear: bool = False  # logistic regression; otherwise a random forest
-    permuted: bool = False  # trained on shuffled labels
+    permuted: bool = False  # trained on permuted labels
     background_only: bool = False  # cannot see a white cell
 
     def estimator(self, seed: int = 0) -> Any:
@@ -111,59 +109,29 @@ class Baseline:
             return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, class_weight="balanced"))
         return RandomForestClassifier(150, class_weight="balanced", random_state=seed)
 
-# %% ../../nbs/05_audit/10_baselines.ipynb #d11a4621
-def _only(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    return np.where(mask[..., None], image, np.array([122, 135, 147], np.uint8))
-
-
-def _only_corner(image: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    mask = np.zeros(image.shape[:2], bool)
-    mask[scale_bar_corner(image.shape)] = True
-    return _only(image, mask)
-
-
-def _grey_view(image: np.ndarray, cells: np.ndarray, side: int | None = None) -> np.ndarray:
-    grey = cv2.resize(_stretched_grey(image, side), image.shape[1::-1], interpolation=cv2.INTER_AREA)
-    return cv2.cvtColor(np.round(255 * grey).astype(np.uint8), cv2.COLOR_GRAY2RGB)
-
-
-def _palette(image: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    "The image's pixels sorted by brightness, as bands: its colours without their places."
-    pixels = image.reshape(-1, 3)
-    ordered = pixels[np.argsort(pixels.sum(axis=1), kind="stable")]
-    bands = np.stack([band.mean(axis=0) for band in np.array_split(ordered, 24)])
-    return cv2.resize(bands[:, None].astype(np.uint8), image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-
-
-def _pixels(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-
-
-def _silhouettes(image: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    return np.repeat(np.where(cells > 0, 255, 0).astype(np.uint8)[..., None], 3, axis=2)
-
 # %% ../../nbs/05_audit/10_baselines.ipynb #ad359eab
+def _thumbnail(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA).ravel().astype(np.float32)
+
+
 BASELINES: dict[str, Baseline] = {
     "background_colour": Baseline(
         "Background colour",
         "21 colour statistics; cells and scale bar masked out",
         lambda image, cells: _colour_features(image, background_pixels(image, cells)),
-        lambda image, cells: _only(image, background_pixels(image, cells)),
         background_only=True,
     ),
     "background_texture": Baseline(
         "Background texture",
         "local binary patterns at radii 1 and 3; cells and scale bar masked out",
         lambda image, cells: _texture_features(image, background_pixels(image, cells)),
-        lambda image, cells: _only(_grey_view(image, cells), background_pixels(image, cells)),
         linear=True,
         background_only=True,
     ),
     "scale_bar": Baseline(
         "Scale-bar corner",
         "the corner alone, at 14x22 pixels",
-        lambda image, cells: _pixels(image[scale_bar_corner(image.shape)], 22, 14).ravel().astype(np.float32),
-        _only_corner,
+        lambda image, cells: _thumbnail(image[scale_bar_corner(image.shape)], 22, 14),
         background_only=True,
     ),
 }
@@ -171,29 +139,19 @@ BASELINES: dict[str, Baseline] = {
 # %% ../../nbs/05_audit/10_baselines.ipynb #48245ed6
 BASELINES |= {
     "colour": Baseline(
-        "Colour statistics", "21 colour statistics of the whole image", lambda image, cells: _colour_features(image), _palette
+        "Colour statistics", "21 colour statistics of the whole image", lambda image, cells: _colour_features(image)
     ),
     "silhouettes": Baseline(
-        "Silhouettes", "number, size and outline of the cells", lambda image, cells: _silhouette_features(cells), _silhouettes
+        "Silhouettes", "number, size and outline of the cells", lambda image, cells: _silhouette_features(cells)
     ),
-    "thumbnail": Baseline(
-        "16x16 thumbnail",
-        "16x16 pixels in colour",
-        lambda image, cells: _pixels(image, 16, 16).ravel().astype(np.float32),
-        lambda image, cells: cv2.resize(_pixels(image, 16, 16), image.shape[1::-1], interpolation=cv2.INTER_NEAREST),
-    ),
+    "thumbnail": Baseline("16x16 thumbnail", "16x16 pixels in colour", lambda image, cells: _thumbnail(image, 16, 16)),
     "grey_texture": Baseline(
-        "Grey texture", "local binary patterns at radii 1 and 3", lambda image, cells: _texture_features(image), _grey_view, linear=True
+        "Grey texture", "local binary patterns at radii 1 and 3", lambda image, cells: _texture_features(image), linear=True
     ),
-    "grey_shape": Baseline(
-        "Grey shapes",
-        "grey edges at 64x64 pixels",
-        lambda image, cells: _shape_features(image),
-        lambda image, cells: _grey_view(image, cells, 64),
-    ),
+    "grey_shape": Baseline("Grey shapes", "grey edges at 64x64 pixels", lambda image, cells: _shape_features(image)),
 }
 BASELINES["permuted"] = replace(
-    BASELINES["colour"], title="Permuted labels", cue="colour statistics, labels shuffled", permuted=True
+    BASELINES["colour"], title="Permuted labels", cue="colour statistics, labels permuted", permuted=True
 )
 BACKGROUND_ONLY = tuple(name for name, baseline in BASELINES.items() if baseline.background_only)
 
@@ -230,7 +188,7 @@ def run_baselines(
     features: Mapping[str, np.ndarray],  # name -> (n, d), from baseline_features
     split: pd.DataFrame,  # (n rows) with pair, class, subset and, optionally, path
     subset: str = "test",  # rows to predict; those of train are fitted
-    seed: int = 0,  # of forests and shuffling
+    seed: int = 0,  # of forests and permutations
     permutations: int | None = None,  # of the labels; None: 100, or a third of the training images if fewer
 ) -> dict[str, pd.DataFrame]:  # name -> predictions; of permuted labels all, with the column repeat
     "Fit every baseline on the training subset and predict another."
@@ -253,7 +211,7 @@ def _n_permutations(wanted: int | None, images: int) -> int:
 # %% ../../nbs/05_audit/10_baselines.ipynb #642c3d47
 def permutation_table(
     predictions: pd.DataFrame,  # with permuted labels, with the column repeat
-) -> pd.DataFrame:  # a row a permutation: repeat, images, n_correct, accuracy
+) -> pd.DataFrame:  # one row per permutation: repeat, n_images, n_correct, accuracy
     "Accuracy after each permutation of the labels."
     correct = pd.Series(predicted_labels(predictions) == predictions["class"].to_numpy(), index=predictions.index)
     table = correct.groupby(predictions["repeat"]).agg(n_images="size", n_correct="sum").reset_index()
@@ -275,10 +233,10 @@ def cross_validate_baselines(
     groups: np.ndarray | None = None,  # (n,) groups that stay together; None: each image its own
     folds: int = 5,  # folds of one repeat
     repeats: int = 1,  # with other folds each time
-    seed: int = 0,  # of folds, forests and shuffling
+    seed: int = 0,  # of folds, forests and permutations
     n_jobs: int | None = None,  # folds fitted at once
     permutations: int | None = None,  # of the labels; None: 100, or a third of the images if fewer
-) -> dict[str, pd.DataFrame]:  # name -> predictions as of cross_validate
+) -> dict[str, pd.DataFrame]:  # name -> predictions, as from cross_validate
     "Out-of-fold predictions of every baseline. Raises ValueError if a class has fewer groups than folds."
     found = {}
     for name, X in features.items():
@@ -299,7 +257,7 @@ def baseline_table(
     predictions: Mapping[str, pd.DataFrame],  # baseline or model -> predictions, of a subset or cross-validated
     groups: Mapping[str, object] | None = None,  # pair -> group, for predictions of a subset; None: images independent
     subset: str = "test",  # rows to use, unless cross-validated
-) -> pd.DataFrame:  # a row a baseline, then a row a model
+) -> pd.DataFrame:  # one row per baseline, then one per model
     "Accuracy with its 95 % interval, whose method the column interval names, and what each baseline is shown."
     if not predictions:
         raise ValueError("no predictions: nothing to compare.")
@@ -308,7 +266,7 @@ def baseline_table(
         baseline = BASELINES.get(name)
         part = table if "group" in table else take_subset(table, subset)
         found = _interval_of(part, groups, baseline is not None and baseline.permuted)
-        row = {"kind": "baseline" if baseline else "model", "name": name}
+        row: dict[str, Any] = {"kind": "baseline" if baseline else "model", "name": name}
         row |= {"title": baseline.title, "cue": baseline.cue} if baseline else {"title": model_title(name), "cue": ""}
         row |= {"n_images": found.n, "groups": found.groups, "accuracy": found.estimate}
         row |= {"low": found.low, "high": found.high, "interval": found.method}
@@ -322,19 +280,19 @@ def _interval_of(table: pd.DataFrame, groups: Mapping[str, object] | None, permu
     correct = (predicted_labels(table) == table["class"]).to_numpy()
     if groups is None:
         return replace(korn_graubard_interval(correct), method=CLOPPER_PEARSON)
-    return korn_graubard_interval(correct, [str(groups.get(pair, f"alone:{pair}")) for pair in table["pair"]])
+    return korn_graubard_interval(correct, group_labels(table["pair"], groups))
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #d4a50d75
 def permuted_sentence(
     table: pd.DataFrame,  # from baseline_table
-) -> str:  # "" without permuted labels
-    "What shuffled labels reach on these images, and whether any baseline shows something beside it."
+) -> str:  # "" without the control
+    "Accuracy of the permuted-label control, and which accuracies are above chance."
     permuted = table["name"].isin([name for name, baseline in BASELINES.items() if baseline.permuted])
     if not permuted.any():
         return ""
     row, others = table[permuted].iloc[0], table[(table["kind"] == "baseline") & ~permuted]
     bounds = f"{row['interval']}: {100 * row['low']:.1f}–{100 * row['high']:.1f}"
-    text = f"With shuffled labels the mean accuracy on {row['images']} images is {format_proportion(row['accuracy'])} ({bounds})."
+    text = f"With permuted labels the mean accuracy on {row['n_images']} images is {format_proportion(row['accuracy'])} ({bounds})."
     if len(others) and others["accuracy"].max() <= row["high"]:
-        return f"{text} With so few images chance reaches the best baseline: the baselines show nothing here."
-    return f"{text} A baseline or model at or below {format_proportion(row['high'])} shows nothing."
+        return f"{text} No baseline exceeds this permuted-label control."
+    return f"{text} A baseline or model at or below {format_proportion(row['high'])} is not above chance."

@@ -8,7 +8,7 @@ __all__ = ['CORRUPTIONS', 'Corruption', 'corrupt', 'robustness_predictions', 'ro
 # %% ../../nbs/05_audit/30_robustness.ipynb #eecaf5fd
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,12 +16,7 @@ import pandas as pd
 
 from ..evaluation.predictions import Classifier, model_title, predicted_labels, probabilities_of
 from ..evaluation.uncertainty import clopper_pearson
-from ..plotting import CLASS_COLOURS, GREY, PALE, styled
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-else:  # loaded when they are used; the names are for the documentation
-    Figure = Any
+from ..plotting import CLASS_COLOURS, GREY, PALE, Figure, styled
 
 # %% ../../nbs/05_audit/30_robustness.ipynb #d0072780
 def _shift_hue(image: np.ndarray, degrees: float) -> np.ndarray:
@@ -75,7 +70,7 @@ class Corruption:
     "A change of an image, at several severities."
 
     title: str  # name in figures
-    unit: str  # of the severity
+    unit: str  # of the severities
     severities: tuple[float, ...]  # in rising order, without the clean one
     clean: float  # the severity that changes nothing
     function: Callable[[np.ndarray, float], np.ndarray]  # uint8 (H, W, 3), severity -> uint8 (H, W, 3)
@@ -88,7 +83,11 @@ CORRUPTIONS: dict[str, Corruption] = {
         "Stain balance", "blue ×, pink ÷", (0.75, 1.33), 1, lambda image, severity: _scale_stains(image, severity, 1 / severity)
     ),
     "stain_strength": Corruption(
-        "Stain strength", "all stains ×", (0.6, 1.4), 1, lambda image, severity: _scale_stains(image, severity, severity, severity)
+        "Stain strength",
+        "all stains ×",
+        (0.6, 1.4),
+        1,
+        lambda image, severity: _scale_stains(image, severity, severity, severity),
     ),
     "brightness": Corruption("Brightness", "light ×", (0.6, 0.8, 1.15), 1, _change_brightness),
     "blur": Corruption("Blur", "pixels of 224", (1, 2, 3), 0, _blur),
@@ -133,7 +132,7 @@ def robustness_predictions(
     images: np.ndarray,  # uint8 (n, H, W, 3), or pairs (n, 2, H, W, 3)
     labels: pd.Series,  # (n,) class names; the index holds the pairs
     corruptions: Mapping[str, Sequence[float]] | None = None,  # name -> severities; None: all listed
-    log: Callable[[str], Any] | None = None,  # called with a line a corruption
+    log: Callable[[str], Any] | None = None,  # called with one line per corruption
 ) -> pd.DataFrame:  # corruption, severity, pair, class, p_<class>; the clean severity included
     "Predictions of a model at every severity of every corruption. Raises ValueError for an unknown one."
     columns, tables, wanted = [f"p_{name}" for name in model.classes_], [], _severities(corruptions)
@@ -151,7 +150,7 @@ def robustness_predictions(
 # %% ../../nbs/05_audit/30_robustness.ipynb #d516bd9b
 def robustness_table(
     predictions: Mapping[str, pd.DataFrame],  # model name -> from robustness_predictions
-) -> pd.DataFrame:  # a row a model, corruption and severity
+) -> pd.DataFrame:  # one row per model, corruption and severity
     "Accuracy and agreement with the clean prediction at every severity, with exact 95 % intervals."
     if not predictions:
         raise ValueError("no predictions: predict the corrupted images with a model first.")
@@ -182,7 +181,7 @@ def robustness_figure(
     table: pd.DataFrame,  # from robustness_table
     metric: str = "accuracy",  # or agreement
 ) -> "Figure":
-    "A row a model, a column a corruption; bands are 95 % intervals, the dotted line is the clean severity, the dashed one chance."
+    "One row per model, one column per corruption; bands: 95 % CI, dotted: clean images, dashed: majority-class baseline."
     import seaborn as sns
     from matplotlib.ticker import PercentFormatter
 

@@ -83,8 +83,8 @@ def describe_constant_predictor(
     if predicted[commonest] < threshold or true >= 0.9 * threshold:
         return ""
     return (
-        f"constant predictor: predicts '{classes[commonest]}' for {predicted[commonest]:.0%} of {len(probabilities)} validation images, "
-        f"of which {true:.0%} are. Train longer, or check the input range."
+        f"constant predictor: predicts '{classes[commonest]}' for {predicted[commonest]:.0%} of {len(probabilities)} "
+        f"validation images, of which {true:.0%} are. Train longer, or check the input range."
     )
 
 # %% ../../nbs/03_models/15_classifier.ipynb #a7101ac9
