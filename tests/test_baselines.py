@@ -10,7 +10,7 @@ from leukemia_nb.audit.baselines import (
     _stretched_grey,
     BACKGROUND_ONLY,
     BASELINES,
-    _n_permutations,
+    _permuted,
     background_pixels,
     baseline_features,
     baseline_table,
@@ -190,9 +190,10 @@ def test_baselines_are_trained_and_tested_as_the_models(features):
 
 
 def test_labels_are_permuted_for_a_third_of_the_images_and_at_most_100_times():
-    assert [_n_permutations(None, n) for n in (3, 15, 18, 299, 300, 5000)] == [5, 5, 6, 99, 100, 100] and _n_permutations(
-        2, 999
-    ) == 2
+    count = [len(_permuted(np.arange(n), None, 0)) for n in (3, 15, 18, 299, 300, 5000)]
+    assert count == [5, 5, 6, 99, 100, 100] and len(_permuted(np.arange(999), 2, 0)) == 2
+    first, second = _permuted(np.arange(50), 2, 7)
+    assert sorted(first) == list(range(50)) and first.tolist() != second.tolist() == _permuted(np.arange(50), 1, 8)[0].tolist()
 
 
 def test_given_cells_are_used_and_errors_name_the_remedy():
@@ -338,8 +339,7 @@ def test_shapes_are_scikit_images_gradients_at_64_pixels(seen):
     assert grey.shape == (64, 64) and _shape_features(seen[0]) == pytest.approx(found)
 
 
-def test_estimators_and_number_of_permutations():
+def test_estimators():
     forest, line = BASELINES["colour"].estimator(3), BASELINES["grey_texture"].estimator(3)
     assert (forest.n_estimators, forest.random_state, forest.class_weight) == (150, 3, "balanced")
     assert (line[-1].max_iter, line[-1].class_weight) == (2000, "balanced")
-    assert [_n_permutations(*one) for one in ((None, 36), (None, 6), (None, 900), (7, 36))] == [12, 5, 100, 7]

@@ -196,8 +196,7 @@ def run_baselines(
     labels, found = split.loc[train, "class"].to_numpy(str), {}
     for name, X in features.items():
         tables, permuted = [], BASELINES[name].permuted
-        for repeat in range(_n_permutations(permutations, len(labels)) if permuted else 1):
-            y = np.random.default_rng(seed + repeat).permutation(labels) if permuted else labels
+        for repeat, y in enumerate(_permuted(labels, permutations, seed) if permuted else [labels]):
             model = BASELINES[name].estimator(seed + repeat).fit(X[train], y)
             table = predictions_table(split[rows], model.predict_proba(X[rows]), [str(label) for label in model.classes_])
             tables.append(table.assign(repeat=repeat) if permuted else table)
@@ -205,8 +204,9 @@ def run_baselines(
     return found
 
 
-def _n_permutations(wanted: int | None, images: int) -> int:
-    return wanted or max(5, min(100, images // 3))
+def _permuted(labels: np.ndarray, n: int | None, seed: int) -> list[np.ndarray]:
+    "Labels in n random orders; None: 100, or a third of the labels if fewer, but at least 5."
+    return [np.random.default_rng(seed + i).permutation(labels) for i in range(n or max(5, min(100, len(labels) // 3)))]
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #642c3d47
 def permutation_table(
@@ -245,9 +245,8 @@ def cross_validate_baselines(
             found[name] = cross_validate(model, X, y, groups, folds, repeats, seed, n_jobs)
             continue
         tables = []
-        for repeat in range(_n_permutations(permutations, len(y))):
-            shuffled = pd.Series(np.random.default_rng(seed + repeat).permutation(y.to_numpy()), y.index)
-            table = cross_validate(model, X, shuffled, groups, folds, 1, seed + repeat, n_jobs)
+        for repeat, labels in enumerate(_permuted(y.to_numpy(), permutations, seed)):
+            table = cross_validate(model, X, pd.Series(labels, y.index), groups, folds, 1, seed + repeat, n_jobs)
             tables.append(table.assign(repeat=repeat, **{"class": y.to_numpy(str)}))
         found[name] = pd.concat(tables, ignore_index=True)
     return found
@@ -291,8 +290,8 @@ def permuted_sentence(
     if not permuted.any():
         return ""
     row, others = table[permuted].iloc[0], table[(table["kind"] == "baseline") & ~permuted]
-    bounds = f"{row['interval']}: {100 * row['low']:.1f}–{100 * row['high']:.1f}"
-    text = f"With permuted labels the mean accuracy on {row['n_images']} images is {format_proportion(row['accuracy'])} ({bounds})."
+    mean = f"{format_proportion(row['accuracy'])} ({row['interval']}: {100 * row['low']:.1f}–{100 * row['high']:.1f})"
+    text = f"With permuted labels the mean accuracy on {row['n_images']} images is {mean}."
     if len(others) and others["accuracy"].max() <= row["high"]:
         return f"{text} No baseline exceeds this permuted-label control."
     return f"{text} A baseline or model at or below {format_proportion(row['high'])} is not above chance."

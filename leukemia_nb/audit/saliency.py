@@ -71,26 +71,23 @@ def _torch_weights(model: Any, part: str, change: Callable[[np.ndarray], np.ndar
     return lambda: module.load_state_dict(kept)
 
 
-_FRAMEWORKS = {"keras": (_keras_maps, _keras_weights), "torch": (_torch_maps, _torch_weights)}
+_MAPS = {"keras": _keras_maps, "torch": _torch_maps}
+_CHANGE_WEIGHTS = {"keras": _keras_weights, "torch": _torch_weights}
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #0d2a9298
 def saliency_method(
     model: Any,  # a trained model
 ) -> str:  # grad_cam or occlusion
     "Grad-CAM for a network with feature maps of the whole image, occlusion for any other model."
-    return "grad_cam" if getattr(getattr(model, "entry", None), "framework", "") in _FRAMEWORKS else "occlusion"
-
-
-def _frameworks(model: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    if saliency_method(model) == "occlusion":
-        name = getattr(model, "name", type(model).__name__)
-        raise ModelError(f"{name} has no feature maps of the whole image. Use occlusion_map.")
-    return _FRAMEWORKS[model.entry.framework]
+    return "grad_cam" if getattr(getattr(model, "entry", None), "framework", "") in _MAPS else "occlusion"
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #fbcfdbc7
 def _feature_maps(model: Any, batch: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Last feature maps (n, channels, h, w, d), and the gradient (n, channels, d) of the targets' logits by their averages."
-    return _frameworks(model)[0](model, batch, targets)
+    if saliency_method(model) == "occlusion":
+        name = getattr(model, "name", type(model).__name__)
+        raise ModelError(f"{name} has no feature maps of the whole image. Use occlusion_map.")
+    return _MAPS[model.entry.framework](model, batch, targets)
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #8de98a44
 def grad_cam(
@@ -236,7 +233,7 @@ def _randomised_weights(model: Any, part: str = "all", seed: int = 0) -> Iterato
     def permute(weight: np.ndarray) -> np.ndarray:
         return np.asarray(random.permutation(weight.ravel()).reshape(weight.shape), weight.dtype)
 
-    restore = _frameworks(model)[1](model, part, permute)
+    restore = _CHANGE_WEIGHTS[model.entry.framework](model, part, permute)
     try:
         yield model
     finally:

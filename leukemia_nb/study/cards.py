@@ -367,7 +367,7 @@ def _robustness_table(run: _Results, model: str) -> pd.DataFrame:
     names = [row.corruption.replace("_", " ") for row in worst.itertuples()]
     accuracies = [_proportion(row.n_correct, row.n_images) for row in worst.itertuples()]
     rows = list(zip(names, worst["severity"].map("{:g}".format), accuracies, strict=True))
-    return pd.DataFrame(rows, columns=["Corruption", "Level of lowest accuracy", "Accuracy"])
+    return pd.DataFrame(rows, columns=["Corruption", "Severity of lowest accuracy", "Accuracy"])
 
 # %% ../../nbs/07_study/30_cards.ipynb #022c57d8
 def render(
