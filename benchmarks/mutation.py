@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -34,6 +35,8 @@ COMPARE = {
     ast.NotIn: "in",
 }
 ARITHMETIC = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "*", ast.Pow: "*"}
+CHECKED: set[tuple[str, ...]] = set()  # commands that pass on the unchanged checkout
+CHECKING = threading.Lock()
 SKIPPED = re.compile(r"figure|plot|panel|style|overlay|outlines", re.IGNORECASE)
 
 
@@ -125,6 +128,11 @@ def survives(mutant: Mutant, copy: Path) -> bool:
             cell["source"] = f"{head}\n{mutant.changed_cell()}"
     tests = [sys.executable, "-m", "pytest", "-x", "-q", "--timeout", "300", *tests_of(mutant.module)]
     page = [str(programs / "nbdev_test"), "--path", mutant.notebook, "--n_workers", "0"]
+    with CHECKING:  # what fails without a mutant kills none
+        for command in (tests, page):
+            if tuple(command) not in CHECKED and not passes(command, copy, environment):
+                raise SystemExit(f"fails without any mutant: {' '.join(command)}")
+            CHECKED.add(tuple(command))
     try:
         (copy / mutant.notebook).write_text(json.dumps(book), encoding="utf-8")
         subprocess.run([str(programs / "nbdev_export")], cwd=copy, env=environment, check=True, capture_output=True)

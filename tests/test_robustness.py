@@ -44,7 +44,7 @@ def test_the_registry():
 
 @settings(max_examples=10, deadline=None)
 @given(pixels)
-def test_clean_levels_change_nothing(images):
+def test_clean_severities_change_nothing(images):
     for name, corruption in CORRUPTIONS.items():
         assert np.abs(corrupt(images, name, corruption.clean).astype(int) - images).max() <= 1, name
 

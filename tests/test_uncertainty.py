@@ -309,3 +309,12 @@ def test_groups_never_cross_folds():
     y, X = pd.Series(labels, [f"p{i}" for i in range(180)]), random.normal(size=(45, 40))[group]
     assert cross_validated_accuracy(cross_validate(logistic(), X, y)).estimate > 0.9
     assert cross_validated_accuracy(cross_validate(logistic(), X, y, group)).estimate < 0.6
+
+
+def test_a_pair_without_a_group_is_its_own():
+    from leukemia_nb.evaluation.uncertainty import group_labels
+
+    pairs = ["a", "b", "c", "1"]
+    labels = group_labels(pairs, {"a": 1, "b": 1, "d": 2})
+    assert labels[0] == labels[1] and len(set(labels)) == 3
+    assert len(set(group_labels(pairs, None))) == len(set(group_labels(pairs, {}))) == 4
