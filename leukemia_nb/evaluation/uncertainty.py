@@ -192,19 +192,16 @@ def _correct_images(predictions: Mapping[str, pd.DataFrame], subset: str) -> dic
 
 
 def _sign_flip_test(difference: np.ndarray, groups: Sequence[str], seed: int) -> float:
+    "p value of the permutation test that flips the signs of group sums, two-sided; 1 where at most one of them is not 0."
     from scipy.stats import permutation_test
 
     sums = pd.Series(difference).groupby(np.asarray(groups)).sum().to_numpy(float)
     sums = sums[sums != 0]
     if len(sums) < 2:
-        return 1.0  # one group: both signs are as extreme
-
-    def total(x: np.ndarray, axis: int = -1) -> np.ndarray:
-        return x.sum(axis=axis)
-
-    random = np.random.default_rng(seed)
+        return 1.0
+    rng = np.random.default_rng(seed)
     found = permutation_test(
-        (sums,), total, permutation_type="samples", batch=2000, n_resamples=9999, vectorized=True, rng=random
+        (sums,), np.sum, permutation_type="samples", n_resamples=9999, batch=2000, vectorized=True, rng=rng
     )
     return float(found.pvalue)
 
