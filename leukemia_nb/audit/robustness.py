@@ -8,7 +8,6 @@ __all__ = ['CORRUPTIONS', 'Corruption', 'corrupt', 'robustness_predictions', 'ro
 # %% ../../nbs/05_audit/30_robustness.ipynb #eecaf5fd
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
@@ -132,7 +131,6 @@ def robustness_predictions(
     images: np.ndarray,  # uint8 (n, H, W, 3), or pairs (n, 2, H, W, 3)
     labels: pd.Series,  # (n,) class names; the index holds the pairs
     corruptions: Mapping[str, Sequence[float]] | None = None,  # name -> severities; None: all listed
-    log: Callable[[str], Any] | None = None,  # called with one line per corruption
 ) -> pd.DataFrame:  # corruption, severity, pair, class, p_<class>; the clean severity included
     "Predictions of a model at every severity of every corruption. Raises ValueError for an unknown one."
     columns, tables, wanted = [f"p_{name}" for name in model.classes_], [], _severities(corruptions)
@@ -143,8 +141,6 @@ def robustness_predictions(
             values = clean if is_clean else np.asarray(model.predict_proba(corrupt(images, name, severity)), float)
             known = {"corruption": name, "severity": float(severity), "pair": labels.index, "class": labels.to_numpy(str)}
             tables.append(pd.DataFrame(known | dict(zip(columns, values.T))))
-        if log:
-            log(f"robustness: {name}, {len(severities)} severities of {len(images)} images")
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/05_audit/30_robustness.ipynb #d516bd9b

@@ -200,9 +200,7 @@ def _sign_flip_test(difference: np.ndarray, groups: Sequence[str], seed: int) ->
     if len(sums) < 2:
         return 1.0
     rng = np.random.default_rng(seed)
-    found = permutation_test(
-        (sums,), np.sum, permutation_type="samples", n_resamples=9999, batch=2000, vectorized=True, rng=rng
-    )
+    found = permutation_test((sums,), np.sum, permutation_type="samples", n_resamples=9999, batch=2000, vectorized=True, rng=rng)
     return float(found.pvalue)
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #2c38acf4
