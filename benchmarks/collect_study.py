@@ -83,7 +83,7 @@ def collect(run: Path, out: Path) -> None:
     keep_json("exported.json", [{key: info.get(key) for key in kept} for info in exported])
     tests = {name: take_subset(table) for name, table in read_all_predictions(run / "predictions").items()}
     predicted = [test.assign(model=name, predicted=predicted_labels(test)) for name, test in tests.items()]
-    keep_table("confusion.csv", pd.concat(predicted).groupby(["model", "class", "predicted"]).size().reset_index(name="images"))
+    keep_table("confusion.csv", pd.concat(predicted).groupby(["model", "class", "predicted"]).size().reset_index(name="n_images"))
     split = read_table(run / "split.csv")
     keep_table("subsets.csv", split.groupby(["class", "subset"]).size().unstack().reset_index())
     steps = [json.loads(path.read_text()) for path in sorted(run.glob("steps/*.json"))]

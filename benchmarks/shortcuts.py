@@ -73,7 +73,7 @@ def main() -> None:
         "groups": int(table["group"].nunique()),
         "grouped_by": GROUPED_BY,
         "chance": round(float(table["class"].value_counts(normalize=True).iloc[0]), 4),
-        "baselines": {name: BASELINES[name].sees for name in features},
+        "baselines": {name: BASELINES[name].cue for name in features},
         "seconds": seconds,
         "results": results,
     }

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import numpy as np
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-else:  # loaded when they are used; the names are for the documentation
-    Figure = Any
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure as Figure
+else:  # matplotlib is loaded when something is drawn; the names are for annotations, here and in other modules
+    Axes = Figure = Any
 
 # %% ../nbs/00_shared/20_plotting.ipynb #576e3c08
 CLASS_COLOURS = {"Normal": "#4477AA", "Early Pre-B": "#66AABB", "Pre-B": "#D69A1E", "Pro-B": "#AA3377"}

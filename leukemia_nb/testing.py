@@ -145,7 +145,7 @@ def _dummy_images(folder: Path) -> None:
     number = pairs["pair"].str[-3:].astype(int)
     subset = np.where(number < pairs["class"].map(_DUMMY["images"]["test"]), "test", np.where(number % 10 == 9, "val", "train"))
     split = pairs[["pair", "class", "path", "sha256"]].assign(subset=subset, group=range(len(pairs)))
-    leakage = pd.DataFrame({"subset": ["val", "test"], "images": [16, 111], "near_duplicates": [5, 40]})
+    leakage = pd.DataFrame({"subset": ["val", "test"], "n_images": [16, 111], "near_duplicates": [5, 40]})
     tables = {"manifest": manifest, "pairs": pairs, "split": split, "leakage": leakage, "dataset": split.assign(flip="none")}
     for name, table in tables.items():
         write_table(folder / f"{name}.csv", table)
@@ -172,19 +172,28 @@ def _dummy_audit(folder: Path, models: list[str]) -> None:
     "Tables of the shortcut audit."
     n, rows = 200, []
     for model in models:
-        for kind, (foreground, other) in _DUMMY["cue_rates"].items():
-            for cue, p in {"foreground": foreground, "other": other, "neither": 1 - foreground - other}.items():
+        for kind, (foreground, manipulated) in _DUMMY["cue_rates"].items():
+            for cue, p in {"foreground": foreground, "manipulated": manipulated, "neither": 1 - foreground - manipulated}.items():
                 low, high = clopper_pearson(round(n * p), n)
-                row = {"model": model, "title": model_title(model), "kind": kind, "cue": cue, "n": n, "count": round(n * p)}
+                row = {
+                    "model": model,
+                    "title": model_title(model),
+                    "kind": kind,
+                    "cue": cue,
+                    "n_images": n,
+                    "count": round(n * p),
+                }
                 rows.append(row | {"proportion": p, "low": low, "high": high})
-    levels = [(model, name, *level) for model in models for name in ("hue", "blur") for level in ((0, 60), (2, 41))]
-    robustness = pd.DataFrame(levels, columns=["model", "corruption", "level", "n_correct"]).assign(images=60, chance=0.42)
-    robustness = robustness.assign(title=robustness["model"].map(model_title), clean=robustness["level"] == 0)
+    severities = [(model, name, *each) for model in models for name in ("hue", "blur") for each in ((0, 60), (2, 41))]
+    robustness = pd.DataFrame(severities, columns=["model", "corruption", "severity", "n_correct"]).assign(
+        n_images=60, chance=0.42
+    )
+    robustness = robustness.assign(title=robustness["model"].map(model_title), clean=robustness["severity"] == 0)
     made = [name for name, count in _DUMMY["images"]["only_bg"].items() for _ in range(count)]
     write_table(folder / "metrics" / "cue_conflict.csv", pd.DataFrame(rows))
     write_table(folder / "metrics" / "robustness.csv", robustness.assign(accuracy=robustness["n_correct"] / 60))
     write_table(folder / "metrics" / "baselines.csv", pd.DataFrame([_DUMMY["baseline"]]))
-    write_table(folder / "audit" / "cue_conflict.csv", pd.DataFrame({"kind": "only_bg", "other": made}))
+    write_table(folder / "audit" / "cue_conflict.csv", pd.DataFrame({"kind": "only_bg", "manipulated": made}))
 
 # %% ../nbs/00_shared/30_testing.ipynb #f2fec35b
 def dummy_run(

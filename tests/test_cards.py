@@ -64,17 +64,17 @@ def test_a_file_without_the_model_is_not_taken(run):
 
 
 def test_figures_are_those_of_the_files(run):
-    change(run, "models.csv", "yolov8", n_correct=90, images=97)
+    change(run, "models.csv", "yolov8", n_correct=90, n_images=97)
     change(run, "grouped_accuracy.csv", "yolov8", grouped_low=0.123, grouped_high=0.987, groups=55)
     card = " ".join(model_card(run, "yolov8").split())
     assert "**Test accuracy:** 92.8 % (95 % CI 85.7–97.0; 90/97)." in card
-    assert "(55 groups): 100.0 % (95 % CI 12.3–98.7, Clopper-Pearson on effective groups)" in card
+    assert "(55 groups): 100.0 % (95 % CI 12.3–98.7, Korn-Graubard (ICC = 1))" in card
     assert "40 of 111 test images show" in card and "180/200" in card
 
 
-def test_a_collapsed_model_is_called_that(run):
-    assert "**Collapsed:** it predicts Pro-B for every image" in say(run, "accuracy", "efficientnet_b0")
-    assert "Collapsed" not in say(run, "accuracy", "yolov8")
+def test_a_constant_predictor_is_called_that(run):
+    assert "**Constant predictor:** it predicts Pro-B for every image" in say(run, "accuracy", "efficientnet_b0")
+    assert "Constant predictor" not in say(run, "accuracy", "yolov8")
 
 
 def test_first_lines_are_yaml_with_the_fields_of_hugging_face(run):
@@ -126,17 +126,17 @@ def test_items_of_an_empty_run_are_open(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("foreground", "other", "verdict"),
+    ("foreground", "manipulated", "verdict"),
     [
         ((150, 0.7, 0.8), (40, 0.15, 0.25), "It relies more on the foreground"),
         ((40, 0.15, 0.25), (150, 0.7, 0.8), "It relies more on the background"),
         ((101, 0.43, 0.58), (84, 0.35, 0.49), "Foreground and background reliance are not significantly different"),
     ],
 )
-def test_the_verdict_goes_no_further_than_the_intervals(run, foreground, other, verdict):
+def test_the_verdict_goes_no_further_than_the_intervals(run, foreground, manipulated, verdict):
     rows = [
-        dict(kind="mixed_next", cue=cue, n=200, count=count, proportion=count / 200, low=low, high=high, title="YOLO11")
-        for cue, (count, low, high) in {"foreground": foreground, "other": other, "neither": (0, 0, 0)}.items()
+        dict(kind="mixed_next", cue=cue, n_images=200, count=count, proportion=count / 200, low=low, high=high, title="YOLO11")
+        for cue, (count, low, high) in {"foreground": foreground, "manipulated": manipulated, "neither": (0, 0, 0)}.items()
     ]
     write_table(run / "metrics" / "cue_conflict.csv", pd.DataFrame(rows).assign(model="yolo11"))
     assert say(run, "reliance", "yolo11").startswith(verdict)

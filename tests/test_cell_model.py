@@ -8,7 +8,7 @@ from leukemia_nb.data.manifest import CLASSES
 from leukemia_nb.data.synthetic import make_smear
 from leukemia_nb.models.interface import MODELS, load_model, make_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:cells collapsed:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*constant predictor:RuntimeWarning")
 
 
 def crops_of(label, seed):

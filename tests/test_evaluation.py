@@ -212,10 +212,10 @@ def test_a_missing_subset_is_named():
 def test_confusion_and_class_metrics_by_hand(counted):
     assert confusion_table(counted).to_numpy().tolist() == [[3, 1], [1, 5]]
     normal, pro = (row for _, row in class_table(counted).iterrows())
-    assert normal[["images", "precision", "sensitivity", "specificity", "f1"]].tolist() == pytest.approx(
+    assert normal[["n_images", "precision", "sensitivity", "specificity", "f1"]].tolist() == pytest.approx(
         [4, 3 / 4, 3 / 4, 5 / 6, 3 / 4]
     )
-    assert pro[["images", "precision", "sensitivity", "specificity"]].tolist() == pytest.approx([6, 5 / 6, 5 / 6, 3 / 4])
+    assert pro[["n_images", "precision", "sensitivity", "specificity"]].tolist() == pytest.approx([6, 5 / 6, 5 / 6, 3 / 4])
     # exact intervals, R: binom.test(3, 4) and binom.test(5, 6)
     assert normal[["sensitivity_low", "sensitivity_high"]].tolist() == pytest.approx([0.19412, 0.99369], abs=1e-5)
     assert normal[["specificity_low", "specificity_high"]].tolist() == pytest.approx([0.35877, 0.99579], abs=1e-5)
@@ -223,13 +223,13 @@ def test_confusion_and_class_metrics_by_hand(counted):
 
 def test_metrics_of_models_by_hand(counted):
     row = compare_models({"yolo11": counted}, weights={"yolo11": "ImageNet"}).iloc[0]
-    assert (row["title"], row["n_correct"], row["images"], row["accuracy"], row["original"]) == ("YOLO11", 8, 10, 0.8, 1.0)
+    assert (row["title"], row["n_correct"], row["n_images"], row["accuracy"], row["original"]) == ("YOLO11", 8, 10, 0.8, 1.0)
     assert (row["low"], row["high"]) == pytest.approx((0.44390, 0.97479), abs=1e-5)  # R: binom.test(8, 10)
     f1_pro = 2 * (5 / 6) * (5 / 6) / (5 / 6 + 5 / 6)
     assert row["macro_f1"] == pytest.approx((3 / 4 + f1_pro) / 2) and row["balanced_accuracy"] == pytest.approx(
         (3 / 4 + 5 / 6) / 2
     )
-    assert row["auc"] == pytest.approx(20.5 / 24) and row["collapsed"] == "" and row["weights"] == "ImageNet"
+    assert row["auc"] == pytest.approx(20.5 / 24) and row["constant_class"] == "" and row["weights"] == "ImageNet"
     text = readable_comparison(compare_models({"yolo11": counted}, weights={"yolo11": "ImageNet"})).iloc[0]
     assert text["Accuracy"] == "80.0 % (95 % CI 44.4–97.5; 8/10)" and text["Original study"] == "100.0 %"
     assert text["ROC-AUC"] == "0.854" and text["Macro F1"] == "0.792" and "Note" not in text
@@ -254,7 +254,11 @@ def test_metrics_are_scikit_learns(accuracy, seed):
 def test_a_single_class_in_test():
     table = dummy_predictions(1.0, (0, 12, 0))
     row = compare_models({"yolo11": table}).iloc[0]
-    assert np.isnan(row["auc"]) and row["accuracy"] == row["macro_f1"] == row["balanced_accuracy"] == 1 and row["collapsed"] == ""
+    assert (
+        np.isnan(row["auc"])
+        and row["accuracy"] == row["macro_f1"] == row["balanced_accuracy"] == 1
+        and row["constant_class"] == ""
+    )
     by_class = class_table(table)
     assert by_class["sensitivity"].isna().tolist() == [True, False, True] == by_class["sensitivity_low"].isna().tolist()
     assert by_class["specificity"].isna().tolist() == [False, True, False]
@@ -271,13 +275,13 @@ def test_a_single_class_in_test():
         compare_models({})
 
 
-def test_a_collapsed_model_is_marked():
+def test_a_constant_predictor_is_marked():
     table = dummy_predictions().assign(**{"p_Normal": 0.2, "p_Pre-B": 0.3, "p_Pro-B": 0.5})
     compared = compare_models({"efficientnet_b0": table})
-    assert compared.loc[0, ["n_correct", "images", "collapsed", "weights"]].tolist() == [39, 111, "Pro-B", ""]
+    assert compared.loc[0, ["n_correct", "n_images", "constant_class", "weights"]].tolist() == [39, 111, "Pro-B", ""]
     assert readable_comparison(compared).loc[0, ["Note", "Weights"]].tolist() == ["predicts Pro-B for every image", "–"]
     assert compared["macro_f1"].item() == pytest.approx(2 * 39 / (111 + 39) / 3)  # F1 of the other two is 0
-    assert compare_models({"a": table.head(1)})["collapsed"].item() == ""  # one image is no collapse
+    assert compare_models({"a": table.head(1)})["constant_class"].item() == ""  # one image is not enough
 
 
 def test_average_precision_by_hand():
@@ -291,8 +295,8 @@ def test_grouped_accuracy_counts_groups():
     table.loc[:11, ["p_Normal", "p_Pre-B", "p_Pro-B"]] = [0.0, 1.0, 0.0]
     fields = {pair: i // 6 for i, pair in enumerate(table["pair"])}
     row = grouped_accuracy({"a": table}, fields).iloc[0]
-    assert (row["images"], row["groups"], row["accuracy"]) == (80, 14, 0.85)
-    assert row["effective"] == pytest.approx(80**2 / (13 * 36 + 4)) and row["method"] == "Clopper-Pearson on effective groups"
+    assert (row["n_images"], row["groups"], row["accuracy"]) == (80, 14, 0.85)
+    assert row["n_effective"] == pytest.approx(80**2 / (13 * 36 + 4)) and row["method"] == "Korn-Graubard (ICC = 1)"
     assert (row["exact_low"], row["exact_high"]) == pytest.approx((0.75263, 0.92002), abs=5e-5)  # R: binom.test(68, 80)
     assert row["grouped_low"] < row["exact_low"] < row["exact_high"] < row["grouped_high"]
     alone = grouped_accuracy({"a": table}, {table["pair"][0]: 1}).iloc[0]  # pairs without a group are alone
@@ -303,8 +307,8 @@ def test_grouped_accuracy_counts_groups():
 
 
 def test_reliability_by_hand(ten):
-    table = _reliability_table(ten)
-    assert table[["from", "to", "images", "confidence", "accuracy"]].to_numpy().tolist() == [
+    table = _reliability_table(ten, n_bins=10)
+    assert table[["from", "to", "n_images", "confidence", "accuracy"]].to_numpy().tolist() == [
         pytest.approx([0.5, 0.6, 2, 0.6, 0.5]),
         pytest.approx([0.8, 0.9, 8, 0.9, 0.75]),
     ]
@@ -322,7 +326,7 @@ def test_log_loss_of_impossible_predictions_is_finite():
 
 def test_certain_predictions_fall_into_the_last_bin():
     table = dummy_predictions().assign(**{"p_Normal": 1.0, "p_Pre-B": 0.0, "p_Pro-B": 0.0})
-    only = _reliability_table(table).iloc[0]
+    only = _reliability_table(table, 10).iloc[0]
     assert len(_reliability_table(table)) == 1 and (only["from"], only["to"]) == (0.9, 1.0)
     assert expected_calibration_error(table) == pytest.approx(1 - 25 / 111)
 
@@ -339,7 +343,7 @@ def test_calibration_metrics_of_any_predictions(accuracy, seed):
     bins = [(confidence > i / 15) & (confidence <= (i + 1) / 15) for i in range(15)]
     ece = sum(abs(confidence[inside].mean() - correct[inside].mean()) * inside.mean() for inside in bins if inside.any())
     assert expected_calibration_error(table) == pytest.approx(ece, abs=1e-6)
-    assert _reliability_table(table)["images"].sum() == 27
+    assert _reliability_table(table)["n_images"].sum() == 27
 
 
 def test_temperature_by_hand():
@@ -375,7 +379,7 @@ def test_temperature_is_fitted_on_the_validation_subset_alone():
 def test_calibration_table_by_hand(ten):
     val = two_classes(["Normal"] * 8 + ["Pro-B"] * 2, [0.95] * 10, "val")
     row = calibration_table({"yolo11": pd.concat([val, ten], ignore_index=True)}).iloc[0]
-    assert (row["model"], row["title"], row["images"], row["note"]) == ("yolo11", "YOLO11", 10, "")
+    assert (row["model"], row["title"], row["n_images"], row["note"]) == ("yolo11", "YOLO11", 10, "")
     assert row["accuracy"] == pytest.approx(0.7) and row["confidence"] == pytest.approx(0.84)
     assert row[["ece", "brier", "log_loss"]].tolist() == pytest.approx([0.14, 0.44, _log_loss(ten)])
     scaled = _scale_temperature(ten, row["temperature"])
@@ -403,6 +407,15 @@ def test_risk_and_coverage_by_hand(ten):
 
 
 # ---- figures
+
+
+def test_the_reliability_diagram_shows_the_bins_of_its_error(ten):
+    for n_bins in (3, 15):
+        axis = reliability_figure({"yolo11": ten}, n_bins=n_bins).axes[0]
+        assert f"ECE {expected_calibration_error(ten, n_bins):.3f}" in [text.get_text() for text in axis.texts]
+        table = _reliability_table(ten, n_bins)
+        assert axis.collections[1].get_offsets().data.tolist() == table[["confidence", "accuracy"]].to_numpy().tolist()
+    assert expected_calibration_error(ten) == expected_calibration_error(ten, 15) != expected_calibration_error(ten, 1)
 
 
 def test_figures_of_one_and_of_many_models(tmp_path):
@@ -486,7 +499,7 @@ def test_unseen_table_and_grid(folder_of_images):
     assert text.loc["somewhere/Snap_3é.png"].tolist() == ["–", "Pro-B 0.98", "Pro-B 0.98"]
     page = readable_unseen(table).to_html(index=False)
     assert page.count("✗") == 2 and "x&lt;y&gt;" in page and "<y>" not in page
-    assert len(unseen_figure(table, folder_of_images, most=3).axes) == 3
+    assert len(unseen_figure(table, folder_of_images, max_images=3).axes) == 3
     labels = [axis.get_xlabel() for axis in unseen_figure(table.assign(**{"x<y> abstains": True}), folder_of_images).axes]
     assert labels[0].split("\n") == ["Snap_0é.png", "✓ MobileNetV2: Normal 0.96", "✓ x<y>: (Normal) 0.96"] and len(labels) == 5
     with pytest.raises(PredictionsError, match="yolo11: its images are not those"):
@@ -519,7 +532,7 @@ def test_marks_of_the_accuracy_figure_by_hand(counted):
     axis = accuracy_figure(table).axes[0]
     lines = {line.get_label(): line for line in axis.get_lines()}
     assert np.array_equal(lines["original study"].get_xdata(), [1.0, np.nan], equal_nan=True)
-    assert lines["most frequent class"].get_xdata() == pytest.approx([0.6, 0.6])
+    assert lines["majority-class baseline"].get_xdata() == pytest.approx([0.6, 0.6])
     assert axis.get_xlabel() == "accuracy; 95 % CI: Clopper-Pearson\nother: bootstrap"
     assert axis.get_xlim() == pytest.approx((0.44390 - 0.05, 1.005), abs=1e-4)
     without = accuracy_figure(compare_models({"other": counted})).axes[0]

@@ -145,7 +145,7 @@ def test_report_counts_near_duplicates_in_train_only():
     split = pd.DataFrame({"pair": list("abcdef"), "subset": ["train", "train", "test", "test", "val", "test"]})
     split["group"] = [0, 1, 0, 2, 2, 3]  # c has its near-duplicate in train; d in val alone
     report = leakage.leakage_report(split).set_index("subset")
-    assert report.loc["test", ["images", "near_duplicates"]].tolist() == [3, 1] and report.loc["val", "near_duplicates"] == 0
+    assert report.loc["test", ["n_images", "near_duplicates"]].tolist() == [3, 1] and report.loc["val", "near_duplicates"] == 0
     assert report.loc["test", "proportion"] == pytest.approx(1 / 3)
     assert (report.loc["test", "low"], report.loc["test", "high"]) == pytest.approx((0.0615, 0.7923), abs=1e-3)  # Wilson, 1 of 3
     assert leakage.pairs_without_near_duplicates(split) == {"d", "f"}

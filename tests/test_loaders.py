@@ -8,7 +8,7 @@ import pytest
 
 from leukemia_nb.models.interface import make_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* collapsed:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*constant predictor:RuntimeWarning")
 CLASSES = ["Normal", "Pre-B", "Pro-B"]
 SIZES = {"train": 12, "val": 6, "test": 6}
 

@@ -1,4 +1,4 @@
-"""What all models share: registry, settings, images in, the check for collapse, folders."""
+"""What all models share: registry, settings, images in, the check for a constant predictor, folders."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ from leukemia_nb.models.interface import (
 )
 
 STUB = ModelEntry(title="Stub", module="stub_model", class_name="Stub", framework="numpy", description="no network")
-pytestmark = pytest.mark.filterwarnings("ignore:stub collapsed:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*constant predictor:RuntimeWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +152,7 @@ def test_one_image_is_not_taken_for_many(trained):
 
 
 @pytest.mark.parametrize(
-    "predicted, true, collapsed",
+    "predicted, true, described",
     [
         ([0] * 20, [0] * 10 + [1] * 10, "predicts 'Normal' for 100% of 20 validation images, of which 50% are"),
         ([0] * 19 + [1], [0] * 10 + [1] * 10, "predicts 'Normal' for 95% of 20"),
@@ -163,18 +163,18 @@ def test_one_image_is_not_taken_for_many(trained):
         ([], [], ""),
     ],
 )
-def test_collapse_is_named_unless_the_images_are_like_that(predicted, true, collapsed):
-    from leukemia_nb.models.classifier import describe_collapse
+def test_a_constant_predictor_is_named_unless_the_images_are_like_that(predicted, true, described):
+    from leukemia_nb.models.classifier import describe_constant_predictor
 
     names = np.array(["Normal", "Pre-B"])
-    found = describe_collapse(np.eye(2)[np.array(predicted, int)], names[np.array(true, int)], names)
-    assert collapsed in found and bool(found) == bool(collapsed)
+    found = describe_constant_predictor(np.eye(2)[np.array(predicted, int)], names[np.array(true, int)], names)
+    assert described in found and bool(found) == bool(described)
 
 
-def test_fit_warns_of_collapse_and_the_folder_keeps_it(dataset, tmp_path):
-    with pytest.warns(RuntimeWarning, match="stub collapsed: predicts 'Pro-B' for 100%"):
+def test_fit_warns_of_a_constant_predictor_and_the_folder_keeps_it(dataset, tmp_path):
+    with pytest.warns(RuntimeWarning, match="stub: constant predictor: predicts 'Pro-B' for 100%"):
         model = make_model("stub", image_size=32).fit(dataset)
-    assert "'Pro-B'" in load_model(model.save(tmp_path / "stub")).collapsed_
+    assert "'Pro-B'" in load_model(model.save(tmp_path / "stub")).constant_predictor_
 
 
 def test_class_order_is_the_callers(dataset, tmp_path):
@@ -257,7 +257,13 @@ def test_a_folder_without_model_json_is_no_model(tmp_path):
             {"files": {"row.npy": None}},
         ),
         *({"files": {"../../secret": "0"}}, {"settings": None}, {"settings": []}, {"settings": {"epochs": "many"}}),
-        *({"settings": {"unknown": 1}}, {"classes": None}, {"classes": 3}, {"weights_source": None}, {"collapsed": None}),
+        *(
+            {"settings": {"unknown": 1}},
+            {"classes": None},
+            {"classes": 3},
+            {"weights_source": None},
+            {"constant_predictor": None},
+        ),
     ],
     ids=str,
 )

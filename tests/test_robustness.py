@@ -23,12 +23,12 @@ from leukemia_nb.data.synthetic import make_smear
 from leukemia_nb.evaluation.uncertainty import clopper_pearson
 from leukemia_nb.processing.segmentation import apply_mask, segment
 
-LEVELS = [(name, level) for name, corruption in CORRUPTIONS.items() for level in corruption.levels]
+SEVERITIES = [(name, severity) for name, corruption in CORRUPTIONS.items() for severity in corruption.severities]
 pixels = arrays(np.uint8, (1, 18, 22, 3))
 
 
 def test_the_registry():
-    assert {name: (one.clean, one.levels) for name, one in CORRUPTIONS.items()} == {
+    assert {name: (one.clean, one.severities) for name, one in CORRUPTIONS.items()} == {
         "hue": (0, (-20, -10, 10, 20)),
         "stain_balance": (1, (0.75, 1.33)),
         "stain_strength": (1, (0.6, 1.4)),
@@ -38,19 +38,19 @@ def test_the_registry():
         "rotation": (0, (30, 90, 180)),
     }
     image = make_smear("Pre-B", 4, 96, 96).image
-    for name, level in LEVELS:
-        assert np.abs(CORRUPTIONS[name].function(image, level).astype(int) - image).mean() > 0.2, (name, level)
+    for name, severity in SEVERITIES:
+        assert np.abs(CORRUPTIONS[name].function(image, severity).astype(int) - image).mean() > 0.2, (name, severity)
 
 
 @settings(max_examples=10, deadline=None)
 @given(pixels)
-def test_clean_levels_change_nothing(images):
+def test_clean_severities_change_nothing(images):
     for name, corruption in CORRUPTIONS.items():
         assert np.abs(corrupt(images, name, corruption.clean).astype(int) - images).max() <= 1, name
 
 
 @settings(max_examples=10, deadline=None)
-@given(pixels, st.sampled_from(LEVELS))
+@given(pixels, st.sampled_from(SEVERITIES))
 def test_shape_type_and_input_stay(images, which):
     before = images.copy()
     after = corrupt(images, *which)
@@ -63,13 +63,13 @@ def test_pairs_change_together_and_stay_black_outside(size):
     mask = segment(image)
     assert mask.any() and not mask.all()
     pair = np.stack([image, apply_mask(image, mask)])[None]
-    for name, level in LEVELS:
-        after = corrupt(pair, name, level)[0]
-        assert np.array_equal(after[0], corrupt(image[None], name, level)[0])
-        if name == "rotation" and level % 90:
+    for name, severity in SEVERITIES:
+        after = corrupt(pair, name, severity)[0]
+        assert np.array_equal(after[0], corrupt(image[None], name, severity)[0])
+        if name == "rotation" and severity % 90:
             continue
-        where = np.rot90(mask, int(level // 90)) if name == "rotation" else mask
-        assert after[1][~where].max() == 0 and np.array_equal(after[1][where], after[0][where]), (name, level)
+        where = np.rot90(mask, int(severity // 90)) if name == "rotation" else mask
+        assert after[1][~where].max() == 0 and np.array_equal(after[1][where], after[0][where]), (name, severity)
 
 
 def test_soft_edges_of_a_segmented_image_stay_soft():
@@ -96,7 +96,7 @@ def test_stains_act_on_density():
     # grey 128 has density 0.689 in every channel; doubling all stains doubles it: 255 * (128/255)**2 = 64.25
     assert _scale_stains(np.full((2, 2, 3), 128, np.uint8), 2, 2, 2) == pytest.approx(64, abs=1)
     image = make_smear("Pre-B", 1, 32, 32).image
-    bluer, pinker = (CORRUPTIONS["stain_balance"].function(image, level).mean(axis=(0, 1)) for level in (1.33, 0.75))
+    bluer, pinker = (CORRUPTIONS["stain_balance"].function(image, severity).mean(axis=(0, 1)) for severity in (1.33, 0.75))
     assert bluer[2] - bluer[0] > pinker[2] - pinker[0]
     assert np.array_equal(_scale_stains(image, 1.33, 1 / 1.33), CORRUPTIONS["stain_balance"].function(image, 1.33))
     assert np.array_equal(_scale_stains(np.zeros((2, 2, 3), np.uint8), 1, 1), np.ones((2, 2, 3)))
@@ -168,9 +168,9 @@ def sample():
 
 def test_table_by_hand(sample):
     predictions = robustness_predictions(Brightest(), *sample, {"brightness": (0.8, 1.15)})
-    found = robustness_table({"yolo11": predictions}).set_index("level")
+    found = robustness_table({"yolo11": predictions}).set_index("severity")
     assert list(found.index) == [0.8, 1.0, 1.15] and found["clean"].tolist() == [False, True, False]
-    assert found["n_correct"].tolist() == [6, 10, 4] and found["images"].tolist() == [10] * 3  # all dark, clean, all light
+    assert found["n_correct"].tolist() == [6, 10, 4] and found["n_images"].tolist() == [10] * 3  # all dark, clean, all light
     assert found["accuracy"].tolist() == found["agreement"].tolist() == [0.6, 1.0, 0.4]
     assert (
         tuple(found.loc[0.8, ["low", "high"]])
@@ -187,20 +187,21 @@ def test_table_by_hand(sample):
 def test_agreement_is_with_the_clean_prediction_not_the_truth(sample):
     images, labels = sample
     wrong = labels.map({"dark": "light", "light": "dark"})
-    found = robustness_table({"a": robustness_predictions(Brightest(), images, wrong, {"brightness": (0.8,)})}).set_index("level")
+    found = robustness_table({"a": robustness_predictions(Brightest(), images, wrong, {"brightness": (0.8,)})}).set_index(
+        "severity"
+    )
     assert found["n_correct"].tolist() == [4, 0] and found["agreement"].tolist() == [0.6, 1.0]
 
 
 def test_clean_images_are_predicted_once(sample):
-    model, lines = Brightest(), []
-    table = robustness_predictions(model, *sample, {"hue": (10,), "blur": (2, 1)}, log=lines.append)
-    assert model.seen == [(10, 16, 16, 3)] * 4  # clean and 3 levels
-    assert len(table) == 10 * 5 and list(table.columns) == ["corruption", "level", "pair", "class", "p_dark", "p_light"]
-    assert table.drop_duplicates(["corruption", "level"])[["corruption", "level"]].to_numpy().tolist() == [
+    model = Brightest()
+    table = robustness_predictions(model, *sample, {"hue": (10,), "blur": (2, 1)})
+    assert model.seen == [(10, 16, 16, 3)] * 4  # clean and 3 severities
+    assert len(table) == 10 * 5 and list(table.columns) == ["corruption", "severity", "pair", "class", "p_dark", "p_light"]
+    assert table.drop_duplicates(["corruption", "severity"])[["corruption", "severity"]].to_numpy().tolist() == [
         ["hue", 0.0], ["hue", 10.0], ["blur", 0.0], ["blur", 1.0], ["blur", 2.0],
     ]  # fmt: skip
     assert table["pair"].tolist() == sample[1].index.tolist() * 5
-    assert lines == ["robustness: hue, 2 levels of 10 images", "robustness: blur, 3 levels of 10 images"]
 
 
 def test_pairs_are_corrupted_as_pairs(sample):

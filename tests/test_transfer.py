@@ -12,7 +12,7 @@ import pytest
 
 from leukemia_nb.models.interface import ModelError, load_model, make_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* collapsed:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*constant predictor:RuntimeWarning")
 ROOT = Path(__file__).resolve().parents[1]
 KERAS_MODULES = {"efficientnet_b0": "efficientnet", "mobilenet_v2": "mobilenet_v2", "nasnet_mobile": "nasnet"}
 SMALL = {"image_size": 32, "batch_size": 4, "epochs": 3, "patience": 9, "learning_rate": 0.02, "weights": "local"}

@@ -13,9 +13,9 @@ from leukemia_nb.evaluation.uncertainty import (
     cluster_bootstrap,
     compare_model_pairs,
     difference_figure,
-    _effective_groups,
+    _effective_sample_size,
     format_proportion,
-    grouped_interval,
+    korn_graubard_interval,
     _holm,
     _mcnemar,
     significance_sentence,
@@ -63,25 +63,27 @@ def test_format_of_proportions():
 
 def test_independent_images_give_the_exact_interval():
     for n_correct, n in ((0, 10), (1, 7), (340, 400), (102, 103), (103, 103)):
-        found = grouped_interval(np.arange(n) < n_correct)
+        found = korn_graubard_interval(np.arange(n) < n_correct)
         assert (found.low, found.high) == pytest.approx(clopper_pearson(n_correct, n), abs=1e-9)
-        assert (found.estimate, found.n, found.groups, found.effective) == (n_correct / n, n, n, n)
-        assert found.method == "Clopper-Pearson on effective groups"
-    assert grouped_interval([1.0]).low == pytest.approx(0.025) and grouped_interval([0.0]).high == pytest.approx(0.975)
-    narrow = grouped_interval(np.arange(10) < 5, confidence=0.5)
+        assert (found.estimate, found.n, found.groups, found.n_effective) == (n_correct / n, n, n, n)
+        assert found.method == "Korn-Graubard (ICC = 1)"
+    assert korn_graubard_interval([1.0]).low == pytest.approx(0.025) and korn_graubard_interval([0.0]).high == pytest.approx(
+        0.975
+    )
+    narrow = korn_graubard_interval(np.arange(10) < 5, confidence=0.5)
     assert (narrow.low, narrow.high) == pytest.approx(clopper_pearson(5, 10, 0.5), abs=1e-9)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 12), min_size=2, max_size=30), st.floats(0, 1))
-def test_grouped_interval_is_korn_and_graubards_with_the_worst_design_effect(sizes, proportion):
+def test_interval_is_korn_and_graubards_with_the_worst_design_effect(sizes, proportion):
     """The published formula, F quantiles instead of the beta distribution's: v1 = 2x, v2 = 2(n* - x + 1), and its mirror image."""
     sizes = np.array(sizes)
     n, n_correct = sizes.sum(), round(proportion * sizes.sum())
-    found = grouped_interval(np.arange(n) < n_correct, np.repeat(np.arange(len(sizes)), sizes))
+    found = korn_graubard_interval(np.arange(n) < n_correct, np.repeat(np.arange(len(sizes)), sizes))
     effective = n**2 / (sizes**2).sum()
     trials = effective * (t.ppf(0.975, n - 1) / t.ppf(0.975, effective - 1)) ** 2 if effective > 1.001 else None
-    assert found.effective == pytest.approx(effective) and found.low <= found.estimate <= found.high
+    assert found.n_effective == pytest.approx(effective) and found.low <= found.estimate <= found.high
     if trials is None or trials < 1e-3:
         assert found.low < 0.05 and found.high > 0.95
         return
@@ -93,19 +95,19 @@ def test_grouped_interval_is_korn_and_graubards_with_the_worst_design_effect(siz
 
 def test_fewer_groups_give_wider_intervals_and_one_the_whole_range():
     correct = np.arange(103) < 101
-    intervals = [grouped_interval(correct, np.arange(103) // size) for size in (1, 2, 5, 20, 103)]
+    intervals = [korn_graubard_interval(correct, np.arange(103) // size) for size in (1, 2, 5, 20, 103)]
     widths = [one.high - one.low for one in intervals]
     assert widths == sorted(widths) and widths[-1] == pytest.approx(1, abs=1e-4)
-    assert _effective_groups([0] * 9 + [1]) == pytest.approx(100 / 82)
+    assert _effective_sample_size([0] * 9 + [1]) == pytest.approx(100 / 82)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 103, [1] * 97 + [2] * 3, [10] * 10 + [3], [30] + [1] * 73])
 @pytest.mark.parametrize("rho", [0, 0.5, 1])
-def test_grouped_interval_covers(sizes, rho):
+def test_korn_graubard_interval_covers(sizes, rho):
     """0.95 within three standard errors of 4,000 simulated test subsets; the percentile bootstrap has 0.86 to 0.9 for the first two."""
     sizes, random = np.array(sizes), np.random.default_rng(5)
     group = np.repeat(np.arange(len(sizes)), sizes)
-    every = [grouped_interval(np.arange(103) < k, group) for k in range(104)]
+    every = [korn_graubard_interval(np.arange(103) < k, group) for k in range(104)]
     shape = (4000, len(sizes))
     for p in (0.9, 0.97):
         beta = (p * (1 / rho - 1), (1 - p) * (1 / rho - 1)) if 0 < rho < 1 else None
@@ -118,7 +120,7 @@ def test_bootstrap_of_two_groups_by_hand():
     # two groups of sizes 1 and 3, means 1 and 0: resampled means 1, 1/4 (twice) and 0
     found = cluster_bootstrap([1, 0, 0, 0], ["a", "b", "b", "b"])
     assert (found.estimate, found.low, found.high, found.n, found.groups) == (0.25, 0.0, 1.0, 4, 2)
-    assert found.effective == pytest.approx(16 / 10)
+    assert found.n_effective == pytest.approx(16 / 10)
 
 
 def test_bootstrap_takes_other_values_and_is_seeded():
@@ -140,7 +142,7 @@ def test_bootstrap_takes_other_values_and_is_seeded():
     ],
 )
 def test_intervals_refuse(values, groups, message):
-    for interval in (grouped_interval, cluster_bootstrap):
+    for interval in (korn_graubard_interval, cluster_bootstrap):
         with pytest.raises(ValueError, match=message):
             interval(values, groups)
 
@@ -148,7 +150,7 @@ def test_intervals_refuse(values, groups, message):
 def test_intervals_refuse_what_is_not_theirs():
     for values in ([0.5, 1.2], [-0.1]):
         with pytest.raises(ValueError, match="between 0 and 1"):
-            grouped_interval(values)
+            korn_graubard_interval(values)
     with pytest.raises(ValueError, match="only one group"):
         cluster_bootstrap([1, 0], ["a", "a"])
 
@@ -186,7 +188,7 @@ def errs_on(rows: list[int], n: int = 12) -> pd.DataFrame:
 def test_comparison_of_two_models_by_hand():
     """First wrong on 0; second wrong on 1..7: 7 against 1 discordant images, p = 2 (1 + 8) / 2^8."""
     row = compare_model_pairs({"a": errs_on([0, 11]), "b": errs_on([1, 2, 3, 4, 5, 6, 7, 11])}).iloc[0]
-    assert row[["first", "second", "images", "only_first_correct", "only_second_correct"]].tolist() == ["a", "b", 12, 7, 1]
+    assert row[["first", "second", "n_images", "only_first_correct", "only_second_correct"]].tolist() == ["a", "b", 12, 7, 1]
     assert row["difference"] == pytest.approx(6 / 12) and row["p"] == row["p_holm"] == pytest.approx(2 * 9 / 256)
     assert not row["significant"] and row["test"] == "McNemar's exact test"
     assert compare_model_pairs({"a": errs_on([0, 11]), "b": errs_on([1, 2, 3, 4, 5, 6, 7, 11])}, level=0.08)["significant"].item()
@@ -253,7 +255,7 @@ def test_groups_make_differences_weaker():
     assert compare_model_pairs({"a": best, "b": worse}, groups={})["p"].item() == pytest.approx(2 / 2**12, abs=2e-3)
     grouped = compare_model_pairs({"a": best, "b": worse}, groups=fields)
     assert grouped["p"].item() == pytest.approx(0.5) and not grouped["significant"].item()
-    assert grouped["test"].item() == "group sign test"
+    assert grouped["test"].item() == "sign-flip permutation test"
     assert compare_model_pairs({"a": best, "b": best}, groups=fields)["p"].item() == 1
     assert compare_model_pairs({"a": best, "b": worse}, groups=dict.fromkeys(worse["pair"], 1))["p"].item() == 1  # one group
 
@@ -307,3 +309,12 @@ def test_groups_never_cross_folds():
     y, X = pd.Series(labels, [f"p{i}" for i in range(180)]), random.normal(size=(45, 40))[group]
     assert cross_validated_accuracy(cross_validate(logistic(), X, y)).estimate > 0.9
     assert cross_validated_accuracy(cross_validate(logistic(), X, y, group)).estimate < 0.6
+
+
+def test_a_pair_without_a_group_is_its_own():
+    from leukemia_nb.evaluation.uncertainty import group_labels
+
+    pairs = ["a", "b", "c", "1"]
+    labels = group_labels(pairs, {"a": 1, "b": 1, "d": 2})
+    assert labels[0] == labels[1] and len(set(labels)) == 3
+    assert len(set(group_labels(pairs, None))) == len(set(group_labels(pairs, {}))) == 4

@@ -13,7 +13,7 @@ import pytest
 
 from leukemia_nb.models.interface import MODELS, ModelError, load_model, make_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:yolo.* collapsed:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*constant predictor:RuntimeWarning")
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = ("Pro-B", "Normal", "Pre-B")  # not in alphabetical order
 SMALL = {"weights": "random", "image_size": 32, "epochs": 1, "batch_size": 6, "train_arguments": {"workers": 0}}

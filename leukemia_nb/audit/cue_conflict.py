@@ -7,7 +7,6 @@ __all__ = ['KINDS', 'paste_cells', 'make_composites', 'cue_conflict_rates', 'cue
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #e2921551
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -15,15 +14,10 @@ import pandas as pd
 
 from ..data.images import scale_bar_corner
 from ..evaluation.uncertainty import clopper_pearson
-from ..plotting import styled
+from ..plotting import Figure, blank_figure, styled
 from ..processing.cells import find_cells
 from ..processing.colour import colour_statistics, reinhard_transfer
 from ..processing.segmentation import a_channel
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-else:  # loaded when they are used; the names are for the documentation
-    Figure = Any
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #e5dd5a6c
 def _find_scale_bar(image: np.ndarray) -> np.ndarray:
@@ -117,14 +111,14 @@ def _next_window(unknown: np.ndarray, size: int) -> tuple[slice, slice]:
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #be862aca
 def _best_pieces(
-    template: np.ndarray, known: np.ndarray, source: np.ndarray, forbidden: np.ndarray, most: int = 4
+    template: np.ndarray, known: np.ndarray, source: np.ndarray, forbidden: np.ndarray, n_best: int = 4
 ) -> list[tuple[float, np.ndarray]]:
     "Cost and pixels of the pieces of a source that agree best with a template where it is known."
     weights, size = known.astype(np.float32), len(template)
     match = cv2.matchTemplate(source.mean(axis=2), template.mean(axis=2), cv2.TM_SQDIFF, mask=weights)
     cost = 3 * match / max(weights.sum(), 1)
     cost = np.where(np.isfinite(cost), cost, 1e9) + 3000 * cv2.matchTemplate(forbidden, 1 - weights, cv2.TM_CCORR)
-    found = np.argpartition(cost, min(most, cost.size) - 1, axis=None)[:most]
+    found = np.argpartition(cost, min(n_best, cost.size) - 1, axis=None)[:n_best]
     corners = zip(*np.unravel_index(found, cost.shape))
     return [(float(cost[top, left]), source[top : top + size, left : left + size]) for top, left in corners]
 
@@ -211,8 +205,8 @@ def make_composites(
     labels: Sequence[str] | np.ndarray,  # n class names
     kinds: Sequence[str] = ("mixed_next",),  # keys of KINDS
     seed: int = 0,  # of donors and inpainting
-) -> tuple[np.ndarray, pd.DataFrame]:  # uint8 (m, H, W, 3); table kind, row, donor, foreground, other; m = n for each kind
-    "Composites, the classes of their cells (foreground) and of everything else or what was changed (other). Raises ValueError."
+) -> tuple[np.ndarray, pd.DataFrame]:  # uint8 (m, H, W, 3), n per kind; kind, row, donor, foreground, manipulated
+    "Composites, the class of their cells (foreground) and of background, colours or bar (manipulated). Raises ValueError."
     labels = np.asarray(labels, dtype=str)
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
@@ -224,9 +218,9 @@ def make_composites(
     for kind in kinds:
         for row, donor in enumerate(same_class if kind == "mixed_same" else other_class):
             made.append(_composite(kind, images, cells, row, donor, seed + row))
-            other = labels[row if kind in ("only_bg", "no_scale_bar") else donor]
-            rows.append((kind, row, donor, "" if kind == "only_bg" else labels[row], other))
-    return np.stack(made), pd.DataFrame(rows, columns=["kind", "row", "donor", "foreground", "other"])
+            manipulated = labels[row if kind in ("only_bg", "no_scale_bar") else donor]
+            rows.append((kind, row, donor, "" if kind == "only_bg" else labels[row], manipulated))
+    return np.stack(made), pd.DataFrame(rows, columns=["kind", "row", "donor", "foreground", "manipulated"])
 
 
 def _donors(labels: np.ndarray, random: np.random.Generator) -> tuple[list[int], list[int]]:
@@ -262,9 +256,9 @@ def _composite(kind: str, images: np.ndarray, cells: np.ndarray, row: int, donor
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #90c896be
 def cue_conflict_rates(
-    table: pd.DataFrame,  # columns kind, foreground, other, as of make_composites
+    table: pd.DataFrame,  # columns kind, foreground, manipulated, as from make_composites
     predicted: Sequence[str] | np.ndarray,  # class name for each row
-) -> pd.DataFrame:  # a row a kind and cue: kind, cue (foreground, other, neither), n, count, proportion, low, high
+) -> pd.DataFrame:  # one row per kind and cue (foreground, manipulated, neither): n_images, count, proportion, low, high
     "Proportion of predictions that follow each cue. Raises ValueError."
     predicted = np.asarray(predicted, dtype=str)
     if len(predicted) != len(table):
@@ -272,11 +266,11 @@ def cue_conflict_rates(
     rows = []
     for kind, part in table.assign(predicted=predicted).groupby("kind", sort=False):
         foreground = part["predicted"] == part["foreground"]
-        other = (part["predicted"] == part["other"]) & ~foreground
-        for cue, follows in (("foreground", foreground), ("other", other), ("neither", ~foreground & ~other)):
+        manipulated = (part["predicted"] == part["manipulated"]) & ~foreground
+        for cue, follows in (("foreground", foreground), ("manipulated", manipulated), ("neither", ~foreground & ~manipulated)):
             n, count = len(part), int(follows.sum())
             rows.append((kind, cue, n, count, count / n, *clopper_pearson(count, n)))
-    return pd.DataFrame(rows, columns=["kind", "cue", "n", "count", "proportion", "low", "high"])
+    return pd.DataFrame(rows, columns=["kind", "cue", "n_images", "count", "proportion", "low", "high"])
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #1abb0edd
 @styled
@@ -284,15 +278,13 @@ def cue_conflict_figure(
     rates: pd.DataFrame,  # from cue_conflict_rates, with the column title (of the model)
     kinds: Mapping[str, str],  # key of KINDS -> title of its panel
 ) -> "Figure":
-    "Predictions that follow the foreground, the other cue or neither: a panel a kind, a bar a model."
-    import seaborn as sns
-
-    shown = rates[rates["kind"].isin(list(kinds))].reset_index(drop=True)
-    shown["panel"] = shown["kind"].map(kinds)
-    palette = {"foreground": "#0072B2", "other": "#D55E00", "neither": "#BBBBBB"}
-    bars = {"hue": "cue", "hue_order": list(palette)[::-1], "palette": palette, "weights": "count", "multiple": "fill"}
-    height = 1.3 + 0.25 * rates["title"].nunique()
-    size = {"height": height, "aspect": 2.0 / height, "shrink": 0.8}
-    grid = sns.displot(shown, y="title", col="panel", col_order=list(kinds.values()), **size, **bars)
-    grid.set_titles("{col_name}").set_axis_labels("proportion", "").set(xlim=(0, 1))
-    return grid.figure
+    "Predictions that follow the foreground, the manipulated cue or neither: one panel per kind, one bar per model."
+    colours, titles = {"foreground": "#0072B2", "manipulated": "#D55E00", "neither": "#BBBBBB"}, rates["title"].unique()
+    figure, axes = blank_figure(1, len(kinds), (1.4 + 1.9 * len(kinds), 1.3 + 0.25 * len(titles)), sharey=True)
+    for axis, (kind, panel) in zip(axes[0], kinds.items()):
+        shown = rates[rates["kind"] == kind].pivot(index="title", columns="cue", values="proportion")
+        shown.reindex(titles, columns=list(colours)).plot.barh(stacked=True, ax=axis, color=colours, width=0.8, legend=False)
+        axis.set(title=panel, xlim=(0, 1), xlabel="proportion", ylabel="")
+    axes[0, 0].invert_yaxis()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
+    return figure

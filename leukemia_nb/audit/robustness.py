@@ -8,7 +8,6 @@ __all__ = ['CORRUPTIONS', 'Corruption', 'corrupt', 'robustness_predictions', 'ro
 # %% ../../nbs/05_audit/30_robustness.ipynb #eecaf5fd
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -16,12 +15,7 @@ import pandas as pd
 
 from ..evaluation.predictions import Classifier, model_title, predicted_labels, probabilities_of
 from ..evaluation.uncertainty import clopper_pearson
-from ..plotting import CLASS_COLOURS, GREY, PALE, styled
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-else:  # loaded when they are used; the names are for the documentation
-    Figure = Any
+from ..plotting import CLASS_COLOURS, GREY, PALE, Figure, styled
 
 # %% ../../nbs/05_audit/30_robustness.ipynb #d0072780
 def _shift_hue(image: np.ndarray, degrees: float) -> np.ndarray:
@@ -72,23 +66,27 @@ def _rotate(image: np.ndarray, degrees: float) -> np.ndarray:
 # %% ../../nbs/05_audit/30_robustness.ipynb #59502699
 @dataclass(frozen=True)
 class Corruption:
-    "A change of an image, at several levels."
+    "A change of an image, at several severities."
 
     title: str  # name in figures
-    unit: str  # of the level
-    levels: tuple[float, ...]  # in rising order, without the clean one
-    clean: float  # the level that changes nothing
-    function: Callable[[np.ndarray, float], np.ndarray]  # uint8 (H, W, 3), level -> uint8 (H, W, 3)
+    unit: str  # of the severities
+    severities: tuple[float, ...]  # in rising order, without the clean one
+    clean: float  # the severity that changes nothing
+    function: Callable[[np.ndarray, float], np.ndarray]  # uint8 (H, W, 3), severity -> uint8 (H, W, 3)
     geometric: bool = False  # whether pixels move
 
 
 CORRUPTIONS: dict[str, Corruption] = {
     "hue": Corruption("Hue", "degrees", (-20, -10, 10, 20), 0, _shift_hue),
     "stain_balance": Corruption(
-        "Stain balance", "blue ×, pink ÷", (0.75, 1.33), 1, lambda image, level: _scale_stains(image, level, 1 / level)
+        "Stain balance", "blue ×, pink ÷", (0.75, 1.33), 1, lambda image, severity: _scale_stains(image, severity, 1 / severity)
     ),
     "stain_strength": Corruption(
-        "Stain strength", "all stains ×", (0.6, 1.4), 1, lambda image, level: _scale_stains(image, level, level, level)
+        "Stain strength",
+        "all stains ×",
+        (0.6, 1.4),
+        1,
+        lambda image, severity: _scale_stains(image, severity, severity, severity),
     ),
     "brightness": Corruption("Brightness", "light ×", (0.6, 0.8, 1.15), 1, _change_brightness),
     "blur": Corruption("Blur", "pixels of 224", (1, 2, 3), 0, _blur),
@@ -100,17 +98,17 @@ CORRUPTIONS: dict[str, Corruption] = {
 def corrupt(
     images: np.ndarray,  # uint8 (n, H, W, 3), or pairs (n, 2, H, W, 3): original and segmented
     name: str,  # key of CORRUPTIONS
-    level: float,  # any level, also one that is not listed
+    severity: float,  # any severity, also one that is not listed
 ) -> np.ndarray:  # uint8, same shape
     "Images or pairs after a corruption. Raises ValueError for an unknown one or other arrays."
     corruption = _corruption(name)
     if images.dtype != np.uint8 or images.ndim not in (4, 5) or images.shape[-1] != 3:
         raise ValueError(f"images must be uint8 (n, H, W, 3) or pairs (n, 2, H, W, 3), not {images.dtype} {images.shape}.")
     if images.ndim == 4:
-        return np.stack([corruption.function(image, level) for image in images])
-    original = corrupt(images[:, 0], name, level)
+        return np.stack([corruption.function(image, severity) for image in images])
+    original = corrupt(images[:, 0], name, severity)
     if corruption.geometric:
-        return np.stack([original, corrupt(images[:, 1], name, level)], axis=1)
+        return np.stack([original, corrupt(images[:, 1], name, severity)], axis=1)
     before, segmented = (images[:, i].sum(axis=-1, keepdims=True, dtype=np.float32) for i in (0, 1))
     kept = np.minimum(segmented / np.maximum(before, 1), 1)
     return np.stack([original, np.rint(original * kept).astype(np.uint8)], axis=1)
@@ -122,56 +120,53 @@ def _corruption(name: str) -> Corruption:
     return CORRUPTIONS[name]
 
 # %% ../../nbs/05_audit/30_robustness.ipynb #5c1e77aa
-def _levels(corruptions: Mapping[str, Sequence[float]] | None) -> dict[str, list[float]]:
-    "Sorted levels of each corruption, the clean one included. Raises ValueError for an unknown name."
-    wanted = corruptions or {name: corruption.levels for name, corruption in CORRUPTIONS.items()}
-    return {name: sorted({*levels, _corruption(name).clean}) for name, levels in wanted.items()}
+def _severities(corruptions: Mapping[str, Sequence[float]] | None) -> dict[str, list[float]]:
+    "Sorted severities of each corruption, the clean one included. Raises ValueError for an unknown name."
+    wanted = corruptions or {name: corruption.severities for name, corruption in CORRUPTIONS.items()}
+    return {name: sorted({*severities, _corruption(name).clean}) for name, severities in wanted.items()}
 
 # %% ../../nbs/05_audit/30_robustness.ipynb #73be16ad
 def robustness_predictions(
     model: Classifier,  # fitted
     images: np.ndarray,  # uint8 (n, H, W, 3), or pairs (n, 2, H, W, 3)
     labels: pd.Series,  # (n,) class names; the index holds the pairs
-    corruptions: Mapping[str, Sequence[float]] | None = None,  # name -> levels; None: all listed
-    log: Callable[[str], Any] | None = None,  # called with a line a corruption
-) -> pd.DataFrame:  # corruption, level, pair, class, p_<class>; the clean level included
-    "Predictions of a model at every level of every corruption. Raises ValueError for an unknown one."
-    columns, tables, wanted = [f"p_{name}" for name in model.classes_], [], _levels(corruptions)
+    corruptions: Mapping[str, Sequence[float]] | None = None,  # name -> severities; None: all listed
+) -> pd.DataFrame:  # corruption, severity, pair, class, p_<class>; the clean severity included
+    "Predictions of a model at every severity of every corruption. Raises ValueError for an unknown one."
+    columns, tables, wanted = [f"p_{name}" for name in model.classes_], [], _severities(corruptions)
     clean = np.asarray(model.predict_proba(images), float)
-    for name, levels in wanted.items():
-        for level in levels:
-            is_clean = level == CORRUPTIONS[name].clean
-            values = clean if is_clean else np.asarray(model.predict_proba(corrupt(images, name, level)), float)
-            known = {"corruption": name, "level": float(level), "pair": labels.index, "class": labels.to_numpy(str)}
+    for name, severities in wanted.items():
+        for severity in severities:
+            is_clean = severity == CORRUPTIONS[name].clean
+            values = clean if is_clean else np.asarray(model.predict_proba(corrupt(images, name, severity)), float)
+            known = {"corruption": name, "severity": float(severity), "pair": labels.index, "class": labels.to_numpy(str)}
             tables.append(pd.DataFrame(known | dict(zip(columns, values.T))))
-        if log:
-            log(f"robustness: {name}, {len(levels)} levels of {len(images)} images")
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/05_audit/30_robustness.ipynb #d516bd9b
 def robustness_table(
     predictions: Mapping[str, pd.DataFrame],  # model name -> from robustness_predictions
-) -> pd.DataFrame:  # a row a model, corruption and level
-    "Accuracy and agreement with the clean prediction at every level, with exact 95 % intervals."
+) -> pd.DataFrame:  # one row per model, corruption and severity
+    "Accuracy and agreement with the clean prediction at every severity, with exact 95 % intervals."
     if not predictions:
         raise ValueError("no predictions: predict the corrupted images with a model first.")
     rows = []
     for model, table in predictions.items():
         predicted = table.assign(predicted=predicted_labels(table), confidence=probabilities_of(table).max(axis=1))
         for name, part in predicted.groupby("corruption", sort=False):
-            clean_level = CORRUPTIONS[str(name)].clean
-            clean = part[part["level"] == clean_level].set_index("pair")["predicted"]
-            for level, at in part.groupby("level"):
+            clean_severity = CORRUPTIONS[str(name)].clean
+            clean = part[part["severity"] == clean_severity].set_index("pair")["predicted"]
+            for severity, at in part.groupby("severity"):
                 same = int((at["predicted"].to_numpy() == clean[at["pair"]].to_numpy()).sum())
-                row = {"model": model, "title": model_title(model), "corruption": name, "level": level}
-                rows.append(row | {"clean": level == clean_level} | _level_metrics(at, same))
+                row = {"model": model, "title": model_title(model), "corruption": name, "severity": severity}
+                rows.append(row | {"clean": severity == clean_severity} | _severity_metrics(at, same))
     return pd.DataFrame(rows)
 
 
-def _level_metrics(table: pd.DataFrame, same: int) -> dict[str, float]:
+def _severity_metrics(table: pd.DataFrame, same: int) -> dict[str, float]:
     n, n_correct = len(table), int((table["predicted"] == table["class"]).sum())
     (low, high), (agreement_low, agreement_high) = clopper_pearson(n_correct, n), clopper_pearson(same, n)
-    found = {"images": n, "n_correct": n_correct, "accuracy": n_correct / n, "low": low, "high": high}
+    found = {"n_images": n, "n_correct": n_correct, "accuracy": n_correct / n, "low": low, "high": high}
     found |= {"agreement": same / n, "agreement_low": agreement_low, "agreement_high": agreement_high}
     chance = float(table["class"].value_counts(normalize=True).iloc[0])
     return found | {"confidence": float(table["confidence"].mean()), "chance": chance}
@@ -182,23 +177,23 @@ def robustness_figure(
     table: pd.DataFrame,  # from robustness_table
     metric: str = "accuracy",  # or agreement
 ) -> "Figure":
-    "A row a model, a column a corruption; bands are 95 % intervals, the dotted line is the clean level, the dashed one chance."
+    "One row per model, one column per corruption; bands: 95 % CI, dotted: clean images, dashed: majority-class baseline."
     import seaborn as sns
     from matplotlib.ticker import PercentFormatter
 
     low, high = ("low", "high") if metric == "accuracy" else ("agreement_low", "agreement_high")
     columns = table["corruption"].map({name: f"{one.title}\n{one.unit}" for name, one in CORRUPTIONS.items()})
-    shown = table.assign(column=columns, rank=table.groupby(["model", "corruption"])["level"].rank() - 1)
+    shown = table.assign(column=columns, rank=table.groupby(["model", "corruption"])["severity"].rank() - 1)
     facets = {"sharex": False, "margin_titles": True, "height": 1.35, "aspect": 0.95, "ylim": (0, 1.02)}
     grid = sns.FacetGrid(shown, row="title", col="column", **facets)
     for (title, column), axis in grid.axes_dict.items():
-        part = shown[(shown["title"] == title) & (shown["column"] == column)].sort_values("level")
+        part = shown[(shown["title"] == title) & (shown["column"] == column)].sort_values("severity")
         axis.fill_between(part["rank"], part[low], part[high], color=CLASS_COLOURS["Normal"], alpha=0.15, linewidth=0)
         sns.lineplot(part, x="rank", y=metric, marker="o", color=CLASS_COLOURS["Normal"], clip_on=False, ax=axis)
         axis.axvline(part.loc[part["clean"], "rank"].iloc[0], color=GREY, linewidth=0.8, linestyle=":")
         if metric == "accuracy":
             axis.axhline(part["chance"].mean(), color=GREY, linewidth=0.8, linestyle="--")
-        axis.set_xticks(part["rank"], [f"{level:g}" for level in part["level"]], fontsize=7)
+        axis.set_xticks(part["rank"], [f"{severity:g}" for severity in part["severity"]], fontsize=7)
         axis.grid(axis="y", color=PALE)
         axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     grid.set_titles(row_template="", col_template="{col_name}", size=8).set_axis_labels("", "")

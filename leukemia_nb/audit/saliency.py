@@ -9,7 +9,7 @@ __all__ = ['saliency_method', 'grad_cam', 'saliency_figure', 'energy_pointing_ga
 # %% ../../nbs/05_audit/40_saliency.ipynb #fa71ce5b
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,15 +17,10 @@ import pandas as pd
 
 from ..data.images import resize_square
 from ..evaluation.predictions import Classifier, model_title
-from ..evaluation.uncertainty import cluster_bootstrap
+from ..evaluation.uncertainty import cluster_bootstrap, group_labels
 from ..models.interface import ModelError
-from ..plotting import blank_figure, styled
+from ..plotting import Figure, blank_figure, styled
 from ..processing.cells import find_cells
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-else:  # loaded when they are used; the names are for the documentation
-    Figure = Any
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #6b980704
 def _keras_maps(model: Any, batch: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -60,7 +55,7 @@ def _torch_maps(model: Any, batch: np.ndarray, targets: np.ndarray) -> tuple[np.
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #00a13d9f
 def _keras_weights(model: Any, part: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[], None]:
-    "Change the weights of a part; returns what puts them back."
+    "Change the weights of a part, head or all; returns what puts them back."
     layer = model.network_.get_layer("head") if part == "head" else model.network_
     kept = layer.get_weights()
     layer.set_weights([change(weight) for weight in kept])
@@ -76,26 +71,23 @@ def _torch_weights(model: Any, part: str, change: Callable[[np.ndarray], np.ndar
     return lambda: module.load_state_dict(kept)
 
 
-_FRAMEWORKS = {"keras": (_keras_maps, _keras_weights), "torch": (_torch_maps, _torch_weights)}
+_MAPS = {"keras": _keras_maps, "torch": _torch_maps}
+_CHANGE_WEIGHTS = {"keras": _keras_weights, "torch": _torch_weights}
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #0d2a9298
 def saliency_method(
     model: Any,  # a trained model
 ) -> str:  # grad_cam or occlusion
     "Grad-CAM for a network with feature maps of the whole image, occlusion for any other model."
-    return "grad_cam" if getattr(getattr(model, "entry", None), "framework", "") in _FRAMEWORKS else "occlusion"
-
-
-def _frameworks(model: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    if saliency_method(model) == "occlusion":
-        name = getattr(model, "name", type(model).__name__)
-        raise ModelError(f"{name} has no feature maps of the whole image. Use occlusion_map.")
-    return _FRAMEWORKS[model.entry.framework]
+    return "grad_cam" if getattr(getattr(model, "entry", None), "framework", "") in _MAPS else "occlusion"
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #fbcfdbc7
 def _feature_maps(model: Any, batch: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Last feature maps (n, channels, h, w, d), and the gradient (n, channels, d) of the targets' logits by their averages."
-    return _frameworks(model)[0](model, batch, targets)
+    if saliency_method(model) == "occlusion":
+        name = getattr(model, "name", type(model).__name__)
+        raise ModelError(f"{name} has no feature maps of the whole image. Use occlusion_map.")
+    return _MAPS[model.entry.framework](model, batch, targets)
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #8de98a44
 def grad_cam(
@@ -112,7 +104,9 @@ def grad_cam(
     return _heatmaps(np.concatenate(found), model.image_size)
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #04652639
-def _target_places(model: Classifier, images: np.ndarray, targets: str | Sequence[str] | None) -> np.ndarray:
+def _target_places(
+    model: Classifier, images: np.ndarray | Sequence[np.ndarray], targets: str | Sequence[str] | None
+) -> np.ndarray:
     "Places in classes_ of the classes to explain. Raises `ModelError`."
     if targets is None:
         return np.asarray(model.predict_proba(images)).argmax(axis=1)
@@ -150,7 +144,7 @@ def saliency_figure(
     masks: np.ndarray,  # bool (n, S, S): cells
     titles: Sequence[str] = (),  # a title for each image
 ) -> "Figure":
-    "A row an image: the image with its cells outlined, then each heatmap laid over it."
+    "One row per image: the image with its cells outlined, then each heatmap laid over it."
     across = 1 + len(heatmaps)
     figure, axes = blank_figure(len(images), across, (1.6 * across, 1.55 * len(images) + 0.25))
     for place, (row, image, mask) in enumerate(zip(axes, images, masks)):
@@ -195,7 +189,7 @@ def occlusion_map(
     model: Classifier,  # anything with predict_proba and classes_
     images: np.ndarray | Sequence[np.ndarray],  # uint8 (n, H, W, 3), or pairs (n, 2, H, W, 3)
     targets: str | Sequence[str] | None = None,  # class to explain, of all or of each; None: the predicted class
-    grid: int = 7,  # squares along a side: grid * grid + 1 predictions an image
+    grid: int = 7,  # squares along a side: grid * grid + 1 predictions per image
 ) -> np.ndarray:  # float32 (n, S, S), between 0 and 1
     "Fall of the class's log-odds when a square is covered with background (Zeiler and Fergus 2014)."
     size, places = getattr(model, "image_size", 224), _target_places(model, images, targets)
@@ -232,16 +226,14 @@ def _channel_gradients(model: Any, images: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #0ba6c39b
 @contextmanager
-def _randomised_weights(model: Any, part: str = "whole", seed: int = 0) -> Iterator[Any]:
-    "Shuffle the weights of the head or the whole within each tensor; afterwards the model has its own again, whatever happens."
-    if part not in ("head", "whole"):
-        raise ModelError(f"part '{part}' is not one of head, whole.")
+def _randomised_weights(model: Any, part: str = "all", seed: int = 0) -> Iterator[Any]:
+    "Permute the weights of the head or of all layers within each tensor; afterwards the model has its own again."
     random = np.random.default_rng(seed)
 
-    def shuffle(weight: np.ndarray) -> np.ndarray:
+    def permute(weight: np.ndarray) -> np.ndarray:
         return np.asarray(random.permutation(weight.ravel()).reshape(weight.shape), weight.dtype)
 
-    restore = _frameworks(model)[1](model, part, shuffle)
+    restore = _CHANGE_WEIGHTS[model.entry.framework](model, part, permute)
     try:
         yield model
     finally:
@@ -251,19 +243,19 @@ def _randomised_weights(model: Any, part: str = "whole", seed: int = 0) -> Itera
 def randomisation_check(
     model: Any,  # a trained Keras or YOLO classifier of this library
     images: np.ndarray,  # uint8 (n, H, W, 3), or pairs (n, 2, H, W, 3)
-    repeats: int = 3,  # shufflings of each part; their mean is taken
-    seed: int = 0,  # of the shuffling
-) -> pd.DataFrame:  # a row an image: head, whole
+    repeats: int = 3,  # permutations of the weights of each part; their mean is taken
+    seed: int = 0,  # of the permutations
+) -> pd.DataFrame:  # one row per image: head_randomised, all_randomised
     "Spearman correlation of each Grad-CAM map with the one after randomising the weights; NaN where a map is flat."
     targets = [str(model.classes_[place]) for place in _target_places(model, images, None)]
     maps, found = grad_cam(model, images, targets), {}
-    for part in ("head", "whole"):
+    for part in ("head", "all"):
         values = []
         for repeat in range(repeats):
             with _randomised_weights(model, part, seed + repeat):
                 other = grad_cam(model, images, targets)
             values.append([_rank_correlation(*pair) for pair in zip(maps, other)])
-        found[part] = pd.DataFrame(values).mean()  # leaves out NaN
+        found[f"{part}_randomised"] = pd.DataFrame(values).mean()  # leaves out NaN
     return pd.DataFrame(found)
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #01968fee
@@ -278,8 +270,8 @@ def saliency_table(
     model: Classifier,  # a trained model
     images: np.ndarray,  # uint8 (n, H, W, 3), or pairs (n, 2, H, W, 3)
     masks: np.ndarray,  # bool (n, S, S): cells
-    heatmaps: np.ndarray,  # float (n, S, S), of grad_cam or occlusion_map
-) -> pd.DataFrame:  # a row an image: predicted, energy_inside, area_inside, ratio, other_maps, original_channel
+    heatmaps: np.ndarray,  # float (n, S, S), from grad_cam or occlusion_map
+) -> pd.DataFrame:  # one row per image: predicted, energy_inside, area_inside, ratio, centre_bias, original_channel
     "Energy-based pointing game of each image beside two levels of chance."
     games = [energy_pointing_game(*pair) for pair in zip(heatmaps, masks)]
     table = pd.DataFrame(games, columns=["energy_inside", "area_inside", "ratio"])
@@ -288,7 +280,7 @@ def saliency_table(
     inside = np.stack([_widen_cells(mask).ravel() for mask in masks])
     crossed = (flat / np.where(total > 0, total, np.nan)) @ inside.T.astype(np.float64)
     np.fill_diagonal(crossed, np.nan)
-    table["other_maps"] = pd.DataFrame(crossed).mean().to_numpy()
+    table["centre_bias"] = pd.DataFrame(crossed).mean().to_numpy()
     table.insert(0, "predicted", model.classes_[_target_places(model, images, None)])
     table["original_channel"] = _channel_gradients(model, images)[:, 0] if np.ndim(images) == 5 else 1.0
     return table
@@ -299,20 +291,20 @@ def saliency_summary(
     checks: Mapping[str, pd.DataFrame] | None = None,  # model name -> from randomisation_check
     seed: int = 0,  # of the bootstrap
     groups: Mapping[str, object] | None = None,  # pair -> group of near-duplicates; None: each image its own
-) -> pd.DataFrame:  # a row a model
+) -> pd.DataFrame:  # one row per model
     "Mean energy inside the cells with its 95 % interval, both chance levels, and correlations after randomisation."
     rows: list[dict[str, Any]] = []
     for name, table in tables.items():
         valid = table[np.isfinite(table["energy_inside"])]
-        group = np.arange(len(valid)) if groups is None else [str(groups.get(pair, f"alone:{pair}")) for pair in valid["pair"]]
-        row: dict[str, Any] = {"model": name, "title": model_title(name), "images": len(table)}
+        group = np.arange(len(valid)) if groups is None else group_labels(valid["pair"], groups)
+        row: dict[str, Any] = {"model": name, "title": model_title(name), "n_images": len(table)}
         row["empty_maps"] = len(table) - len(valid)
-        row |= valid[["energy_inside", "area_inside", "other_maps", "original_channel"]].mean().to_dict()
+        row |= valid[["energy_inside", "area_inside", "centre_bias", "original_channel"]].mean().to_dict()
         row |= {"low": np.nan, "high": np.nan, "interval": ""}
         if len(set(group)) > 1:
             found = cluster_bootstrap(valid["energy_inside"], group, seed=seed)
             row |= {"low": found.low, "high": found.high, "interval": found.method}
         row["ratio"] = valid["energy_inside"].sum() / valid["area_inside"].sum() if valid["area_inside"].sum() else np.nan
-        check = (checks or {}).get(name, pd.DataFrame({"head": [np.nan], "whole": [np.nan]}))
-        rows.append(row | {"head_randomised": check["head"].mean(), "all_randomised": check["whole"].mean()})
+        none = pd.DataFrame({"head_randomised": [np.nan], "all_randomised": [np.nan]})
+        rows.append(row | (checks or {}).get(name, none).mean().to_dict())
     return pd.DataFrame(rows)

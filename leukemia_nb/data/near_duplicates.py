@@ -260,7 +260,7 @@ def leakage_report(
         part = split[split["subset"] == name]
         found = int(part["group"].isin(train["group"]).sum())
         interval = binomtest(found, len(part)).proportion_ci(0.95, "wilson")
-        row = {"subset": name, "images": len(part), "near_duplicates": found, "proportion": found / len(part)}
+        row = {"subset": name, "n_images": len(part), "near_duplicates": found, "proportion": found / len(part)}
         row |= {"low": interval.low, "high": interval.high}
         if pairs is not None:
             ways = pd.concat([pairs[["a", "b"]], pairs[["b", "a"]].set_axis(["a", "b"], axis=1)])

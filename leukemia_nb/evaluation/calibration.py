@@ -7,41 +7,36 @@ __all__ = ['expected_calibration_error', 'fit_temperature', 'at_limit', 'calibra
 
 # %% ../../nbs/04_evaluation/40_calibration.ipynb #8a178aeb
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from .predictions import classes_of, model_title, predicted_labels, probabilities_of, take_subset
 from .uncertainty import CLOPPER_PEARSON, clopper_pearson
-from ..plotting import CLASS_COLOURS, GREY, blank_figure, styled
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-else:  # loaded when they are used; the names are for the documentation
-    Figure = Any
+from ..plotting import CLASS_COLOURS, GREY, Figure, blank_figure, styled
 
 # %% ../../nbs/04_evaluation/40_calibration.ipynb #d23718f5
-def _reliability_table(table: pd.DataFrame, bins: int = 10) -> pd.DataFrame:
-    "Mean confidence and accuracy, with its exact 95 % interval, by bin of confidence; a row a bin that has images."
+def _reliability_table(table: pd.DataFrame, n_bins: int = 15) -> pd.DataFrame:
+    "Mean confidence and accuracy, with its exact 95 % interval, by bin of confidence; one row per bin that has images."
     found = pd.DataFrame({"confidence": probabilities_of(table).max(axis=1)})
     found["correct"] = predicted_labels(table) == table["class"].to_numpy()
-    found["to"] = np.ceil(found["confidence"] * bins - 1e-9) / bins
+    found["to"] = np.ceil(found["confidence"] * n_bins - 1e-9) / n_bins
     by_bin = found.groupby("to").agg(
-        images=("correct", "size"), confidence=("confidence", "mean"), accuracy=("correct", "mean"), k=("correct", "sum")
+        n_images=("correct", "size"), confidence=("confidence", "mean"), accuracy=("correct", "mean"), k=("correct", "sum")
     )
-    by_bin["low"], by_bin["high"] = zip(*map(clopper_pearson, by_bin["k"], by_bin["images"]))
-    by_bin.insert(0, "from", by_bin.index - 1 / bins)
+    by_bin["low"], by_bin["high"] = zip(*map(clopper_pearson, by_bin["k"], by_bin["n_images"]))
+    by_bin.insert(0, "from", by_bin.index - 1 / n_bins)
     return by_bin.drop(columns="k").reset_index()
 
 # %% ../../nbs/04_evaluation/40_calibration.ipynb #4102acb7
 def expected_calibration_error(
     table: pd.DataFrame,  # predictions of one subset
-    bins: int = 15,  # equal bins of confidence
+    n_bins: int = 15,  # bins of confidence of equal width
 ) -> float:
     "Expected calibration error of the predicted class's confidence."
-    found = _reliability_table(table, bins)
-    return float(np.average((found["confidence"] - found["accuracy"]).abs(), weights=found["images"]))
+    found = _reliability_table(table, n_bins)
+    return float(np.average((found["confidence"] - found["accuracy"]).abs(), weights=found["n_images"]))
 
 
 def _brier_score(table: pd.DataFrame) -> float:
@@ -93,12 +88,12 @@ def at_limit(
 def calibration_table(
     predictions: Mapping[str, pd.DataFrame],  # model name -> predictions with subsets val and test
     subset: str = "test",  # rows to evaluate
-) -> pd.DataFrame:  # a row a model
+) -> pd.DataFrame:  # one row per model
     "ECE, Brier score and log loss, before and, as scaled_…, after temperature scaling on the validation subset."
     rows = []
     for name, table in predictions.items():
         part = take_subset(table, subset)
-        row: dict[str, Any] = {"model": name, "title": model_title(name), "images": len(part)}
+        row: dict[str, Any] = {"model": name, "title": model_title(name), "n_images": len(part)}
         row["accuracy"] = float((predicted_labels(part) == part["class"]).mean())
         row |= _calibration_metrics(part)
         if (table["subset"] == "val").any():
@@ -119,7 +114,7 @@ def _calibration_metrics(table: pd.DataFrame, prefix: str = "") -> dict[str, flo
 def reliability_figure(
     predictions: Mapping[str, pd.DataFrame],  # model name -> predictions
     subset: str = "test",  # rows to use
-    bins: int = 10,  # of confidence
+    n_bins: int = 15,  # bins of confidence of equal width
 ) -> "Figure":
     "Reliability diagram of each model: accuracy against confidence, with exact 95 % intervals."
     across = min(4, max(1, len(predictions)))
@@ -129,12 +124,14 @@ def reliability_figure(
         axis.remove()
     for axis, (name, table) in zip(axes.flat, predictions.items()):
         part = take_subset(table, subset)
-        found = _reliability_table(part, bins)
+        found = _reliability_table(part, n_bins)
         x, y, colour = found["confidence"], found["accuracy"], CLASS_COLOURS["Normal"]
         axis.axline((0, 0), slope=1, color=GREY, linewidth=0.8, linestyle="--")
         axis.vlines(x, found["low"], found["high"], color=colour, alpha=0.5)
-        axis.scatter(x, y, 12 + 130 * found["images"] / len(part), color=colour, edgecolor="white", zorder=3, clip_on=False)
-        axis.text(0.97, 0.05, f"ECE {expected_calibration_error(part):.3f}", ha="right", fontsize=8, transform=axis.transAxes)
+        axis.scatter(x, y, 12 + 130 * found["n_images"] / len(part), color=colour, edgecolor="white", zorder=3, clip_on=False)
+        axis.text(
+            0.97, 0.05, f"ECE {expected_calibration_error(part, n_bins):.3f}", ha="right", fontsize=8, transform=axis.transAxes
+        )
         axis.set(title=model_title(name), xlim=(0, 1), ylim=(0, 1), aspect="equal")
     figure.supxlabel(f"confidence (bars: 95 % CI of the accuracy, {CLOPPER_PEARSON})", fontsize=9)
     figure.supylabel("accuracy", fontsize=9)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .predictions import predicted_labels
-from .uncertainty import Interval, grouped_interval
+from .uncertainty import Interval, korn_graubard_interval
 
 if TYPE_CHECKING:
     from sklearn.base import BaseEstimator
@@ -54,7 +54,7 @@ def cross_validate(
 def cross_validated_accuracy(
     table: pd.DataFrame,  # from cross_validate
 ) -> Interval:
-    "Accuracy over all repeats with its interval on effective groups; an image counts as its proportion of correct repeats."
+    "Accuracy over all repeats with its Korn-Graubard interval; an image counts as its proportion of correct repeats."
     found = table.assign(correct=predicted_labels(table) == table["class"].to_numpy())
     by_image = found.groupby("pair", sort=False).agg({"correct": "mean", "group": "first"})
-    return grouped_interval(by_image["correct"], by_image["group"])
+    return korn_graubard_interval(by_image["correct"], by_image["group"])

@@ -10,7 +10,7 @@ __all__ = ['ORIGINAL_ACCURACY', 'ORIGINAL_TEST_IMAGES', 'confusion_table', 'clas
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #e81007ae
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,14 +23,14 @@ from leukemia_nb.evaluation.predictions import (
     probabilities_of,
     take_subset,
 )
-from .uncertainty import CLOPPER_PEARSON, clopper_pearson, format_proportion, grouped_interval
-from ..plotting import CLASS_COLOURS, GREY, PALE, blank_figure, class_colours, styled
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-else:  # loaded when they are used; the names are for the documentation
-    Axes = Figure = Any
+from leukemia_nb.evaluation.uncertainty import (
+    CLOPPER_PEARSON,
+    clopper_pearson,
+    format_proportion,
+    group_labels,
+    korn_graubard_interval,
+)
+from ..plotting import CLASS_COLOURS, GREY, PALE, Axes, Figure, blank_figure, class_colours, styled
 
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #22fe6a57
 ORIGINAL_ACCURACY = {
@@ -58,7 +58,7 @@ def confusion_table(
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #f874acdf
 def class_table(
     table: pd.DataFrame,  # predictions of one subset
-) -> pd.DataFrame:  # a row a class
+) -> pd.DataFrame:  # one row per class
     "Precision, F1, sensitivity and specificity by class, with 95 % intervals; NaN where a class has no image or prediction."
     from sklearn.metrics import precision_recall_fscore_support
 
@@ -67,7 +67,7 @@ def class_table(
     precision, _, f1, images = precision_recall_fscore_support(
         table["class"], predicted_labels(table), labels=labels, zero_division=np.nan
     )
-    found = pd.DataFrame({"class": labels, "images": images.astype(int), "precision": precision, "f1": f1})
+    found = pd.DataFrame({"class": labels, "n_images": images.astype(int), "precision": precision, "f1": f1})
     others, false_positives = images.sum() - images, counts.sum(axis=0).to_numpy() - hits
     for name, n_correct, n in (("sensitivity", hits, images), ("specificity", others - false_positives, others)):
         bounds = [(k / total, *clopper_pearson(k, total)) if total else (np.nan,) * 3 for k, total in zip(n_correct, n)]
@@ -76,14 +76,14 @@ def class_table(
 
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #869840cd
 def _roc_auc(table: pd.DataFrame) -> pd.Series:
-    "One-against-the-rest ROC-AUC of each class. Raises `PredictionsError` if a class has no image."
+    "One-vs-rest ROC-AUC of each class. Raises `PredictionsError` if a class has no image."
     from sklearn.metrics import roc_auc_score
 
     return _by_class(table, roc_auc_score)
 
 
 def _average_precision(table: pd.DataFrame) -> pd.Series:
-    "One-against-the-rest average precision of each class. Raises `PredictionsError` if a class has no image."
+    "One-vs-rest average precision of each class. Raises `PredictionsError` if a class has no image."
     from sklearn.metrics import average_precision_score
 
     return _by_class(table, average_precision_score)
@@ -101,7 +101,7 @@ def compare_models(
     predictions: Mapping[str, pd.DataFrame],  # model name -> predictions
     subset: str = "test",  # rows to use
     weights: Mapping[str, str] | None = None,  # model name -> where its weights came from
-) -> pd.DataFrame:  # a row a model, in the order given
+) -> pd.DataFrame:  # one row per model, in the order given
     "Accuracy with its exact 95 % interval beside the original study's, and summary metrics. Raises `PredictionsError`."
     if not predictions:
         raise PredictionsError("no predictions to compare. Train a model first.")
@@ -110,7 +110,7 @@ def compare_models(
         part = take_subset(table, subset)
         n_correct, images = int((predicted_labels(part) == part["class"]).sum()), len(part)
         low, high = clopper_pearson(n_correct, images)
-        row = {"model": name, "title": model_title(name), "n_correct": n_correct, "images": images}
+        row = {"model": name, "title": model_title(name), "n_correct": n_correct, "n_images": images}
         row |= {"accuracy": n_correct / images, "low": low, "high": high}
         row |= {"original": ORIGINAL_ACCURACY.get(name, np.nan)} | _summary_metrics(part)
         rows.append(row | {"weights": (weights or {}).get(name, "")})
@@ -118,13 +118,13 @@ def compare_models(
 
 
 def _summary_metrics(table: pd.DataFrame) -> dict[str, Any]:
-    "Means over classes, and the class that a collapsed model predicts for every image."
+    "Means over classes, and the class of a constant predictor."
     predicted, by_class = predicted_labels(table), class_table(table)
-    present = by_class[by_class["images"] > 0]
-    collapsed = len(table) > 1 and len(set(predicted)) == 1 and len(present) > 1
+    present = by_class[by_class["n_images"] > 0]
+    constant = len(table) > 1 and len(set(predicted)) == 1 and len(present) > 1
     found: dict[str, Any] = {"macro_f1": float(present["f1"].mean()), "balanced_accuracy": float(present["sensitivity"].mean())}
     found["auc"] = float(_roc_auc(table).mean()) if len(present) == len(by_class) else np.nan
-    return found | {"collapsed": predicted[0] if collapsed else ""}
+    return found | {"constant_class": predicted[0] if constant else ""}
 
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #bc6bddfd
 def readable_comparison(
@@ -134,12 +134,12 @@ def readable_comparison(
     rows = [
         {
             "Model": row.title,
-            "Accuracy": format_proportion(row.accuracy, row.low, row.high, row.n_correct, row.images),
+            "Accuracy": format_proportion(row.accuracy, row.low, row.high, row.n_correct, row.n_images),
             "Original study": format_proportion(row.original),
             "Macro F1": f"{row.macro_f1:.3f}",
             "ROC-AUC": "–" if pd.isna(row.auc) else f"{row.auc:.3f}",
             "Weights": row.weights or "–",
-            "Note": f"predicts {row.collapsed} for every image" if row.collapsed else "",
+            "Note": f"predicts {row.constant_class} for every image" if row.constant_class else "",
         }
         for row in comparison.itertuples()
     ]
@@ -151,15 +151,21 @@ def grouped_accuracy(
     predictions: Mapping[str, pd.DataFrame],  # model name -> predictions
     groups: Mapping[str, object] | None = None,  # pair -> group (field, slide, patient)
     subset: str = "test",  # rows to use
-) -> pd.DataFrame:  # a row a model
-    "Accuracy of each model with the exact interval and the one on effective groups."
+) -> pd.DataFrame:  # one row per model
+    "Accuracy of each model with the exact interval and the Korn-Graubard interval over groups."
     rows = []
     for name, table in predictions.items():
         part = take_subset(table, subset)
         correct = (predicted_labels(part) == part["class"]).to_numpy()
-        found = grouped_interval(correct, [str((groups or {}).get(pair, f"alone:{pair}")) for pair in part["pair"]])
+        found = korn_graubard_interval(correct, group_labels(part["pair"], groups))
         exact_low, exact_high = clopper_pearson(int(correct.sum()), len(part))
-        row = {"model": name, "title": model_title(name), "images": found.n, "groups": found.groups, "effective": found.effective}
+        row = {
+            "model": name,
+            "title": model_title(name),
+            "n_images": found.n,
+            "groups": found.groups,
+            "n_effective": found.n_effective,
+        }
         row |= {"accuracy": found.estimate, "exact_low": exact_low, "exact_high": exact_high}
         rows.append(row | {"grouped_low": found.low, "grouped_high": found.high, "method": found.method})
     return pd.DataFrame(rows)
@@ -167,9 +173,9 @@ def grouped_accuracy(
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #13667812
 @styled
 def accuracy_figure(
-    table: pd.DataFrame,  # title, accuracy, low, high; optional original, chance, sees, kind and interval (method's name)
+    table: pd.DataFrame,  # title, accuracy, low, high; optional original, chance, cue, kind and interval (method's name)
 ) -> "Figure":
-    "Accuracies with 95 % intervals, a row a model or baseline."
+    "Accuracies with 95 % intervals, one row per model or baseline."
     from matplotlib.ticker import PercentFormatter
 
     figure, axes = blank_figure(1, 1, (8, 1.0 + 0.36 * len(table)))
@@ -182,8 +188,8 @@ def accuracy_figure(
         if len(part):
             axis.errorbar(part["accuracy"], place[rows], xerr=bounds, fmt="o", color=colour, label=f"{kind} with 95 % CI")
     _reference_marks(axis, table, place)
-    seen = table["sees"] if "sees" in table else pd.Series("", table.index)
-    axis.set_yticks(place, [f"{title}\n{what}" if what else title for title, what in zip(table["title"], seen)])
+    cues = table["cue"] if "cue" in table else pd.Series("", table.index)
+    axis.set_yticks(place, [f"{title}\n{cue}" if cue else title for title, cue in zip(table["title"], cues)])
     for i, value in enumerate(table["accuracy"]):
         axis.text(1.03, i, format_proportion(value), transform=axis.get_yaxis_transform(), va="center")
     left = max(0.0, table[["low", *table.columns.intersection(["original", "chance"])]].min().min() - 0.05)
@@ -200,7 +206,7 @@ def _reference_marks(axis: "Axes", table: pd.DataFrame, place: np.ndarray) -> No
         settings: dict[str, Any] = {"markersize": 10, "markerfacecolor": "none", "color": CLASS_COLOURS["Pro-B"]}
         axis.plot(table["original"], place, "D", clip_on=False, label="original study", **settings)
     if "chance" in table:
-        axis.axvline(table["chance"].mean(), color=GREY, linewidth=1, linestyle="--", label="most frequent class")
+        axis.axvline(table["chance"].mean(), color=GREY, linewidth=1, linestyle="--", label="majority-class baseline")
 
 
 def _interval_label(table: pd.DataFrame) -> str:
@@ -216,7 +222,7 @@ def curves_figure(
     histories: Mapping[str, pd.DataFrame],  # model name -> epoch, accuracy, loss, val_accuracy, val_loss
     best_epochs: Mapping[str, int | None] = MappingProxyType({}),  # model name -> epoch whose weights were kept, to be marked
 ) -> "Figure":
-    "Training and validation curves, a row a model. Raises ValueError if a history has no epoch."
+    "Training and validation curves, one row per model. Raises ValueError if a history has no epoch."
     import seaborn as sns
     from matplotlib.ticker import MaxNLocator
 
@@ -239,7 +245,7 @@ def curves_figure(
 
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #5e817a8e
 def _long_histories(histories: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    "A row a model, epoch, metric and subset."
+    "One row per model, epoch, metric and subset."
     parts = []
     for name, history in histories.items():
         if "epoch" not in history or not len(history):
@@ -282,7 +288,7 @@ def roc_figure(
     predictions: Mapping[str, pd.DataFrame],  # model name -> predictions
     subset: str = "test",  # rows to use
 ) -> "Figure":
-    "One-against-the-rest ROC curves, a panel a model with its mean area. Raises `PredictionsError`."
+    "One-vs-rest ROC curves, one panel per model with its mean area. Raises `PredictionsError`."
     from sklearn.metrics import roc_curve
 
     def points(truth: pd.Series, score: pd.Series) -> dict[str, np.ndarray]:
@@ -297,7 +303,7 @@ def precision_recall_figure(
     predictions: Mapping[str, pd.DataFrame],  # model name -> predictions
     subset: str = "test",  # rows to use
 ) -> "Figure":
-    "Precision-recall curves, a panel a model with its mean average precision. Raises `PredictionsError`."
+    "One-vs-rest precision-recall curves, one panel per model with its mean average precision. Raises `PredictionsError`."
     from sklearn.metrics import precision_recall_curve
 
     def points(truth: pd.Series, score: pd.Series) -> dict[str, np.ndarray]:

@@ -364,5 +364,5 @@ def compare_files(
         mark_output_folder(out)
         write_table(out / "comparison.csv", table, excel=True)
         with atomic_path(out / "comparison.png") as temporary:
-            unseen_figure(table[table["problem"] == ""], most=12).savefig(temporary, dpi=160)
+            unseen_figure(table[table["problem"] == ""], max_images=12).savefig(temporary, dpi=160)
     return table

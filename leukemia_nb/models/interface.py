@@ -212,7 +212,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder}: no model.json here, so this is not the folder of a trained model. Give another folder.")
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        types = {"name": str, "classes": list, "settings": dict, "files": dict, "weights_source": str, "collapsed": str}
+        types = {"name": str, "classes": list, "settings": dict, "files": dict, "weights_source": str, "constant_predictor": str}
         wrong = [key for key, kind in types.items() if not isinstance(facts[key], kind)]
         if wrong:
             raise ValueError(f"{wrong[0]} is of another type")
@@ -237,7 +237,7 @@ def load_model(
         settings = {key: value for key, value in facts["settings"].items() if key != "name"}
         model = make_model(facts["name"], **settings)
         model.classes_ = np.array(facts["classes"], dtype=str)
-        model.weights_source_, model.collapsed_ = facts["weights_source"], facts["collapsed"]
+        model.weights_source_, model.constant_predictor_ = facts["weights_source"], facts["constant_predictor"]
         model.best_epoch_ = facts.get("best_epoch")
         model.history_ = pd.read_csv(folder / "history.csv")
         model._load(folder)
