@@ -8,7 +8,9 @@ __all__ = ['SMOKE', 'dummy_dataset', 'dummy_predictions', 'dummy_model_file', 'd
 # %% ../nbs/00_shared/30_testing.ipynb #d2a50001
 import json
 import os
+import tomllib
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from .evaluation.uncertainty import clopper_pearson, compare_model_pairs
 from .processing.dataset import save_pair, write_dataset
 from .study.driver import _library_digest, run_study
 from .study.settings import StudySettings
+
+_DUMMY = tomllib.loads((files("leukemia_nb") / "templates" / "dummy.toml").read_text(encoding="utf-8"))
 
 # %% ../nbs/00_shared/30_testing.ipynb #d2a50004
 def dummy_dataset(
@@ -67,7 +71,7 @@ def dummy_predictions(
     values = rest / rest.sum(axis=1, keepdims=True) * (1 - top)[:, None]
     values[np.arange(n), predicted] = np.maximum(top, values.max(axis=1) + 1e-6)
     values /= values.sum(axis=1, keepdims=True)
-    true = [str(classes[place]) for place in truth]
+    true = [str(classes[int(place)]) for place in truth]
     number = [i + 1 for count in per_class for i in range(count)]
     pair = [f"{name}/{subset}_{i:03d}" for name, i in zip(true, number)]
     path = [f"{name}.png" for name in pair]
@@ -98,21 +102,6 @@ def _dummy_network(kind: str, size: int, means: np.ndarray, scale: np.ndarray) -
     arrays = {"levels": _LEVELS, "scale": scale, "means": means.ravel()}
     return onnx.parser.parse_model(render_template("dummy_network.j2", names=names, inputs=inputs, k=k, d=d, **arrays))
 
-# %% ../nbs/00_shared/30_testing.ipynb #a1b0f4a1
-_DUMMY_INFO = {
-    "version": "0" * 12,
-    "segmentation": "kmeans",
-    "temperature": 1.0,
-    "calibration": "not calibrated: a dummy model, no validation images",
-    "thresholds": {"confidence": 0.4, "distance": 4.0},
-    "coverage": {},
-    "test": {},
-    "licence": "Apache-2.0",
-    "card": "# A dummy model",
-    "weights_source": "none: nearest mean of synthetic smears",
-    "research_use": "For research only, and not even for that: a dummy model of synthetic smears.",
-}
-
 # %% ../nbs/00_shared/30_testing.ipynb #fd043f6a
 def dummy_model_file(
     path: str | os.PathLike,  # file to be written
@@ -128,26 +117,25 @@ def dummy_model_file(
     from leukemia_nb.inference.predictor import prepare_image
 
     info = {"name": f"dummy_{kind}", "title": f"Dummy ({kind})", "classes": list(classes), "input": kind, "image_size": size}
-    info |= _DUMMY_INFO | {"training": {"images": smears * len(classes), "validation": 0}}
+    info |= _DUMMY["model_file"] | {"training": {"images": smears * len(classes), "validation": 0}}
     labels = [name for name in classes for _ in range(smears)]
     drawn = [make_smear(name, seed, 192, 256).image for seed, name in enumerate(labels)]
     prepared = [prepare_image(image, info) for image in drawn]
     features = np.stack([_dummy_features(each) for each in prepared])
     by_class = features.reshape(len(classes), smears, -1)
     means, scale = by_class.mean(axis=1), by_class.std(axis=1).mean(axis=0) + 1e-3
-    seen = {"features": features / scale, "statistics": image_statistics(np.stack([each.square for each in prepared]))}
+    seen = {
+        "features": features / scale,
+        "statistics": image_statistics(np.stack([each.square for each in prepared if each.square is not None])),
+    }
     constants = fit_ood(seen, labels, seen)
     write_model_file(path, _dummy_network(kind, size, means / scale, scale), info, constants)
     return Path(path)
 
-# %% ../nbs/00_shared/30_testing.ipynb #3950379d
-_SIZES = {"Normal": 60, "Pre-B": 110, "Pro-B": 90}
-_TEST = {"Normal": 25, "Pre-B": 47, "Pro-B": 39}
-
 # %% ../nbs/00_shared/30_testing.ipynb #66d1cd66
 def _dummy_images(folder: Path) -> None:
     "Manifest, pairs, split and leakage of 260 images, one of which cannot be read."
-    names = [(f"{label}/Snap_{i:03d}", label) for label, n in _SIZES.items() for i in range(n)]
+    names = [(f"{label}/Snap_{i:03d}", label) for label, n in _DUMMY["images"]["all"].items() for i in range(n)]
     rows = pd.DataFrame(names, columns=["pair", "class"])
     rows["path"] = rows["pair"] + ".png"
     manifest = rows.assign(width=1024, height=768, sha256=[f"{i:064x}" for i in range(len(rows))], problem="")
@@ -155,7 +143,7 @@ def _dummy_images(folder: Path) -> None:
     pairs = manifest[manifest["problem"] == ""].reset_index(drop=True)
     pairs = pairs.assign(cell_fraction=0.12, n_cells=7, flag=np.where(pairs.index % 40 == 39, "mask under 1 % of the image", ""))
     number = pairs["pair"].str[-3:].astype(int)
-    subset = np.where(number < pairs["class"].map(_TEST), "test", np.where(number % 10 == 9, "val", "train"))
+    subset = np.where(number < pairs["class"].map(_DUMMY["images"]["test"]), "test", np.where(number % 10 == 9, "val", "train"))
     split = pairs[["pair", "class", "path", "sha256"]].assign(subset=subset, group=range(len(pairs)))
     leakage = pd.DataFrame({"subset": ["val", "test"], "images": [16, 111], "near_duplicates": [5, 40]})
     tables = {"manifest": manifest, "pairs": pairs, "split": split, "leakage": leakage, "dataset": split.assign(flip="none")}
@@ -182,31 +170,20 @@ def _dummy_model(folder: Path, name: str, accuracy: float, seed: int) -> None:
 # %% ../nbs/00_shared/30_testing.ipynb #31360674
 def _dummy_audit(folder: Path, models: list[str]) -> None:
     "Tables of the shortcut audit."
-    rates = {"mixed_next": (0.3, 0.6), "only_bg": (0.0, 0.9), "cell_colour": (0.7, 0.2)}
-    rows, n = [], 200
+    n, rows = 200, []
     for model in models:
-        for kind, (foreground, other) in rates.items():
+        for kind, (foreground, other) in _DUMMY["cue_rates"].items():
             for cue, p in {"foreground": foreground, "other": other, "neither": 1 - foreground - other}.items():
                 low, high = clopper_pearson(round(n * p), n)
                 row = {"model": model, "title": model_title(model), "kind": kind, "cue": cue, "n": n, "count": round(n * p)}
                 rows.append(row | {"proportion": p, "low": low, "high": high})
-    write_table(folder / "metrics" / "cue_conflict.csv", pd.DataFrame(rows))
-    of_model = [(corruption, level, k) for corruption in ("hue", "blur") for level, k in ((0, 60), (2, 41))]
-    levels = [(model, *row) for model in models for row in of_model]
+    levels = [(model, name, *level) for model in models for name in ("hue", "blur") for level in ((0, 60), (2, 41))]
     robustness = pd.DataFrame(levels, columns=["model", "corruption", "level", "n_correct"]).assign(images=60, chance=0.42)
     robustness = robustness.assign(title=robustness["model"].map(model_title), clean=robustness["level"] == 0)
+    made = [name for name, count in _DUMMY["images"]["only_bg"].items() for _ in range(count)]
+    write_table(folder / "metrics" / "cue_conflict.csv", pd.DataFrame(rows))
     write_table(folder / "metrics" / "robustness.csv", robustness.assign(accuracy=robustness["n_correct"] / 60))
-    baseline = {"kind": "baseline", "name": "background_colour", "title": "Background colour", "sees": "colours outside of cells"}
-    baseline |= {
-        "images": 111,
-        "groups": 104,
-        "accuracy": 0.982,
-        "low": 0.95,
-        "high": 1.0,
-        "interval": "Clopper-Pearson on effective groups",
-    }
-    write_table(folder / "metrics" / "baselines.csv", pd.DataFrame([baseline]))
-    made = ["Normal"] * 44 + ["Pre-B"] * 85 + ["Pro-B"] * 71
+    write_table(folder / "metrics" / "baselines.csv", pd.DataFrame([_DUMMY["baseline"]]))
     write_table(folder / "audit" / "cue_conflict.csv", pd.DataFrame({"kind": "only_bg", "other": made}))
 
 # %% ../nbs/00_shared/30_testing.ipynb #f2fec35b
@@ -229,10 +206,7 @@ def dummy_run(
     for name, table in tables.items():
         write_table(folder / "metrics" / f"{name}.csv", table)
     _dummy_audit(folder, list(predictions))
-    study = {"data": "/home/someone/a/rather/long/path/to/the/images/Original", "segmentation": "kmeans", "split": "random"}
-    study |= {"models": list(predictions), "image_size": 224, "seed": 0, "preprocessing": "native"}
-    study |= {"unseen": "", "groups": "", "split_file": "", "versions": {"python": "3.11.7", "numpy": "2.4.6"}}
-    (folder / "study.json").write_text(json.dumps(study))
+    (folder / "study.json").write_text(json.dumps(_DUMMY["study"] | {"models": list(predictions)}))
     (folder / "steps").mkdir(exist_ok=True)
     for i, step in enumerate(["prepare", "split", "train-yolo11", "compare"]):
         record = {"step": step, "seconds": 12.5 * (i + 1), "began": f"2026-01-01T10:0{i}:00"}
@@ -240,7 +214,9 @@ def dummy_run(
     return folder
 
 # %% ../nbs/00_shared/30_testing.ipynb #31d2e652
-SMOKE = StudySettings(per_class=24, image_size=32, weights="random", models=("mobilenet_v2",), epochs=1, audit=12, repeats=1)
+SMOKE = StudySettings(
+    per_class=24, image_size=32, weights="random", models=("mobilenet_v2",), epochs=1, audit_images=12, cv_repeats=1
+)
 
 
 def smoke_run(

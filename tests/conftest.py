@@ -12,6 +12,13 @@ from hypothesis import settings
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
 os.environ.update(YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", TF_CPP_MIN_LOG_LEVEL="2", MPLBACKEND="agg")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """`pytest -m "not slow" tests` leaves out what takes longer than some ten seconds."""
+    config.addinivalue_line("markers", "slow: takes longer than some ten seconds")
+
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LEUKEMIA_NB_SHARED", ROOT.parent / "shared"))
 

@@ -114,6 +114,7 @@ def test_joblib_uses_the_same_workers(address):
     assert [number for number, _ in found] == list(range(4)) and os.getpid() not in {worker for _, worker in found}
 
 
+@pytest.mark.slow
 def test_a_single_worker_does_the_work_too_and_its_gpu_is_what_a_step_sees(tmp_path):
     notebook = write_notebook(
         tmp_path / "gpu.ipynb",
@@ -174,6 +175,7 @@ def kill_the_worker_of(step, run, over, killed):
                     killed[0].kill()
 
 
+@pytest.mark.slow
 def test_a_study_over_a_cluster_is_the_same_study_and_survives_a_killed_worker(address, tmp_path):
     here = run_study(SMOKE, tmp_path / "here", until=("cue-conflict",), log=lambda line: None)
     killed, said, over = [], [], threading.Event()
@@ -190,13 +192,14 @@ def test_a_study_over_a_cluster_is_the_same_study_and_survives_a_killed_worker(a
     assert [line.split(": ")[1] for line in said if "…" not in line][3:] == ["unchanged"] * 3
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_in_a_worker_is_the_study_s_error(address, tmp_path):
     for label in ("Normal", "Pre-B", "Pro-B"):
         (tmp_path / "data" / label).mkdir(parents=True)
         for number in range(20):
             (tmp_path / "data" / label / f"{number}.png").write_bytes(b"no image")
     settings = replace(SMOKE, data=str(tmp_path / "data"))
-    with pytest.raises(StudyError, match=r"(?s)step prepare failed.*class Normal is empty.*goes on from here"):
+    with pytest.raises(StudyError, match=r"(?s)step prepare failed.*class Normal is empty.*Finished steps are kept"):
         run_study(settings, tmp_path / "run", until=("prepare",), log=lambda line: None, cluster=address)
 
 
@@ -210,6 +213,7 @@ def predict(*more):
     return CliRunner().invoke(app, ["predict", "smears", "--model", "model.onnx", "--batch-size", "1", *more])
 
 
+@pytest.mark.slow
 def test_predictions_over_a_cluster_are_the_same_though_a_worker_is_killed(address, images, monkeypatch):
     monkeypatch.chdir(images)
     alone = predict("--out", "alone.csv")

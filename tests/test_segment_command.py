@@ -132,7 +132,8 @@ def test_an_old_mask_is_never_taken_for_that_of_another_image(tmp_path, drawn):
     write_image(tmp_path / "in/a.png", drawn[3])  # another image under the name
     write_image(tmp_path / "in/a.jpg", drawn[4])
     (tmp_path / "in/b.png").write_bytes(b"")
-    status, _, error = call(tmp_path / "in", "--out", tmp_path / "out")
+    status, said, error = call(tmp_path / "in", "--out", tmp_path / "out")
+    assert "2 images segmented" in said and "1 unreadable" in said
     table = check_masks(tmp_path / "in", tmp_path / "out")
     assert (
         status == 1

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from leukemia_nb.data.files import mark_output_folder
 from leukemia_nb.data.synthetic import write_smears
 from leukemia_nb.models.interface import MODELS
-from leukemia_nb.study.command_line import _is_explained, app
+from leukemia_nb.study.command_line import _explanation, app
 from leukemia_nb.study.driver import (
     Step,
     _check_parameters,
@@ -31,7 +31,7 @@ from leukemia_nb.study.driver import (
     _select_steps,
     _step_lock,
     _study_notebook,
-    generations,
+    parallel_groups,
     run_step,
     run_study,
     study_steps,
@@ -134,7 +134,7 @@ def test_a_step_that_writes_what_it_does_not_declare_fails(counter):
 
 def test_steps_follow_their_files():
     settings = StudySettings(weights="random")
-    groups = generations(study_steps(settings))
+    groups = parallel_groups(study_steps(settings))
     kinds = [{step.name.split("-")[0] for step in group} for group in groups]
     assert kinds == [
         {"prepare"},
@@ -148,13 +148,13 @@ def test_steps_follow_their_files():
     ]
     assert sum(step.name.startswith("train-") for step in groups[2]) == len(MODELS)
     with pytest.raises(StudyError, match="no step writes cell_features.csv"):
-        generations(study_steps(settings)[1:])
+        parallel_groups(study_steps(settings)[1:])
     writes = [path for group in groups for step in group for path in step.writes]
     assert len(writes) == len(set(writes))
 
 
 def test_frozen_backbones_are_computed_once_and_read_by_their_models():
-    steps = {step.name: step for step in study_steps(StudySettings(train=("nasnet_mobile:weights=random",)))}
+    steps = {step.name: step for step in study_steps(StudySettings(model_settings=("nasnet_mobile:weights=random",)))}
     assert {name for name in steps if name.startswith("features-")} == {"features-mobilenet_v2", "features-efficientnet_b0"}
     readers = {name for name, step in steps.items() if "features/mobilenet_v2.npz" in step.reads}
     assert readers == {"train-mobilenet_v2", "train-dual_channel", "cross-validate", "report"}
@@ -204,7 +204,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path):
         ({"models": ("resnet",)}, "unknown model resnet"),
         ({"data": "/no/such"}, "data is not there"),
         ({"classes": 5}, "classes is 5"),
-        ({"train": ("yolov8=5",)}, "model:setting=value"),
+        ({"model_settings": ("yolov8=5",)}, "model:setting=value"),
         ({"weights": "coco"}, "weights is 'coco'"),
     ],
 )
@@ -218,6 +218,7 @@ def test_every_step_knows_the_parameters_it_is_given():
         _check_parameters(_study_notebook(step.notebook), ["run", *step.parameters])
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_where_it_stopped(tmp_path):
     run = tmp_path / "run"
     code = f"from leukemia_nb.testing import SMOKE, run_study\nrun_study(SMOKE, {str(run)!r}, until=['train'])"
@@ -243,6 +244,7 @@ def smoke_study(tmp_path_factory):
     return Run(folder), said
 
 
+@pytest.mark.slow
 def test_the_smoke_study_leaves_everything_it_promises(smoke_study):
     run, _ = smoke_study
     for step in study_steps(replace(SMOKE, models=ALL_MODELS)):
@@ -255,12 +257,14 @@ def test_the_smoke_study_leaves_everything_it_promises(smoke_study):
     assert models.weights.str.contains("random|no pretrained").all()
 
 
+@pytest.mark.slow
 def test_the_report_is_one_file_without_requests(smoke_study):
     text = (smoke_study[0].folder / "report.html").read_text(encoding="utf-8")
     assert "data:image" in text and "EfficientNet-B0" in text and "YOLO12" in text and "For research only" in text
     assert 'src="http' not in text and "url(http" not in text and "<link" not in text
 
 
+@pytest.mark.slow
 def test_predictions_cover_validation_and_test(smoke_study):
     run, _ = smoke_study
     split = run.table("split.csv")
@@ -271,6 +275,7 @@ def test_predictions_cover_validation_and_test(smoke_study):
         assert (table[["p_Normal", "p_Pre-B", "p_Pro-B"]].sum(axis=1) - 1).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_run_again_does_nothing(smoke_study):
     run, _ = smoke_study
     said = []
@@ -278,17 +283,19 @@ def test_run_again_does_nothing(smoke_study):
     assert sum("unchanged" in line for line in said) == len(study_steps(replace(SMOKE, models=ALL_MODELS)))
 
 
+@pytest.mark.slow
 def test_a_changed_setting_of_one_model_retrains_that_model_alone(smoke_study):
     run, _ = smoke_study
     said = []
-    settings = replace(SMOKE, models=ALL_MODELS, train=("mobilenet_v2:batch_size=16",))
+    settings = replace(SMOKE, models=ALL_MODELS, model_settings=("mobilenet_v2:batch_size=16",))
     run_study(settings, run.folder, log=said.append, until=["train"])
     again = [line.split(":")[0].strip() for line in said if " s" in line and "unchanged" not in line and "…" not in line]
     assert again == ["train-mobilenet_v2"]
 
 
+@pytest.mark.slow
 def test_four_classes_and_the_grouped_split_go_through_every_step(tmp_path):
-    settings = replace(SMOKE, classes=4, split="grouped", models=("mobilenet_v2", "cells"), repeats=1)
+    settings = replace(SMOKE, classes=4, split="grouped", models=("mobilenet_v2", "cells"), cv_repeats=1)
     run = run_study(settings, tmp_path / "run", n_jobs=2)
     four = ["Early Pre-B", "Normal", "Pre-B", "Pro-B"]  # sorted, as ImageFolder and scikit-learn order classes
     predictions = run.table("predictions", "cells.csv")
@@ -300,12 +307,13 @@ def test_four_classes_and_the_grouped_split_go_through_every_step(tmp_path):
     assert "Early Pre-B" in (run.folder / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_one_failing_model_loses_nothing(tmp_path, monkeypatch):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights/yolov8n-cls.pt").write_bytes(b"cut short")
     monkeypatch.setenv("LEUKEMIA_NB_WEIGHTS", str(tmp_path / "weights"))
     settings = replace(SMOKE, models=("yolov8", "cells"), weights="local")
-    with pytest.raises(StudyError, match=r"(?s)step train-yolov8 failed.*goes on from here"):
+    with pytest.raises(StudyError, match=r"(?s)step train-yolov8 failed.*Finished steps are kept"):
         run_study(settings, tmp_path / "run", until=["train"])
     assert (tmp_path / "run/predictions/cells.csv").is_file()
     assert json.loads((tmp_path / "run/steps/prepare.json").read_text())["step"] == "prepare"
@@ -314,15 +322,15 @@ def test_one_failing_model_loses_nothing(tmp_path, monkeypatch):
 
 def test_mistakes_are_named_before_any_step(tmp_path):
     for settings, redo, message in (
-        (replace(SMOKE, train=("mobilenet_v2:foo=1",)), (), "unknown setting 'foo'"),
-        (replace(SMOKE, train=("mobilenet_v2:epochs=0",)), (), "epochs=0"),
-        (replace(SMOKE, train=("mobilenet_v2:batch_size=-1",)), (), "batch_size=-1 is not a whole number"),
+        (replace(SMOKE, model_settings=("mobilenet_v2:foo=1",)), (), "unknown setting 'foo'"),
+        (replace(SMOKE, model_settings=("mobilenet_v2:epochs=0",)), (), "epochs=0"),
+        (replace(SMOKE, model_settings=("mobilenet_v2:batch_size=-1",)), (), "batch_size=-1 is not a whole number"),
         (SMOKE, ("train-mobilenet",), "no step is called 'train-mobilenet'"),
     ):
         with pytest.raises(StudyError, match=message):
             run_study(settings, tmp_path / "run", redo=redo)
     with pytest.raises(StudyError, match="settings for yolo12, which is not among the models"):
-        replace(SMOKE, models=("mobilenet_v2",), train=("yolo12:epochs=2",))
+        replace(SMOKE, models=("mobilenet_v2",), model_settings=("yolo12:epochs=2",))
     assert not (tmp_path / "run").exists()
 
 
@@ -330,7 +338,7 @@ def test_mistakes_are_named_before_any_step(tmp_path):
 
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ("--models", "cells", "--image-size", "32", "--weights", "random", "--train", "cells:epochs=1")
+TINY = ("--models", "cells", "--image-size", "32", "--weights", "random", "--model-setting", "cells:epochs=1")
 
 
 def command(*arguments, cwd=ROOT, **environment):
@@ -419,6 +427,7 @@ def hostile(images, tmp_path_factory):
     return data, run, status, said
 
 
+@pytest.mark.slow
 def test_a_study_with_every_bad_image_runs_to_its_report_and_lists_them(hostile):
     data, run, status, said = hostile
     assert status == 0 and "Traceback" not in said, said
@@ -434,10 +443,12 @@ def test_a_study_with_every_bad_image_runs_to_its_report_and_lists_them(hostile)
     assert len(unseen) == 3 and sum(map(os.path.isfile, unseen.path)) == 2  # no table holds a name that is not UTF-8
 
 
+@pytest.mark.slow
 def test_nothing_of_the_run_folder_the_current_folder_or_another_python_is_executed(hostile):
     assert hostile[2] == 0 and not (hostile[0].parent / "executed").exists()
 
 
+@pytest.mark.slow
 def test_a_study_inside_its_data_does_not_read_itself_and_litter_redoes_nothing(hostile):
     data, run, *_ = hostile
     for folder in (run / "prepared/original/Normal", run / "models/cells", data / "Normal"):
@@ -477,9 +488,9 @@ def test_a_study_inside_its_data_does_not_read_itself_and_litter_redoes_nothing(
         (("--models", "yolov8", "--image-size", "50"), "not a multiple of 32"),
         (("--models", ""), "no model is named"),
         (("--models", "cells,cells"), "more than once"),
-        (("--train", "cells:learning_rate=abc"), "learning_rate=abc"),
-        (("--train", "cells:image_size=64"), "Set them with"),
-        (("--train", "cells:classes=3"), "Set them with"),
+        (("--model-setting", "cells:learning_rate=abc"), "learning_rate=abc"),
+        (("--model-setting", "cells:image_size=64"), "Set them with"),
+        (("--model-setting", "cells:classes=3"), "Set them with"),
         (("--weights", "local"), "names no folder"),
         (("--run", "file.csv"), "cannot be written"),
     ],
@@ -505,21 +516,11 @@ def test_what_can_be_known_is_said_before_the_first_step(images, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LEUKEMIA_NB_WEIGHTS", raising=False)
     error = CliRunner().invoke(app, ["study", *arguments, *models, *where]).exception
-    assert _is_explained(error) and message in str(error) and len(str(error).splitlines()) == 1, error
+    assert message in _explanation(error) and len(str(error).splitlines()) == 1, error
     assert sorted(tmp_path.rglob("*")) == before  # nothing was begun
 
 
-def test_a_small_disk_is_found_out_before_the_first_step(tmp_path):
-    (tmp_path / "disk").mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path / "disk"], capture_output=True).returncode:
-        pytest.skip("no right to mount")
-    try:
-        status, said = command("--run", tmp_path / "disk/run", *TINY)
-    finally:
-        subprocess.run(["umount", tmp_path / "disk"], check=True)
-    assert status == 1 and "Free some space" in said and len(said.splitlines()) == 1
-
-
+@pytest.mark.slow
 def test_images_of_an_unmarked_study_among_the_data_are_refused(images, tmp_path):
     data = shutil.copytree(images, tmp_path / "data")
     settings = replace(SMOKE, data=str(data), models=("cells",))
@@ -572,6 +573,7 @@ def wait_for(condition):
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_study_leaves_no_process_and_another_one_waits_for_them(tmp_path):
     run = tmp_path / "run"
     with start_study(run) as first:
@@ -588,7 +590,7 @@ def test_a_killed_study_leaves_no_process_and_another_one_waits_for_them(tmp_pat
             said = second.communicate(timeout=60)[0]
         assert seen and not alive and "Traceback" not in said
     assert not psutil.wait_procs(workers, timeout=20)[1] and not processes_of(run)
-    assert second.returncode == 130 and "2 steps finished and kept" in said and "the same command goes on" in said
+    assert second.returncode == 130 and "2 steps finished and kept" in said and "run the same command to resume" in said
 
 
 def test_a_worker_of_a_killed_study_keeps_others_out(counter):

@@ -86,7 +86,7 @@ def _connect(address: str) -> Iterator[Any]:
             f"the last one at {error.last_worker.address}. Give the workers more memory."
         ) from error
     except CancelledError as error:
-        raise ClusterError(f"{address}: the scheduler is gone. Start it and give the same command again to go on.") from error
+        raise ClusterError(f"{address}: the scheduler is gone. Start it and run the same command to resume.") from error
 
 # %% ../../nbs/07_study/10_cluster.ipynb #43e04a0a
 def _check_reachable(address: str) -> None:

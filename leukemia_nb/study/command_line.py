@@ -6,7 +6,6 @@
 __all__ = ['app', 'main']
 
 # %% ../../nbs/07_study/50_command_line.ipynb #730721a4
-import _thread
 import atexit
 import errno
 import os
@@ -15,14 +14,13 @@ import signal
 import site
 import sys
 import tempfile
-import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 from typer.core import TyperGroup
 
 # %% ../../nbs/07_study/50_command_line.ipynb #0b902df3
@@ -36,11 +34,11 @@ class _Commands(TyperGroup):
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            _echo("\nleukemia_nb: stopped. Nothing is half-written; the same command goes on, or starts again.", err=True)
+        except KeyboardInterrupt as stop:
+            _log(f"\nleukemia_nb: {str(stop) or 'stopped. Nothing is half-written; run the same command to resume.'}")
             raise typer.Exit(130) from None
         except BrokenPipeError:
-            _echo("leukemia_nb: stopped, because nobody reads the output any more. What is finished is kept.", err=True)
+            _log("leukemia_nb: stopped, because nobody reads the output any more. What is finished is kept.")
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still has to write at its end
             raise typer.Exit(1) from None
 
@@ -58,44 +56,38 @@ app = typer.Typer(
 
 # %% ../../nbs/07_study/50_command_line.ipynb #9f09b5e0
 def main() -> None:
-    "Run the command line; an error that the user can mend is one line on standard error and exit status 1."
+    "Run the command line; a user error is one line on standard error and exit status 1."
     _prepare_process()
     try:
         app()
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # while it was being stopped
     except Exception as error:
-        if not _is_explained(error):
+        if not (text := _explanation(error)):
             raise
-        _echo(f"leukemia_nb: {_one_line(error)}", err=True)
+        _log(f"leukemia_nb: {text}")
         raise SystemExit(1) from None
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)  # no traceback of Python's own end
 
-# %% ../../nbs/07_study/50_command_line.ipynb #8a233164
-def _is_explained(error: Exception) -> bool:
-    "Whether the message of an error is meant for the user."
-    if isinstance(error, ImportError):
-        return (error.name or "leukemia_nb").partition(".")[0] != "leukemia_nb"
+# %% ../../nbs/07_study/50_command_line.ipynb #125f4772
+def _explanation(error: Exception) -> str:
+    "The message of an error that is meant for the user, with the remedy; empty for any other error."
     from leukemia_nb.errors import LeukemiaError
 
-    return isinstance(error, LeukemiaError | OSError | MemoryError)
-
-# %% ../../nbs/07_study/50_command_line.ipynb #125f4772
-def _one_line(error: Exception) -> str:
-    "The message of an explained error, with the remedy."
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError) and (error.name or "leukemia_nb").partition(".")[0] != "leukemia_nb":
         return (
             f"the package {error.name} is needed for this and cannot be loaded ({error}). Install what is missing: "
             "pip install 'leukemia_nb[train]', or in a checkout: pip install '.[train]'."
         )
     if isinstance(error, MemoryError):
         return f"memory has run out ({error}). Close other programs, or use a smaller --n-jobs."
-    if type(error).__str__ is not OSError.__str__ or not isinstance(error, OSError) or not error.strerror:
-        return str(error)
-    space = " Free some space, or choose another folder." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-    return f"{f'{os.fsdecode(error.filename)}: ' if isinstance(error.filename, str | bytes) else ''}{error.strerror}.{space}"
+    if isinstance(error, OSError) and type(error).__str__ is OSError.__str__ and error.strerror:
+        space = " Free some space, or choose another folder." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        file = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        return f"{file}{error.strerror}.{space}"
+    return str(error) if isinstance(error, LeukemiaError | OSError) else ""
 
 # %% ../../nbs/07_study/50_command_line.ipynb #88a4a807
 def _echo(text: str, err: bool = False) -> None:
@@ -119,16 +111,7 @@ def _prepare_process() -> None:
             stream.reconfigure(errors="backslashreplace")
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     os.environ.update(PYTHONIOENCODING=f"{encoding}:backslashreplace", PYTHONSAFEPATH="1")  # for worker processes
-    sys.unraisablehook = _interrupt_again
     _prepare_home()
-
-# %% ../../nbs/07_study/50_command_line.ipynb #ca82197d
-def _interrupt_again(ignored: Any) -> None:
-    "Repeat a Ctrl-C that came where Python ignores errors, as in a callback of an import."
-    if ignored.exc_type is KeyboardInterrupt:
-        threading.Timer(0.05, _thread.interrupt_main).start()
-    else:
-        sys.__unraisablehook__(ignored)
 
 # %% ../../nbs/07_study/50_command_line.ipynb #757593f1
 def _prepare_home() -> None:
@@ -153,92 +136,77 @@ def _check_method(name: str | None) -> str | None:
         raise typer.BadParameter(f"there is no method {name!r}. The methods are {', '.join(SEGMENTATION_METHODS)}.")
     return name
 
-# %% ../../nbs/07_study/50_command_line.ipynb #efd49d76
+# %% ../../nbs/07_study/50_command_line.ipynb #181a7e02
 def _check_path(text: str | None) -> str | None:
     "Refuse an empty path, as of a shell variable that is not set, which would mean another study."
     if text is not None and not text.strip():
         raise typer.BadParameter("it is empty. Name a path, or leave the option out.")
-    return os.path.abspath(text) if text and text != "kaggle" else text
-
-# %% ../../nbs/07_study/50_command_line.ipynb #181a7e02
-@contextmanager
-def _resumable(remedy: str = "Run again to go on.") -> Iterator[None]:
-    "Work that goes on when the command is given again: Ctrl-C is one line and exit status 130."
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        _log(f"leukemia_nb: {stop}" if str(stop) else f"leukemia_nb: stopped. {remedy}")
-        raise typer.Exit(130) from None
+    return text
 
 
-_Images = Annotated[list[str], typer.Argument(help="Images, folders searched with their subfolders, or 'patterns/*.png'.")]
-_Jobs = Annotated[int, typer.Option(help="Worker processes.", min=1)]
-_Classes = Annotated[int, typer.Option(help="3, or 4 with early Pre-B.", min=3, max=4)]
-_Cluster = Annotated[str, typer.Option(help="Address of a Dask scheduler, tcp://host:8786, on a shared file system.")]
-_Method = Annotated[str, typer.Option("--segmentation", help="kmeans or nucleus.", callback=_check_method)]
+_Images = Annotated[list[str], Argument(help="Images, folders searched with their subfolders, or 'patterns/*.png'.")]
+_Jobs = Annotated[int, Option(help="Worker processes.", min=1)]
+_Classes = Annotated[int, Option(help="3, or 4 with early Pre-B.", min=3, max=4)]
+_Cluster = Annotated[str, Option(help="Address of a Dask scheduler, tcp://host:8786, on a shared file system.")]
+_Method = Annotated[str, Option("--segmentation", help="kmeans, nucleus, or a method that you added.", callback=_check_method)]
 
 # %% ../../nbs/07_study/50_command_line.ipynb #3a636085
 @app.command("synth")
 def _synth(
-    out: Annotated[Path, typer.Argument(help="Folder to write into: one folder of images a class, and truth/ with the cells.")],
-    per_class: Annotated[int, typer.Option(help="Images a class.", min=1)] = 20,
+    out: Annotated[Path, Argument(help="Folder to write into: one folder of images per class, and truth/ with the cells.")],
+    per_class: Annotated[int, Option(help="Images of each class.", min=1)] = 20,
     classes: _Classes = 3,
-    height: Annotated[int, typer.Option(help="Height in pixels.", min=64)] = 768,
-    width: Annotated[int, typer.Option(help="Width in pixels.", min=64)] = 1024,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same images.", min=0)] = 0,
+    height: Annotated[int, Option(help="Height in pixels.", min=64)] = 768,
+    width: Annotated[int, Option(help="Width in pixels.", min=64)] = 1024,
+    seed: Annotated[int, Option(help="The same seed gives the same images.", min=0)] = 0,
 ) -> None:
     "Write synthetic blood smears with the true cell masks beside them."
     from leukemia_nb.data.files import OutputError, check_output, pluralise, file_lock, is_output_folder
-    from leukemia_nb.data.manifest import find_images
     from leukemia_nb.data.synthetic import write_smears
     from leukemia_nb.study.settings import class_names
 
     check_output(out, folder=True)
     if is_output_folder(out):
         raise OutputError(f"{out}: holds results, so no search would take its images for data. Choose another folder.")
-    with _resumable(f"The smears so far are in {out}; the same command writes all of them."), file_lock(out):
+    with file_lock(out):
         table = write_smears(out, per_class, classes=class_names(classes), seed=seed, height=height, width=width)
-    before = len(find_images(out)) - len(table)
-    more = f"; {pluralise(before, 'other image')} lay there before" if before > 0 else ""
-    _echo(f"{pluralise(len(table), 'smear')} in {out}{more}")
+    _echo(f"{pluralise(len(table), 'smear')} in {out}")
 
 # %% ../../nbs/07_study/50_command_line.ipynb #d091c3d5
 @app.command("segment")
 def _segment(
-    images: Annotated[Path, typer.Argument(help="An image, or a folder searched with its subfolders.", exists=True)],
-    out: Annotated[Path, typer.Option(help="Folder for masks/, overlays/, records/ and qc.csv.")] = Path("segmented"),
+    images: Annotated[Path, Argument(help="An image, or a folder searched with its subfolders.", exists=True)],
+    out: Annotated[Path, Option(help="Folder for masks/, overlays/, records/ and qc.csv.")] = Path("segmented"),
     segmentation: _Method = "kmeans",
     n_jobs: _Jobs = 1,
 ) -> None:
-    "Segment the white blood cells of images: masks, overlays and a quality-control table. Goes on after an interruption."
+    "Segment the white blood cells of images: masks, overlays and a quality-control table."
     from leukemia_nb.data.files import pluralise
     from leukemia_nb.processing.quality_control import segment_folder
 
-    with _resumable():
-        table = segment_folder(images, out, segmentation, n_jobs=n_jobs, log=_log)
+    table = segment_folder(images, out, segmentation, n_jobs=n_jobs, log=_log)
     bad, flagged = int((table.problem != "").sum()), int((table.flag != "").sum())
     found = f"{pluralise(len(table) - bad, 'image')} segmented into {out}"
-    _echo(f"{found}; {pluralise(flagged, 'conspicuous mask')} and {bad} unreadable in qc.csv")
+    _echo(f"{found}; {pluralise(flagged, 'flagged mask')} and {bad} unreadable in qc.csv")
     if bad:
         raise typer.Exit(1)
 
 # %% ../../nbs/07_study/50_command_line.ipynb #85f1c32a
 @app.command("prepare")
 def _prepare(
-    data: Annotated[Path, typer.Argument(help="Folder with one folder of images a class.", exists=True)],
-    out: Annotated[Path, typer.Option(help="Folder for manifest.csv, pairs.csv and the prepared images.")] = Path("prepared"),
+    data: Annotated[Path, Argument(help="Folder with one folder of images per class.", exists=True)],
+    out: Annotated[Path, Option(help="Folder for manifest.csv, pairs.csv and the prepared images.")] = Path("prepared"),
     classes: _Classes = 3,
-    size: Annotated[int, typer.Option(help="Side of the prepared images in pixels.", min=16)] = 224,
+    size: Annotated[int, Option(help="Side of the prepared images in pixels.", min=16)] = 224,
     segmentation: _Method = "kmeans",
     n_jobs: _Jobs = 1,
 ) -> None:
-    "Turn a folder of images into pairs: each image and its mask image, resized. Goes on after an interruption."
+    "Turn a folder of images into pairs: each image and its mask image, resized."
     from leukemia_nb.data.files import pluralise
     from leukemia_nb.processing.dataset import prepare_folder
     from leukemia_nb.study.settings import class_names
 
-    with _resumable():
-        pairs = prepare_folder(data, out, class_names(classes), size, segmentation, n_jobs, _log)
+    pairs = prepare_folder(data, out, class_names(classes), size, segmentation, n_jobs, _log)
     flagged, bad = int((pairs.flag != "").sum()), int((pairs.problem != "").sum())
     _echo(
         f"{pluralise(len(pairs) - bad, 'pair')} in {out}, {flagged} flagged; {pluralise(bad, 'image')} with problems in pairs.csv"
@@ -248,18 +216,18 @@ def _prepare(
 @app.command("predict")
 def _predict(
     images: _Images,
-    model: Annotated[Path, typer.Option(help="Model file that a study exported: RUN/exported/NAME.onnx.")],
-    out: Annotated[Path | None, typer.Option(help="CSV file for the predictions.  [default: they are printed]")] = None,
-    json: Annotated[Path | None, typer.Option(help="JSON file for the predictions.")] = None,
-    overlays: Annotated[Path | None, typer.Option(help="Folder for images with cells outlined.")] = None,
-    saliency: Annotated[bool, typer.Option(help="With --overlays: also saliency maps (slow).")] = False,
-    batch_size: Annotated[int, typer.Option(help="Images in memory at a time, in each process.", min=1)] = 32,
+    model: Annotated[Path, Option(help="Model file that a study exported: RUN/exported/NAME.onnx.")],
+    out: Annotated[Path | None, Option(help="CSV file for the predictions.  [default: they are printed]")] = None,
+    json: Annotated[Path | None, Option(help="JSON file for the predictions.")] = None,
+    overlays: Annotated[Path | None, Option(help="Folder for images with cells outlined.")] = None,
+    saliency: Annotated[bool, Option(help="With --overlays: also saliency maps (slow).")] = False,
+    batch_size: Annotated[int, Option(help="Images in memory at a time, in each process.", min=1)] = 32,
     n_jobs: _Jobs = 1,
     cluster: _Cluster = "",
 ) -> None:
     """Predict new images with an exported model: class, probabilities, confidence, number and area of white blood cells.
 
-    For research use only. A run that was stopped goes on when the same command is given again.
+    For research use only. Run a command that was stopped again to resume it.
     Only open model files from people you trust: their checksum shows damage, and is no signature.
     """
     from leukemia_nb.inference.batch import PredictionTask, find_inputs
@@ -297,10 +265,13 @@ def _predict_inputs(
         for row in rows if not to_file else ():
             _echo(format_row(row))
 
-    remedy = f"Predictions so far are in {unfinished_file(out, json)}; the same command goes on." if to_file else ""
     bar = tqdm(total=len(paths), unit="image", disable=None if to_file else True)
-    with _resumable(remedy), parallel(n_jobs, cluster) as workers, bar:
-        resumed = predict_files(paths, task, out, json, batch_size, workers.n_jobs, log)
+    try:
+        with parallel(n_jobs, cluster) as workers, bar:
+            resumed = predict_files(paths, task, out, json, batch_size, workers.n_jobs, log)
+    except KeyboardInterrupt:
+        kept = f" Predictions so far are in {unfinished_file(out, json)}; run the same command to resume." if to_file else ""
+        raise KeyboardInterrupt(f"stopped.{kept}") from None
     if to_file:
         kept = f" ({resumed} of them before)" if resumed else ""
         _echo(f"{pluralise(len(paths), 'image')} in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
@@ -319,8 +290,8 @@ def _outcome(row: dict[str, Any]) -> str:
 @app.command("compare")
 def _compare(
     images: _Images,
-    study: Annotated[Path, typer.Option(help="Run folder of a study with exported models (exported/*.onnx).")],
-    out: Annotated[Path, typer.Option(help="Folder for comparison.csv and comparison.png.")] = Path("comparison"),
+    study: Annotated[Path, Option(help="Run folder of a study with exported models (exported/*.onnx).")],
+    out: Annotated[Path, Option(help="Folder for comparison.csv and comparison.png.")] = Path("comparison"),
 ) -> None:
     "Predictions of every exported model of a study for new images: a table, a CSV file and a grid of the images."
     from leukemia_nb.inference.batch import compare_files, find_inputs, format_comparison
@@ -337,63 +308,44 @@ def _compare(
     if problems:
         raise typer.Exit(1)
 
-# %% ../../nbs/07_study/50_command_line.ipynb #c36f96f1
-_Data = Annotated[
-    str | None,
-    typer.Option(callback=_check_path, help="Folder with one folder of images a class, or 'kaggle'; left out: synthetic smears."),
-]
-_Run = Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/<name of the data folder>]")]
-_Models = Annotated[str | None, typer.Option(help="Models to train, separated by commas.  [default: all]")]
-_Weights = Annotated[
-    str | None,
-    typer.Option(
-        help="imagenet: files in $LEUKEMIA_NB_WEIGHTS, else downloaded; local: files in $LEUKEMIA_NB_WEIGHTS, else random "
-        "initialisation; random.  [default: imagenet; random without --data]"
-    ),
-]
-_Preprocessing = Annotated[
-    str | None, typer.Option(help="native: each backbone's input range; rescale: [0, 1].  [default: native]")
-]
-_Epochs = Annotated[int | None, typer.Option(help="Epochs at most.  [default: each model's own]", min=1)]
-_Train = Annotated[list[str] | None, typer.Option(help="A setting of one model, as yolov8:epochs=5; repeatable.")]
-_Size = Annotated[int | None, typer.Option(help="Side of the images in pixels.  [default: 224; 96 without --data]", min=32)]
-_Segmentation = Annotated[str | None, typer.Option(help="kmeans or nucleus.  [default: kmeans]", callback=_check_method)]
-_Split = Annotated[str | None, typer.Option(help="random: by image; grouped: group-disjoint.  [default: random]")]
-_Groups = Annotated[
-    str | None, typer.Option(help="CSV with columns path and group, joined with the near-duplicates found.", callback=_check_path)
-]
-_SplitFile = Annotated[str | None, typer.Option(help="split.csv of an earlier study, to be used again.", callback=_check_path)]
-_Unseen = Annotated[str | None, typer.Option(help="Folder of new images to predict.", callback=_check_path)]
-_PerClass = Annotated[int | None, typer.Option(help="Synthetic smears a class, without --data.", min=20)]
-_Seed = Annotated[int, typer.Option(help="Seed of split, flips and training.", min=0, max=2**32 - 1)]
-_Redo = Annotated[list[str] | None, typer.Option(help="Finished step to run again, as train-yolov8; repeatable.")]
-
 # %% ../../nbs/07_study/50_command_line.ipynb #49cd1875
 @app.command("study")
 def _study(
-    data: _Data = None,
-    run: _Run = None,
+    data: Annotated[
+        str | None, Option(help="One folder of images per class, or 'kaggle'.  [default: synthetic smears]", callback=_check_path)
+    ] = None,
+    run: Annotated[Path | None, Option(help="Run folder.  [default: runs/<name of the data folder>]")] = None,
     classes: _Classes = 3,
-    models: _Models = None,
-    weights: _Weights = None,
-    preprocessing: _Preprocessing = None,
-    epochs: _Epochs = None,
-    train: _Train = None,
-    image_size: _Size = None,
-    segmentation: _Segmentation = None,
-    split: _Split = None,
-    groups: _Groups = None,
-    split_file: _SplitFile = None,
-    unseen: _Unseen = None,
-    per_class: _PerClass = None,
-    seed: _Seed = 0,
-    n_jobs: Annotated[int, typer.Option(help="Steps side by side.", min=1)] = 1,
+    models: Annotated[str | None, Option(help="Models to train, separated by commas.  [default: all]")] = None,
+    weights: Annotated[
+        str | None,
+        Option(
+            help="imagenet: files in $LEUKEMIA_NB_WEIGHTS, else downloaded; local: files in $LEUKEMIA_NB_WEIGHTS, else random "
+            "initialisation; random.  [default: imagenet; random without --data]"
+        ),
+    ] = None,
+    preprocessing: Annotated[
+        str | None, Option(help="native: each backbone's input range; rescale: [0, 1].  [default: native]")
+    ] = None,
+    epochs: Annotated[int | None, Option(help="Epochs at most.  [default: each model's own]", min=1)] = None,
+    model_setting: Annotated[list[str] | None, Option(help="Of one model, as yolov8:epochs=5; repeatable.")] = None,
+    image_size: Annotated[
+        int | None, Option(help="Side of the images, pixels.  [default: 224; 96 without --data]", min=32)
+    ] = None,
+    segmentation: _Method = "kmeans",
+    split: Annotated[str | None, Option(help="random: image-level; grouped: group-disjoint.  [default: random]")] = None,
+    groups: Annotated[str | None, Option(help="CSV (path, group), joined with near-duplicates.", callback=_check_path)] = None,
+    split_file: Annotated[str | None, Option(help="split.csv of an earlier study.", callback=_check_path)] = None,
+    unseen: Annotated[str | None, Option(help="Folder of new images to predict.", callback=_check_path)] = None,
+    per_class: Annotated[int | None, Option(help="Synthetic smears of each class, without --data.", min=20)] = None,
+    seed: Annotated[int, Option(help="Seed of split, flips and training.", min=0, max=2**32 - 1)] = 0,
+    n_jobs: Annotated[int, Option(help="Steps side by side.", min=1)] = 1,
     cluster: _Cluster = "",
-    redo: _Redo = None,
+    redo: Annotated[list[str] | None, Option(help="Finished step to run again, as train-yolov8; repeatable.")] = None,
 ) -> None:
     "Run the whole study: prepare, train every model, audit, compare, report. Steps that are up to date are kept."
-    options = {name: value for name, value in locals().items() if name not in ("run", "cluster", "redo")}
-    _run_study({name: value for name, value in options.items() if value is not None}, run, cluster, redo or [])
+    options = {name: value for name, value in locals().items() if name not in ("run", "cluster", "redo") and value is not None}
+    _run_study(options, run, cluster, redo or [])
 
 # %% ../../nbs/07_study/50_command_line.ipynb #5e757415
 def _run_study(options: dict[str, Any], run: Path | None, cluster: str, redo: list[str]) -> None:
@@ -406,16 +358,17 @@ def _run_study(options: dict[str, Any], run: Path | None, cluster: str, redo: li
     from leukemia_nb.study.settings import SYNTHETIC_STUDY, StudySettings
 
     data = options.get("data")
-    where = run or Path("runs", Path(data).name if data else "synthetic")
+    where = run or Path("runs", Path(data).resolve().name if data else "synthetic")
     if data == "kaggle":
         options["data"] = str(fetch_kaggle())
     if "models" in options:
         options["models"] = tuple(name.strip() for name in options["models"].split(",") if name.strip())
+    options["model_settings"] = tuple(options.pop("model_setting", ()))
     settings = replace(StudySettings() if data else SYNTHETIC_STUDY, **options)
     try:
         run_study(settings, where, n_jobs=settings.n_jobs, redo=redo, log=_echo, cluster=cluster)
     except KeyboardInterrupt:
         finished = len(list((where / "steps").glob("*.json")))
-        _log(f"\nleukemia_nb: stopped. {pluralise(finished, 'step')} finished and kept in {where}; the same command goes on.")
-        raise typer.Exit(130) from None
+        kept = f"{pluralise(finished, 'step')} finished and kept in {where}"
+        raise KeyboardInterrupt(f"stopped. {kept}; run the same command to resume.") from None
     _echo(f"report: {where / 'report.html'}")

@@ -8,15 +8,14 @@ __all__ = ['report_notebook', 'build_report']
 # %% ../../nbs/07_study/40_report.ipynb #ec6110dc
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ..data.files import atomic_path
 from .cards import render
-
-_REPORT_STEPS = ("overview", "split", "compare", "cross-validate", "shortcut-audit", "efficientnet", "cards")
+from .driver import _section_steps
 
 # %% ../../nbs/07_study/40_report.ipynb #f0aa831c
 def _section_cells(notebook: Any) -> Iterator[Any]:
@@ -36,12 +35,11 @@ def _section_cells(notebook: Any) -> Iterator[Any]:
 # %% ../../nbs/07_study/40_report.ipynb #ae99c96c
 def report_notebook(
     folder: str | os.PathLike,  # run folder
-    steps: Sequence[str] = _REPORT_STEPS,  # steps whose notebooks are sections; those not run are left out
 ) -> Any:  # nbformat's NotebookNode
-    "The executed notebooks of a run as one, after the summary and before what it takes to reproduce it."
+    "The executed notebooks of a run that are sections of the report as one, between the summary and how to reproduce it."
     import nbformat
 
-    executed = [Path(folder) / "notebooks" / f"{step}.ipynb" for step in steps]
+    executed = [Path(folder) / "notebooks" / f"{step}.ipynb" for step in _section_steps()]
     sections = [nbformat.read(path, 4) for path in executed if path.is_file()]
     cells = [cell for section in sections for cell in _section_cells(section)]
     first, last = (nbformat.v4.new_markdown_cell(render(f"{name}.md.j2", folder), id=name) for name in ("summary", "reproduce"))

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ def class_names(
 
 # %% ../../nbs/07_study/18_settings.ipynb #2332ae53
 class StudyError(LeukemiaError, RuntimeError):
-    "A study cannot go on; the message says which step or file, and what to do."
+    "A study cannot be run or resumed; the message names the step or file, and the remedy."
 
 # %% ../../nbs/07_study/18_settings.ipynb #d935f2d6
 @dataclass(frozen=True)
@@ -92,42 +91,39 @@ class Run:
 class StudySettings:
     "Settings of a study. Every field is a parameter of one of the study notebooks."
 
-    data: str = ""  # folder with one folder of images a class; empty: synthetic smears
+    data: str = ""  # folder with one folder of images per class; empty: synthetic smears
     classes: int = 3  # 3: Normal, Pre-B, Pro-B; 4: early Pre-B as well
-    per_class: int = 60  # synthetic smears a class, where data is empty
+    per_class: int = 60  # synthetic smears of each class, where data is empty
     unseen: str = ""  # folder of new images to predict; empty: some test images as examples
     segmentation: str = "kmeans"  # a key of SEGMENTATION_METHODS
-    split: str = "random"  # "random": by image; "grouped": near-duplicates and listed groups stay in one subset
+    split: str = "random"  # "random": image-level; "grouped": near-duplicates and listed groups stay in one subset
     groups: str = ""  # CSV with columns path and group, joined with the near-duplicates found; empty: those alone
     split_file: str = ""  # split.csv of an earlier study, to be used again
     models: tuple[str, ...] = tuple(MODELS)  # the models to train, by name
     image_size: int = 224  # side of the images the models see, in pixels
     preprocessing: str = "native"  # "native": each backbone's own input range; "rescale": [0, 1] for all
     weights: str = "imagenet"  # "imagenet", "local" (files in LEUKEMIA_NB_WEIGHTS, else random initialisation) or "random"
-    epochs: int = 0  # epochs at most; 0: each model's own default
-    train: tuple[str, ...] = ()  # settings of single models, as "model:setting=value"
+    epochs: int | None = None  # epochs at most; None: each model's own default
+    model_settings: tuple[str, ...] = ()  # settings of single models, as "model:setting=value"
     seed: int = 0  # of the synthetic smears, split, flips and training
-    audit: int = 200  # test and validation images that the cue-conflict images are made of
-    repeats: int = 3  # of the cross-validation
+    audit_images: int = 200  # test and validation images that the cue-conflict images are made of
+    cv_repeats: int = 3  # repeats of the cross-validation
     n_jobs: int = 1  # worker processes of the prepare step
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "models", tuple(self.models))
-        object.__setattr__(self, "train", tuple(self.train))
-        for name in ("data", "unseen", "groups", "split_file"):
+        for name in _PATHS:
             if value := getattr(self, name):
                 object.__setattr__(self, name, os.path.abspath(value))  # the notebooks run in the run folder
         _check_settings(self)
 
-    def model_settings(self, model: str) -> dict[str, Any]:
-        "The settings of one model's classifier, with its own entries of `train`."
-        settings = {name: getattr(self, name) for name in ("preprocessing", "weights", "image_size", "seed")}
-        if self.epochs:
-            settings["epochs"] = self.epochs
-        return settings | {name: value for of, name, value in map(_train_setting, self.train) if of == model}
+    def settings_of(self, model: str) -> dict[str, Any]:
+        "The settings of one model's classifier, with its own entries of `model_settings`."
+        shared = {name: getattr(self, name) for name in ("preprocessing", "weights", "image_size", "seed", "epochs")}
+        own = {name: value for of, name, value in map(_model_setting, self.model_settings) if of == model}
+        return {name: value for name, value in shared.items() if value is not None} | own
 
 # %% ../../nbs/07_study/18_settings.ipynb #57ae6c5e
-def _train_setting(text: str) -> tuple[str, str, Any]:
+def _model_setting(text: str) -> tuple[str, str, Any]:
     "Model, name and value of a setting of a single model. Raises StudyError."
     if not (match := re.fullmatch(r"(\w+):(\w+)=(.+)", text)) or match[1] not in MODELS:
         raise StudyError(f"{text!r}: a setting of a single model reads model:setting=value, say yolov8:epochs=5.")
@@ -137,6 +133,8 @@ def _train_setting(text: str) -> tuple[str, str, Any]:
         return match[1], match[2], match[3]
 
 
+_PATHS = ("data", "unseen", "groups", "split_file")
+_MINIMUM = {"per_class": smallest_class(), "image_size": 32, "n_jobs": 1, "seed": 0, "epochs": 1}
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "classes": (3, 4),
     "split": ("random", "grouped"),
@@ -148,26 +146,26 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 # %% ../../nbs/07_study/18_settings.ipynb #961e0efa
 def _check_settings(settings: StudySettings) -> None:
     "Raise StudyError for settings that are wrong whatever the images are."
-    for name in ("data", "unseen", "groups", "split_file"):
+    for name in _PATHS:
         if (value := getattr(settings, name)) and not os.path.exists(value):
             raise StudyError(f"{value}: {name} is not there. Check the path.")
     for name, allowed in _CHOICES.items():
         if (value := getattr(settings, name)) not in allowed:
             raise StudyError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}.")
-    for name, least in {"per_class": smallest_class(), "image_size": 32, "n_jobs": 1, "seed": 0, "epochs": 0}.items():
-        if (value := getattr(settings, name)) < least:
-            raise StudyError(f"{name} is {value}; it must be at least {least}.")
+    for name, minimum in _MINIMUM.items():
+        if (value := getattr(settings, name)) is not None and value < minimum:
+            raise StudyError(f"{name} is {value}; it must be at least {minimum}.")
     if not settings.models:
         raise StudyError(f"no model is named; the models are {', '.join(MODELS)}.")
     if unknown := [model for model in settings.models if model not in MODELS]:
         raise StudyError(f"unknown model {', '.join(unknown)}; the models are {', '.join(MODELS)}.")
     if double := [model for model, times in Counter(settings.models).items() if times > 1]:
         raise StudyError(f"model {', '.join(double)} is named more than once. Name each model once.")
-    if unknown := sorted({_train_setting(text)[0] for text in settings.train} - set(settings.models)):
+    if unknown := sorted({_model_setting(text)[0] for text in settings.model_settings} - set(settings.models)):
         raise StudyError(f"settings for {unknown[0]}, which is not among the models of this study: {', '.join(settings.models)}.")
 
 # %% ../../nbs/07_study/18_settings.ipynb #ab86d4c2
-SYNTHETIC_STUDY = StudySettings(per_class=60, image_size=96, weights="random", epochs=5, audit=24, repeats=1)
+SYNTHETIC_STUDY = StudySettings(per_class=60, image_size=96, weights="random", epochs=5, audit_images=24, cv_repeats=1)
 
 # %% ../../nbs/07_study/18_settings.ipynb #71817378
 def check_study(
@@ -183,13 +181,12 @@ def check_study(
     images = _check_images(settings, run) if settings.data else []
     if settings.unseen:
         _check_unseen(settings, run)
+    if settings.groups:
+        read_groups(settings.groups)
     if settings.groups and images:
         image_groups(settings.groups, images, data=settings.data, log=lambda line: None)
-    elif settings.groups:
-        read_groups(settings.groups)
     if settings.split_file:
         _check_split_file(settings, images)
-    _check_space(settings, run, len(images))
 
 # %% ../../nbs/07_study/18_settings.ipynb #ec401931
 def _check_packages(settings: StudySettings) -> None:
@@ -206,30 +203,29 @@ def _check_packages(settings: StudySettings) -> None:
 # %% ../../nbs/07_study/18_settings.ipynb #21bd16db
 def _check_model(settings: StudySettings, model: str) -> None:
     "Raise StudyError for settings that the model's class does not have or does not allow."
-    of_model = settings.model_settings(model)
-    if "classes" in of_model or of_model["image_size"] != settings.image_size:
+    own = settings.settings_of(model)
+    if "classes" in own or own["image_size"] != settings.image_size:
         raise StudyError(f"{model}: classes and image_size are the whole study's. Set them with --classes and --image-size.")
     try:
-        make_model(model, **of_model)
+        make_model(model, **own)
     except ModelError as error:
         raise StudyError(f"{model}: {str(error).removeprefix(f'{model}: ')}") from None
     except (TypeError, ValueError) as error:
-        raise StudyError(f"{model}: one of its settings is of the wrong kind: {', '.join(settings.train)} ({error}).") from None
+        given = ", ".join(settings.model_settings)
+        raise StudyError(f"{model}: one of its settings is of the wrong kind: {given} ({error}).") from None
 
 # %% ../../nbs/07_study/18_settings.ipynb #3d08e5cc
 def _check_weights(settings: StudySettings) -> None:
     "Raise StudyError where local weights are asked for and there are none."
     folder = os.environ.get("LEUKEMIA_NB_WEIGHTS")
-    weights = {str(settings.model_settings(model)["weights"]) for model in settings.models}
-    remedy = "Put weight files there, or choose --weights random."
+    weights = {settings.settings_of(model)["weights"] for model in settings.models}
     if weights == {"random"}:
         return
     if folder and not Path(folder).is_dir():
         raise StudyError(f"LEUKEMIA_NB_WEIGHTS={folder} is not a folder. Correct it, or unset it.")
-    if "local" in weights and not folder:
-        raise StudyError(f"weights local: the variable LEUKEMIA_NB_WEIGHTS names no folder. Set it. {remedy}")
-    if "local" in weights and folder and not any(file.suffix in (".h5", ".pt") for file in Path(folder).iterdir()):
-        raise StudyError(f"weights local: no weight files (.h5, .pt) in LEUKEMIA_NB_WEIGHTS={folder}. {remedy}")
+    if "local" in weights and not (folder and any(file.suffix in (".h5", ".pt") for file in Path(folder).iterdir())):
+        found = f"{folder} holds no weight files (.h5, .pt)" if folder else "names no folder"
+        raise StudyError(f"weights local: LEUKEMIA_NB_WEIGHTS {found}. Put weight files there, or choose --weights random.")
 
 # %% ../../nbs/07_study/18_settings.ipynb #ddf632bb
 def _check_run_folder(settings: StudySettings, run: Run) -> None:
@@ -245,13 +241,13 @@ def _check_run_folder(settings: StudySettings, run: Run) -> None:
 # %% ../../nbs/07_study/18_settings.ipynb #eb806b0a
 def _check_images(settings: StudySettings, run: Run) -> list[Path]:
     "The images of the classes, unopened. Raises ImageError where a class has none or too few for the split."
-    names, least = class_names(settings.classes), smallest_class()
+    names, minimum = class_names(settings.classes), smallest_class()
     selection = select_classes(search_images(settings.data, run.folder), names)
     search, found = selection.search, set(selection.search.paths)
     counts = Counter(label for path, label in selection.rows if path in found)
     for name in names:
-        if counts[name] < least:
-            few = f"class {name} has {pluralise(counts[name], 'image')}, and the split needs {least} of each class"
+        if counts[name] < minimum:
+            few = f"class {name} has {pluralise(counts[name], 'image')}, and the split needs {minimum} of each class"
             raise ImageError(f"{settings.data}: {few}. Add images, or name their folder after the class ({search.summary()}).")
     return search.paths
 
@@ -280,19 +276,4 @@ def _check_split_file(settings: StudySettings, images: Sequence[Path]) -> None:
         raise SplitError(
             f"{settings.split_file} is of other images: {len(lost)} of its {len(split)} are not in {settings.data}, "
             f"{lost[0]} is one. Use the images it was made of, or make a new split."
-        )
-
-# %% ../../nbs/07_study/18_settings.ipynb #5ed27316
-def _check_space(settings: StudySettings, run: Run, images: int) -> None:
-    "Raise StudyError where the disk has clearly too little room for what the study will write."
-    prepared = images or settings.per_class * settings.classes
-    area = 3 * settings.image_size**2  # bytes of an image; as PNG about half of it
-    smears = 0 if images else prepared * 3 * 384 * 512 // 2
-    planned = prepared * area + smears + settings.audit * 6 * area + 40_000_000 * len(settings.models) + 10_000_000
-    left = planned - sum(file.stat().st_size for file in run.folder.rglob("*") if file.is_file())
-    existing = next(folder for folder in (run.folder, *run.folder.absolute().parents) if folder.is_dir())
-    if (free := shutil.disk_usage(existing).free) < left:
-        raise StudyError(
-            f"{run.folder}: about {left / 1e9:.2f} GB will be written, and the disk has {free / 1e9:.2f} GB free. "
-            "Free some space, or choose another folder with --run."
         )
