@@ -67,7 +67,9 @@ def collect(run: Path, out: Path) -> None:
     clean = nameless(image_names(run))
 
     def keep_table(name: str, table: pd.DataFrame) -> None:
-        table = table.drop(columns=[column for column in NAMES if column in table])
+        names = [column for column in NAMES if column in table]
+        numbers = table[names].apply(pd.to_numeric, errors="coerce").notna().any()  # such as the original study's accuracies
+        table = table.drop(columns=[column for column in names if not numbers[column]])
         write_table(out / name, table.map(clean))
 
     def keep_json(name: str, content: object) -> None:
