@@ -8,7 +8,6 @@ from hypothesis import given, settings, strategies as st
 from leukemia_nb.data.images import write_image
 from leukemia_nb.evaluation.calibration import (
     _TEMPERATURES,
-    at_limit,
     augrc,
     _brier_score,
     calibration_table,
@@ -373,7 +372,15 @@ def test_temperature_is_fitted_on_the_validation_subset_alone():
     with pytest.raises(PredictionsError, match="no subset 'val'"):
         fit_temperature(test)
     assert _TEMPERATURES == (0.05, 20.0)
-    assert [at_limit(t) for t in (0.05, 0.0504, 0.051, 1, 19.7, 19.9, 20.0)] == [True, True, False, False, False, True, True]
+
+
+@pytest.mark.parametrize("labels", [["Normal"] * 9, ["Pro-B"] * 9, ["Normal"] * 9 + ["Pro-B"] * 8])
+def test_a_subset_that_does_not_determine_a_temperature_gives_none(labels):
+    """Every prediction correct; every one wrong; nearly as many wrong as correct, at confidence 0.95: T would exceed 20."""
+    val = two_classes(labels, [0.95] * len(labels), "val")
+    assert np.isnan(fit_temperature(val))
+    row = calibration_table({"cells": pd.concat([val, val.assign(subset="test")])}).iloc[0]
+    assert row["note"] and np.isnan(row["temperature"]) and "scaled_ece" not in row
 
 
 def test_calibration_table_by_hand(ten):

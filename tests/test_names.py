@@ -90,8 +90,8 @@ def test_figures_of_predictions_take_any_class_and_title(predictions, tmp_path):
                 model=first,
                 title=first,
                 corruption="hue",
-                level=level,
-                clean=level == 0,
+                severity=severity,
+                clean=severity == 0,
                 agreement=0.5,
                 confidence=0.5,
                 accuracy=0.5,
@@ -99,7 +99,7 @@ def test_figures_of_predictions_take_any_class_and_title(predictions, tmp_path):
                 high=0.6,
                 chance=0.4,
             )
-            for level in (0, 5)
+            for severity in (0, 5)
         ]
     )
     drawn(robustness_figure(table), tmp_path)

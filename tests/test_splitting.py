@@ -371,7 +371,7 @@ def test_images_without_a_group_and_rows_without_an_image_are_counted(images, tm
         (b"path,group\n,7\n", "has no path"),
         (b"path,group\na,b.jpg,7\n", "a line does not have 2 columns: 'a,b.jpg,7'"),
         (b'path,group\n"a.jpg,7\nb.jpg,8\n', "close every quotation mark"),
-        (b"PK\x03\x04\x14\x00\x06\x00\x08\x00", "found: "),
+        (b"PK\x03\x04\x14\x00\x06\x00\x08\x00", "an Excel workbook"),
         (b"\x81\x8d\x8f\xff", "not a text"),
     ],
 )

@@ -521,6 +521,17 @@ def test_what_can_be_known_is_said_before_the_first_step(images, tmp_path, monke
 
 
 @pytest.mark.slow
+def test_a_small_disk_is_found_out_before_the_first_step(tmp_path):
+    (tmp_path / "disk").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path / "disk"], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try:
+        status, said = command("--run", tmp_path / "disk/run", *TINY)
+    finally:
+        subprocess.run(["umount", tmp_path / "disk"], check=True)
+    assert status == 1 and "Free some space" in said and len(said.splitlines()) == 1
+
+
 def test_images_of_an_unmarked_study_among_the_data_are_refused(images, tmp_path):
     data = shutil.copytree(images, tmp_path / "data")
     settings = replace(SMOKE, data=str(data), models=("cells",))

@@ -162,6 +162,7 @@ def _synth(
 ) -> None:
     "Write synthetic blood smears with the true cell masks beside them."
     from leukemia_nb.data.files import OutputError, check_output, file_lock, is_output_folder, pluralise
+    from leukemia_nb.data.manifest import find_images
     from leukemia_nb.data.synthetic import write_smears
     from leukemia_nb.study.settings import class_names
 
@@ -170,7 +171,9 @@ def _synth(
         raise OutputError(f"{out}: holds results, so no search would take its images for data. Choose another folder.")
     with file_lock(out):
         table = write_smears(out, per_class, classes=class_names(classes), seed=seed, height=height, width=width)
-    _echo(f"{pluralise(len(table), 'smear')} in {out}")
+    before = len(find_images(out)) - len(table)
+    more = f"; {pluralise(before, 'other image')} lay there before" if before > 0 else ""
+    _echo(f"{pluralise(len(table), 'smear')} in {out}{more}")
 
 # %% ../../nbs/07_study/50_command_line.ipynb #d091c3d5
 @app.command("segment")

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -187,6 +188,7 @@ def check_study(
         image_groups(settings.groups, images, data=settings.data, log=lambda line: None)
     if settings.split_file:
         _check_split_file(settings, images)
+    _check_space(settings, run, len(images))
 
 # %% ../../nbs/07_study/18_settings.ipynb #ec401931
 def _check_packages(settings: StudySettings) -> None:
@@ -276,4 +278,19 @@ def _check_split_file(settings: StudySettings, images: Sequence[Path]) -> None:
         raise SplitError(
             f"{settings.split_file} is of other images: {len(lost)} of its {len(split)} are not in {settings.data}, "
             f"{lost[0]} is one. Use the images it was made of, or make a new split."
+        )
+
+# %% ../../nbs/07_study/18_settings.ipynb #5ed27316
+def _check_space(settings: StudySettings, run: Run, images: int) -> None:
+    "Raise StudyError where the disk has clearly too little room for what the study will write."
+    prepared = images or settings.per_class * settings.classes
+    area = 3 * settings.image_size**2  # bytes of an image; as PNG about half of it
+    smears = 0 if images else prepared * 3 * 384 * 512 // 2
+    planned = prepared * area + smears + settings.audit_images * 6 * area + 40_000_000 * len(settings.models) + 10_000_000
+    left = planned - sum(file.stat().st_size for file in run.folder.rglob("*") if file.is_file())
+    existing = next(folder for folder in (run.folder, *run.folder.absolute().parents) if folder.is_dir())
+    if (free := shutil.disk_usage(existing).free) < left:
+        raise StudyError(
+            f"{run.folder}: about {left / 1e9:.2f} GB will be written, and the disk has {free / 1e9:.2f} GB free. "
+            "Free some space, or choose another folder with --run."
         )
