@@ -210,7 +210,8 @@ def _read_text(path: str | os.PathLike) -> str:
         raise SplitError(f"{path}: cannot be read: {error.strerror}. Check the path, and who may read it.") from None
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     if b"\0" in data and not utf16:
-        raise SplitError(f"{path}: holds zero bytes, as an Excel workbook or UTF-16 without a byte order mark does. Save the table as CSV (UTF-8).")
+        kinds = "an Excel workbook or UTF-16 without a byte order mark"
+        raise SplitError(f"{path}: holds zero bytes, as {kinds} does. Save the table as CSV (UTF-8).")
     for encoding in ("utf-16",) if utf16 else ("utf-8-sig", "cp1252"):
         try:
             return data.decode(encoding)
