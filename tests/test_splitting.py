@@ -471,7 +471,8 @@ def split_step(tmp_path_factory):
         str(notebook), str(folder / "split.ipynb"), parameters, progress_bar=False, start_timeout=300
     )
     outputs = [output for cell in done.cells for output in cell.get("outputs", [])]
-    return run, "".join("".join(output["data"].get("text/plain", "")) for output in outputs if "data" in output)
+    shown = [output["data"] for output in outputs if "data" in output]
+    return run, "\n".join("".join(data.get("text/markdown", data.get("text/plain", ""))) for data in shown)
 
 
 BAD = {
@@ -494,7 +495,7 @@ def test_split_step_leaves_out_and_lists_one_of_each_bad_kind(split_step):
     for name in ("split.csv", "dataset.csv"):
         assert not BAD & set(run.table(name).pair)
     assert len(run.table("split.csv")) == len(run.table("pairs.csv")) - len(BAD)
-    assert f"'images left out': {len(BAD)}" in said
+    assert f"Images left out: {len(BAD)}." in said
 
 
 def test_split_step_joins_the_list_with_what_it_finds(split_step):
