@@ -251,7 +251,7 @@ def find_near_duplicates(
 def leakage_report(
     split: pd.DataFrame,  # pair, subset (train and others), group
     pairs: pd.DataFrame | None = None,  # near-duplicates found: a and b, as the split names them
-) -> pd.DataFrame:  # subset, images, near_duplicates, proportion, low, high (95 % CI); directly, with pairs
+) -> pd.DataFrame:  # subset, n_images, near_duplicates, proportion, low, high (95 % CI); directly, with pairs
     "How many images of each other subset have a near-duplicate in train, by group."
     from scipy.stats import binomtest
 
