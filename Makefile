@@ -74,7 +74,9 @@ export: install  ## notebooks to modules, README; clean the notebooks
 	.venv/bin/nbdev_clean
 	rm -rf README_files
 	.venv/bin/jupyter nbconvert --to markdown --no-input --output-dir . --output README nbs/index.ipynb
-	sed -i 's#](\([a-z0-9_/]*\.ipynb\)#](nbs/\1#g' README.md
+	sed -i -e 's#](\([a-z0-9_/]*\.ipynb\)#](nbs/\1#g' README.md
+	sed -i -e 's/^ *$$//' -e 's/!\[png\]/![Accuracy and foreground reliance of each model, beside a smear and its cells on another background]/' README.md
+	cat -s README.md > README.tmp && mv README.tmp README.md
 
 clean:  ## remove the environment, builds and caches; runs/ stays
 	rm -rf .venv build dist _docs _proc *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
