@@ -151,3 +151,14 @@ def test_errors_are_one_clear_line(tmp_path, arguments, message):
 
 def test_an_error_of_the_program_itself_is_not_explained():
     assert _explanation(ValueError("x")) == _explanation(ImportError("x", name="leukemia_nb.data")) == ""
+
+
+def test_a_ctrl_c_that_python_ignores_is_repeated():
+    """An exception in `__del__` is only printed by Python; the command would go on for as long as it has work."""
+    code = (
+        "import time\nfrom leukemia_nb.study.command_line import _prepare_process\n_prepare_process()\n"
+        "class Late:\n    def __del__(self):\n        raise KeyboardInterrupt\n"
+        "late = Late()\ndel late\ntime.sleep(20)\nprint('went on')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "KeyboardInterrupt" in done.stderr and "went on" not in done.stdout

@@ -6,6 +6,7 @@
 __all__ = ['app', 'main']
 
 # %% ../../nbs/07_study/50_command_line.ipynb #730721a4
+import _thread
 import atexit
 import errno
 import os
@@ -14,6 +15,7 @@ import signal
 import site
 import sys
 import tempfile
+import threading
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -111,7 +113,16 @@ def _prepare_process() -> None:
             stream.reconfigure(errors="backslashreplace")
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     os.environ.update(PYTHONIOENCODING=f"{encoding}:backslashreplace", PYTHONSAFEPATH="1")  # for worker processes
+    sys.unraisablehook = _interrupt_again
     _prepare_home()
+
+# %% ../../nbs/07_study/50_command_line.ipynb #ca82197d
+def _interrupt_again(ignored: Any) -> None:
+    "Repeat a Ctrl-C that came where Python ignores errors, as in a callback of an import."
+    if ignored.exc_type is KeyboardInterrupt:
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(ignored)
 
 # %% ../../nbs/07_study/50_command_line.ipynb #757593f1
 def _prepare_home() -> None:
