@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -601,7 +602,8 @@ def test_a_killed_study_leaves_no_process_and_another_one_waits_for_them(tmp_pat
             said = second.communicate(timeout=60)[0]
         assert seen and not alive and "Traceback" not in said
     assert not psutil.wait_procs(workers, timeout=20)[1] and not processes_of(run)
-    assert second.returncode == 130 and "2 steps finished and kept" in said and "run the same command to resume" in said
+    kept = re.search(r"(\d+) steps finished and kept", said)  # prepare, split, and what a fast machine had ended by then
+    assert second.returncode == 130 and kept and int(kept[1]) >= 2 and "run the same command to resume" in said
 
 
 def test_a_worker_of_a_killed_study_keeps_others_out(counter):
