@@ -601,7 +601,8 @@ def test_a_killed_study_leaves_no_process_and_another_one_waits_for_them(tmp_pat
             second.send_signal(signal.SIGINT)
             said = second.communicate(timeout=60)[0]
         assert seen and not alive and "Traceback" not in said
-    assert not psutil.wait_procs(workers, timeout=20)[1] and not processes_of(run)
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+    assert wait_for(lambda: not processes_of(run))  # a kernel that was just starting ends when it misses its parent
     kept = re.search(r"(\d+) steps finished and kept", said)  # prepare, split, and what a fast machine had ended by then
     assert second.returncode == 130 and kept and int(kept[1]) >= 2 and "run the same command to resume" in said
 
