@@ -11,9 +11,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import keras
 import pandas as pd
@@ -26,14 +24,14 @@ RESULT = Path(__file__).parent / "results" / "training.json"
 SIZE = 224
 
 
-def once(dataset: Path, epochs: int) -> Callable[[Any], Any]:
+def once(dataset: Path, epochs: int) -> keras.Model:
     """This project's way."""
     model = make_model("mobilenet_v2", weights="local", image_size=SIZE, epochs=epochs, patience=epochs)
     model.fit(dataset)
     return model.network_
 
 
-def every_epoch(dataset: Path, epochs: int) -> Callable[[Any], Any]:
+def every_epoch(dataset: Path, epochs: int) -> keras.Model:
     """Keras' guide to transfer learning, first part: the base model frozen, `fit` on images."""
     train, val = (
         keras.utils.image_dataset_from_directory(
@@ -60,10 +58,10 @@ def main() -> None:
     parser.add_argument("dataset", type=Path, nargs="?", default=Path("runs/taleqani/dataset"), help="dataset folder of a study")
     parser.add_argument("--epochs", type=int, default=20)
     options = parser.parse_args()
-    if not (options.dataset / "dataset.csv").is_file() and not (options.dataset.parent / "dataset.csv").is_file():
+    if not Path(f"{options.dataset}.csv").is_file():
         parser.exit(message=f"{options.dataset}: no dataset of a study; run `make study` with the real images first.\n")
-    sizes = {subset: len(Pairs(options.dataset, subset, SIZE)) for subset in ("train", "val", "test")}
-    test = Pairs(options.dataset, "test", SIZE)
+    subsets = {subset: Pairs(options.dataset, subset, SIZE) for subset in ("train", "val", "test")}
+    test = subsets["test"]
     pixels, labels = test.read(range(len(test)), "original").astype("float32"), test.labels
     classes = sorted(set(labels))
     rows = []
@@ -81,7 +79,7 @@ def main() -> None:
     result = {
         "model": "mobilenet_v2",
         "epochs": options.epochs,
-        **sizes,
+        **{subset: len(pairs) for subset, pairs in subsets.items()},
         "rows": rows,
         "times_faster": round(rows[1]["seconds"] / rows[0]["seconds"], 1),
         "interval": "Clopper-Pearson 95 %",
