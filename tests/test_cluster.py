@@ -81,6 +81,12 @@ def _process_number(_):
     return os.getpid()
 
 
+def once(*calls):
+    """What `Workers.map` asks for calls: these at first, then none."""
+    left = list(calls)
+    return lambda: [left.pop(0) for _ in calls if left]
+
+
 def process(number, mark):
     if mark and not os.path.exists(mark):
         Path(mark).touch()
@@ -92,7 +98,7 @@ def test_tasks_run_in_the_workers_and_a_killed_one_loses_nothing(address, tmp_pa
     with parallel(cluster=address) as workers:
         assert (workers.n_jobs, workers.per_machine) == (-1, 2)
         calls = [(number, str(tmp_path / "killed") if number == 3 else "") for number in range(8)]
-        found = list(workers.map(process, calls))
+        found = list(workers.map(process, once(*calls)))
     assert sorted(number for number, _ in found) == list(range(8))
     assert os.getpid() not in {worker for _, worker in found}
     assert (tmp_path / "killed").exists()
@@ -100,12 +106,12 @@ def test_tasks_run_in_the_workers_and_a_killed_one_loses_nothing(address, tmp_pa
 
 def test_a_task_that_kills_its_workers_is_an_error_and_not_a_wait_for_ever(address):
     with pytest.raises(ClusterError, match="all 2 workers that had it died"), parallel(cluster=address) as workers:
-        list(workers.map(_abort, [(1,)]))
+        list(workers.map(_abort, once((1,))))
 
 
 def test_an_error_of_a_task_is_the_same_error_here(address):
     with pytest.raises(ZeroDivisionError), parallel(cluster=address) as workers:
-        list(workers.map(divmod, [(1, 0)]))
+        list(workers.map(divmod, once((1, 0))))
 
 
 def test_joblib_uses_the_same_workers(address):
@@ -127,8 +133,8 @@ def test_a_single_worker_does_the_work_too_and_its_gpu_is_what_a_step_sees(tmp_p
         ) as cluster,
         parallel(cluster=cluster.scheduler_address) as workers,
     ):
-        assert os.getpid() not in set(workers.map(_process_number, [(0,), (1,)]))
-        list(workers.map(study.run_step, [(step, run, notebook)]))
+        assert os.getpid() not in set(workers.map(_process_number, once((0,), (1,))))
+        list(workers.map(study.run_step, once((step, run, notebook))))
     assert (tmp_path / "gpu.txt").read_text() == "1"
 
 

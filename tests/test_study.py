@@ -32,9 +32,9 @@ from leukemia_nb.study.driver import (
     _select_steps,
     _step_lock,
     _study_notebook,
-    parallel_groups,
     run_step,
     run_study,
+    steps_beside,
     study_steps,
     with_dependencies,
 )
@@ -135,23 +135,25 @@ def test_a_step_that_writes_what_it_does_not_declare_fails(counter):
 
 def test_steps_follow_their_files():
     settings = StudySettings(weights="random")
-    groups = parallel_groups(study_steps(settings))
-    kinds = [{step.name.split("-")[0] for step in group} for group in groups]
-    assert kinds == [
-        {"prepare"},
-        {"split"},
-        {"overview", "features", "train", "cue", "efficientnet"},
-        {"cross", "audit", "compare"},
-        {"shortcut"},
-        {"cards"},
-        {"export"},
-        {"report"},
-    ]
-    assert sum(step.name.startswith("train-") for step in groups[2]) == len(MODELS)
-    with pytest.raises(StudyError, match="no step writes cell_features.csv"):
-        parallel_groups(study_steps(settings)[1:])
-    writes = [path for group in groups for step in group for path in step.writes]
+    steps = study_steps(settings)
+    needed = {step.name: {each.name for each in with_dependencies(steps, [step.name])} for step in steps}
+    assert needed["cue-conflict"] == {"prepare", "split", "cue-conflict"}
+    assert needed["audit-yolov8"] == {"prepare", "split", "cue-conflict", "train-yolov8", "audit-yolov8"}
+    assert {f"train-{model}" for model in MODELS} | {"cross-validate"} < needed["cards"] and "efficientnet" not in needed["cards"]
+    assert needed["report"] == {step.name for step in steps}
+    writes = [path for step in steps for path in step.writes]
     assert len(writes) == len(set(writes))
+    with pytest.raises(StudyError, match="no step writes cell_features.csv"):
+        steps_beside(steps[1:])
+
+
+def test_steps_that_can_run_side_by_side_do_not_need_each_other():
+    steps = study_steps(StudySettings(weights="random"))
+    beside = {name: {step.name for step in others} for name, others in steps_beside(steps).items()}
+    assert not beside["prepare"] and not beside["split"] and not beside["report"]
+    assert {"train-cells", "cross-validate", "efficientnet"} < beside["train-yolov8"]
+    assert not {"train-yolov8", "audit-yolov8", "compare", "cards"} & beside["train-yolov8"]
+    assert all(name in beside[other] for name, others in beside.items() for other in others)
 
 
 def test_frozen_backbones_are_computed_once_and_read_by_their_models():

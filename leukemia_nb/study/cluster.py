@@ -8,10 +8,11 @@ __all__ = ['Workers', 'parallel']
 # %% ../../nbs/07_study/10_cluster.ipynb #85bc9e4a
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
+from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,19 +27,35 @@ class Workers:
     per_machine: int  # tasks at a time on one machine, at most
     client: Any = None  # the cluster's distributed.Client
 
-    def map(self, function: Callable[..., Any], calls: Sequence[tuple]) -> Iterator[Any]:
-        "Results of the calls as they come. Here each call waits in a thread, so this thread can be interrupted."
-        if self.client is None:
-            with ThreadPool(max(1, self.n_jobs)) as pool:
-                yield from pool.imap_unordered(lambda call: function(*call), calls)
+    def map(self, function: Callable[..., Any], calls: Callable[[], Iterable[tuple]]) -> Iterator[Any]:
+        "Results of the calls as they come; `calls` is asked for further ones, if any, at first and after each result."
+        if self.client is not None:
+            yield from self._map_cluster(function, calls)
             return
+        results: SimpleQueue[Any] = SimpleQueue()
+        with ThreadPool(max(1, self.n_jobs)) as pool:  # each call waits in a thread, so that this thread can be interrupted
+            left = 0
+            while True:
+                for call in calls():
+                    pool.apply_async(function, call, callback=results.put, error_callback=results.put)
+                    left += 1
+                if not left:
+                    return
+                result, left = results.get(), left - 1
+                if isinstance(result, Exception):
+                    raise result
+                yield result
+
+    def _map_cluster(self, function: Callable[..., Any], calls: Callable[[], Iterable[tuple]]) -> Iterator[Any]:
         from distributed import as_completed
 
-        futures = self.client.map(function, *zip(*calls, strict=True), pure=False)
         with self.client.as_current():
-            completed = as_completed(futures, with_results=True)
-        for _, result in completed:
-            yield result
+            completed = as_completed(with_results=True)
+        while True:
+            completed.update([self.client.submit(function, *call, pure=False) for call in calls()])
+            if completed.is_empty():
+                return
+            yield next(completed)[1]
 
 # %% ../../nbs/07_study/10_cluster.ipynb #1165b10f
 @contextmanager
