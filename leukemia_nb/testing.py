@@ -141,7 +141,7 @@ def _dummy_images(folder: Path) -> None:
     manifest = rows.assign(width=1024, height=768, sha256=[f"{i:064x}" for i in range(len(rows))], problem="")
     manifest.loc[59, "problem"] = "Normal/Snap_059.png: the file ends too early. Copy it again."
     pairs = manifest[manifest["problem"] == ""].reset_index(drop=True)
-    pairs = pairs.assign(mask_fraction=0.12, n_cells=7, mask_flag=np.where(pairs.index % 40 == 39, "mask under 1 % of the image", ""))
+    pairs = pairs.assign(mask_fraction=0.12, n_cells=7, mask_flag=np.where(pairs.index % 40 == 39, "covers 0.10%", ""))
     number = pairs["pair"].str[-3:].astype(int)
     subset = np.where(number < pairs["class"].map(_DUMMY["images"]["test"]), "test", np.where(number % 10 == 9, "val", "train"))
     split = pairs[["pair", "class", "path", "sha256"]].assign(subset=subset, group=range(len(pairs)))

@@ -59,7 +59,9 @@ def test_names_that_an_answer_or_a_table_holds_are_taken_out(run, tmp_path):
     )
     write_table(old / "metrics" / "reporting_items.csv", items)
     write_table(old / "metrics" / "cue_conflict.csv", read_table(old / "metrics" / "cue_conflict.csv").assign(pair=pair))
-    (old / "study.json").write_text(json.dumps({"data": "/home/someone/slides", "new_images": "/home/someone/new", "note": [pair]}))
+    (old / "study.json").write_text(
+        json.dumps({"data": "/home/someone/slides", "new_images": "/home/someone/new", "note": [pair]})
+    )
     out = collected(old, tmp_path)
     text = (out / "reporting_items.csv").read_text(encoding="utf-8")
     assert pair not in text and path.split("/")[-1] not in text and "1 of 3 wrong; most often (image) by 3, (image) by 1." in text

@@ -222,7 +222,13 @@ def test_confusion_and_class_metrics_by_hand(counted):
 
 def test_metrics_of_models_by_hand(counted):
     row = compare_models({"yolo11": counted}, weights_source={"yolo11": "ImageNet"}).iloc[0]
-    assert (row["title"], row["n_correct"], row["n_images"], row["accuracy"], row["original_study_accuracy"]) == ("YOLO11", 8, 10, 0.8, 1.0)
+    assert (row["title"], row["n_correct"], row["n_images"], row["accuracy"], row["original_study_accuracy"]) == (
+        "YOLO11",
+        8,
+        10,
+        0.8,
+        1.0,
+    )
     assert (row["low"], row["high"]) == pytest.approx((0.44390, 0.97479), abs=1e-5)  # R: binom.test(8, 10)
     f1_pro = 2 * (5 / 6) * (5 / 6) / (5 / 6 + 5 / 6)
     assert row["macro_f1"] == pytest.approx((3 / 4 + f1_pro) / 2) and row["balanced_accuracy"] == pytest.approx(

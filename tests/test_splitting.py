@@ -118,7 +118,7 @@ def test_empty_cells_tie_nothing():
 def test_one_image_under_two_classes_is_left_out():
     table = example_pairs({"Normal": 21, "Pre-B": 21})
     table.loc[[0, 21], "pixels"] = "same"
-    with pytest.warns(UserWarning, match="two classes, left out: Normal/0000, Pre-B/0000"):
+    with pytest.warns(UserWarning, match="conflicting labels, left out: Normal/0000, Pre-B/0000"):
         split = split_pairs(table)
     assert len(split) == 40
 

@@ -288,7 +288,9 @@ def test_cross_validation():
     assert (found.n, found.groups) == (90, 30)
     with pytest.raises(ValueError, match="Pro-B has 10 groups, 11 folds"):
         repeated_cross_val_predict(logistic(), X, y, np.where(y == "Pro-B", groups, np.arange(90) + 100), n_splits=11)
-    assert len(repeated_cross_val_predict(logistic(), X, y, np.where(y == "Pro-B", groups, np.arange(90) + 100), n_splits=10)) == 90
+    assert (
+        len(repeated_cross_val_predict(logistic(), X, y, np.where(y == "Pro-B", groups, np.arange(90) + 100), n_splits=10)) == 90
+    )
 
 
 def test_random_state_of_an_estimator_follows_the_repeat():

@@ -270,7 +270,7 @@ def mark_conflicting_labels(
     pairs: DataFrame,  # pair, class, path, sha256, problem; pixels where there is such
     copies: Sequence | None = None,  # a value for each row, equal for copies of one image
 ) -> DataFrame:  # the same, with a problem for each image that also lies under another class
-    "Enter a problem for images of which a copy lies under another class."
+    "Enter a problem for images with conflicting labels: a copy lies under another class."
     table = pairs.assign(problem=pairs["problem"].fillna(""), _copies="" if copies is None else list(copies))
     good = table[table["problem"] == ""]
     columns = [column for column in ("sha256", "pixels", "_copies") if column in good]

@@ -202,8 +202,8 @@ def accuracy_figure(
 
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #d89bdb04
 def _reference_marks(axis: "Axes", table: pd.DataFrame, place: np.ndarray) -> None:
-    original = table.get("original_study_accuracy")
-    if original is not None and original.notna().any():
+    original = table.get("original_study_accuracy", pd.Series(dtype=float))
+    if original.notna().any():
         settings: dict[str, Any] = {"markersize": 10, "markerfacecolor": "none", "color": CLASS_COLOURS["Pro-B"]}
         axis.plot(original, place, "D", clip_on=False, label="original study", **settings)
     if "chance" in table:

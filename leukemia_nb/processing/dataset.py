@@ -106,7 +106,7 @@ def save_pair(
     return {"mask": mask, "n_cells": int(cells.max()), "files": files}
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #1933c80e
-_VERSION = 2  # grows when the pixels that these steps make change, so that older pairs are made again
+_VERSION = 3  # grows when the pixels or columns that these steps make change, so that older pairs are made again
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #3e1f80c7
 def _prepare_pair(row: dict, folder: Path, size: int, segmentation: str, images: Path) -> dict:

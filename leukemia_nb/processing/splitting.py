@@ -61,7 +61,7 @@ def usable_pairs(
     table = mark_conflicting_labels(given.sort_values("pair", ignore_index=True))
     clash = table["problem"].str.contains("under another class", regex=False)
     if clash.any():
-        warnings.warn(f"same image under two classes, left out: {_listing(table['pair'][clash])}", stacklevel=2)
+        warnings.warn(f"conflicting labels, left out: {_listing(table['pair'][clash])}", stacklevel=2)
     table = table[table["problem"] == ""].reset_index(drop=True)
     if empty := sorted(set(pairs["class"]) - set(table["class"])):
         raise SplitError(f"no usable image of class {', '.join(empty)}. Look at column problem of the pairs table.")
