@@ -269,7 +269,7 @@ def test_calibrated_is_said_only_where_a_temperature_was_fitted(run):
 def test_new_images_with_classes_are_not_passed_over(run):
     study = json.loads((run / "study.json").read_text())
     assert say(run, "external").startswith("Not done")
-    (run / "study.json").write_text(json.dumps(study | {"unseen": "/somewhere"}))
+    (run / "study.json").write_text(json.dumps(study | {"new_images": "/somewhere"}))
     assert say(run, "external").startswith("In part: 6 of 6 new images")
 
 
