@@ -94,8 +94,8 @@ class StudySettings:
 
     data: str = ""  # folder with one folder of images per class; empty: synthetic smears
     classes: int = 3  # 3: Normal, Pre-B, Pro-B; 4: early Pre-B as well
-    per_class: int = 60  # synthetic smears of each class, where data is empty
-    spurious_correlation: float = 0.5  # of class and site in the synthetic smears, see make_smear
+    per_class: int = 120  # synthetic smears of each class, where data is empty
+    spurious_correlation: float = 0.95  # of class and site in the synthetic smears, see make_smear
     unseen: str = ""  # folder of new images to predict; empty: some test images as examples
     segmentation: str = "kmeans"  # a key of SEGMENTATION_METHODS
     split: str = "random"  # "random": image-level; "grouped": near-duplicates and listed groups stay in one subset
@@ -108,6 +108,7 @@ class StudySettings:
     preprocessing: str = "native"  # "native": each backbone's own input range; "rescale": [0, 1] for all
     weights: str = "imagenet"  # "imagenet", "local" (files in LEUKEMIA_NB_WEIGHTS, else random initialisation) or "random"
     epochs: int | None = None  # epochs at most; None: each model's own default
+    batch_size: int | None = None  # images in a step; None: each model's own default
     model_settings: tuple[str, ...] = ()  # settings of single models, as "model:setting=value"
     seed: int = 0  # of the synthetic smears, split, flips and training
     audit_images: int = 200  # test and validation images that the cue-conflict images are made of
@@ -122,7 +123,8 @@ class StudySettings:
 
     def settings_of(self, model: str) -> dict[str, Any]:
         "The settings of one model's classifier, with its own entries of `model_settings`."
-        shared = {name: getattr(self, name) for name in ("preprocessing", "weights", "image_size", "seed", "epochs")}
+        names = ("preprocessing", "weights", "image_size", "seed", "epochs", "batch_size")
+        shared = {name: getattr(self, name) for name in names}
         own = {name: value for of, name, value in map(_model_setting, self.model_settings) if of == model}
         return {name: value for name, value in shared.items() if value is not None} | own
 
@@ -138,7 +140,7 @@ def _model_setting(text: str) -> tuple[str, str, Any]:
 
 
 _PATHS = ("data", "unseen", "groups", "split_file")
-_MINIMUM = {"image_size": 32, "n_jobs": 1, "seed": 0, "epochs": 1}
+_MINIMUM = {"image_size": 32, "n_jobs": 1, "seed": 0, "epochs": 1, "batch_size": 1}
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "classes": (3, 4),
     "split": ("random", "grouped"),
@@ -156,10 +158,9 @@ def _check_settings(settings: StudySettings) -> None:
     for name, allowed in _CHOICES.items():
         if (value := getattr(settings, name)) not in allowed:
             raise StudyError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}.")
-    if min(settings.train, settings.test) <= 0 or settings.train + settings.test >= 1:
+    if not 0 < settings.train < 1 - settings.test < 1:
         raise StudyError(f"train={settings.train}, test={settings.test}: both must be above 0, and their sum below 1.")
-    smallest = {"per_class": smallest_class(settings.train, settings.test)}
-    for name, minimum in (_MINIMUM | smallest).items():
+    for name, minimum in (_MINIMUM | {"per_class": smallest_class(settings.train, settings.test)}).items():
         if (value := getattr(settings, name)) is not None and value < minimum:
             raise StudyError(f"{name} is {value}; it must be at least {minimum}.")
     if not settings.models:
@@ -172,7 +173,9 @@ def _check_settings(settings: StudySettings) -> None:
         raise StudyError(f"settings for {unknown[0]}, which is not among the models of this study: {', '.join(settings.models)}.")
 
 # %% ../../nbs/07_study/18_settings.ipynb #ab86d4c2
-SYNTHETIC_STUDY = StudySettings(per_class=60, image_size=96, weights="random", epochs=5, audit_images=24, cv_repeats=1)
+SYNTHETIC_STUDY = StudySettings(
+    train=0.55, test=0.3, image_size=96, weights="random", epochs=7, batch_size=16, audit_images=108, cv_repeats=1
+)
 
 # %% ../../nbs/07_study/18_settings.ipynb #71817378
 def check_study(
