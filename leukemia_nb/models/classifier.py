@@ -203,9 +203,7 @@ class ImageClassifier(_Interface):
     def fit(
         self,
         dataset: str | Path,  # folder with original/ and segmented/, train, val and test in each
-        feature_file: str
-        | Path
-        | None = None,  # of an earlier step: features/<backbone>.npz of a frozen backbone; None: computed
+        feature_file: str | Path | None = None,  # features/<backbone>.npz of a frozen backbone; None: computed
     ) -> Self:
         "Train on `train`, choose the epoch on `val`. Warns (RuntimeWarning) of a constant predictor. Raises `ModelError`."
         self.check_settings()

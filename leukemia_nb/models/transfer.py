@@ -292,12 +292,9 @@ def _train(model: "KerasClassifier", network: "Model", rate: float, data: dict[s
     callbacks = [stopping, keras.callbacks.TerminateOnNaN(), clock]
     arguments = {"epochs": model.epochs, "verbose": 0, "callbacks": callbacks} | data | (model.train_arguments or {})
     whole = network is model.network_ and model.schedule == "cosine"
-    network.compile(
-        keras.optimizers.Adam(_cosine_decay(rate, arguments) if whole else rate),
-        loss="sparse_categorical_crossentropy",
-        metrics=["accuracy"],
-        jit_compile=False,  # XLA takes longer to compile these networks than a short training takes
-    )
+    adam = keras.optimizers.Adam(_cosine_decay(rate, arguments) if whole else rate)
+    # XLA takes longer to compile these networks than a short training takes
+    network.compile(adam, "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False)
     table = pd.DataFrame(network.fit(**arguments).history)
     table = table.assign(epoch=np.arange(1, len(table) + 1), seconds=np.diff(seconds)[: len(table)])
     model.history_, model.best_epoch_ = table.reindex(columns=list(HISTORY_COLUMNS)), int(stopping.best_epoch) + 1
