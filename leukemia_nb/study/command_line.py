@@ -380,7 +380,7 @@ def _run_study(options: dict[str, Any], run: Path | None, cluster: str, redo: li
     options["model_settings"] = tuple(options.pop("model_setting", ()))
     settings = replace(StudySettings() if data else SYNTHETIC_STUDY, **options)
     check_study(settings, Run(where))
-    time = "" if data else " About 8 minutes on 2 cores."
+    time = "" if data else " About 10 minutes on 2 cores."
     _echo(f"{pluralise(len(study_steps(settings)), 'step')} into {where}; each that is finished is kept.{time}")
     try:
         run_study(settings, where, n_jobs=settings.n_jobs, redo=redo, log=_echo, cluster=cluster)
