@@ -13,6 +13,10 @@ export YOLO_OFFLINE ?= true
 export YOLO_AUTOINSTALL ?= false
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
+# pip unpacks for minutes without a word: every 10 seconds the number of packages that are there, until the command ends
+PROGRESS = trap 'kill $$!' EXIT; (while sleep 10; do echo "  $$(ls -d .venv/lib/*/site-packages/*.dist-info 2> /dev/null | wc -l) of" \
+  "$$(grep -c == requirements.lock) packages installed"; done) &
+
 .PHONY: help install lock study test notebooks lint lab app bench results export clean
 
 help:  ## this list
@@ -30,7 +34,7 @@ ifdef UV
 else
 	test -x $(PY) || python3 -m venv .venv
 	$(PY) -m pip --version > /dev/null 2>&1 || $(PY) -m ensurepip --upgrade > /dev/null
-	$(PY) -m pip install --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(PROGRESS) $(PY) -m pip install --disable-pip-version-check --require-hashes -r requirements.lock
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --use-pep517 -e .
 endif
 	touch $@

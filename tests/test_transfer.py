@@ -247,6 +247,18 @@ def test_train_arguments_and_device_are_passed_on(tiny_weights, dataset):
         make_model("mobilenet_v2", **SMALL, train_arguments={"no_such": 1}).fit(dataset)
 
 
+@pytest.mark.parametrize(("schedule", "last"), [("cosine", 0), ("constant", 0.02)])
+def test_a_network_trained_whole_ends_at_the_schedules_learning_rate(tiny_weights, dataset, schedule, last):
+    settings = SMALL | {"weights": "random", "schedule": schedule, "patience": 1 if schedule == "cosine" else 9}
+    model = make_model("mobilenet_v2", **settings).fit(dataset)
+    assert len(model.history_) == 3 and float(model.network_.optimizer.learning_rate) == pytest.approx(last, abs=1e-6)
+
+
+def test_the_head_of_a_frozen_backbone_keeps_its_learning_rate(tiny_weights, dataset):
+    model = make_model("mobilenet_v2", **SMALL).fit(dataset)
+    assert float(model.network_.get_layer("head").optimizer.learning_rate) == pytest.approx(0.02)
+
+
 # ---------------------------------------------------------------- files and predictions
 @pytest.mark.parametrize("name", ["mobilenet_v2", "dual_channel"])
 def test_saved_and_loaded_without_the_weights_folder(tiny_weights, dataset, tmp_path, monkeypatch, name):

@@ -158,13 +158,8 @@ def _texture(rng: np.random.Generator, grain: float, scale: float, shape: tuple[
     turn, corner, step = rng.uniform(0, 2 * np.pi), rng.uniform(0, 256, 2), 1 / scale
     cosine, sine, visible = np.cos(turn) * step, np.sin(turn) * step, grain * scale / 0.6
     matrix = np.array([[cosine, -sine, corner[0]], [sine, cosine, corner[1]]])
-    piece = cv2.warpAffine(
-        _chromatin(max(grain, round(0.6 / scale, 1))),
-        matrix,
-        shape[::-1],
-        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_WRAP,
-    )
+    chromatin, flags = _chromatin(max(grain, round(0.6 / scale, 1))), cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    piece = cv2.warpAffine(chromatin, matrix, shape[::-1], flags=flags, borderMode=cv2.BORDER_WRAP)
     return piece * np.float32(min(1, visible**0.5))
 
 # %% ../../nbs/01_data/40_synthetic.ipynb #453935dc

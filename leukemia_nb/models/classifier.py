@@ -88,6 +88,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "augmentation": ("flips", "default"),
     "weights": ("imagenet", "local", "random"),
     "fine_tune": (None, True, False),
+    "schedule": ("cosine", "constant"),
 }
 _MINIMUM = {"image_size": 32, "epochs": 1, "batch_size": 1, "patience": 1, "seed": 0}
 
@@ -123,6 +124,7 @@ class _Settings(ClassifierMixin, BaseEstimator):
         epochs: int = 20,  # passes over the training images, at most
         batch_size: int = 32,  # images in a step
         learning_rate: float = 1e-3,  # of the optimiser: Adam, AdamW for YOLO
+        schedule: str = "cosine",  # of a Keras network trained whole: "cosine", after a warm-up down to 0, or "constant"
         patience: int = 5,  # epochs without improvement on the validation images before training stops
         seed: int = 0,  # of new weights, of the order of images and of dropout
         segmentation: str = "kmeans",  # method for segmented images that are not given
@@ -132,7 +134,7 @@ class _Settings(ClassifierMixin, BaseEstimator):
         self.name, self.classes, self.preprocessing, self.augmentation = name, classes, preprocessing, augmentation
         self.weights, self.fine_tune, self.image_size, self.epochs = weights, fine_tune, image_size, epochs
         self.batch_size, self.learning_rate, self.patience, self.seed = batch_size, learning_rate, patience, seed
-        self.segmentation, self.device, self.train_arguments = segmentation, device, train_arguments
+        self.schedule, self.segmentation, self.device, self.train_arguments = schedule, segmentation, device, train_arguments
 
     def check_settings(self) -> Self:
         "Raise `ModelError` naming the setting, its value, and what is allowed."
@@ -201,9 +203,7 @@ class ImageClassifier(_Interface):
     def fit(
         self,
         dataset: str | Path,  # folder with original/ and segmented/, train, val and test in each
-        feature_file: str
-        | Path
-        | None = None,  # of an earlier step: features/<backbone>.npz of a frozen backbone; None: computed
+        feature_file: str | Path | None = None,  # features/<backbone>.npz of a frozen backbone; None: computed
     ) -> Self:
         "Train on `train`, choose the epoch on `val`. Warns (RuntimeWarning) of a constant predictor. Raises `ModelError`."
         self.check_settings()

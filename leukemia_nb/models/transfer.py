@@ -277,19 +277,26 @@ def _join(backbone: "Model", head: "Model", channels: tuple[str, ...], name: str
     return keras.Model(inputs, head(features), name=name)
 
 # %% ../../nbs/03_models/20_transfer.ipynb #9ca3f872
+def _cosine_decay(rate: float, arguments: dict[str, Any]) -> Any:
+    "Learning rate by step of a `fit` with these arguments: up to `rate` in the first tenth, then along a cosine down to 0."
+    steps = arguments["epochs"] * len(arguments["x"])
+    warmup = max(1, steps // 10)
+    decay = import_keras().optimizers.schedules.CosineDecay
+    return decay(0.1 * rate, max(1, steps - warmup), warmup_target=rate, warmup_steps=warmup)
+
+
 def _train(model: "KerasClassifier", network: "Model", rate: float, data: dict[str, Any]) -> None:
     "`compile` and `fit`; leaves the weights of the lowest validation loss in the network, `history_` and `best_epoch_`."
     keras, seconds = import_keras(), [time.perf_counter()]
-    stopping = keras.callbacks.EarlyStopping("val_loss", patience=model.patience, restore_best_weights=True)
+    whole = network is model.network_ and model.schedule == "cosine"
+    patience = model.epochs if whole else model.patience  # a schedule is run to its end
+    stopping = keras.callbacks.EarlyStopping("val_loss", patience=patience, restore_best_weights=True)
     clock = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seconds.append(time.perf_counter()))
     callbacks = [stopping, keras.callbacks.TerminateOnNaN(), clock]
-    network.compile(
-        keras.optimizers.Adam(rate),
-        loss="sparse_categorical_crossentropy",
-        metrics=["accuracy"],
-        jit_compile=False,  # XLA takes longer to compile these networks than a short training takes
-    )
     arguments = {"epochs": model.epochs, "verbose": 0, "callbacks": callbacks} | data | (model.train_arguments or {})
+    adam = keras.optimizers.Adam(_cosine_decay(rate, arguments) if whole else rate)
+    # XLA takes longer to compile these networks than a short training takes
+    network.compile(adam, "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False)
     table = pd.DataFrame(network.fit(**arguments).history)
     table = table.assign(epoch=np.arange(1, len(table) + 1), seconds=np.diff(seconds)[: len(table)])
     model.history_, model.best_epoch_ = table.reindex(columns=list(HISTORY_COLUMNS)), int(stopping.best_epoch) + 1

@@ -102,16 +102,8 @@ def _download_folder() -> Path:
     return Path(os.environ.get(WEIGHTS_FOLDER) or Path(torch.hub.get_dir()) / "checkpoints").expanduser()
 
 # %% ../../nbs/03_models/40_yolo.ipynb #7dee62bc
-_FLIPS = {
-    "scale": 0.0,
-    "erasing": 0.0,
-    "auto_augment": "",
-    "hsv_h": 0.0,
-    "hsv_s": 0.0,
-    "hsv_v": 0.0,
-    "fliplr": 0.5,
-    "flipud": 0.5,
-}
+_NONE = dict.fromkeys(("scale", "erasing", "hsv_h", "hsv_s", "hsv_v"), 0.0)
+_FLIPS: dict[str, Any] = {"fliplr": 0.5, "flipud": 0.5, "auto_augment": "", **_NONE}
 
 
 def training_arguments(
@@ -119,13 +111,9 @@ def training_arguments(
     layers: int,  # number of layers of its network
 ) -> dict[str, Any]:  # for YOLO.train
     "A model's settings as ultralytics names them; what is not here keeps ultralytics' default."
-    arguments: dict[str, Any] = {
-        "epochs": model.epochs,
-        "batch": model.batch_size,
-        "imgsz": model.image_size,
-        "patience": model.patience,
-    }
-    arguments |= {"seed": model.seed, "device": model.device, "freeze": layers - 1 if model.fine_tune is False else None}
+    arguments: dict[str, Any] = {"epochs": model.epochs, "batch": model.batch_size, "imgsz": model.image_size}
+    arguments |= {"patience": model.patience, "seed": model.seed, "device": model.device}
+    arguments["freeze"] = layers - 1 if model.fine_tune is False else None
     arguments |= {"optimizer": "AdamW", "lr0": model.learning_rate, "nbs": model.batch_size, "momentum": 0.9}
     arguments |= {"warmup_epochs": 1.0, "warmup_bias_lr": 0.0, "amp": False, "plots": False, "verbose": False}
     return arguments | (_FLIPS if model.augmentation == "flips" else {}) | (model.train_arguments or {})

@@ -454,7 +454,12 @@ def run_study(
 # %% ../../nbs/07_study/20_driver.ipynb #0c6b60df
 def _run_steps(steps: list[Step], run: Run, again: set[str], workers: Workers, log: Callable[[str], None]) -> list[str]:
     "Run each step when those that it needs are done, in a kernel of its own; gives the errors."
-    sorter, beside, waiting, errors = graphlib.TopologicalSorter(_dependencies(steps)), steps_beside(steps), set[str](), list[str]()
+    sorter, beside, waiting, errors = (
+        graphlib.TopologicalSorter(_dependencies(steps)),
+        steps_beside(steps),
+        set[str](),
+        list[str](),
+    )
     free = workers.n_jobs if workers.client is None else len(steps)
     sorter.prepare()
 

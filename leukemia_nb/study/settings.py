@@ -94,17 +94,21 @@ class StudySettings:
 
     data: str = ""  # folder with one folder of images per class; empty: synthetic smears
     classes: int = 3  # 3: Normal, Pre-B, Pro-B; 4: early Pre-B as well
-    per_class: int = 60  # synthetic smears of each class, where data is empty
+    per_class: int = 120  # synthetic smears of each class, where data is empty
+    spurious_correlation: float = 0.95  # of class and site in the synthetic smears, see make_smear
     new_images: str = ""  # folder of new images to predict; empty: some test images as examples
     segmentation: str = "kmeans"  # a key of SEGMENTATION_METHODS
     split: str = "random"  # "random": image-level; "grouped": near-duplicates and listed groups stay in one subset
     groups: str = ""  # CSV with columns path and group, joined with the near-duplicates found; empty: those alone
+    train: float = 0.85  # proportion of the images for training
+    test: float = 0.05  # proportion for the test; the rest is for validation
     split_file: str = ""  # split.csv of an earlier study, to be used again
     models: tuple[str, ...] = tuple(MODELS)  # the models to train, by name
     image_size: int = 224  # side of the images the models see, in pixels
     preprocessing: str = "native"  # "native": each backbone's own input range; "rescale": [0, 1] for all
     weights: str = "imagenet"  # "imagenet", "local" (files in LEUKEMIA_NB_WEIGHTS, else random initialisation) or "random"
     epochs: int | None = None  # epochs at most; None: each model's own default
+    batch_size: int | None = None  # images in a step; None: each model's own default
     model_settings: tuple[str, ...] = ()  # settings of single models, as "model:setting=value"
     seed: int = 0  # of the synthetic smears, split, flips and training
     audit_images: int = 200  # test and validation images that the cue-conflict images are made of
@@ -119,7 +123,8 @@ class StudySettings:
 
     def settings_of(self, model: str) -> dict[str, Any]:
         "The settings of one model's classifier, with its own entries of `model_settings`."
-        shared = {name: getattr(self, name) for name in ("preprocessing", "weights", "image_size", "seed", "epochs")}
+        names = ("preprocessing", "weights", "image_size", "seed", "epochs", "batch_size")
+        shared = {name: getattr(self, name) for name in names}
         own = {name: value for of, name, value in map(_model_setting, self.model_settings) if of == model}
         return {name: value for name, value in shared.items() if value is not None} | own
 
@@ -135,7 +140,7 @@ def _model_setting(text: str) -> tuple[str, str, Any]:
 
 
 _PATHS = ("data", "new_images", "groups", "split_file")
-_MINIMUM = {"per_class": smallest_class(), "image_size": 32, "n_jobs": 1, "seed": 0, "epochs": 1}
+_MINIMUM = {"image_size": 32, "n_jobs": 1, "seed": 0, "epochs": 1, "batch_size": 1}
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "classes": (3, 4),
     "split": ("random", "grouped"),
@@ -153,7 +158,9 @@ def _check_settings(settings: StudySettings) -> None:
     for name, allowed in _CHOICES.items():
         if (value := getattr(settings, name)) not in allowed:
             raise StudyError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}.")
-    for name, minimum in _MINIMUM.items():
+    if not 0 < settings.train < 1 - settings.test < 1:
+        raise StudyError(f"train={settings.train}, test={settings.test}: both must be above 0, and their sum below 1.")
+    for name, minimum in (_MINIMUM | {"per_class": smallest_class(settings.train, settings.test)}).items():
         if (value := getattr(settings, name)) is not None and value < minimum:
             raise StudyError(f"{name} is {value}; it must be at least {minimum}.")
     if not settings.models:
@@ -166,7 +173,9 @@ def _check_settings(settings: StudySettings) -> None:
         raise StudyError(f"settings for {unknown[0]}, which is not among the models of this study: {', '.join(settings.models)}.")
 
 # %% ../../nbs/07_study/18_settings.ipynb #ab86d4c2
-SYNTHETIC_STUDY = StudySettings(per_class=60, image_size=96, weights="random", epochs=5, audit_images=24, cv_repeats=1)
+SYNTHETIC_STUDY = StudySettings(
+    train=0.55, test=0.3, image_size=96, weights="random", epochs=7, batch_size=16, audit_images=108, cv_repeats=1
+)
 
 # %% ../../nbs/07_study/18_settings.ipynb #71817378
 def check_study(
@@ -243,7 +252,7 @@ def _check_run_folder(settings: StudySettings, run: Run) -> None:
 # %% ../../nbs/07_study/18_settings.ipynb #eb806b0a
 def _check_images(settings: StudySettings, run: Run) -> list[Path]:
     "The images of the classes, unopened. Raises ImageError where a class has none or too few for the split."
-    names, minimum = class_names(settings.classes), smallest_class()
+    names, minimum = class_names(settings.classes), smallest_class(settings.train, settings.test)
     selection = select_classes(search_images(settings.data, run.folder), names)
     search, found = selection.search, set(selection.search.paths)
     counts = Counter(label for path, label in selection.rows if path in found)
@@ -285,7 +294,7 @@ def _check_space(settings: StudySettings, run: Run, images: int) -> None:
     "Raise StudyError where the disk has clearly too little room for what the study will write."
     prepared = images or settings.per_class * settings.classes
     area = 3 * settings.image_size**2  # bytes of an image; as PNG about half of it
-    smears = 0 if images else prepared * 3 * 384 * 512 // 2
+    smears = 0 if images else prepared * 3 * 288 * 384 // 2
     planned = prepared * area + smears + settings.audit_images * 6 * area + 40_000_000 * len(settings.models) + 10_000_000
     left = planned - sum(file.stat().st_size for file in run.folder.rglob("*") if file.is_file())
     existing = next(folder for folder in (run.folder, *run.folder.absolute().parents) if folder.is_dir())
