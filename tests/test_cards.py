@@ -126,17 +126,17 @@ def test_items_of_an_empty_run_are_open(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("foreground", "manipulated", "verdict"),
+    ("foreground", "other_cue", "verdict"),
     [
         ((150, 0.7, 0.8), (40, 0.15, 0.25), "It relies more on the foreground"),
         ((40, 0.15, 0.25), (150, 0.7, 0.8), "It relies more on the background"),
         ((101, 0.43, 0.58), (84, 0.35, 0.49), "Foreground and background reliance are not significantly different"),
     ],
 )
-def test_the_verdict_goes_no_further_than_the_intervals(run, foreground, manipulated, verdict):
+def test_the_verdict_goes_no_further_than_the_intervals(run, foreground, other_cue, verdict):
     rows = [
         dict(kind="mixed_next", cue=cue, n_images=200, count=count, proportion=count / 200, low=low, high=high, title="YOLO11")
-        for cue, (count, low, high) in {"foreground": foreground, "manipulated": manipulated, "neither": (0, 0, 0)}.items()
+        for cue, (count, low, high) in {"foreground": foreground, "other_cue": other_cue, "neither": (0, 0, 0)}.items()
     ]
     write_table(run / "metrics" / "cue_conflict.csv", pd.DataFrame(rows).assign(model="yolo11"))
     assert say(run, "reliance", "yolo11").startswith(verdict)
