@@ -148,7 +148,8 @@ def _dummy_images(folder: Path) -> None:
     subset = np.where(number < pairs["class"].map(_DUMMY["images"]["test"]), "test", np.where(number % 10 == 9, "val", "train"))
     split = pairs[["pair", "class", "path", "sha256"]].assign(subset=subset, group=range(len(pairs)))
     train, (val, test) = split.index[subset == "train"], (split.index[subset == name] for name in ("val", "test"))
-    split.loc[[*val[:5], *test[:40]], "group"] = [*split["group"][train[:5]], *np.repeat(split["group"][train[:20]], 2)]
+    near = [*val[3:8], *test[25:65]]  # of Pre-B, as are the training images 31 to 86
+    split.loc[near, "group"] = [*split["group"][train[31:36]], *np.repeat(split["group"][train[31:51]], 2)]
     dataset = pd.concat([oversample_with_flips(split), split[subset != "train"].assign(flip="none")])
     tables = {"manifest": manifest, "pairs": pairs, "split": split, "leakage": leakage_report(split), "dataset": dataset}
     for name, table in tables.items():
@@ -180,20 +181,25 @@ def _dummy_audit(folder: Path, models: list[str]) -> None:
     "Tables of the shortcut audit."
     n, rows = 200, []
     for place, model in enumerate(models):
-        for kind, (foreground, other_cue) in _DUMMY["cue_rates"].items():
-            foreground, other_cue = foreground * (1 + place / 10), other_cue * (1 - place / 10)
+        for kind, rates in _DUMMY["cue_rates"].items():
+            foreground, other_cue = (rate * (1 - place / 20) for rate in rates)
             for cue, p in {"foreground": foreground, "other_cue": other_cue, "neither": 1 - foreground - other_cue}.items():
                 low, high = clopper_pearson(round(n * p), n)
-                row = {"model": model, "title": model_title(model), "kind": kind, "cue": cue, "n_images": n, "count": round(n * p)}
+                row = {
+                    "model": model,
+                    "title": model_title(model),
+                    "kind": kind,
+                    "cue": cue,
+                    "n_images": n,
+                    "count": round(n * p),
+                }
                 rows.append(row | {"proportion": p, "low": low, "high": high})
     severities = [(model, name, *each) for model in models for name in ("hue", "blur") for each in ((0, 60), (2, 41))]
-    robustness = pd.DataFrame(severities, columns=["model", "corruption", "severity", "n_correct"]).assign(
-        n_images=60, chance=0.42
-    )
-    robustness = robustness.assign(title=robustness["model"].map(model_title), clean=robustness["severity"] == 0)
+    table = pd.DataFrame(severities, columns=["model", "corruption", "severity", "n_correct"])
+    table = table.assign(title=table["model"].map(model_title), clean=table["severity"] == 0, n_images=60, chance=0.42)
     made = [name for name, count in _DUMMY["images"]["only_bg"].items() for _ in range(count)]
     write_table(folder / "metrics" / "cue_conflict.csv", pd.DataFrame(rows))
-    write_table(folder / "metrics" / "robustness.csv", robustness.assign(accuracy=robustness["n_correct"] / 60))
+    write_table(folder / "metrics" / "robustness.csv", table.assign(accuracy=table["n_correct"] / 60))
     write_table(folder / "metrics" / "baselines.csv", pd.DataFrame([_DUMMY["baseline"]]))
     write_table(folder / "audit" / "cue_conflict.csv", pd.DataFrame({"kind": "only_bg", "other_cue": made}))
 

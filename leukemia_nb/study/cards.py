@@ -226,12 +226,8 @@ def _environment(run: _Results) -> Any:
     environment.filters["model_title"] = lambda model: markdown_text(model_title(model))
     environment.filters["without_status"] = lambda text: _split_status(text.strip())[1]
     environment.globals |= {"run": run, "registry": MODELS, "kinds": KINDS, "significance_sentence": significance_sentence}
-    environment.globals |= {
-        "descriptions": _read_toml("datasets.toml")["classes"],
-        "proportion": _proportion,
-        "interval": _interval,
-    }
-    environment.globals |= {"clopper_pearson": clopper_pearson, "part": _part}
+    environment.globals |= {"proportion": _proportion, "interval": _interval, "clopper_pearson": clopper_pearson, "part": _part}
+    environment.globals["descriptions"] = _read_toml("datasets.toml")["classes"]
     return environment
 
 # %% ../../nbs/07_study/30_cards.ipynb #70101c00
