@@ -184,21 +184,14 @@ def _dummy_audit(folder: Path, models: list[str]) -> None:
         for kind, rates in _DUMMY["cue_rates"].items():
             foreground, other_cue = (rate * (1 - place / 20) for rate in rates)
             for cue, p in {"foreground": foreground, "other_cue": other_cue, "neither": 1 - foreground - other_cue}.items():
-                low, high = clopper_pearson(round(n * p), n)
-                row = {
-                    "model": model,
-                    "title": model_title(model),
-                    "kind": kind,
-                    "cue": cue,
-                    "n_images": n,
-                    "count": round(n * p),
-                }
-                rows.append(row | {"proportion": p, "low": low, "high": high})
+                count = round(n * p)
+                rows.append((model, model_title(model), kind, cue, n, count, p, *clopper_pearson(count, n)))
+    columns = ["model", "title", "kind", "cue", "n_images", "count", "proportion", "low", "high"]
     severities = [(model, name, *each) for model in models for name in ("hue", "blur") for each in ((0, 60), (2, 41))]
     table = pd.DataFrame(severities, columns=["model", "corruption", "severity", "n_correct"])
     table = table.assign(title=table["model"].map(model_title), clean=table["severity"] == 0, n_images=60, chance=0.42)
     made = [name for name, count in _DUMMY["images"]["only_bg"].items() for _ in range(count)]
-    write_table(folder / "metrics" / "cue_conflict.csv", pd.DataFrame(rows))
+    write_table(folder / "metrics" / "cue_conflict.csv", pd.DataFrame(rows, columns=columns))
     write_table(folder / "metrics" / "robustness.csv", table.assign(accuracy=table["n_correct"] / 60))
     write_table(folder / "metrics" / "baselines.csv", pd.DataFrame([_DUMMY["baseline"]]))
     write_table(folder / "audit" / "cue_conflict.csv", pd.DataFrame({"kind": "only_bg", "other_cue": made}))
