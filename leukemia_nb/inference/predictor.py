@@ -179,7 +179,7 @@ def format_row(
         parts.append(f"flagged mask: {row['flag']}")
     if row["problem"]:
         parts.append(f"incomplete: {row['problem']}")
-    return escape_text(f"{row['path']}: {'; '.join(parts)}")
+    return escape_text(": ".join(filter(None, (row["path"], "; ".join(parts)))))
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #8bf14ebf
 def describe_calibration(
