@@ -72,6 +72,16 @@ def test_figures_are_those_of_the_files(run):
     assert "40 of 111 test images show" in card and "144/200" in card
 
 
+def test_the_tables_of_the_dummy_run_agree(run):
+    split, leakage = read_table(run / "split.csv"), read_table(run / "leakage.csv").set_index("subset")
+    seen = split.loc[split["subset"] == "train", "group"]
+    assert (split[split["subset"] == "test"]["group"].isin(seen).sum(), leakage.loc["test", "near_duplicates"]) == (40, 40)
+    for file in (run / "predictions").glob("*.csv"):
+        assert set(read_table(file)["pair"]) == set(split.loc[split["subset"] != "train", "pair"])
+    card = " ".join(model_card(run, "yolo11").split())
+    assert "; 71/71)" in card and "(91 groups)" in card and "with 36 flipped copies" in card
+
+
 def test_a_constant_predictor_is_called_that(run):
     assert "**Constant predictor:** it predicts Pro-B for every image" in state(run, "accuracy", "efficientnet_b0")
     assert "Constant predictor" not in state(run, "accuracy", "yolov8")

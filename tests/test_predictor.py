@@ -302,6 +302,7 @@ def test_a_flagged_mask_is_reported_and_does_not_make_the_model_abstain(model, p
     assert row["flag"] == check_mask(find_image_cells(resize_square(stained, 224)) > 0) and plain["flag"] == ""
     limits = model.info["thresholds"]
     assert row["abstain_reasons"] == abstain_reasons(row["confidence"], row["ood_distance"], row["n_cells"], limits)
+    assert format_row(plain).startswith(plain["predicted"])  # an image in memory has no path
     assert "flagged mask" not in format_row(plain) and (not row["flag"] or row["flag"] in format_row(row) or not row["n_cells"])
 
 
