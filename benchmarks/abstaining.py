@@ -37,12 +37,12 @@ PHOTOGRAPHS = (
     "clock_motion.png page.png text.png cell.png ihc.png microaneurysms.png"
 ).split()
 ABOUT = {
-    "test": "the test split itself, of which many images have a near-duplicate in training: should be predicted",
-    "full_resolution": "the same photographs in full, some of them of the training part: should be predicted",
+    "test": "test subset, many of whose images have a near-duplicate in training: should be predicted",
+    "full_resolution": "the same images at full resolution, some of them of the training subset: should be predicted",
     "bccd": "blood smears of another laboratory (BCCD)",
     "pbc_lymphocyte": "single normal lymphocytes of another laboratory (PBC)",
-    "wbc_masks": "single white cells of another laboratory (segmentation_WBC)",
-    "photographs": "scikit-learn's two sample images and scikit-image's bundled ones",
+    "wbc_masks": "single white blood cells of another laboratory (segmentation_WBC)",
+    "photographs": "images that are no smears: scikit-learn's two samples and scikit-image's bundled ones",
     "blank": "one colour",
     "noise": "uniform or Gaussian noise",
     "blurred": "test images, blurred by 6 pixels of 224",

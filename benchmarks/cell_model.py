@@ -41,7 +41,9 @@ from taleqani import GROUPED_BY, INTERVAL, check_apart, known_images
 
 ROOT = Path(__file__).resolve().parents[1]
 WHOLE = "MobileNetV2, whole image"
-NAMES = {"own": "cells", "jitter": "cells, colours disturbed", "normalised": "cells, colours matched", "grey": "cells, grey"}
+SINGLE_CELL = "Single-cell model"
+INPUTS = {"jitter": "colour-jittered", "normalised": "colour-normalised", "grey": "greyscale"}
+NAMES = {"own": SINGLE_CELL} | {colours: f"{SINGLE_CELL}, {name} input" for colours, name in INPUTS.items()}
 
 
 def log(text: str) -> None:
@@ -208,7 +210,7 @@ def main() -> None:
     report["accuracy_cross_validated"] = {names[k]: proportion(v) for k, v in correct.items()}
     report["discordant_test"] = {
         "only MobileNetV2 correct": int((correct["mobilenet_v2"] & ~correct["own"])[test].sum()),
-        "only cells correct": int((correct["own"] & ~correct["mobilenet_v2"])[test].sum()),
+        "only single-cell model correct": int((correct["own"] & ~correct["mobilenet_v2"])[test].sum()),
     }
     log(json.dumps({key: report[key] for key in ("accuracy_test", "accuracy_cross_validated")}))
 
@@ -224,7 +226,7 @@ def main() -> None:
     lines = []
     for kind, (changed, table_of) in of_kind.items():
         predictions = {
-            "cells": predict_cells(cells, changed),
+            SINGLE_CELL: predict_cells(cells, changed),
             WHOLE: classes[net.predict(backbone_features(changed, asked.shared))],
         }
         for model, predicted in predictions.items():

@@ -39,7 +39,7 @@ NAMES = ("pair", "path", "image", "original", "segmented", "cells")  # columns t
 def image_names(run: Path) -> list[str]:
     """Names of the images of a run, longest first: paths, file names, and the names that tables give them."""
     tables = [read_table(file) for file in (run / "manifest.csv", run / "pairs.csv", run / "split.csv") if file.is_file()]
-    tables += [read_table(file) for file in sorted(run.glob("unseen/*.csv"))]
+    tables += [read_table(file) for file in sorted(run.glob("new_images/*.csv"))]
     found = {str(value) for table in tables for name in NAMES if name in table for value in table[name]}
     found |= {Path(name.replace("\\", "/")).name for name in found if "." in name}
     return sorted(found - {"", "nan"}, key=len, reverse=True)
@@ -90,7 +90,7 @@ def collect(run: Path, out: Path) -> None:
     keep_table("subsets.csv", split.groupby(["class", "subset"]).size().unstack().reset_index())
     steps = [json.loads(path.read_text()) for path in sorted(run.glob("steps/*.json"))]
     study = json.loads((run / "study.json").read_text())
-    study |= {name: Path(study.get(name, "")).name for name in ("data", "unseen", "groups", "split_file")}  # no one's folders
+    study |= {name: Path(study.get(name, "")).name for name in ("data", "new_images", "groups", "split_file")}  # no one's folders
     study |= {"steps": {step["step"]: step["seconds"] for step in steps}}
     keep_json("study.json", study)
 

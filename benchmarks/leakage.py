@@ -50,7 +50,7 @@ def recall(truth: np.ndarray, found: np.ndarray, chosen: np.ndarray) -> dict:
     (found_pairs, pairs), whole = hits.sum(0).tolist(), int((hits[:, 0] == hits[:, 1]).sum())
     return {
         "groups": len(hits),
-        "groups_found_whole": whole,
+        "groups_complete": whole,
         "groups_interval": interval(whole, len(hits)),
         "pairs": pairs,
         "found": found_pairs,
@@ -61,15 +61,15 @@ def recall(truth: np.ndarray, found: np.ndarray, chosen: np.ndarray) -> dict:
 
 def split_leakage(classes: np.ndarray, groups: np.ndarray, repeats: int = 200) -> dict:
     """Proportion of test images with a near-duplicate in train, in random 85/5/10 splits by image."""
-    shares = []
+    proportions = []
     for seed in range(repeats):
         order = np.random.default_rng(seed).permutation(len(classes))
         test, train = order[: round(0.05 * len(order))], order[round(0.15 * len(order)) :]
-        shares.append(np.isin(groups[test], groups[train]).mean())
+        proportions.append(np.isin(groups[test], groups[train]).mean())
     return {
         "repeats": repeats,
-        "share_of_test_mean": round(float(np.mean(shares)), 4),
-        "central_95": np.round(np.percentile(shares, [2.5, 97.5]), 4).tolist(),
+        "proportion_of_test_mean": round(float(np.mean(proportions)), 4),
+        "central_95": np.round(np.percentile(proportions, [2.5, 97.5]), 4).tolist(),
     }
 
 
@@ -92,8 +92,8 @@ def main() -> None:
     judged = []
     holds = leakage._is_overlap
 
-    def note(votes, score, share):  # keep what is rejected as well, for the table of thresholds
-        judged.append((np.asarray(votes), np.asarray(score), np.asarray(share)))
+    def note(votes, ncc, overlap):  # keep what is rejected as well, for the table of thresholds
+        judged.append((np.asarray(votes), np.asarray(ncc), np.asarray(overlap)))
         return np.ones(len(votes), bool)
 
     leakage._is_overlap = note
@@ -115,14 +115,14 @@ def main() -> None:
     half_a = np.random.default_rng(0).permutation(numbers)[::2]
     in_a, in_b = np.isin(truth, half_a), np.isin(truth, np.setdiff1d(numbers, half_a))
     table = []
-    for score in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+    for ncc in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
         for votes in (5, 8, 12, 16, 24, 1000):
             blurred = (proposed["votes"] >= votes) & (proposed["ncc"] >= 0.3)
-            kept = proposed[(proposed["overlap"] >= 0.02) & ((proposed["ncc"] >= score) | blurred)]
+            kept = proposed[(proposed["overlap"] >= 0.02) & ((proposed["ncc"] >= ncc) | blurred)]
             for_a = leakage.group_images(paths, pd.concat([duplicates, kept]))
             table.append(
                 {
-                    "score": score,
+                    "ncc": ncc,
                     "votes_for_blurred": votes,
                     "pairs": len(kept),
                     "across_classes": int(kept["across"].sum()),
@@ -155,19 +155,19 @@ def main() -> None:
         "pairs_across_classes": {
             "kept": across,
             "of": len(overlaps),
-            "share_of_all_possible_pairs": round(float(possible_across), 4),
+            "proportion_of_all_possible_pairs": round(float(possible_across), 4),
             "new_kept": int(new["across"].sum()),
-            "new_share_interval": interval(int(new["across"].sum()), len(new)),
+            "new_proportion_interval": interval(int(new["across"].sum()), len(new)),
         },
-        "images_with_partner": int((sizes[sizes > 1]).sum()),
-        "images_with_partner_listed": int(pd.Series(truth).duplicated(keep=False).sum()),
+        "images_with_near_duplicate": int((sizes[sizes > 1]).sum()),
+        "images_with_near_duplicate_listed": int(pd.Series(truth).duplicated(keep=False).sum()),
         "groups": {"found": int((sizes > 1).sum()), "listed": len(numbers), "largest": sizes.head(10).tolist()},
         "random_split": {"groups_found": split_leakage(classes, groups), "groups_listed": split_leakage(classes, truth)},
-        "new_pairs_looked_at": {
+        "new_pairs_inspected": {
             "random": 90,
-            "false": 0,
+            "false_positives": 0,
             "interval": interval(0, 90),
-            "riskiest": "33 of lowest score and 18 of 4 votes and least share: none false",
+            "riskiest": "33 of lowest NCC and 18 of 4 votes and least overlap: no false positive",
             "how": "by eye on montages, one reader, 2026-11-24",
         },
         "thresholds": table,
@@ -175,17 +175,17 @@ def main() -> None:
     originals = pd.read_csv(args.data / "kaggle_fullres/matches.csv")
     full = [str(args.data / "kaggle_fullres" / file) for file in originals["file"]]
     start, found = time.perf_counter(), leakage.find_duplicates(full + paths, progress=False)
-    twins = set(zip(found["a"], found["b"]))
+    copies = set(zip(found["a"], found["b"]))
     expected = [(a, str(args.data / "taleqani" / b)) for a, b in zip(full, originals["taleqani_match"])]
-    hits = sum(pair in twins for pair in expected if pair[1] in place)
+    hits = sum(pair in copies for pair in expected if pair[1] in place)
     number = sum(pair[1] in place for pair in expected)
     others = [
-        [Path(a).name, Path(b).name, round(score, 3)]
-        for a, b, score in zip(found["a"], found["b"], found["ncc"])
+        [Path(a).name, Path(b).name, round(ncc, 3)]
+        for a, b, ncc in zip(found["a"], found["b"], found["ncc"])
         if a in full and (a, b) not in expected
     ]
     result["originals"] = {
-        "twins": number,
+        "copies": number,
         "found": hits,
         "interval": interval(hits, number) if number else None,
         "other_pairs_with_originals": others,

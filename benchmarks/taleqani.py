@@ -2,8 +2,8 @@
 
 Two images are of one group where this project's finder pairs them or `taleqani_fields.csv` lists them together, directly
 or through other images. Near-duplicates of which neither knows, and images of one patient, can still be in two groups.
-The finder is asked twice, for all images and for those of the study's classes: its index depends on the images that it
-holds, so that each search finds a few pairs that the other does not. The result is kept in a file of the temporary folder.
+Near-duplicates are searched twice, among all images and among those of the study's classes: the index of the search depends on
+its images, so that each search finds a few pairs that the other does not. The result is kept in a file of the temporary folder.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def _dummy_images(folder: Path) -> None:
     manifest = rows.assign(width=1024, height=768, sha256=[f"{i:064x}" for i in range(len(rows))], problem="")
     manifest.loc[59, "problem"] = "Normal/Snap_059.png: the file ends too early. Copy it again."
     pairs = manifest[manifest["problem"] == ""].reset_index(drop=True)
-    pairs = pairs.assign(cell_fraction=0.12, n_cells=7, flag=np.where(pairs.index % 40 == 39, "mask under 1 % of the image", ""))
+    pairs = pairs.assign(mask_fraction=0.12, n_cells=7, mask_flag=np.where(pairs.index % 40 == 39, "covers 0.10%", ""))
     number = pairs["pair"].str[-3:].astype(int)
     subset = np.where(number < pairs["class"].map(_DUMMY["images"]["test"]), "test", np.where(number % 10 == 9, "val", "train"))
     split = pairs[["pair", "class", "path", "sha256"]].assign(subset=subset, group=range(len(pairs)))
@@ -168,7 +168,7 @@ def _dummy_model(folder: Path, name: str, accuracy: float, seed: int) -> None:
     if accuracy < 0.5:
         both = both.assign(**{"p_Normal": 0.3, "p_Pre-B": 0.3, "p_Pro-B": 0.4})
     write_predictions(both, folder / "predictions" / f"{name}.csv")
-    write_predictions(dummy_predictions(0.85, (2, 2, 2), seed=seed, subset="unseen"), folder / "unseen" / f"{name}.csv")
+    write_predictions(dummy_predictions(0.85, (2, 2, 2), seed=seed, subset="new"), folder / "new_images" / f"{name}.csv")
     epoch = np.arange(1, 11)
     curve = {"epoch": epoch, "accuracy": 1 - 0.6 * np.exp(-epoch / 2), "loss": np.exp(-epoch / 3)}
     curve |= {"val_accuracy": accuracy - 0.3 * np.exp(-epoch / 2), "val_loss": np.exp(-epoch / 3)}

@@ -277,7 +277,7 @@ def test_calibrated_is_said_only_where_a_temperature_was_fitted(run):
 def test_new_images_with_classes_are_not_passed_over(run):
     study = json.loads((run / "study.json").read_text())
     assert state(run, "external").startswith("Not done")
-    (run / "study.json").write_text(json.dumps(study | {"unseen": "/somewhere"}))
+    (run / "study.json").write_text(json.dumps(study | {"new_images": "/somewhere"}))
     assert state(run, "external").startswith("Partly reported: 6 of 6 new images")
 
 

@@ -32,7 +32,7 @@ def collected(run, tmp_path):
 
 def names(run):
     found = set()
-    for file in (run / "manifest.csv", run / "pairs.csv", *run.glob("unseen/*.csv"), *run.glob("predictions/*.csv")):
+    for file in (run / "manifest.csv", run / "pairs.csv", *run.glob("new_images/*.csv"), *run.glob("predictions/*.csv")):
         table = read_table(file)
         for column in {"pair", "path", "original", "segmented"} & set(table.columns):
             found |= set(table[column]) | {value.rsplit("/", 1)[-1] for value in table[column]}
@@ -59,7 +59,9 @@ def test_names_that_an_answer_or_a_table_holds_are_taken_out(run, tmp_path):
     )
     write_table(old / "metrics" / "reporting_items.csv", items)
     write_table(old / "metrics" / "cue_conflict.csv", read_table(old / "metrics" / "cue_conflict.csv").assign(pair=pair))
-    (old / "study.json").write_text(json.dumps({"data": "/home/someone/slides", "unseen": "/home/someone/new", "note": [pair]}))
+    (old / "study.json").write_text(
+        json.dumps({"data": "/home/someone/slides", "new_images": "/home/someone/new", "note": [pair]})
+    )
     out = collected(old, tmp_path)
     text = (out / "reporting_items.csv").read_text(encoding="utf-8")
     assert pair not in text and path.split("/")[-1] not in text and "1 of 3 wrong; most often (image) by 3, (image) by 1." in text

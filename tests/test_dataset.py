@@ -76,7 +76,7 @@ def test_pixels_are_segment_mask_resize_in_that_order(prepared):
         assert (read_image(folder / row.segmented) == resize_square(apply_mask(image, mask), SIZE)).all()
         cells = cv2.imread(str(folder / row.cells), cv2.IMREAD_UNCHANGED)
         assert cells.dtype == np.uint16 and (cells == find_cells(square)).all() and row.n_cells == cells.max()
-        assert row.cell_fraction == round(mask.mean(), 5) and row.pixels == _pixel_hash(image)
+        assert row.mask_fraction == round(mask.mean(), 5) and row.pixels == _pixel_hash(image)
 
 
 def test_same_table_and_files_with_two_workers(manifest, prepared, tmp_path):
@@ -113,7 +113,7 @@ def test_image_that_changed_or_went_bad_is_a_row_and_keeps_no_files(manifest, tm
     Path(copy["path"][1]).unlink()
     table = prepare_pairs(copy, tmp_path / "out", SIZE, progress=False)
     assert "changed since the manifest was made" in table["problem"][0] and "No such file" in table["problem"][1]
-    assert (table["problem"][2:] == "").all() and (table.loc[:1, ["original", "flag"]] == "").all(axis=None)
+    assert (table["problem"][2:] == "").all() and (table.loc[:1, ["original", "mask_flag"]] == "").all(axis=None)
     for pair in copy["pair"][:2]:
         assert not any((tmp_path / "out" / name).exists() for name in _pair_files(pair).values())
 
@@ -151,8 +151,8 @@ def test_errors_of_the_output_end_the_run_and_say_what_is_done(manifest, tmp_pat
 @pytest.mark.filterwarnings("error")
 def test_no_pair_is_usable_and_pandas_says_nothing(manifest, tmp_path):
     table = prepare_pairs(manifest[:2].assign(problem="not today"), tmp_path, SIZE, progress=False)
-    assert (table["problem"] == "not today").all() and (table[["original", "cells", "flag", "pixels"]] == "").all(axis=None)
-    assert table["cell_fraction"].isna().all() and table["n_cells"].isna().all()
+    assert (table["problem"] == "not today").all() and (table[["original", "cells", "mask_flag", "pixels"]] == "").all(axis=None)
+    assert table["mask_fraction"].isna().all() and table["n_cells"].isna().all()
 
 
 def test_two_rows_of_one_name(manifest, tmp_path):

@@ -143,7 +143,7 @@ def test_a_command_stopped_while_it_starts_says_so(tmp_path):
     assert process.returncode == 130 and error.strip() == "leukemia_nb: stopped before anything was done."
 
 
-@pytest.mark.parametrize("option", ["--data", "--unseen", "--groups", "--split-file"])
+@pytest.mark.parametrize("option", ["--data", "--new-images", "--groups", "--split-file"])
 def test_an_empty_path_is_refused(option):
     status, _, error = call("study", option, "")
     assert status == 2 and option in error and "is empty" in error

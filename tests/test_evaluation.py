@@ -41,16 +41,16 @@ from leukemia_nb.evaluation.predictions import (
     classes_of,
     distinct_paths,
     model_titles,
-    predict_unseen,
+    predict_new_images,
     predicted_labels,
     predictions_table,
     probabilities_of,
     read_all_predictions,
     read_predictions,
-    readable_unseen,
+    readable_new_images,
     take_subset,
-    unseen_figure,
-    unseen_table,
+    new_images_figure,
+    new_images_table,
     write_predictions,
 )
 from leukemia_nb.testing import dummy_predictions
@@ -128,7 +128,7 @@ def test_a_bad_table_is_not_written(tmp_path):
         (lambda t: t.head(0), "no rows"),
         (lambda t: t.assign(**{"class": "Basophil"}), "'Basophil' has no probability column"),
         (lambda t: t.assign(**{"class": ""}), "class '' has no probability column"),
-        (lambda t: t.assign(subset="unseen", **{"class": "Basophil"}), "'Basophil' has no probability column"),
+        (lambda t: t.assign(subset="new", **{"class": "Basophil"}), "'Basophil' has no probability column"),
         (lambda t: t.assign(pair="one"), "'one' has more than one row"),
         (lambda t: t.assign(**{"p_Normal": "high"}), "not a number"),
         (lambda t: t.assign(**{"p_Normal": np.nan}), r"nan.*not between 0 and 1"),
@@ -149,7 +149,7 @@ def test_rounding_and_unlabelled_new_images_are_valid():
     _check_predictions(table.assign(**{name: table[name].astype(np.float16).astype(float) for name in probabilities}))
     _check_predictions(table.assign(**{"p_Normal": table["p_Normal"] + 0.0009}))
     _check_predictions(table.assign(**{"p_Normal": -5e-7, "p_Pre-B": 0.5, "p_Pro-B": 0.5}))
-    _check_predictions(table.assign(**{"class": "", "subset": "unseen"}))
+    _check_predictions(table.assign(**{"class": "", "subset": "new"}))
     two = two_classes(["Normal"], [0.7])
     assert _check_predictions(two) is two
     assert probabilities_of(two.assign(**{"p_Pro-B": 0.3006})).sum() == pytest.approx(1, abs=1e-12)
@@ -221,15 +221,21 @@ def test_confusion_and_class_metrics_by_hand(counted):
 
 
 def test_metrics_of_models_by_hand(counted):
-    row = compare_models({"yolo11": counted}, weights={"yolo11": "ImageNet"}).iloc[0]
-    assert (row["title"], row["n_correct"], row["n_images"], row["accuracy"], row["original"]) == ("YOLO11", 8, 10, 0.8, 1.0)
+    row = compare_models({"yolo11": counted}, weights_source={"yolo11": "ImageNet"}).iloc[0]
+    assert (row["title"], row["n_correct"], row["n_images"], row["accuracy"], row["original_study_accuracy"]) == (
+        "YOLO11",
+        8,
+        10,
+        0.8,
+        1.0,
+    )
     assert (row["low"], row["high"]) == pytest.approx((0.44390, 0.97479), abs=1e-5)  # R: binom.test(8, 10)
     f1_pro = 2 * (5 / 6) * (5 / 6) / (5 / 6 + 5 / 6)
     assert row["macro_f1"] == pytest.approx((3 / 4 + f1_pro) / 2) and row["balanced_accuracy"] == pytest.approx(
         (3 / 4 + 5 / 6) / 2
     )
     assert row["auc"] == pytest.approx(20.5 / 24) and row["constant_class"] == "" and row["weights"] == "ImageNet"
-    text = readable_comparison(compare_models({"yolo11": counted}, weights={"yolo11": "ImageNet"})).iloc[0]
+    text = readable_comparison(compare_models({"yolo11": counted}, weights_source={"yolo11": "ImageNet"})).iloc[0]
     assert text["Accuracy"] == "80.0 % (95 % CI 44.4–97.5; 8/10)" and text["Original study"] == "100.0 %"
     assert text["ROC-AUC"] == "0.854" and text["Macro F1"] == "0.792" and "Note" not in text
 
@@ -245,7 +251,7 @@ def test_metrics_are_scikit_learns(accuracy, seed):
     assert row["macro_f1"] == pytest.approx(metrics.f1_score(truth, predicted, average="macro", zero_division=0))
     assert row["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(truth, predicted))
     assert row["auc"] == pytest.approx(metrics.roc_auc_score(truth, probabilities_of(table), multi_class="ovr"))
-    assert np.isnan(row["original"]) and row["title"] == "m"
+    assert np.isnan(row["original_study_accuracy"]) and row["title"] == "m"
     specificity = [metrics.recall_score(truth != c, predicted != c) for c in classes_of(table)]
     assert list(class_table(table)["specificity"]) == pytest.approx(specificity)
 
@@ -473,11 +479,11 @@ def folder_of_images(tmp_path):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 32])
-def test_unseen_images(folder_of_images, batch):
+def test_new_images(folder_of_images, batch):
     (folder_of_images / "Pro" / "zero.png").write_bytes(b"")
     (folder_of_images / "zzz.png").write_bytes(b"no image")  # the last file
     with pytest.warns(UserWarning, match=r"left out: .*(zero|zzz)\.png"):
-        table = predict_unseen(ByBrightness(), folder_of_images, batch=batch)
+        table = predict_new_images(ByBrightness(), folder_of_images, batch=batch)
     assert dict(zip(table["pair"], table["class"])) == {
         "Benign/Snap_0é.png": "Normal",
         "Pre/Snap_4é.png": "",
@@ -491,30 +497,30 @@ def test_unseen_images(folder_of_images, batch):
 def test_no_image_that_can_be_read(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.warns(UserWarning), pytest.raises(PredictionsError, match="no image that can be read"):
-        predict_unseen(ByBrightness(), tmp_path)
+        predict_new_images(ByBrightness(), tmp_path)
 
 
-def test_unseen_table_and_grid(folder_of_images):
-    one = predict_unseen(ByBrightness(), folder_of_images)
-    table = unseen_table({"mobilenet_v2": one, "x<y>": one.sample(frac=1, random_state=0)})
+def test_new_table_and_grid(folder_of_images):
+    one = predict_new_images(ByBrightness(), folder_of_images)
+    table = new_images_table({"mobilenet_v2": one, "x<y>": one.sample(frac=1, random_state=0)})
     assert (table["MobileNetV2"] == table["x<y>"]).all() and len(table) == 5 and model_titles(table) == ["MobileNetV2", "x<y>"]
-    text = readable_unseen(table).set_index("Image")
+    text = readable_new_images(table).set_index("Image")
     assert (
         text.loc["Pro/Snap_2é.png", "MobileNetV2"] == "✗ Normal 0.84"
         and text.loc["Pro/Snap_1é.png", "MobileNetV2"] == "Pro-B 0.78"
     )
     assert text.loc["somewhere/Snap_3é.png"].tolist() == ["–", "Pro-B 0.98", "Pro-B 0.98"]
-    page = readable_unseen(table).to_html(index=False)
+    page = readable_new_images(table).to_html(index=False)
     assert page.count("✗") == 2 and "x&lt;y&gt;" in page and "<y>" not in page
-    assert len(unseen_figure(table, folder_of_images, max_images=3).axes) == 3
-    labels = [axis.get_xlabel() for axis in unseen_figure(table.assign(**{"x<y> abstains": True}), folder_of_images).axes]
+    assert len(new_images_figure(table, folder_of_images, max_images=3).axes) == 3
+    labels = [axis.get_xlabel() for axis in new_images_figure(table.assign(**{"x<y> abstains": True}), folder_of_images).axes]
     assert labels[0].split("\n") == ["Snap_0é.png", "✓ MobileNetV2: Normal 0.96", "✓ x<y>: (Normal) 0.96"] and len(labels) == 5
     with pytest.raises(PredictionsError, match="yolo11: its images are not those"):
-        unseen_table({"a": one, "yolo11": one.head(2)})
+        new_images_table({"a": one, "yolo11": one.head(2)})
     with pytest.raises(PredictionsError, match="no new images"):
-        unseen_figure(table.head(0), folder_of_images)
+        new_images_figure(table.head(0), folder_of_images)
     with pytest.raises(PredictionsError, match="no predictions of new images"):
-        unseen_table({})
+        new_images_table({})
 
 
 def test_distinct_paths():

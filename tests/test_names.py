@@ -25,7 +25,7 @@ from leukemia_nb.evaluation.metrics import (
     precision_recall_figure,
     roc_figure,
 )
-from leukemia_nb.evaluation.predictions import unseen_figure, unseen_table
+from leukemia_nb.evaluation.predictions import new_images_figure, new_images_table
 from leukemia_nb.evaluation.uncertainty import compare_model_pairs, difference_figure
 from leukemia_nb.models import interface as models
 from leukemia_nb.plotting import plot_style
@@ -108,15 +108,15 @@ def test_figures_of_predictions_take_any_class_and_title(predictions, tmp_path):
 def test_figures_of_images_take_any_file_and_class(predictions, tmp_path):
     for name in NAMES:
         write_image(tmp_path / "new" / name.replace(".jpg", ".png"), np.full((48, 64, 3), 180, np.uint8))
-    unseen = {
+    new_images = {
         model: table.head(4).assign(
-            subset="unseen",
+            subset="new",
             pair=[name.replace(".jpg", ".png") for name in NAMES],
             path=[name.replace(".jpg", ".png") for name in NAMES],
         )
         for model, table in predictions.items()
     }
-    text = drawn(unseen_figure(unseen_table(unseen), tmp_path / "new"), tmp_path)
+    text = drawn(new_images_figure(new_images_table(new_images), tmp_path / "new"), tmp_path)
     assert all(name.replace(".jpg", ".png") in text for name in NAMES) and CLASSES[0] in text
     image = make_smear("Pro-B", 1, 64, 64).image
     masks = np.zeros((1, 64, 64), bool)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leukemia_nb.data.manifest import mark_two_classes, merge_groups
+from leukemia_nb.data.manifest import mark_conflicting_labels, merge_groups
 from leukemia_nb.processing.splitting import (
     SplitError,
     check_split,
@@ -118,7 +118,7 @@ def test_empty_cells_tie_nothing():
 def test_one_image_under_two_classes_is_left_out():
     table = example_pairs({"Normal": 21, "Pre-B": 21})
     table.loc[[0, 21], "pixels"] = "same"
-    with pytest.warns(UserWarning, match="two classes, left out: Normal/0000, Pre-B/0000"):
+    with pytest.warns(UserWarning, match="conflicting labels, left out: Normal/0000, Pre-B/0000"):
         split = split_pairs(table)
     assert len(split) == 40
 
@@ -411,7 +411,7 @@ def test_split_file_that_puts_an_image_into_two_subsets_is_named(tmp_path):
 def test_copies_under_two_classes_get_a_problem_that_names_the_other():
     table = example_pairs({"Normal": 3, "Pre-B": 3}).assign(path=list("abcdef"), problem=["", "", "broken", "", "", ""])
     table.loc[[0, 3], "pixels"] = "same"
-    found = mark_two_classes(table, copies=[0, 1, 2, 3, 1, 2])  # c is broken, so its copy f stays
+    found = mark_conflicting_labels(table, copies=[0, 1, 2, 3, 1, 2])  # c is broken, so its copy f stays
     assert found["problem"][0] == "a: the same image lies under another class: d. Remove the wrong one."
     assert list(found["pair"][found["problem"] == ""]) == ["Pre-B/0002"] and list(found.columns) == list(table.columns)
 

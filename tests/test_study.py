@@ -413,7 +413,7 @@ def hostile(images, tmp_path_factory):
         ".",
         "--run",
         "runs/a {run}",
-        "--unseen",
+        "--new-images",
         "../new",
         *TINY,
         "--n-jobs",
@@ -440,8 +440,8 @@ def test_a_study_with_every_bad_image_runs_to_its_report_and_lists_them(hostile)
     assert (manifest.problem == "").sum() == 72 + 6 - 1 and (
         manifest.problem != ""
     ).sum() == 8  # two are one image in two classes
-    unseen = pd.read_csv(run / "unseen/cells.csv", keep_default_na=False)
-    assert len(unseen) == 3 and sum(map(os.path.isfile, unseen.path)) == 2  # no table holds a name that is not UTF-8
+    new_images = pd.read_csv(run / "new_images/cells.csv", keep_default_na=False)
+    assert len(new_images) == 3 and sum(map(os.path.isfile, new_images.path)) == 2  # no table holds a name that is not UTF-8
 
 
 @pytest.mark.slow
@@ -459,7 +459,7 @@ def test_a_study_inside_its_data_does_not_read_itself_and_litter_redoes_nothing(
         (folder / ".ipynb_checkpoints/a-checkpoint.png").write_text("x")
     before = (run / "manifest.csv").read_bytes()
     status, said = command(
-        "--data", ".", "--run", "runs/a {run}", "--unseen", "../new", *TINY, cwd=data, KERAS_BACKEND="tensorflow"
+        "--data", ".", "--run", "runs/a {run}", "--new-images", "../new", *TINY, cwd=data, KERAS_BACKEND="tensorflow"
     )
     done = [line for line in said.splitlines() if line.startswith("  ")]
     assert status == 0 and len(done) > 9 and all(": unchanged" in line for line in done), said
@@ -472,11 +472,11 @@ def test_a_study_inside_its_data_does_not_read_itself_and_litter_redoes_nothing(
         (("--data", "images", "--run", "images"), "holds the images"),
         (("--data", "images", "--run", "."), "holds images"),
         (("--data", "run/prepared"), "written by leukemia_nb"),
-        (("--unseen", "run/prepared"), "written by leukemia_nb"),
+        (("--new-images", "run/prepared"), "written by leukemia_nb"),
         (("--run", "images"), "holds images that no study wrote"),
-        (("--unseen", "empty"), "no images in it"),
-        (("--unseen", "bad"), "none of its 1 image can be read"),
-        (("--unseen", "file.csv"), "is a file"),
+        (("--new-images", "empty"), "no images in it"),
+        (("--new-images", "bad"), "none of its 1 image can be read"),
+        (("--new-images", "file.csv"), "is a file"),
         (("--data", "file.csv"), "is a file"),
         (("--data", "one"), "class Normal has 1 image"),
         (("--data", "empty"), "no images in it"),

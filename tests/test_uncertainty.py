@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy.stats import f, t
 
-from leukemia_nb.evaluation.cross_validation import cross_validate, cross_validated_accuracy
+from leukemia_nb.evaluation.cross_validation import repeated_cross_val_predict, cross_validated_accuracy
 from leukemia_nb.evaluation.predictions import PredictionsError, predicted_labels
 from leukemia_nb.evaluation.uncertainty import (
     clopper_pearson,
@@ -70,7 +70,7 @@ def test_independent_images_give_the_exact_interval():
     assert korn_graubard_interval([1.0]).low == pytest.approx(0.025) and korn_graubard_interval([0.0]).high == pytest.approx(
         0.975
     )
-    narrow = korn_graubard_interval(np.arange(10) < 5, confidence=0.5)
+    narrow = korn_graubard_interval(np.arange(10) < 5, confidence_level=0.5)
     assert (narrow.low, narrow.high) == pytest.approx(clopper_pearson(5, 10, 0.5), abs=1e-9)
 
 
@@ -191,7 +191,7 @@ def test_comparison_of_two_models_by_hand():
     assert row[["first", "second", "n_images", "only_first_correct", "only_second_correct"]].tolist() == ["a", "b", 12, 7, 1]
     assert row["difference"] == pytest.approx(6 / 12) and row["p"] == row["p_holm"] == pytest.approx(2 * 9 / 256)
     assert not row["significant"] and row["test"] == "McNemar's exact test"
-    assert compare_model_pairs({"a": errs_on([0, 11]), "b": errs_on([1, 2, 3, 4, 5, 6, 7, 11])}, level=0.08)["significant"].item()
+    assert compare_model_pairs({"a": errs_on([0, 11]), "b": errs_on([1, 2, 3, 4, 5, 6, 7, 11])}, alpha=0.08)["significant"].item()
 
 
 def test_pairs_of_models_are_adjusted_together():
@@ -276,27 +276,29 @@ def test_cross_validation():
     y = pd.Series(np.repeat(["Normal", "Pre-B", "Pro-B"], 30), [f"p{i}" for i in range(90)])
     X = random.normal(size=(90, 5)) + 3 * pd.get_dummies(y).to_numpy() @ random.normal(size=(3, 5))
     groups = np.repeat(np.arange(30), 3)
-    table = cross_validate(logistic(), X, y, groups, folds=3, repeats=2)
-    pd.testing.assert_frame_equal(table, cross_validate(logistic(), X, y, groups, folds=3, repeats=2))
+    table = repeated_cross_val_predict(logistic(), X, y, groups, n_splits=3, n_repeats=2)
+    pd.testing.assert_frame_equal(table, repeated_cross_val_predict(logistic(), X, y, groups, n_splits=3, n_repeats=2))
     assert len(table) == 180 and set(table.groupby("pair").size()) == {2} and set(table["subset"]) == {"fold"}
     by_repeat = table.groupby("repeat")["p_Normal"].apply(list)
     assert by_repeat.index.tolist() == [0, 1] and by_repeat[0] != by_repeat[1]
-    again = cross_validate(logistic(), X, y, groups, folds=3, repeats=1, seed=1)
+    again = repeated_cross_val_predict(logistic(), X, y, groups, n_splits=3, n_repeats=1, random_state=1)
     assert again["p_Normal"].tolist() == by_repeat[1]  # repeat 1 of seed 0 is repeat 0 of seed 1
     found = cross_validated_accuracy(table)
     assert found.estimate == pytest.approx((predicted_labels(table) == table["class"]).mean())
     assert (found.n, found.groups) == (90, 30)
     with pytest.raises(ValueError, match="Pro-B has 10 groups, 11 folds"):
-        cross_validate(logistic(), X, y, np.where(y == "Pro-B", groups, np.arange(90) + 100), folds=11)
-    assert len(cross_validate(logistic(), X, y, np.where(y == "Pro-B", groups, np.arange(90) + 100), folds=10)) == 90
+        repeated_cross_val_predict(logistic(), X, y, np.where(y == "Pro-B", groups, np.arange(90) + 100), n_splits=11)
+    assert (
+        len(repeated_cross_val_predict(logistic(), X, y, np.where(y == "Pro-B", groups, np.arange(90) + 100), n_splits=10)) == 90
+    )
 
 
 def test_random_state_of_an_estimator_follows_the_repeat():
     from sklearn.dummy import DummyClassifier
 
     y = pd.Series(["a", "b"] * 20, [f"p{i}" for i in range(40)])
-    table = cross_validate(
-        DummyClassifier(strategy="stratified", random_state=5), np.zeros((40, 1)), y, folds=2, repeats=2, seed=7
+    table = repeated_cross_val_predict(
+        DummyClassifier(strategy="stratified", random_state=5), np.zeros((40, 1)), y, n_splits=2, n_repeats=2, random_state=7
     )
     assert table.groupby("repeat")["p_a"].apply(tuple).nunique() == 2
 
@@ -307,8 +309,8 @@ def test_groups_never_cross_folds():
     group = np.repeat(np.arange(45), 4)
     labels = np.array(["Normal", "Pre-B", "Pro-B"])[random.permutation(np.arange(45) % 3)[group]]
     y, X = pd.Series(labels, [f"p{i}" for i in range(180)]), random.normal(size=(45, 40))[group]
-    assert cross_validated_accuracy(cross_validate(logistic(), X, y)).estimate > 0.9
-    assert cross_validated_accuracy(cross_validate(logistic(), X, y, group)).estimate < 0.6
+    assert cross_validated_accuracy(repeated_cross_val_predict(logistic(), X, y)).estimate > 0.9
+    assert cross_validated_accuracy(repeated_cross_val_predict(logistic(), X, y, group)).estimate < 0.6
 
 
 def test_a_pair_without_a_group_is_its_own():

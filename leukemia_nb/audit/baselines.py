@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..data.images import scale_bar_corner
 from ..data.processes import die_with_parent
-from ..evaluation.cross_validation import cross_validate, cross_validated_accuracy
+from ..evaluation.cross_validation import repeated_cross_val_predict, cross_validated_accuracy
 from ..evaluation.predictions import model_title, predicted_labels, predictions_table, take_subset
 from ..evaluation.uncertainty import CLOPPER_PEARSON, Interval, format_proportion, group_labels, korn_graubard_interval
 from ..processing.cells import find_cells
@@ -238,17 +238,17 @@ def cross_validate_baselines(
     seed: int = 0,  # of folds, forests and permutations
     n_jobs: int | None = None,  # folds fitted at once
     permutations: int | None = None,  # of the labels; None: 100, or a third of the images if fewer
-) -> dict[str, pd.DataFrame]:  # name -> predictions, as from cross_validate
+) -> dict[str, pd.DataFrame]:  # name -> predictions, as from repeated_cross_val_predict
     "Out-of-fold predictions of every baseline. Raises ValueError if a class has fewer groups than folds."
     found = {}
     for name, X in features.items():
         model = BASELINES[name].estimator()
         if not BASELINES[name].permuted:
-            found[name] = cross_validate(model, X, y, groups, folds, repeats, seed, n_jobs)
+            found[name] = repeated_cross_val_predict(model, X, y, groups, folds, repeats, seed, n_jobs)
             continue
         tables = []
         for repeat, labels in enumerate(_permuted(y.to_numpy(), permutations, seed)):
-            table = cross_validate(model, X, pd.Series(labels, y.index), groups, folds, 1, seed + repeat, n_jobs)
+            table = repeated_cross_val_predict(model, X, pd.Series(labels, y.index), groups, folds, 1, seed + repeat, n_jobs)
             tables.append(table.assign(repeat=repeat, **{"class": y.to_numpy(str)}))
         found[name] = pd.concat(tables, ignore_index=True)
     return found

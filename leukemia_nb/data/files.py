@@ -339,7 +339,10 @@ class TableError(LeukemiaError, OSError):
         return escape_text(super().__str__())
 
 # %% ../../nbs/01_data/10_files.ipynb #541d664f
-_TEXT = ("pair", "class", "path", "sha256", "problem", "flip", "flag", "subset", "group", "original", "segmented", "cells")
+_TEXT = (
+    *("pair", "class", "path", "sha256", "problem", "flip", "flag"),
+    *("mask_flag", "subset", "group", "original", "segmented", "cells"),
+)
 
 # %% ../../nbs/01_data/10_files.ipynb #20a78dd5
 def read_table(

@@ -37,8 +37,8 @@ else:  # loaded when they are used; the names are for the documentation
 
 # %% auto #0
 __all__ = ['CLASSES', 'FOUR_CLASSES', 'NO_IMAGES', 'class_of', 'ImageSearch', 'check_folder', 'check_not_inside', 'search_images',
-           'find_images', 'merge_groups', 'mark_two_classes', 'ClassSelection', 'select_classes', 'build_manifest',
-           'check_manifest', 'fetch_kaggle']
+           'find_images', 'merge_groups', 'mark_conflicting_labels', 'ClassSelection', 'select_classes',
+           'build_manifest', 'check_manifest', 'fetch_kaggle']
 
 # %% ../../nbs/01_data/30_manifest.ipynb #1499df4b
 CLASSES = ("Normal", "Pre-B", "Pro-B")
@@ -266,11 +266,11 @@ def merge_groups(
     return _connected(len(table), np.concatenate(edges, axis=1))
 
 # %% ../../nbs/01_data/30_manifest.ipynb #e84e5a2f
-def mark_two_classes(
+def mark_conflicting_labels(
     pairs: DataFrame,  # pair, class, path, sha256, problem; pixels where there is such
     copies: Sequence | None = None,  # a value for each row, equal for copies of one image
 ) -> DataFrame:  # the same, with a problem for each image that also lies under another class
-    "Enter a problem for images of which a copy lies under another class."
+    "Enter a problem for images with conflicting labels: a copy lies under another class."
     table = pairs.assign(problem=pairs["problem"].fillna(""), _copies="" if copies is None else list(copies))
     good = table[table["problem"] == ""]
     columns = [column for column in ("sha256", "pixels", "_copies") if column in good]
@@ -358,7 +358,7 @@ def build_manifest(
     found = list(tqdm(jobs, total=len(paths), desc="reading images", disable=None))
     manifest = pd.DataFrame(found, columns=["sha256", "width", "height", "problem"])
     manifest = manifest.assign(**{"pair": _name_pairs(labels, paths), "class": labels, "path": [str(path) for path in paths]})
-    return mark_two_classes(manifest)[list(_COLUMNS)]
+    return mark_conflicting_labels(manifest)[list(_COLUMNS)]
 
 # %% ../../nbs/01_data/30_manifest.ipynb #15151153
 def check_manifest(

@@ -251,17 +251,13 @@ def find_near_duplicates(
 def leakage_report(
     split: pd.DataFrame,  # pair, subset (train and others), group
     pairs: pd.DataFrame | None = None,  # near-duplicates found: a and b, as the split names them
-) -> pd.DataFrame:  # subset, n_images, near_duplicates, proportion, low, high (95 % CI); directly, with pairs
+) -> pd.DataFrame:  # subset, n_images, near_duplicates, proportion; directly, with pairs
     "How many images of each other subset have a near-duplicate in train, by group."
-    from scipy.stats import binomtest
-
     train, rows = split[split["subset"] == "train"], []
     for name in pd.unique(split["subset"][split["subset"] != "train"]):
         part = split[split["subset"] == name]
         found = int(part["group"].isin(train["group"]).sum())
-        interval = binomtest(found, len(part)).proportion_ci(0.95, "wilson")
         row = {"subset": name, "n_images": len(part), "near_duplicates": found, "proportion": found / len(part)}
-        row |= {"low": interval.low, "high": interval.high}
         if pairs is not None:
             ways = pd.concat([pairs[["a", "b"]], pairs[["b", "a"]].set_axis(["a", "b"], axis=1)])
             row["directly"] = ways["a"][ways["a"].isin(part["pair"]) & ways["b"].isin(train["pair"])].nunique()

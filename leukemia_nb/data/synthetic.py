@@ -124,7 +124,7 @@ def _red_cells(rng: np.random.Generator, shape: tuple[int, int], scale: float) -
 
 # %% ../../nbs/01_data/40_synthetic.ipynb #ce157cfc
 def _places(seed: int, kind: _CellKind, shape: tuple[int, int], scale: float) -> list[tuple]:
-    "Generator, centre (x, y) and radius of each white cell: apart, or touching but never on top of each other."
+    "Generator, centre (x, y) and radius of each white blood cell: apart, or touching but never on top of each other."
     done: list[tuple] = []
     for number in range(np.random.default_rng([seed, 1]).integers(3, 12)):
         rng = np.random.default_rng([seed, 2, number])
@@ -175,7 +175,7 @@ class _Layers:
     red: np.ndarray  # thickness of the red cells
     violet: np.ndarray  # dye in nuclei, platelets and smudge cells
     cytoplasm: np.ndarray
-    cells: np.ndarray  # int32, label map of the white cells
+    cells: np.ndarray  # int32, label map of the white blood cells
     nuclei: np.ndarray  # bool
     depth: np.ndarray  # float32, rho in the cell that owns a pixel
 
@@ -205,7 +205,7 @@ def _nucleus(
 def _draw_cell(
     layers: _Layers, number: int, rng: np.random.Generator, centre: np.ndarray, radius: float, kind: _CellKind, scale: float
 ) -> None:
-    "Draw one white cell into the layers and enter it in the truth."
+    "Draw one white blood cell into the layers and enter it in the truth."
     patch = _patch(tuple(centre), radius, _waves(rng, k2=0.06, k3=0.035, k4=0.02, k5=0.014, k7=0.006), layers.red.shape)
     if patch is None:
         return
@@ -305,9 +305,9 @@ class Smear:
     "A synthetic field and its truth."
 
     image: np.ndarray  # uint8 (H, W, 3) RGB
-    cells: np.ndarray  # int32 (H, W): 0 background, 1..n the white cells
-    nuclei: np.ndarray  # bool (H, W): inside the nucleus of a white cell
-    label: str  # class of the white cells
+    cells: np.ndarray  # int32 (H, W): 0 background, 1..n the white blood cells
+    nuclei: np.ndarray  # bool (H, W): inside the nucleus of a white blood cell
+    label: str  # class of the white blood cells
     site: str  # A, B, C or D: determines the stain and the scale bar
 
 # %% ../../nbs/01_data/40_synthetic.ipynb #ffecce56
@@ -318,14 +318,14 @@ def _choose_site(label: str, seed: int, spurious_correlation: float) -> str:
 
 # %% ../../nbs/01_data/40_synthetic.ipynb #e726cfa9
 def make_smear(
-    label: str,  # class of the white cells, one of FOUR_CLASSES
+    label: str,  # class of the white blood cells, one of FOUR_CLASSES
     seed: int = 0,  # same seed, same image to the byte
     height: int = 768,  # in pixels, 16 at least
     width: int = 1024,  # in pixels, 16 at least
     spurious_correlation: float = 0.5,  # 0-1: proportion of images that surely come from the site of their class
     site: str | None = None,  # A, B, C or D, whatever spurious_correlation says
 ) -> Smear:  # image uint8 (H, W, 3) RGB, its true cells int32 and nuclei bool
-    "A blood smear with white cells of one class. Raises ValueError for unknown names and sizes below 16."
+    "A blood smear with white blood cells of one class. Raises ValueError for unknown names and sizes below 16."
     for kind, name, names in (("class", label, _CELL_KINDS), ("site", site or "A", _SITES)):
         if name not in names:
             raise ValueError(f"{name!r} is no {kind}; choose from {', '.join(names)}")

@@ -100,7 +100,7 @@ def _by_class(table: pd.DataFrame, score: Callable[..., float]) -> pd.Series:
 def compare_models(
     predictions: Mapping[str, pd.DataFrame],  # model name -> predictions
     subset: str = "test",  # rows to use
-    weights: Mapping[str, str] | None = None,  # model name -> where its weights came from
+    weights_source: Mapping[str, str] | None = None,  # model name -> origin of its initial weights
 ) -> pd.DataFrame:  # one row per model, in the order given
     "Accuracy with its exact 95 % interval beside the original study's, and summary metrics. Raises `PredictionsError`."
     if not predictions:
@@ -112,8 +112,8 @@ def compare_models(
         low, high = clopper_pearson(n_correct, images)
         row = {"model": name, "title": model_title(name), "n_correct": n_correct, "n_images": images}
         row |= {"accuracy": n_correct / images, "low": low, "high": high}
-        row |= {"original": ORIGINAL_ACCURACY.get(name, np.nan)} | _summary_metrics(part)
-        rows.append(row | {"weights": (weights or {}).get(name, "")})
+        row |= {"original_study_accuracy": ORIGINAL_ACCURACY.get(name, np.nan)} | _summary_metrics(part)
+        rows.append(row | {"weights": (weights_source or {}).get(name, "")})
     return pd.DataFrame(rows)
 
 
@@ -135,7 +135,7 @@ def readable_comparison(
         {
             "Model": row.title,
             "Accuracy": format_proportion(row.accuracy, row.low, row.high, row.n_correct, row.n_images),
-            "Original study": format_proportion(row.original),
+            "Original study": format_proportion(row.original_study_accuracy),
             "Macro F1": f"{row.macro_f1:.3f}",
             "ROC-AUC": "–" if pd.isna(row.auc) else f"{row.auc:.3f}",
             "Weights": row.weights or "–",
@@ -173,7 +173,7 @@ def grouped_accuracy(
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #13667812
 @styled
 def accuracy_figure(
-    table: pd.DataFrame,  # title, accuracy, low, high; optional original, chance, cue, kind and interval (method's name)
+    table: pd.DataFrame,  # title, accuracy, low, high; optional original_study_accuracy, chance, cue, kind, interval (method)
 ) -> "Figure":
     "Accuracies with 95 % intervals, one row per model or baseline."
     from matplotlib.ticker import PercentFormatter
@@ -192,7 +192,7 @@ def accuracy_figure(
     axis.set_yticks(place, [f"{title}\n{cue}" if cue else title for title, cue in zip(table["title"], cues)])
     for i, value in enumerate(table["accuracy"]):
         axis.text(1.03, i, format_proportion(value), transform=axis.get_yaxis_transform(), va="center")
-    left = max(0.0, table[["low", *table.columns.intersection(["original", "chance"])]].min().min() - 0.05)
+    left = max(0.0, table[["low", *table.columns.intersection(["original_study_accuracy", "chance"])]].min().min() - 0.05)
     axis.set(ylim=(len(table) - 0.4, -0.6), xlim=(left, 1.005), xlabel=_interval_label(table))
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.tick_params(axis="y", length=0)
@@ -202,9 +202,10 @@ def accuracy_figure(
 
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #d89bdb04
 def _reference_marks(axis: "Axes", table: pd.DataFrame, place: np.ndarray) -> None:
-    if "original" in table and table["original"].notna().any():
+    original = table.get("original_study_accuracy", pd.Series(dtype=float))
+    if original.notna().any():
         settings: dict[str, Any] = {"markersize": 10, "markerfacecolor": "none", "color": CLASS_COLOURS["Pro-B"]}
-        axis.plot(table["original"], place, "D", clip_on=False, label="original study", **settings)
+        axis.plot(original, place, "D", clip_on=False, label="original study", **settings)
     if "chance" in table:
         axis.axvline(table["chance"].mean(), color=GREY, linewidth=1, linestyle="--", label="majority-class baseline")
 

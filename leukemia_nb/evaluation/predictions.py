@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PredictionsError', 'classes_of', 'probabilities_of', 'predicted_labels', 'predictions_table', 'write_predictions',
-           'read_predictions', 'read_all_predictions', 'model_title', 'take_subset', 'Classifier', 'predict_unseen',
-           'unseen_table', 'model_titles', 'readable_unseen', 'distinct_paths', 'unseen_figure']
+           'read_predictions', 'read_all_predictions', 'model_title', 'take_subset', 'Classifier', 'predict_new_images',
+           'new_images_table', 'model_titles', 'readable_new_images', 'distinct_paths', 'new_images_figure']
 
 # %% ../../nbs/04_evaluation/10_predictions.ipynb #844c0b15
 import os
@@ -70,7 +70,7 @@ def _problem_of_columns(table: pd.DataFrame) -> str:
         return f"{len(classes)} probability columns (p_<class>), at least 2 are needed."
     if not len(table):
         return "no rows. Run the model's training step again."
-    unlabelled = (table["class"] == "") & (table["subset"] == "unseen")
+    unlabelled = (table["class"] == "") & (table["subset"] == "new")
     unknown = sorted({str(name) for name in table.loc[~unlabelled, "class"]} - set(classes))
     if unknown:
         return f"class {', '.join(map(repr, unknown))} has no probability column (known: {', '.join(classes)})."
@@ -148,7 +148,7 @@ def model_title(
 # %% ../../nbs/04_evaluation/10_predictions.ipynb #a261bdf1
 def take_subset(
     table: pd.DataFrame,  # predictions
-    subset: str = "test",  # train, val, test or unseen
+    subset: str = "test",  # train, val, test or new
 ) -> pd.DataFrame:  # its rows, numbered from 0
     "Rows of one subset. Raises `PredictionsError` if there are none."
     rows = table[table["subset"] == subset]
@@ -166,11 +166,11 @@ class Classifier(Protocol):
         "Probabilities (n, k) of images, uint8 (n, H, W, 3) or a list of uint8 (H, W, 3)."
 
 
-def predict_unseen(
+def predict_new_images(
     model: Classifier,  # fitted
     folder: str | os.PathLike,  # searched with its subfolders
     batch: int = 32,  # images in memory at a time
-) -> pd.DataFrame:  # predictions, subset unseen, path below the folder
+) -> pd.DataFrame:  # predictions, subset new, path below the folder
     "Predictions of one model for every image of a folder. Raises `PredictionsError` if none can be read."
     classes, files = [str(name) for name in model.classes_], [Path(file) for file in find_images(folder)]
     names, values = [], []
@@ -182,7 +182,7 @@ def predict_unseen(
     if not names:
         raise PredictionsError(f"{os.fspath(folder)}: no image that can be read.")
     labels = [class_of(name.parent.name) if name.parent.name else None for name in names]
-    pairs = pd.DataFrame({"pair": [name.as_posix() for name in names], "subset": "unseen"})
+    pairs = pd.DataFrame({"pair": [name.as_posix() for name in names], "subset": "new"})
     pairs["class"] = [label if label in classes else "" for label in labels]
     return predictions_table(pairs, np.concatenate(values), classes)
 
@@ -197,14 +197,13 @@ def _readable(files: Sequence[Path]) -> dict[Path, np.ndarray]:
     return images
 
 # %% ../../nbs/04_evaluation/10_predictions.ipynb #106cba24
-def unseen_table(
+def new_images_table(
     predictions: Mapping[str, pd.DataFrame],  # model name -> predictions
-    subset: str = "unseen",  # rows to use
 ) -> pd.DataFrame:  # image, path, true label, then two columns per model: title, title + " confidence"
     "Prediction and confidence of every model for every image. Raises `PredictionsError` if models saw different images."
     table = None
     for name, predicted in predictions.items():
-        part = take_subset(predicted, subset).sort_values("pair", ignore_index=True)
+        part = predicted.sort_values("pair", ignore_index=True)
         if table is None:
             table = part[["pair", "path", "class"]].rename(columns={"pair": "image", "class": "true label"})
         elif table["image"].tolist() != part["pair"].tolist():
@@ -217,16 +216,16 @@ def unseen_table(
 
 
 def model_titles(
-    table: pd.DataFrame,  # from unseen_table
+    table: pd.DataFrame,  # from new_images_table
 ) -> list[str]:  # in the order of the columns
-    "Titles of the models in a table of unseen images."
+    "Titles of the models in a table of new images."
     return [str(name).removesuffix(" confidence") for name in table.columns if str(name).endswith(" confidence")]
 
 # %% ../../nbs/04_evaluation/10_predictions.ipynb #53ff87b7
-def readable_unseen(
-    table: pd.DataFrame,  # from unseen_table
+def readable_new_images(
+    table: pd.DataFrame,  # from new_images_table
 ) -> pd.DataFrame:  # text: Image, True label, one column per model
-    "The table of unseen images as text: `✗` before a wrong prediction, its confidence after it."
+    "The table of new images as text: `✗` before a wrong prediction, its confidence after it."
     text = pd.DataFrame({"Image": table["image"], "True label": table["true label"].replace("", "–")})
     for name in model_titles(table):
         wrong = (table["true label"] != "") & (table["true label"] != table[name])
@@ -248,8 +247,8 @@ def distinct_paths(
 
 # %% ../../nbs/04_evaluation/10_predictions.ipynb #549c555c
 @styled
-def unseen_figure(
-    table: pd.DataFrame,  # from unseen_table; a column title + " abstains" puts that model's prediction in brackets
+def new_images_figure(
+    table: pd.DataFrame,  # from new_images_table; a column title + " abstains" puts that model's prediction in brackets
     folder: str | os.PathLike = ".",  # folder of the paths
     max_images: int = 8,  # images shown, evenly spaced in the table
 ) -> "Figure":

@@ -24,14 +24,14 @@ CLOPPER_PEARSON = "Clopper-Pearson"
 def clopper_pearson(
     n_correct: int,  # number of correct predictions
     n: int,  # number of images
-    confidence: float = 0.95,  # nominal coverage
+    confidence_level: float = 0.95,  # nominal coverage probability of the interval
 ) -> tuple[float, float]:  # lower and upper bound
     "Exact binomial interval (Clopper and Pearson 1934), from SciPy. Raises ValueError for impossible counts."
     from scipy.stats import binomtest
 
     if not 0 <= n_correct <= n or n == 0:
         raise ValueError(f"{n_correct} correct of {n} images is not possible.")
-    interval = binomtest(int(n_correct), int(n)).proportion_ci(confidence, "exact")
+    interval = binomtest(int(n_correct), int(n)).proportion_ci(confidence_level, "exact")
     return float(interval.low), float(interval.high)
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #6f78f73f
@@ -78,7 +78,7 @@ class Interval:
 def korn_graubard_interval(
     values: Sequence[float] | np.ndarray,  # (n,) between 0 and 1, such as correct (1) or wrong (0)
     groups: Sequence | np.ndarray | None = None,  # (n,) group of each image; None: each its own
-    confidence: float = 0.95,  # nominal coverage
+    confidence_level: float = 0.95,  # nominal coverage probability of the interval
 ) -> Interval:
     "A proportion with its Korn-Graubard interval for an ICC of 1; 0 to 1 for a single group. Raises ValueError."
     from scipy.stats import beta, t
@@ -86,7 +86,7 @@ def korn_graubard_interval(
     values, group = _grouped_values(values, groups)
     if values.min() < 0 or values.max() > 1:
         raise ValueError("a proportion needs values between 0 and 1.")
-    mean, n, n_effective, tail = values.mean(), len(values), _effective_sample_size(group), (1 - confidence) / 2
+    mean, n, n_effective, tail = values.mean(), len(values), _effective_sample_size(group), (1 - confidence_level) / 2
     ratio = t.isf(tail, n - 1) / t.isf(tail, n_effective - 1) if n_effective > 1 else float(n == 1)
     trials = max(1e-6, n_effective * ratio**2)
     correct = mean * trials
@@ -131,8 +131,8 @@ def cluster_bootstrap(
     def mean(sums: np.ndarray, sizes: np.ndarray, axis: int = -1) -> np.ndarray:
         return sums.sum(axis=axis) / sizes.sum(axis=axis)
 
-    random = np.random.default_rng(seed)
-    found = bootstrap((sums, sizes), mean, paired=True, n_resamples=n_resamples, method="percentile", batch=500, rng=random)
+    rng = np.random.default_rng(seed)
+    found = bootstrap((sums, sizes), mean, paired=True, n_resamples=n_resamples, method="percentile", batch=500, rng=rng)
     low, high = (float(bound) for bound in found.confidence_interval)
     method = "percentile bootstrap of groups"
     return Interval(float(values.mean()), low, high, len(values), len(sizes), _effective_sample_size(group), method)
@@ -159,7 +159,7 @@ def compare_model_pairs(
     predictions: Mapping[str, pd.DataFrame],  # model name -> predictions of the same images
     subset: str = "test",  # rows to use
     groups: Mapping[str, object] | None = None,  # pair -> group; None: McNemar's exact test
-    level: float = 0.05,  # adjusted p value below which a difference is significant
+    alpha: float = 0.05,  # adjusted p value below which a difference is significant
     seed: int = 0,  # of the permutations of signs
 ) -> pd.DataFrame:  # one row per model pair
     "Test each model pair, Holm-adjusted. Raises `PredictionsError` if they predicted different images."
@@ -174,7 +174,7 @@ def compare_model_pairs(
     columns = ["first", "second", "n_images", "only_first_correct", "only_second_correct", "difference", "p"]
     table = pd.DataFrame(rows, columns=columns)
     table["p_holm"] = _holm(table["p"])
-    table["significant"] = table["p_holm"] < level
+    table["significant"] = table["p_holm"] < alpha
     return table.assign(test="McNemar's exact test" if labels is None else "sign-flip permutation test")
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #4c433587

@@ -353,7 +353,7 @@ def compare_files(
     log: Callable[[str], Any] = print,  # called with the message of each image and each model that cannot be read
 ) -> DataFrame:  # one row per file: image, path, true label, problem; per model: title, confidence, abstains, abstain reasons
     "Compare a study's models on new images, as a table and a grid of images. Raises ImageError, ModelError, OutputError."
-    from leukemia_nb.evaluation.predictions import unseen_figure
+    from leukemia_nb.evaluation.predictions import new_images_figure
 
     models, out = exported_models(run), Path(out)
     for name in ("comparison.csv", "comparison.png"):
@@ -364,5 +364,5 @@ def compare_files(
         mark_output_folder(out)
         write_table(out / "comparison.csv", table, excel=True)
         with atomic_path(out / "comparison.png") as temporary:
-            unseen_figure(table[table["problem"] == ""], max_images=12).savefig(temporary, dpi=160)
+            new_images_figure(table[table["problem"] == ""], max_images=12).savefig(temporary, dpi=160)
     return table

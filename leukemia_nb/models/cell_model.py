@@ -28,14 +28,14 @@ from ..processing.dataset import Pairs
 
 # %% ../../nbs/03_models/50_cell_model.ipynb #80e5d8a2
 COLOURS = ("own", "jitter", "normalised", "grey")
-_REFERENCE = np.array([[135, 158, 100], [22, 7, 9]], np.float32)  # means, standard deviations of L, A, B of a typical white cell
+_REFERENCE = np.array([[135, 158, 100], [22, 7, 9]], np.float32)  # means, standard deviations of L, A, B of a typical WBC
 
 
 def recolour_cell(
     crop: np.ndarray,  # uint8 (S, S, 3) RGB
     mask: np.ndarray,  # bool (S, S)
     colours: str,  # one of COLOURS
-    random: np.random.Generator,  # for "jitter"
+    rng: np.random.Generator,  # for "jitter"
 ) -> np.ndarray:  # uint8 (S, S, 3) RGB
     "A cell in its own colours, with jitter, normalised, or in grey. Raises ValueError."
     if colours not in COLOURS:
@@ -46,7 +46,7 @@ def recolour_cell(
     if colours == "normalised":
         return reinhard_transfer(crop, own, _REFERENCE, (0.3, 4.0))
     if colours == "jitter":
-        stretch, shift = np.exp(random.normal(0, 0.3, 3)), random.normal(0, 1, 3) * (15, 8, 8)
+        stretch, shift = np.exp(rng.normal(0, 0.3, 3)), rng.normal(0, 1, 3) * (15, 8, 8)
         return reinhard_transfer(crop, own, np.stack([own[0] + shift, own[1] * stretch]), (0.0, np.inf))
     lab = cv2.cvtColor(crop, cv2.COLOR_RGB2LAB)
     lab[..., 1:] = 128
@@ -81,11 +81,12 @@ def aggregate_cells(
     "Mean and standard deviation of each feature over the cells of an image."
     n, index = cells.n_images, cells.image_index
     count = np.maximum(np.bincount(index, minlength=n), 1)[:, None]
-    mean, square = np.zeros((2, n, cells.features.shape[1]))
+    mean = np.zeros((n, cells.features.shape[1]))
     np.add.at(mean, index, cells.features)
     mean /= count
-    np.add.at(square, index, (cells.features - mean[index]) ** 2)
-    return np.hstack([mean, np.sqrt(square / count)])
+    squares = np.zeros_like(mean)
+    np.add.at(squares, index, (cells.features - mean[index]) ** 2)
+    return np.hstack([mean, np.sqrt(squares / count)])
 
 # %% ../../nbs/03_models/50_cell_model.ipynb #07915f8e
 _CroppedImages = list[tuple[np.ndarray, np.ndarray]]  # crops and masks of the cells of each image
@@ -99,8 +100,8 @@ def describe_cells(
     "Features of the cells of all images."
     features, index, n = [], [], 0
     for n, (crops, masks) in enumerate(cropped, 1):
-        random = np.random.default_rng([seed, n - 1])
-        features += [cell_features(recolour_cell(crop, mask, colours, random), mask) for crop, mask in zip(crops, masks)]
+        rng = np.random.default_rng([seed, n - 1])
+        features += [cell_features(recolour_cell(crop, mask, colours, rng), mask) for crop, mask in zip(crops, masks)]
         index += [n - 1] * len(crops)
     return Cells(np.array(features, np.float32).reshape(-1, len(FEATURE_NAMES)), np.array(index, int), n)
 
@@ -111,14 +112,14 @@ def augment_colours(
     seed: int = 0,  # of the jitter and of the donors
 ) -> list[Cells]:  # the cells in their own colours (three times), in the other COLOURS, and in those of an image of each class
     "The training cells of the single-cell model; of the versions in other colours, five cells per image."
-    random, own = np.random.default_rng(seed), describe_cells(cropped)
+    rng, own = np.random.default_rng(seed), describe_cells(cropped)
     few = [(crops[:5], masks[:5]) for crops, masks in cropped]
     versions = [own] * 3 + [describe_cells(few, colours, seed) for colours in COLOURS[1:]]
     with_cells = np.array([len(crops) > 0 for crops, _ in cropped])
     for label in np.unique(y):
         donors = np.flatnonzero(with_cells & (y == label))
         if len(donors):
-            chosen = random.choice(donors, len(cropped))
+            chosen = rng.choice(donors, len(cropped))
             moved = [(transfer_colours(*cells, cropped[donor]), cells[1]) for cells, donor in zip(few, chosen)]
             versions.append(describe_cells(moved, seed=seed))
     return versions
@@ -203,7 +204,7 @@ def _crop_images(images: Images, seed: int) -> Iterable[tuple[np.ndarray, np.nda
 
 # %% ../../nbs/03_models/50_cell_model.ipynb #df4f1e39
 class CellClassifier(ImageClassifier):
-    "White cells described one by one, without background, and aggregated to a prediction of the image."
+    "White blood cells described one by one, without background, and aggregated to a prediction of the image."
 
     cell_layers_: _Layers  # features of a cell to logits
     image_layers_: _Layers  # aggregated features of an image to logits

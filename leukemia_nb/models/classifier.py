@@ -117,7 +117,7 @@ class _Settings(ClassifierMixin, BaseEstimator):
         classes: Sequence[str] | None = None,  # class names in column order; None: sorted folder names
         preprocessing: str = "native",  # "native": each backbone's own input range; "rescale": division by 255 for all
         augmentation: str = "flips",  # of YOLO: "flips", or "default" for ultralytics' own; others: flips in the folder
-        weights: str = "imagenet",  # "imagenet": file or download; "local": files of $LEUKEMIA_NB_WEIGHTS, else random; "random"
+        weights: str = "imagenet",  # "imagenet": file or download; "local": files of $LEUKEMIA_NB_WEIGHTS, else "random": random initialisation
         fine_tune: bool | None = None,  # train the backbone too; None: only if its weights are random
         image_size: int = 224,  # side of the square the network sees, pixels
         epochs: int = 20,  # passes over the training images, at most
@@ -227,7 +227,7 @@ class ImageClassifier(_Interface):
         return self.classes_[self.predict_proba(images).argmax(axis=1)]
 
     def extract_features(self, images: Images) -> np.ndarray:  # float32 (n, d)
-        "What the classifying layers are given, for out-of-distribution distances and neighbours."
+        "Input of the classification head (penultimate-layer features), for out-of-distribution distances and neighbours."
         return self._in_batches(self._extract, images)
 
     def save(self, folder: str | Path) -> Path:

@@ -33,6 +33,7 @@ else:  # loaded when they are used; the names are for the documentation
     Model = PyDataset = Any
 
 # %% ../../nbs/03_models/20_transfer.ipynb #85011826
+_RANDOM = "random initialisation"  # `weights_source_` of a backbone without a weight file
 _IMAGENET_MEAN, _IMAGENET_STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 
@@ -97,7 +98,7 @@ def _download(backbone: Backbone) -> Path:
 def _describe_weights(backbone: Backbone, file: Path | None) -> str:
     "One line on where the weights come from, for every table of results."
     if file is None:
-        return "random initialisation"
+        return _RANDOM
     md5 = hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()
     if backbone.md5 and md5 != backbone.md5:
         return f"unconfirmed ({file.name}, md5 {md5} is not the published {backbone.md5})"
@@ -313,7 +314,7 @@ def _feature_data(model: "KerasClassifier", parts: Mapping[str, Pairs], backbone
 
 # %% ../../nbs/03_models/20_transfer.ipynb #72218d94
 class KerasClassifier(ImageClassifier):
-    "A head on a backbone of `BACKBONES`; the model's entry says which, and which head. `network_` is the whole network."
+    "A classification head on a backbone, both selected by the entry of `name` in `MODELS`. `network_` is the whole network."
 
     network_: "Model"  # pixels (n, S, S, 3) in 0..255, one input for each channel, to probabilities (n, k)
     _extractor: "Model | None" = None
@@ -323,7 +324,7 @@ class KerasClassifier(ImageClassifier):
         with keras.device(self.device) if self.device else contextlib.nullcontext():
             settings = self.weights, self.preprocessing, self.image_size, self.seed
             backbone, self.weights_source_ = build_backbone(self.entry.backbone, *settings)
-            pretrained = self.weights_source_ != "random initialisation"
+            pretrained = self.weights_source_ != _RANDOM
             _set_trainable(backbone, not pretrained if self.fine_tune is None else self.fine_tune, pretrained)
             head = _build_head(self.entry, len(self.channels), len(self.classes_))
             self.network_ = _join(backbone, head, self.channels, self.name)

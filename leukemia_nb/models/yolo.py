@@ -161,7 +161,7 @@ def _remove_caches(folder: Path) -> None:
 
 # %% ../../nbs/03_models/40_yolo.ipynb #c0664ab3
 class YoloClassifier(ImageClassifier):
-    "A nano classifier of ultralytics, of which the name says which. Trains whole unless fine_tune is False."
+    "A YOLO nano classifier of ultralytics; `name` selects the version. All layers are trained unless fine_tune is False."
 
     network_: "YOLO"
 

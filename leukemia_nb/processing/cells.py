@@ -140,7 +140,7 @@ def _find_nuclei(
     min_proportion: float = 0.1,  # of the typical nucleus' area; smaller ones are fragments
     min_darkness: float = 0.66,  # darkness x solidity as a proportion of the image's median; smudge cells are below
 ) -> np.ndarray:  # int32 (H, W), 0 background, 1..n nuclei
-    "Nuclei of white cells, each with a number; platelets, fragments and pale, ragged smudge cells left out."
+    "Nuclei of white blood cells, each with a number; platelets, fragments and pale, ragged smudge cells left out."
     smallest = _smallest_area(white.shape, min_area)
     labels = label_cells(_smooth_nuclei(_purple_pixels(white), smallest))
     areas = np.bincount(labels.ravel())
@@ -272,8 +272,8 @@ def find_cells(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
     min_area: float = 500,  # smallest nucleus, in pixels of a 1024x768 image
     opening: float = 0.45,  # tails and bridges thinner than this many radii of a nucleus are cut
-) -> np.ndarray:  # int32 (H, W), 0 background, 1..n white cells
-    "Label image of the white cells: grown from their nuclei, touching cells separated, lobed nuclei in one cell."
+) -> np.ndarray:  # int32 (H, W), 0 background, 1..n cells
+    "Label image of the white blood cells: grown from their nuclei, touching cells separated, lobed nuclei in one cell."
     _check_rgb(image)
     if image.ndim == 2:
         return np.zeros(image.shape, np.int32)
@@ -343,7 +343,7 @@ def _usable_cells(image: np.ndarray, cells: np.ndarray) -> list[tuple[int, int, 
     size, red = np.bincount(cells.ravel()), a_channel(image)
     labels = [label for label in range(1, len(size)) if size[label] >= 80]
     medians = np.array([np.median(red[cells == label]) for label in labels]).round().astype(np.uint8)
-    if len(labels) > 1:  # red cells, in an image with few white cells
+    if len(labels) > 1:  # red cells, in an image with few white blood cells
         high = medians > otsu_threshold(medians)
         if high.any() and medians[~high].mean() < 144 and medians[high].mean() - medians[~high].mean() >= 8:
             labels = [label for label, keep in zip(labels, high) if keep]
@@ -378,7 +378,7 @@ def cell_crops(
     max_cells: int = 10,  # more are sampled at random
     seed: int = 0,  # of the choice
 ) -> tuple[np.ndarray, np.ndarray]:  # uint8 (n, 48, 48, 3), refined masks bool (n, 48, 48); n may be 0
-    "Windows around the white cells of an image. Cells cut by the border only if all are."
+    "Windows around the white blood cells of an image. Cells cut by the border only if all are."
     cells = find_cells(image) if cells is None else cells
     chosen = _usable_cells(image, cells)
     if len(chosen) > max_cells:

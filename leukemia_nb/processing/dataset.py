@@ -26,14 +26,14 @@ from .cells import cell_table, find_cells
 from .segmentation import apply_mask, check_mask, segment
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #9e74a98d
-_VARIANTS = ("original", "segmented", "cells")
+_CHANNELS = ("original", "segmented", "cells")
 _PREFIXES = {"original": "ori", "segmented": "mask", "cells": "cells"}
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #0fd2ba73
 def _pair_files(pair: str) -> dict[str, str]:
     "Files of a pair: original/class/ori_stem.png, segmented/class/mask_stem.png, cells/class/cells_stem.png."
     label, stem = PurePosixPath(pair).parent, PurePosixPath(pair).name
-    return {variant: str(PurePosixPath(variant) / label / f"{prefix}_{stem}.png") for variant, prefix in _PREFIXES.items()}
+    return {channel: str(PurePosixPath(channel) / label / f"{prefix}_{stem}.png") for channel, prefix in _PREFIXES.items()}
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #6fbe9672
 _FLIPS = ("none", "horizontal", "vertical", "both")
@@ -102,11 +102,11 @@ def save_pair(
     cells = find_cells(original).astype(np.uint16)
     saved = {"original": original, "segmented": resize_square(apply_mask(image, mask), size), "cells": cells}
     names = _pair_files(pair)
-    files = {names[variant]: _save_png(Path(folder) / names[variant], saved[variant]) for variant in _VARIANTS}
+    files = {names[channel]: _save_png(Path(folder) / names[channel], saved[channel]) for channel in _CHANNELS}
     return {"mask": mask, "n_cells": int(cells.max()), "files": files}
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #1933c80e
-_VERSION = 2  # grows when the pixels that these steps make change, so that older pairs are made again
+_VERSION = 3  # grows when the pixels or columns that these steps make change, so that older pairs are made again
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #3e1f80c7
 def _prepare_pair(row: dict, folder: Path, size: int, segmentation: str, images: Path) -> dict:
@@ -114,8 +114,8 @@ def _prepare_pair(row: dict, folder: Path, size: int, segmentation: str, images:
 
     def make(image: np.ndarray) -> tuple[dict, dict[str, str]]:
         saved = save_pair(image, row["pair"], folder, size, segmentation)
-        found = {"pixels": _pixel_hash(image), "cell_fraction": round(float(saved["mask"].mean()), 5)}
-        found |= {"n_cells": saved["n_cells"], "flag": check_mask(saved["mask"])}
+        found = {"pixels": _pixel_hash(image), "mask_fraction": round(float(saved["mask"].mean()), 5)}
+        found |= {"n_cells": saved["n_cells"], "mask_flag": check_mask(saved["mask"])}
         return files | found, saved["files"]
 
     files = _pair_files(row["pair"])
@@ -126,7 +126,7 @@ def _prepare_pair(row: dict, folder: Path, size: int, segmentation: str, images:
     return base | image_row(images / row["path"], folder, names, settings, make, sha256=row["sha256"], problem=problem)
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #91eddebe
-_PAIR_COLUMNS = ("pair", "class", "path", "sha256", *_VARIANTS, "pixels", "cell_fraction", "n_cells", "flag", "problem")
+_PAIR_COLUMNS = ("pair", "class", "path", "sha256", *_CHANNELS, "pixels", "mask_fraction", "n_cells", "mask_flag", "problem")
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #b099d9a7
 def prepare_pairs(
@@ -144,7 +144,7 @@ def prepare_pairs(
     calls = [(row, Path(folder), size, segmentation, Path(images)) for row in manifest.fillna("").to_dict("records")]
     rows = run_tasks(_prepare_pair, calls, folder, "pair", n_jobs, progress)
     table = pd.DataFrame(rows, columns=list(_PAIR_COLUMNS)).astype({"n_cells": "Int64"})
-    texts = [*_VARIANTS, "pixels", "flag", "problem"]
+    texts = [*_CHANNELS, "pixels", "mask_flag", "problem"]
     table[texts] = table[texts].astype(object).fillna("")
     return table.infer_objects()
 
@@ -215,13 +215,13 @@ _SUBSETS = ("train", "val", "test")  # in the order of the table
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #ff80eb22
 def _dataset_paths(rows: pd.DataFrame) -> pd.DataFrame:
-    "Rows with a path for each variant; a copy's name ends in its flip, and in a number where that is taken."
+    "Rows with a path for each channel; a copy's name ends in its flip, and in a number where that is taken."
     parts = []
     for (label, subset), part in rows.groupby(["class", "subset"], sort=False):
         ends = part["flip"].map(lambda kind: "" if kind == "none" else f"_{kind}")
         stems = unique_names(part["pair"].map(lambda pair: PurePosixPath(pair).name) + ends)
         names = {
-            variant: [f"{variant}/{subset}/{label}/{_PREFIXES[variant]}_{stem}.png" for stem in stems] for variant in _VARIANTS
+            channel: [f"{channel}/{subset}/{label}/{_PREFIXES[channel]}_{stem}.png" for stem in stems] for channel in _CHANNELS
         }
         parts.append(part.assign(**names))
     return pd.concat(parts).loc[rows.index]
@@ -250,20 +250,20 @@ def write_dataset(
     others = split[split["subset"] != "train"].assign(flip="none")
     rows = pd.concat([oversample_with_flips(split, seed), others], ignore_index=True)
     rows = rows.sort_values("subset", key=lambda subsets: subsets.map(_SUBSETS.index), kind="stable", ignore_index=True)
-    table = _dataset_paths(rows)[["pair", "class", "subset", "flip", *_VARIANTS]]
+    table = _dataset_paths(rows)[["pair", "class", "subset", "flip", *_CHANNELS]]
     Path(f"{folder}.csv").unlink(missing_ok=True)
-    for variant in _VARIANTS:
-        shutil.rmtree(folder / variant, ignore_errors=True)
+    for channel in _CHANNELS:
+        shutil.rmtree(folder / channel, ignore_errors=True)
     for row in table.to_dict("records"):
-        for variant, name in _pair_files(row["pair"]).items():
-            _link_or_flip(prepared / name, folder / row[variant], row["flip"])
+        for channel, name in _pair_files(row["pair"]).items():
+            _link_or_flip(prepared / name, folder / row[channel], row["flip"])
     write_table(f"{folder}.csv", table)
     return table
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #16de720b
 def _check_files(folder: Path, table: pd.DataFrame) -> None:
     "Raise `ImageError` when images of a table are missing."
-    files = [folder / name for variant in _VARIANTS[:2] for name in table[variant]]
+    files = [folder / name for channel in _CHANNELS[:2] for name in table[channel]]
     if lost := [path for path in files if not path.is_file()]:
         raise ImageError(f"{lost[0]}: missing ({len(lost)} in all). Prepare the pairs again.")
 
@@ -309,13 +309,13 @@ class Pairs:
 
     def __getitem__(self, index: Any) -> np.ndarray:
         rows = np.arange(len(self))[index]
-        both = np.stack([self.read(rows.reshape(-1), variant) for variant in _VARIANTS[:2]], axis=1)
+        both = np.stack([self.read(rows.reshape(-1), channel) for channel in _CHANNELS[:2]], axis=1)
         return both if rows.ndim else both[0]
 
     def read(
         self,
         rows: Any,  # int (n,), a slice or a bool mask
-        variant: str = "original",  # original, segmented or cells
+        channel: str = "original",  # original, segmented or cells
     ) -> np.ndarray:  # uint8 (n, S, S, 3) RGB; uint16 (n, S, S) of cells
         "Read one image of each pair. Raises `ImageError`."
-        return _read_pngs([self.folder / name for name in self.table[variant].to_numpy()[rows]], self.size)
+        return _read_pngs([self.folder / name for name in self.table[channel].to_numpy()[rows]], self.size)

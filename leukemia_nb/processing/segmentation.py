@@ -164,7 +164,7 @@ def segment(
     method: str = "kmeans",  # one of SEGMENTATION_METHODS
     min_area: float = 500,  # smallest component or nucleus, in pixels of a 1024x768 image
 ) -> np.ndarray:  # bool (H, W)
-    "Mask of the white cells of a smear. Raises ValueError for an unknown method or an array that is no image."
+    "Mask of the white blood cells of a smear. Raises ValueError for an unknown method or an array that is no image."
     if method not in SEGMENTATION_METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(SEGMENTATION_METHODS)}")
     return SEGMENTATION_METHODS[method].function(image, min_area=min_area)

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.files import _listing, pluralise, restore_cell, escape_text
-from ..data.manifest import mark_two_classes, merge_groups
+from ..data.manifest import mark_conflicting_labels, merge_groups
 from .dataset import _SUBSETS
 from ..errors import LeukemiaError
 
@@ -58,10 +58,10 @@ def usable_pairs(
     "Pairs without a problem and under one class only. Raises `SplitError` for a class left empty."
     given = pairs if "problem" in pairs else pairs.assign(problem="")
     given = given if "path" in given else given.assign(path=given["pair"])
-    table = mark_two_classes(given.sort_values("pair", ignore_index=True))
+    table = mark_conflicting_labels(given.sort_values("pair", ignore_index=True))
     clash = table["problem"].str.contains("under another class", regex=False)
     if clash.any():
-        warnings.warn(f"same image under two classes, left out: {_listing(table['pair'][clash])}", stacklevel=2)
+        warnings.warn(f"conflicting labels, left out: {_listing(table['pair'][clash])}", stacklevel=2)
     table = table[table["problem"] == ""].reset_index(drop=True)
     if empty := sorted(set(pairs["class"]) - set(table["class"])):
         raise SplitError(f"no usable image of class {', '.join(empty)}. Look at column problem of the pairs table.")

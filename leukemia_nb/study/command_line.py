@@ -221,7 +221,7 @@ def _prepare(
     from leukemia_nb.study.settings import class_names
 
     pairs = prepare_folder(data, out, class_names(classes), size, segmentation, n_jobs, _log)
-    flagged, bad = int((pairs.flag != "").sum()), int((pairs.problem != "").sum())
+    flagged, bad = int((pairs.mask_flag != "").sum()), int((pairs.problem != "").sum())
     _echo(
         f"{pluralise(len(pairs) - bad, 'pair')} in {out}, {flagged} flagged; {pluralise(bad, 'image')} with problems in pairs.csv"
     )
@@ -350,7 +350,7 @@ def _study(
     split: Annotated[str | None, Option(help="random: image-level; grouped: group-disjoint.  [default: random]")] = None,
     groups: Annotated[str | None, Option(help="CSV (path, group), joined with near-duplicates.", callback=_check_path)] = None,
     split_file: Annotated[str | None, Option(help="split.csv of an earlier study.", callback=_check_path)] = None,
-    unseen: Annotated[str | None, Option(help="Folder of new images to predict.", callback=_check_path)] = None,
+    new_images: Annotated[str | None, Option(help="Folder of new images to predict.", callback=_check_path)] = None,
     per_class: Annotated[int | None, Option(help="Synthetic smears of each class, without --data.", min=20)] = None,
     seed: Annotated[int, Option(help="Seed of split, flips and training.", min=0, max=2**32 - 1)] = 0,
     n_jobs: Annotated[int, Option(help="Steps that run in parallel, and processes that prepare images.", min=1)] = 1,

@@ -95,7 +95,7 @@ class StudySettings:
     data: str = ""  # folder with one folder of images per class; empty: synthetic smears
     classes: int = 3  # 3: Normal, Pre-B, Pro-B; 4: early Pre-B as well
     per_class: int = 60  # synthetic smears of each class, where data is empty
-    unseen: str = ""  # folder of new images to predict; empty: some test images as examples
+    new_images: str = ""  # folder of new images to predict; empty: some test images as examples
     segmentation: str = "kmeans"  # a key of SEGMENTATION_METHODS
     split: str = "random"  # "random": image-level; "grouped": near-duplicates and listed groups stay in one subset
     groups: str = ""  # CSV with columns path and group, joined with the near-duplicates found; empty: those alone
@@ -134,7 +134,7 @@ def _model_setting(text: str) -> tuple[str, str, Any]:
         return match[1], match[2], match[3]
 
 
-_PATHS = ("data", "unseen", "groups", "split_file")
+_PATHS = ("data", "new_images", "groups", "split_file")
 _MINIMUM = {"per_class": smallest_class(), "image_size": 32, "n_jobs": 1, "seed": 0, "epochs": 1}
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "classes": (3, 4),
@@ -180,8 +180,8 @@ def check_study(
     _check_weights(settings)
     _check_run_folder(settings, run)
     images = _check_images(settings, run) if settings.data else []
-    if settings.unseen:
-        _check_unseen(settings, run)
+    if settings.new_images:
+        _check_new_images(settings, run)
     if settings.groups:
         read_groups(settings.groups)
     if settings.groups and images:
@@ -232,7 +232,7 @@ def _check_weights(settings: StudySettings) -> None:
 # %% ../../nbs/07_study/18_settings.ipynb #ddf632bb
 def _check_run_folder(settings: StudySettings, run: Run) -> None:
     "Raise ImageError, OutputError or StudyError for a run folder in which images lie that are no study's."
-    for folder in filter(None, (settings.data, settings.unseen)):
+    for folder in filter(None, (settings.data, settings.new_images)):
         check_folder(folder)
         check_not_inside(folder, run.folder)
     if is_output_folder(run.folder) or (run.folder / "study.json").is_file() or not run.folder.is_dir():
@@ -254,17 +254,17 @@ def _check_images(settings: StudySettings, run: Run) -> list[Path]:
     return search.paths
 
 # %% ../../nbs/07_study/18_settings.ipynb #668e6f52
-def _check_unseen(settings: StudySettings, run: Run) -> None:
+def _check_new_images(settings: StudySettings, run: Run) -> None:
     "Raise ImageError where a folder of new images has none that can be read."
     problems = []
-    for path in find_images(settings.unseen, run.folder):
+    for path in find_images(settings.new_images, run.folder):
         try:
             read_image(path)
             return
         except ImageError as error:
             problems.append(str(error))
     found = f"none of its {pluralise(len(problems), 'image')} can be read: {problems[0]}" if problems else NO_IMAGES
-    raise ImageError(f"{settings.unseen}: {found}")
+    raise ImageError(f"{settings.new_images}: {found}")
 
 # %% ../../nbs/07_study/18_settings.ipynb #5fa960f6
 def _check_split_file(settings: StudySettings, images: Sequence[Path]) -> None:
