@@ -159,4 +159,4 @@ def test_two_classes(tmp_path):
     folder = dummy_dataset(tmp_path / "dataset", per_class=8, size=224, classes=("Normal", "Pre-B"))
     model, test = make_model("cells", epochs=4).fit(folder), Pairs(folder, "test")
     assert model.predict_proba(test).shape == (4, 2) and np.allclose(model.predict_proba(test).sum(axis=1), 1)
-    assert MODELS["cells"].title == "Single-cell (ours)"
+    assert MODELS["cells"].title == "Single-cell model"

@@ -234,7 +234,7 @@ def test_sentences():
         "mean equal: all err on the same images."
     )
     few = significance_sentence(compare_model_pairs({"a": errs_on([0]), "b": errs_on([1, 2])}))
-    assert few.endswith("no two models disagree on more than 3 images, and the smallest unadjusted p is 1.00.")
+    assert few.endswith("at most 3 discordant images in a model pair, and the smallest unadjusted p is 1.00.")
     near, close = dummy_predictions(0.94, seed=7), dummy_predictions(0.97, seed=7)
     mixed = significance_sentence(compare_model_pairs({"yolov8": best, "yolo11": close, "yolo12": near, "mobilenet_v2": middle}))
     start = "MobileNetV2 differs from every other model. YOLOv8 has a higher accuracy than YOLO12. No other two models are"

@@ -231,7 +231,7 @@ def _power_sentence(table: pd.DataFrame) -> str:
     n_discordant = int((table["only_first_correct"] + table["only_second_correct"]).max())
     if table["significant"].any():
         return ""
-    found = f"no two models disagree on more than {n_discordant} images, and the smallest unadjusted p is {table['p'].min():.2f}"
+    found = f"at most {n_discordant} discordant images in a model pair, and the smallest unadjusted p is {table['p'].min():.2f}"
     return f" Not significantly different does not mean equal: {found if n_discordant else 'all err on the same images'}."
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #53a6d045

@@ -156,7 +156,7 @@ MODELS: dict[str, ModelEntry] = {name: _backbone_model(name) for name in BACKBON
     "yolo11": _yolo(title="YOLO11", description="the nano classifier of YOLO11", weight_files=("yolo11n-cls.pt", "yolo11n.pt")),
     "yolo12": _yolo(title="YOLO12", description="the nano classifier of YOLO12", weight_files=("", "yolo12n.pt")),
     "cells": ModelEntry(
-        title="Single-cell (ours)",
+        title="Single-cell model",
         description="white blood cells are segmented one by one and described by shape, texture and colour; "
         "their predictions are aggregated",
         module="leukemia_nb.models.cell_model",
