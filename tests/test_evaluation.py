@@ -500,6 +500,15 @@ def test_no_image_that_can_be_read(tmp_path):
         predict_new_images(ByBrightness(), tmp_path)
 
 
+def test_test_images_as_examples_of_new_ones_keep_their_subset():
+    examples = dummy_predictions(1.0, (1, 1, 1))
+    assert set(examples["subset"]) == {"test"} and new_images_table({"yolo11": examples})["YOLO11"].tolist() == [
+        "Normal",
+        "Pre-B",
+        "Pro-B",
+    ]
+
+
 def test_new_table_and_grid(folder_of_images):
     one = predict_new_images(ByBrightness(), folder_of_images)
     table = new_images_table({"mobilenet_v2": one, "x<y>": one.sample(frac=1, random_state=0)})

@@ -202,6 +202,28 @@ def test_benchmarks_on_the_real_images_use_these_groups_and_say_so():
     assert kept["accuracy_test"]["Single-cell model"]["n"] == kept["test"]
 
 
+@pytest.mark.parametrize("name", ["leakage", "predict_speed"])
+def test_benchmark_results_have_the_keys_that_their_script_writes(name):
+    def keys(part):
+        parts = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        return set(part if isinstance(part, dict) else ()).union(*map(keys, parts))
+
+    script = (ROOT / f"benchmarks/{name}.py").read_text(encoding="utf-8")
+    found = keys(json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8")))
+    data = {"same file", "copy", "segment_ms", "count_ms"} | {key for key in found if ": ours against " in key}
+    assert not {key for key in found - data if f'"{key}"' not in script}
+
+
+def test_colours_in_the_single_cell_models_results_are_those_of_the_code():
+    from leukemia_nb.models.cell_model import COLOURS
+
+    kept = json.loads((ROOT / "benchmarks/results/cell_model.json").read_text(encoding="utf-8"))
+    words = {word for row in kept["tried_on_validation"] for word in row["training_cells"].split(" (")[0].split(", ")}
+    plain = {word.split(" ×")[0] for word in words if not word.startswith(("with", "perceptron", "mean of"))}
+    assert plain == {*COLOURS, "transferred"}
+    assert {row["predicted_from"].split(", ")[0] for row in kept["tried_on_validation"]} <= {*COLOURS, "own and normalised"}
+
+
 @pytest.mark.slow
 def test_listed_groups_of_real_images(shared_data):
     fields = pd.read_csv(shared_data / "taleqani_fields.csv")

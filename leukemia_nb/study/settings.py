@@ -107,7 +107,7 @@ class StudySettings:
     epochs: int | None = None  # epochs at most; None: each model's own default
     model_settings: tuple[str, ...] = ()  # settings of single models, as "model:setting=value"
     seed: int = 0  # of the synthetic smears, split, flips and training
-    audit_images: int = 200  # images of composites; of these at most 60 for robustness and half, at most 30, for saliency
+    audit_images: int = 200  # test and validation images for composites; at most 60 test images for robustness, 30 for saliency
     cv_repeats: int = 3  # repeats of the cross-validation
     n_jobs: int = 1  # processes that prepare images, threads that search near-duplicates
 
