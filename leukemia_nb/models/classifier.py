@@ -117,7 +117,7 @@ class _Settings(ClassifierMixin, BaseEstimator):
         classes: Sequence[str] | None = None,  # class names in column order; None: sorted folder names
         preprocessing: str = "native",  # "native": each backbone's own input range; "rescale": division by 255 for all
         augmentation: str = "flips",  # of YOLO: "flips", or "default" for ultralytics' own; others: flips in the folder
-        weights: str = "imagenet",  # "imagenet": file or download; "local": files of $LEUKEMIA_NB_WEIGHTS, else "random": random initialisation
+        weights: str = "imagenet",  # "imagenet": file or download; "local": file, else random; "random": random initialisation
         fine_tune: bool | None = None,  # train the backbone too; None: only if its weights are random
         image_size: int = 224,  # side of the square the network sees, pixels
         epochs: int = 20,  # passes over the training images, at most
