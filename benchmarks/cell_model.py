@@ -233,16 +233,14 @@ def main() -> None:
             lines.append(cue_conflict_rates(table_of, predicted).assign(model=model))
             log(f"{kind}, {model}: {lines[-1].proportion.round(4).tolist()}")
     report["cue_conflict_test"] = pd.concat(lines).round(4).to_dict("records")
-    by_classes = (
-        rows.assign(correct=predict_cells(cells, mixed) == rows.foreground).groupby(["foreground", "manipulated"]).correct
-    )
+    by_classes = rows.assign(correct=predict_cells(cells, mixed) == rows.foreground).groupby(["foreground", "other_cue"]).correct
     report["mixed_next_by_classes"] = [
-        {"foreground": a, "manipulated": b, **proportion(values.to_numpy())} for (a, b), values in by_classes
+        {"foreground": a, "other_cue": b, **proportion(values.to_numpy())} for (a, b), values in by_classes
     ]
 
     log("edge only")
     edge = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(edge_features(images[train]), y[train])
-    plain = mine, pd.DataFrame({"kind": "unchanged", "foreground": labels[test], "manipulated": ""})
+    plain = mine, pd.DataFrame({"kind": "unchanged", "foreground": labels[test], "other_cue": ""})
     controls = [plain, of_kind["mixed_next"], of_kind["mixed_next_old_rim"]]
     edges = [cue_conflict_rates(table_of, classes[edge.predict(edge_features(changed))]) for changed, table_of in controls]
     report["edge_only_test"] = pd.concat(edges).round(4).to_dict("records")

@@ -20,7 +20,7 @@ from leukemia_nb.audit.baselines import (
     permuted_sentence,
     run_baselines,
     _shape_features,
-    _silhouette_features,
+    _outline_features,
     _texture_features,
 )
 from leukemia_nb.data.images import read_image, scale_bar_corner
@@ -94,18 +94,18 @@ def test_grey_baselines_are_blind_to_colour(seen, name, monkeypatch):
     assert np.abs(BASELINES[name].features(image, cells) - BASELINES[name].features(grey, cells)).max() < 0.02
 
 
-def test_silhouettes_are_blind_to_pixels(seen):
+def test_outlines_are_blind_to_pixels(seen):
     image, cells, _ = seen
-    features = BASELINES["silhouettes"].features
+    features = BASELINES["cell_outlines"].features
     assert np.array_equal(features(image, cells), features(255 - image, cells)) and features(image, cells)[0] == cells.max() > 0
-    assert _silhouette_features(np.zeros((32, 32), np.int32)).sum() == 0
+    assert _outline_features(np.zeros((32, 32), np.int32)).sum() == 0
 
 
-def test_silhouette_features_by_hand():
+def test_outline_features_by_hand():
     """Squares of 10 and of 4 pixels side in 40 x 40: areas 100 and 16 of 1600; a full box has solidity and extent 1."""
     cells = np.zeros((40, 40), np.int32)
     cells[5:15, 5:15], cells[20:24, 20:24] = 1, 2
-    number, area, *features = _silhouette_features(cells)
+    number, area, *features = _outline_features(cells)
     mean, deviation, low, high = np.reshape(features, (4, 7))
     assert (number, area) == (2, pytest.approx(116 / 1600))
     assert [part[0] for part in (mean, deviation, low, high)] == pytest.approx([58 / 1600, 42 / 1600, 16 / 1600, 100 / 1600])
@@ -199,9 +199,9 @@ def test_labels_are_permuted_for_a_third_of_the_images_and_at_most_100_times():
 def test_given_cells_are_used_and_errors_name_the_remedy():
     images = np.full((4, 32, 32, 3), 200, np.uint8)
     blank = np.zeros((4, 32, 32), np.int32)
-    assert (baseline_features(images, blank, ["silhouettes"])["silhouettes"] == 0).all()
+    assert (baseline_features(images, blank, ["cell_outlines"])["cell_outlines"] == 0).all()
     blank[:, 4:9, 4:9] = 1
-    assert baseline_features(images, blank, ["silhouettes"])["silhouettes"][:, 0].tolist() == [1] * 4
+    assert baseline_features(images, blank, ["cell_outlines"])["cell_outlines"][:, 0].tolist() == [1] * 4
     with pytest.raises(ValueError, match="4 images but 2 masks"):
         baseline_features(images, blank[:2])
     with pytest.raises(ValueError, match="no baseline is called 'tea'; there are background_colour"):
@@ -213,8 +213,8 @@ def test_pairs_are_read_with_their_saved_cells(tmp_path):
     from leukemia_nb.testing import dummy_dataset
 
     pairs = Pairs(dummy_dataset(tmp_path / "dataset", per_class=4, size=32), "test")
-    found = baseline_features(pairs, names=["silhouettes", "colour"], n_jobs=2)
-    assert found["silhouettes"][:, 0].tolist() == [cells.max() for cells in pairs.read(slice(None), "cells")]
+    found = baseline_features(pairs, names=["cell_outlines", "colour"], n_jobs=2)
+    assert found["cell_outlines"][:, 0].tolist() == [cells.max() for cells in pairs.read(slice(None), "cells")]
     assert found["colour"][1].tolist() == _colour_features(pairs.read([1])[0]).tolist()
 
 

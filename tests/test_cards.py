@@ -15,13 +15,13 @@ from leukemia_nb.study.cards import MissingResultError, _Results, model_card, re
 from leukemia_nb.study.driver import _section_steps
 from leukemia_nb.testing import dummy_run
 
-SAY = '{% import "statements.md.j2" as say with context %}{% call part() %}{{ say.'
+STATEMENT = '{% import "statements.md.j2" as statements with context %}{% call part() %}{{ statements.'
 
 
-def say(run, statement, *arguments):
-    """One statement of a run, as cards and checklist say it, in one line."""
+def state(run, statement, *arguments):
+    """One statement of a run, as in cards and checklist, in one line."""
     call = f"{statement}({', '.join(map(repr, arguments))})"
-    return " ".join(render(SAY + call + " }}{% endcall %}", run).split())
+    return " ".join(render(STATEMENT + call + " }}{% endcall %}", run).split())
 
 
 def fact(run, expression):
@@ -69,12 +69,22 @@ def test_figures_are_those_of_the_files(run):
     card = " ".join(model_card(run, "yolov8").split())
     assert "**Test accuracy:** 92.8 % (95 % CI 85.7–97.0; 90/97)." in card
     assert "(55 groups): 100.0 % (95 % CI 12.3–98.7, Korn-Graubard (ICC = 1))" in card
-    assert "40 of 111 test images show" in card and "180/200" in card
+    assert "40 of 111 test images show" in card and "144/200" in card
+
+
+def test_the_tables_of_the_dummy_run_agree(run):
+    split, leakage = read_table(run / "split.csv"), read_table(run / "leakage.csv").set_index("subset")
+    seen = split.loc[split["subset"] == "train", "group"]
+    assert (split[split["subset"] == "test"]["group"].isin(seen).sum(), leakage.loc["test", "near_duplicates"]) == (40, 40)
+    for file in (run / "predictions").glob("*.csv"):
+        assert set(read_table(file)["pair"]) == set(split.loc[split["subset"] != "train", "pair"])
+    card = " ".join(model_card(run, "yolo11").split())
+    assert "; 71/71)" in card and "(91 groups)" in card and "with 36 flipped copies" in card
 
 
 def test_a_constant_predictor_is_called_that(run):
-    assert "**Constant predictor:** it predicts Pro-B for every image" in say(run, "accuracy", "efficientnet_b0")
-    assert "Constant predictor" not in say(run, "accuracy", "yolov8")
+    assert "**Constant predictor:** it predicts Pro-B for every image" in state(run, "accuracy", "efficientnet_b0")
+    assert "Constant predictor" not in state(run, "accuracy", "yolov8")
 
 
 def test_first_lines_are_yaml_with_the_fields_of_hugging_face(run):
@@ -89,27 +99,25 @@ def test_first_lines_are_yaml_with_the_fields_of_hugging_face(run):
 
 def test_licences(run):
     for model in ("yolov8", "yolo11", "yolo12"):
-        assert say(run, "licence", model).startswith("AGPL-3.0")
-    assert "ImageNet" in say(run, "licence", "mobilenet_v2") and "ImageNet" not in say(run, "licence", "cells")
+        assert state(run, "licence", model).startswith("AGPL-3.0")
+    assert "ImageNet" in state(run, "licence", "mobilenet_v2") and "ImageNet" not in state(run, "licence", "cells")
 
 
 def test_random_initialisation_is_a_limitation(run):
     record = run / "models" / "yolo12" / "model.json"
     assert "Random initialisation" in model_card(run, "yolo12")
-    record.write_text(json.dumps({"weights_source": "ImageNet classifier (a.pt)"}))
+    record.write_text(json.dumps({"weights_source": "ImageNet classifier (a.pt)", "best_epoch": 1}))
     assert "Random initialisation" not in model_card(run, "yolo12")
 
 
-def test_best_epoch_is_the_recorded_one_or_that_of_the_models_own_criterion(run):
-    for model in ("mobilenet_v2", "yolo11"):
-        history = read_table(run / "models" / model / "history.csv").assign(val_loss=0.5, val_accuracy=0.5)
-        history.loc[[2, 3], ["val_loss", "val_accuracy"]] = [[0.4, 0.6], [0.4, 0.6]]  # equally good
-        write_table(run / "models" / model / "history.csv", history)
-    assert [fact(run, f"run.best_epoch('{model}')") for model in ("mobilenet_v2", "yolo11")] == ["3", "4"]
+def test_the_recorded_epoch_is_that_of_the_card(run):
+    history = read_table(run / "models" / "yolo11" / "history.csv")
+    history.loc[3, ["val_loss", "val_accuracy"]] = [0.25, 0.625]
+    write_table(run / "models" / "yolo11" / "history.csv", history)
+    (run / "models" / "yolo11" / "model.json").write_text(json.dumps({"best_epoch": 4}))
     card = " ".join(model_card(run, "yolo11").split())
-    assert "the weights of epoch 4 were kept, the one with the highest validation accuracy" in card
-    (run / "models" / "yolo11" / "model.json").write_text(json.dumps({"best_epoch": 2}))
-    assert fact(run, "run.best_epoch('yolo11')") == "2"
+    assert "10 of at most 10; the weights of epoch 4 were kept, the one with the highest validation accuracy" in card
+    assert "(validation loss 0.2500, validation accuracy 62.5 %)" in card
 
 
 def test_a_model_without_epochs_or_exporter_has_a_card(run, monkeypatch):
@@ -126,22 +134,22 @@ def test_items_of_an_empty_run_are_open(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("foreground", "manipulated", "verdict"),
+    ("foreground", "other_cue", "verdict"),
     [
         ((150, 0.7, 0.8), (40, 0.15, 0.25), "It relies more on the foreground"),
         ((40, 0.15, 0.25), (150, 0.7, 0.8), "It relies more on the background"),
         ((101, 0.43, 0.58), (84, 0.35, 0.49), "Foreground and background reliance are not significantly different"),
     ],
 )
-def test_the_verdict_goes_no_further_than_the_intervals(run, foreground, manipulated, verdict):
+def test_the_verdict_goes_no_further_than_the_intervals(run, foreground, other_cue, verdict):
     rows = [
         dict(kind="mixed_next", cue=cue, n_images=200, count=count, proportion=count / 200, low=low, high=high, title="YOLO11")
-        for cue, (count, low, high) in {"foreground": foreground, "manipulated": manipulated, "neither": (0, 0, 0)}.items()
+        for cue, (count, low, high) in {"foreground": foreground, "other_cue": other_cue, "neither": (0, 0, 0)}.items()
     ]
     write_table(run / "metrics" / "cue_conflict.csv", pd.DataFrame(rows).assign(model="yolo11"))
-    assert say(run, "reliance", "yolo11").startswith(verdict)
+    assert state(run, "reliance", "yolo11").startswith(verdict)
     write_table(run / "metrics" / "cue_conflict.csv", pd.DataFrame(rows).assign(model="cells"))
-    assert "by construction" in say(run, "reliance", "cells")
+    assert "by construction" in state(run, "reliance", "cells")
 
 
 def test_near_duplicates_in_training_are_left_out(run):
@@ -151,7 +159,7 @@ def test_near_duplicates_in_training_are_left_out(run):
     write_table(run / "split.csv", pd.concat([split, seen]))
     predicted = test[["p_Normal", "p_Pre-B", "p_Pro-B"]].to_numpy().argmax(axis=1)[40:]
     correct = (pd.Series(["Normal", "Pre-B", "Pro-B"])[predicted].to_numpy() == test["class"][40:].to_numpy()).sum()
-    assert f"; {correct}/71)" in say(run, "without_near_duplicates", "mobilenet_v2")
+    assert f"; {correct}/71)" in state(run, "without_near_duplicates", "mobilenet_v2")
 
 
 TALEQANI, OWN, SYNTHETIC = "Taleqani Hospital blood smears", "images of the user's own", "synthetic smears"
@@ -179,11 +187,11 @@ def test_the_public_images_are_recognised(shared_data, tmp_path):
 
 def test_the_split_is_described_as_it_was(run):
     study = json.loads((run / "study.json").read_text())
-    assert "image-level split" in say(run, "division") and "images and exact copies" in say(run, "disjoint")
+    assert "image-level split" in state(run, "division") and "images and exact copies" in state(run, "disjoint")
     (run / "study.json").write_text(json.dumps(study | {"split": "grouped"}))
-    assert "no group is in two subsets" in say(run, "division") and "groups of near-duplicates" in say(run, "disjoint")
+    assert "no group is in two subsets" in state(run, "division") and "groups of near-duplicates" in state(run, "disjoint")
     (run / "study.json").write_text(json.dumps(study | {"split_file": "a.csv"}))
-    assert "earlier study" in say(run, "division")
+    assert "earlier study" in state(run, "division")
 
 
 def test_items_are_named_once_and_point_to_sections_and_files_that_exist(run):
@@ -198,10 +206,10 @@ def test_items_are_named_once_and_point_to_sections_and_files_that_exist(run):
 def test_what_cannot_be_known_is_not_claimed(run):
     status = reporting_items(run).set_index("Topic")["Status"]
     for topic in ("Dates", "Eligibility", "Setting and centres", "Blinding", "Funding", "Ethics"):
-        assert status[topic] == "Not known", topic
+        assert status[topic] == "Not reported", topic
     for topic in ("External testing", "Sample size", "Fairness", "Registration", "Patients and public"):
         assert status[topic] == "Not done", topic
-    assert status["Explanations and their check"] == "Not in this run" and status["Performance"] == "Answered"
+    assert status["Explanations and their check"] == "Not in this run" and status["Performance"] == "Reported"
 
 
 def test_synthetic_images_have_no_patients(run):
@@ -209,21 +217,21 @@ def test_synthetic_images_have_no_patients(run):
     assert fact(run, "run.data_set.name") == SYNTHETIC
     status = reporting_items(run).set_index("Topic")["Status"]
     for topic in ("Treatment", "Ethics", "Blinding", "Who is in each subset", "Fairness"):
-        assert status[topic] == "Does not apply", topic
+        assert status[topic] == "Not applicable", topic
     assert "hematogone" not in model_card(run, "yolo11") and "apache-2.0" in model_card(run, "mobilenet_v2")
 
 
 def test_missing_measurements_make_the_item_open(run):
     (run / "metrics" / "models.csv").unlink()
     items = reporting_items(run).set_index("Topic")
-    assert items.loc["Performance", "Status"] == "Not in this run" and "*compare*" in items.loc["Performance", "Answer"]
+    assert items.loc["Performance", "Status"] == "Not in this run" and "*compare*" in items.loc["Performance", "Statement"]
     assert "`metrics/cue_conflict.csv`" not in render("limitations.md.j2", run)
     (run / "metrics" / "cue_conflict.csv").unlink()
     assert "`metrics/cue_conflict.csv` is written by the step *shortcut-audit*" in render("limitations.md.j2", run)
 
 
 def test_lowest_and_highest_are(run):
-    text = say(run, "performance")
+    text = state(run, "performance")
     assert text.startswith("Lowest: EfficientNet-B0 35.1 %") and "; 39/111)" in text
     assert "Highest: YOLO12 100.0 %" in text and "; 111/111)" in text
 
@@ -233,9 +241,9 @@ def test_wrong_predictions_are_counted_by_image(run):
         table = read_table(file)
         table = table.assign(**{f"p_{name}": (table["class"] == name).astype(float) for name in ("Normal", "Pre-B", "Pro-B")})
         if file.stem == "yolo11":
-            table.loc[table["pair"] == "Pro-B/test_001", ["p_Normal", "p_Pro-B"]] = [1.0, 0.0]
+            table.loc[table["pair"] == "Pro-B/Snap_001", ["p_Normal", "p_Pro-B"]] = [1.0, 0.0]
         write_table(file, table)
-    text = say(run, "wrong_predictions")
+    text = state(run, "wrong_predictions")
     assert text == "1 of 111 test images are predicted wrong by at least one of 7 models, one of them by 1."
 
 
@@ -249,7 +257,7 @@ def test_a_study_of_one_model(run):
     pairs = read_table(run / "metrics" / "pairs_of_models.csv")
     write_table(run / "metrics" / "pairs_of_models.csv", pairs.head(0))
     items = reporting_items(run).set_index("Topic")
-    assert items.loc["Uncertainty", "Status"] == "Answered" and "Highest" not in items.loc["Performance", "Answer"]
+    assert items.loc["Uncertainty", "Status"] == "Reported" and "Highest" not in items.loc["Performance", "Statement"]
     assert "backbone" not in model_card(run, "yolo11").split("## Evaluation")[1]
     assert "1 model, trained on 132 images" in render("summary.md.j2", run)
 
@@ -260,22 +268,22 @@ def test_calibrated_is_said_only_where_a_temperature_was_fitted(run):
     table.loc["nasnet_mobile", ["note", "temperature"]] = ["", 1.25]
     table.loc["yolo11", ["note", "temperature"]] = ["at the limit", 0.05]
     write_table(run / "metrics" / "calibration.csv", table.reset_index())
-    assert "have the temperature applied (1.25, fitted" in say(run, "exported_calibration", "nasnet_mobile")
-    assert "are not calibrated" in say(run, "exported_calibration", "yolo11")
+    assert "have the temperature applied (1.25, fitted" in state(run, "exported_calibration", "nasnet_mobile")
+    assert "are not calibrated" in state(run, "exported_calibration", "yolo11")
     write_table(run / "metrics" / "calibration.csv", table.reset_index().drop(columns=["temperature", "note"]))
-    assert "not calibrated: there are no validation images" in say(run, "exported_calibration", "nasnet_mobile")
+    assert "not calibrated: there are no validation images" in state(run, "exported_calibration", "nasnet_mobile")
 
 
 def test_new_images_with_classes_are_not_passed_over(run):
     study = json.loads((run / "study.json").read_text())
-    assert say(run, "external").startswith("Not done")
+    assert state(run, "external").startswith("Not done")
     (run / "study.json").write_text(json.dumps(study | {"new_images": "/somewhere"}))
-    assert say(run, "external").startswith("In part: 6 of 6 new images")
+    assert state(run, "external").startswith("Partly reported: 6 of 6 new images")
 
 
 def test_nothing_is_called_a_diagnosis_and_no_image_is_named(run):
     write_cards(run, ["yolo11"])
-    texts = [(run / "cards/yolo11.md").read_text(), render("limitations.md.j2", run), *reporting_items(run)["Answer"]]
+    texts = [(run / "cards/yolo11.md").read_text(), render("limitations.md.j2", run), *reporting_items(run)["Statement"]]
     for text in texts:
         assert "Snap_" not in text
         for place in re.finditer("diagnos", text):

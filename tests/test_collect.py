@@ -50,12 +50,12 @@ def test_no_name_of_an_image_is_collected(run, tmp_path):
 
 
 def test_names_that_an_answer_or_a_table_holds_are_taken_out(run, tmp_path):
-    """As in runs of earlier versions, whose answers named the images that most models had wrong."""
+    """As in runs of earlier versions, whose statements named the images that most models had wrong."""
     old = shutil.copytree(run, tmp_path / "run")
     items = read_table(old / "metrics" / "reporting_items.csv")
     pair, path = read_table(old / "manifest.csv").loc[7, ["pair", "path"]]
-    items.loc[items["Topic"] == "Wrong predictions", "Answer"] = (
-        f"In part: 1 of 3 wrong; most often {pair} by 3, {path.split('/')[-1]} by 1."
+    items.loc[items["Topic"] == "Wrong predictions", "Statement"] = (
+        f"Partly reported: 1 of 3 wrong; most often {pair} by 3, {path.split('/')[-1]} by 1."
     )
     write_table(old / "metrics" / "reporting_items.csv", items)
     write_table(old / "metrics" / "cue_conflict.csv", read_table(old / "metrics" / "cue_conflict.csv").assign(pair=pair))
@@ -76,7 +76,7 @@ def test_the_committed_tables_name_no_image():
         assert "WBC-Benign-" not in text and "WBC-Malignant-" not in text and "Snap_" not in text, file
 
 
-def test_the_answer_itself_counts_and_names_nothing(run):
-    answers = reporting_items(run).set_index("Topic")["Answer"]
-    assert "of 111 test images are predicted wrong" in answers["Wrong predictions"]
-    assert not [name for name in names(run) if any(name in answer for answer in answers)]
+def test_the_statement_itself_counts_and_names_nothing(run):
+    statements = reporting_items(run).set_index("Topic")["Statement"]
+    assert "of 111 test images are predicted wrong" in statements["Wrong predictions"]
+    assert not [name for name in names(run) if any(name in statement for statement in statements)]

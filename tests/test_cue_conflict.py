@@ -47,14 +47,14 @@ def test_every_kind_is_made_and_seeded(fields, composites):
         KINDS
     )
     same = table[table["kind"] == "mixed_same"]
-    assert (same["foreground"] == same["manipulated"]).all() and (fields[2][same["donor"]] == same["foreground"]).all()
+    assert (same["foreground"] == same["other_cue"]).all() and (fields[2][same["donor"]] == same["foreground"]).all()
     conflict = table[~table["kind"].isin(["only_bg", "no_scale_bar", "mixed_same"])]
-    assert (conflict["foreground"] != conflict["manipulated"]).all() and (
+    assert (conflict["foreground"] != conflict["other_cue"]).all() and (
         conflict["foreground"] == fields[2][conflict["row"]]
     ).all()
-    assert (conflict["manipulated"] == fields[2][conflict["donor"]]).all()
+    assert (conflict["other_cue"] == fields[2][conflict["donor"]]).all()
     own = table[table["kind"].isin(["only_bg", "no_scale_bar"])]
-    assert (own["manipulated"] == fields[2][own["row"]]).all() and (table[table["kind"] == "only_bg"]["foreground"] == "").all()
+    assert (own["other_cue"] == fields[2][own["row"]]).all() and (table[table["kind"] == "only_bg"]["foreground"] == "").all()
 
 
 def test_every_kind_changes_what_it_says(fields, composites):
@@ -247,12 +247,12 @@ def test_scale_bars_are_erased_and_copied():
 
 def test_rates_by_hand():
     table = pd.DataFrame(
-        {"kind": ["mixed_next"] * 10 + ["mixed_same"] * 2, "foreground": ["A"] * 12, "manipulated": ["B"] * 10 + ["A"] * 2}
+        {"kind": ["mixed_next"] * 10 + ["mixed_same"] * 2, "foreground": ["A"] * 12, "other_cue": ["B"] * 10 + ["A"] * 2}
     )
     rates = cue_conflict_rates(table, ["A"] * 7 + ["B"] * 2 + ["C", "A", "B"])
     assert (
         rates["kind"].tolist() == ["mixed_next"] * 3 + ["mixed_same"] * 3
-        and rates["cue"].tolist() == ["foreground", "manipulated", "neither"] * 2
+        and rates["cue"].tolist() == ["foreground", "other_cue", "neither"] * 2
     )
     assert rates["count"].tolist() == [7, 2, 1, 1, 0, 1] and rates["n_images"].tolist() == [10] * 3 + [2] * 3
     assert rates["proportion"].tolist() == [0.7, 0.2, 0.1, 0.5, 0.0, 0.5]

@@ -57,7 +57,7 @@ def test_compare_draws_files_of_any_name(tmp_path, name):
     write_image(tmp_path / "in" / name.replace(".jpg", ".png"), make_smear("Pro-B", 1, 64, 64).image)
     dummy_model_file(tmp_path / "run" / "exported" / "dummy.onnx", size=64)
     done = subprocess.run(
-        [sys.executable, "-m", "leukemia_nb", "compare", tmp_path / "in", "--study", tmp_path / "run", "--out", tmp_path / "out"],
+        [sys.executable, "-m", "leukemia_nb", "compare", tmp_path / "in", "--run", tmp_path / "run", "--out", tmp_path / "out"],
         capture_output=True,
         text=True,
         timeout=300,

@@ -132,7 +132,7 @@ def test_own_output_is_never_input(paths, model, place, tmp_path):
     mine = list_images(tmp_path)
     status, _, error = call("predict", ".", "--model", model, "--overlays", "ov", "--saliency", "--out", "a.csv", cwd=tmp_path)
     assert status == 0 and len(list(tmp_path.rglob("*.jpg"))) == 12, error
-    status, _, error = call("compare", ".", "--study", place / "run", cwd=tmp_path)
+    status, _, error = call("compare", ".", "--run", place / "run", cwd=tmp_path)
     assert status == 0, error
     assert list_images(tmp_path) == mine
     status, out, error = call("predict", ".", "**/*.jpg", "ov", "--model", model, cwd=tmp_path)
@@ -339,7 +339,7 @@ def test_any_name_is_one_row_and_no_formula(paths, model, place, tmp_path):
     assert len(cells) == 2 * len(NAMES) and not [cell for cell in cells if cell[:1] in tuple("=+-@\t\r\n") and cell]
     status, out, error = call("predict", ".", "--model", model, cwd=folder)
     assert status == 0 and len(out.splitlines()) == len(NAMES) == len(out.split("\n")) - 1 and "\r" not in out
-    status, out, error = call("compare", folder, "--study", place / "run", "--out", tmp_path / "comparison")
+    status, out, error = call("compare", folder, "--run", place / "run", "--out", tmp_path / "comparison")
     assert status == 0 and len(out.splitlines()) == len(NAMES) + 1, error
     assert len(table_of(tmp_path / "comparison/comparison.csv")) == len(NAMES)
     (tmp_path / os.fsdecode(b"n\xef.jpg")).write_bytes(b"")
@@ -414,7 +414,7 @@ def test_compare_has_a_row_for_every_image_and_a_column_for_every_model(paths, p
     for number, name in enumerate(["Normal/a.png", "Pre-B/a.png", "x/y/z/1/b.png", "x/y/z/2/b.png"]):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(paths[number], tmp_path / "in" / name)
-    command = ("compare", tmp_path / "broken.jpg", tmp_path / "in", "--study", tmp_path / "run", "--out", tmp_path / "cmp")
+    command = ("compare", tmp_path / "broken.jpg", tmp_path / "in", "--run", tmp_path / "run", "--out", tmp_path / "cmp")
     status, out, error = call(*command)
     table = table_of(tmp_path / "cmp/comparison.csv")
     assert status == 1 and len(table) == 5 and len(out.splitlines()) == 6 and "pipe.onnx: a pipe or device" in error

@@ -295,14 +295,15 @@ def test_a_segmented_image_that_is_given_is_not_made_again(place, paths):
     assert not np.allclose(model.extract_features(pair[[0, 0]][None]), model.extract_features(pair[None]), atol=1e-3)
 
 
-def test_a_doubtful_mask_is_reported_and_does_not_make_the_model_abstain(model, paths):
+def test_a_flagged_mask_is_reported_and_does_not_make_the_model_abstain(model, paths):
     stained = np.full((192, 256, 3), 235, np.uint8)
     stained[:, 60:] = (120, 60, 160)
     row, plain = model.report([stained, read_image(paths[4])]).rows
     assert row["flag"] == check_mask(find_image_cells(resize_square(stained, 224)) > 0) and plain["flag"] == ""
     limits = model.info["thresholds"]
     assert row["abstain_reasons"] == abstain_reasons(row["confidence"], row["ood_distance"], row["n_cells"], limits)
-    assert "doubtful" not in format_row(plain) and (not row["flag"] or row["flag"] in format_row(row) or not row["n_cells"])
+    assert format_row(plain).startswith(plain["predicted"])  # an image in memory has no path
+    assert "flagged mask" not in format_row(plain) and (not row["flag"] or row["flag"] in format_row(row) or not row["n_cells"])
 
 
 def test_unreadable_images_are_rows_and_the_rest_goes_on(model, paths, tmp_path):

@@ -27,10 +27,10 @@ from ..processing.segmentation import original_study_mask
 # %% ../../nbs/05_audit/10_baselines.ipynb #b9934ac6
 def background_pixels(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
-    cells: np.ndarray,  # int labels or bool mask (H, W) of the white cells
+    cells: np.ndarray,  # int labels or bool mask (H, W) of the white blood cells
     margin: float = 0.03,  # width of the margin, in heights of the image
 ) -> np.ndarray:  # bool (H, W)
-    "Pixels away from everything that any segmentation labels a white cell, and from the corner of the scale bar."
+    "Pixels away from everything that any segmentation labels a white blood cell, and from the corner of the scale bar."
     found = ((cells > 0) | original_study_mask(image)).astype(np.uint8)
     size = 2 * max(1, round(margin * len(image))) + 1
     free = cv2.dilate(found, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))) == 0
@@ -74,7 +74,7 @@ def _stretched_grey(image: np.ndarray, side: int) -> np.ndarray:
     return np.clip((grey - low) / max(high - low, 1), 0, 1).astype(np.float32)
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #5a58d6dc
-def _silhouette_features(cells: np.ndarray) -> np.ndarray:
+def _outline_features(cells: np.ndarray) -> np.ndarray:
     "Number of cells, their area, and mean, deviation, minimum and maximum of seven region properties, float32 (30,)."
     from skimage.measure import regionprops_table
 
@@ -96,7 +96,7 @@ class Baseline:
     features: Callable[[np.ndarray, np.ndarray], np.ndarray]  # image, cells -> float32 (d,)
     linear: bool = False  # logistic regression; otherwise a random forest
     permuted: bool = False  # trained on permuted labels
-    background_only: bool = False  # cannot see a white cell
+    background_only: bool = False  # cannot see a white blood cell
 
     def estimator(self, seed: int = 0) -> Any:
         "Unfitted scikit-learn classifier, classes weighted alike. Nothing is tuned."
@@ -141,14 +141,16 @@ BASELINES |= {
     "colour": Baseline(
         "Colour statistics", "21 colour statistics of the whole image", lambda image, cells: _colour_features(image)
     ),
-    "silhouettes": Baseline(
-        "Silhouettes", "number, size and outline of the cells", lambda image, cells: _silhouette_features(cells)
+    "cell_outlines": Baseline(
+        "Cell outlines", "number, size and outline of the cells", lambda image, cells: _outline_features(cells)
     ),
     "thumbnail": Baseline("16x16 thumbnail", "16x16 pixels in colour", lambda image, cells: _thumbnail(image, 16, 16)),
     "grey_texture": Baseline(
         "Grey texture", "local binary patterns at radii 1 and 3", lambda image, cells: _texture_features(image), linear=True
     ),
-    "grey_shape": Baseline("Grey shapes", "grey edges at 64x64 pixels", lambda image, cells: _shape_features(image)),
+    "grey_shape": Baseline(
+        "Grey HOG", "histograms of oriented gradients at 64x64 pixels", lambda image, cells: _shape_features(image)
+    ),
 }
 BASELINES["permuted"] = replace(
     BASELINES["colour"], title="Permuted labels", cue="colour statistics, labels permuted", permuted=True

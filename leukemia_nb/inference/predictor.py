@@ -176,10 +176,10 @@ def format_row(
     if row["n_cells"] is not None:
         parts.append(f"{pluralise(row['n_cells'], 'white blood cell')} on {row['cell_fraction']:.1%} of the image")
     if row["flag"] and row["n_cells"]:
-        parts.append(f"doubtful mask: {row['flag']}")
+        parts.append(f"flagged mask: {row['flag']}")
     if row["problem"]:
         parts.append(f"incomplete: {row['problem']}")
-    return escape_text(f"{row['path']}: {'; '.join(parts)}")
+    return escape_text(": ".join(filter(None, (row["path"], "; ".join(parts)))))
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #8bf14ebf
 def describe_calibration(

@@ -49,13 +49,13 @@ def _interval(low: float, high: float) -> str:
     return f"95 % CI {100 * low:.1f}–{100 * high:.1f}" if pd.notna(low) else "no 95 % CI: a single group"
 
 # %% ../../nbs/07_study/30_cards.ipynb #7554468f
-_STATUSES = ("Not known", "Not done", "Not in this run", "Does not apply", "In part")
+_STATUSES = ("Partly reported", "Not reported", "Not done", "Not in this run", "Not applicable")
 
 
 def _split_status(text: str) -> tuple[str, str]:
-    "Status and text of an answer."
+    "Status and text of a statement."
     status, colon, rest = text.partition(": ")
-    return (status, rest[:1].upper() + rest[1:]) if colon and status in _STATUSES else ("Answered", text)
+    return (status, rest[:1].upper() + rest[1:]) if colon and status in _STATUSES else ("Reported", text)
 
 # %% ../../nbs/07_study/30_cards.ipynb #8654f9fa
 class MissingResultError(LeukemiaError, LookupError):
@@ -111,7 +111,7 @@ class _Tables:
 
 # %% ../../nbs/07_study/30_cards.ipynb #2f227221
 class _Study(_Tables):
-    "What a run says of its images and models."
+    "What is known of the images and models of a run."
 
     @property
     def name(self) -> str:
@@ -154,13 +154,8 @@ class _Models(_Study):
     "Training and predictions of the models of a run."
 
     def best_epoch(self, model: str) -> int | None:
-        "The epoch whose weights were kept, as recorded or, in older runs, by the model's own criterion; None without epochs."
-        history, record = self.table(f"models/{model}/history.csv"), self.json("models", model, "model.json")
-        if history.empty:
-            return None
-        by_accuracy = "accuracy" in MODELS[model].epoch_kept
-        best = history["val_accuracy"][::-1].idxmax() if by_accuracy else history["val_loss"].idxmin()
-        return int(record.get("best_epoch") or history.loc[best, "epoch"])
+        "The epoch whose weights were kept; None without epochs."
+        return self.json("models", model, "model.json").get("best_epoch")
 
     def near_duplicate_free(self, model: str) -> tuple[int, int]:
         "Correct predictions and images among the test images without a near-duplicate in training."
@@ -231,12 +226,8 @@ def _environment(run: _Results) -> Any:
     environment.filters["model_title"] = lambda model: markdown_text(model_title(model))
     environment.filters["without_status"] = lambda text: _split_status(text.strip())[1]
     environment.globals |= {"run": run, "registry": MODELS, "kinds": KINDS, "significance_sentence": significance_sentence}
-    environment.globals |= {
-        "descriptions": _read_toml("datasets.toml")["classes"],
-        "proportion": _proportion,
-        "interval": _interval,
-    }
-    environment.globals |= {"clopper_pearson": clopper_pearson, "part": _part}
+    environment.globals |= {"proportion": _proportion, "interval": _interval, "clopper_pearson": clopper_pearson, "part": _part}
+    environment.globals["descriptions"] = _read_toml("datasets.toml")["classes"]
     return environment
 
 # %% ../../nbs/07_study/30_cards.ipynb #70101c00
@@ -271,16 +262,16 @@ def write_cards(
 # %% ../../nbs/07_study/30_cards.ipynb #ebe860f3
 def reporting_items(
     folder: str | os.PathLike,  # run folder
-) -> pd.DataFrame:  # one row per topic: Part, Topic, TRIPOD+AI, CLAIM, Status, Answer, Where
-    "The items of TRIPOD+AI and CLAIM, answered from the files of a run."
+) -> pd.DataFrame:  # one row per topic: Part, Topic, TRIPOD+AI, CLAIM, Status, Statement, Where
+    "The items of TRIPOD+AI and CLAIM, filled in from the files of a run."
     run = _Results(Path(folder))
     environment, rows = _environment(run), []
     for item in _read_toml("checklist.toml")["item"]:
         if item.get("people") and not run.data_set.has_people:
-            text = "Does not apply: the images are synthetic."
+            text = "Not applicable: the images are synthetic."
         else:
-            start = '{% import "statements.md.j2" as say with context %}{% call part() %}'
-            text = environment.from_string(start + item["answer"] + "{% endcall %}").render()
-        status, answer = _split_status(re.sub(r"\s+", " ", text).strip())
-        rows.append([item["part"], item["topic"], item["tripod"], item["claim"], status, answer, item.get("where", "")])
-    return pd.DataFrame(rows, columns=["Part", "Topic", "TRIPOD+AI", "CLAIM", "Status", "Answer", "Where"])
+            start = '{% import "statements.md.j2" as statements with context %}{% call part() %}'
+            text = environment.from_string(start + item["statement"] + "{% endcall %}").render()
+        status, statement = _split_status(re.sub(r"\s+", " ", text).strip())
+        rows.append([item["part"], item["topic"], item["tripod"], item["claim"], status, statement, item.get("where", "")])
+    return pd.DataFrame(rows, columns=["Part", "Topic", "TRIPOD+AI", "CLAIM", "Status", "Statement", "Where"])

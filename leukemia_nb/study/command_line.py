@@ -156,7 +156,7 @@ def _check_path(text: str | None) -> str | None:
 
 
 _Images = Annotated[list[str], Argument(help="Images, folders searched with their subfolders, or 'patterns/*.png'.")]
-_Jobs = Annotated[int, Option(help="Worker processes.", min=1)]
+_Jobs = Annotated[int, Option(help="Processes, each of which takes a part of the images.", min=1)]
 _Classes = Annotated[int, Option(help="3, or 4 with early Pre-B.", min=3, max=4)]
 _Cluster = Annotated[str, Option(help="Address of a Dask scheduler, tcp://host:8786, on a shared file system.")]
 _Method = Annotated[str, Option("--segmentation", help="kmeans, nucleus, or a method that you added.", callback=_check_method)]
@@ -304,7 +304,7 @@ def _outcome(row: dict[str, Any]) -> str:
 @app.command("compare")
 def _compare(
     images: _Images,
-    study: Annotated[Path, Option(help="Run folder of a study with exported models (exported/*.onnx).")],
+    run: Annotated[Path, Option(help="Run folder of a study with exported models (exported/*.onnx).")],
     out: Annotated[Path, Option(help="Folder for comparison.csv and comparison.png.")] = Path("comparison"),
 ) -> None:
     "Predictions of every exported model of a study for new images: a table, a CSV file and a grid of the images."
@@ -317,7 +317,7 @@ def _compare(
         problems.append(problem)
         _log(problem)
 
-    _echo(format_comparison(compare_files(paths, study, out, log)))
+    _echo(format_comparison(compare_files(paths, run, out, log)))
     _log(f"{found}\ncomparison.csv and comparison.png in {out}. In brackets: the model abstains. Research use only.".lstrip())
     if problems:
         raise typer.Exit(1)
@@ -353,7 +353,7 @@ def _study(
     new_images: Annotated[str | None, Option(help="Folder of new images to predict.", callback=_check_path)] = None,
     per_class: Annotated[int | None, Option(help="Synthetic smears of each class, without --data.", min=20)] = None,
     seed: Annotated[int, Option(help="Seed of split, flips and training.", min=0, max=2**32 - 1)] = 0,
-    n_jobs: Annotated[int, Option(help="Steps side by side.", min=1)] = 1,
+    n_jobs: Annotated[int, Option(help="Steps that run in parallel, and processes that prepare images.", min=1)] = 1,
     cluster: _Cluster = "",
     redo: Annotated[list[str] | None, Option(help="Finished step to run again, as train-yolov8; repeatable.")] = None,
 ) -> None:
