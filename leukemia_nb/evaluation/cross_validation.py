@@ -6,6 +6,7 @@
 __all__ = ['cross_validate', 'cross_validated_accuracy']
 
 # %% ../../nbs/04_evaluation/50_cross_validation.ipynb #9460ed3e
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ def cross_validate(
     repeats: int = 1,  # with other folds each time
     seed: int = 0,  # of the folds and of every random_state of the estimator
     n_jobs: int | None = None,  # folds fitted at once
+    permuted: Sequence[np.ndarray] | None = None,  # labels (n,) to fit in each repeat instead of y, in the folds of the first
 ) -> pd.DataFrame:  # predictions, subset fold, with the columns repeat and group
     "Out-of-fold predictions. Raises ValueError if a class has fewer groups than folds."
     from sklearn.base import clone
@@ -42,11 +44,13 @@ def cross_validate(
             raise ValueError(f"{name} has {n_groups} groups, {folds} folds need at least as many. Use fewer folds.")
     pairs, tables = y.index.astype(str), []
     known = pd.DataFrame({"pair": pairs, "path": pairs, "subset": "fold", "class": labels, "group": group})
-    for repeat in range(repeats):
-        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed + repeat)
+    for repeat, fitted in enumerate([labels] * repeats if permuted is None else permuted):
+        if permuted is None or repeat == 0:
+            splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed + repeat)
+            splits = list(splitter.split(X, labels, group))
         model = clone(estimator)
         model.set_params(**{name: seed + repeat for name in model.get_params() if name.split("__")[-1] == "random_state"})
-        values = cross_val_predict(model, X, labels, groups=group, cv=splitter, n_jobs=n_jobs, method="predict_proba")
+        values = cross_val_predict(model, X, fitted, cv=splits, n_jobs=n_jobs, method="predict_proba")
         tables.append(known.assign(repeat=repeat, **{f"p_{name}": values[:, i] for i, name in enumerate(classes)}))
     return pd.concat(tables, ignore_index=True)
 
