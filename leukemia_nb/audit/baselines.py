@@ -21,7 +21,7 @@ from ..data.processes import die_with_parent
 from ..evaluation.cross_validation import cross_validate, cross_validated_accuracy
 from ..evaluation.predictions import model_title, predicted_labels, predictions_table, take_subset
 from ..evaluation.uncertainty import CLOPPER_PEARSON, Interval, format_proportion, group_labels, korn_graubard_interval
-from ..processing.cells import _convex_area, find_cells
+from ..processing.cells import find_cells
 from ..processing.dataset import Pairs
 from ..processing.segmentation import original_study_mask
 
@@ -43,13 +43,13 @@ def _colour_features(image: np.ndarray, mask: np.ndarray | None = None) -> np.nd
     "Mean, standard deviation and percentiles 5, 25, 50, 75, 95 of R, G and B, float32 (21,); zeros where no pixel counts."
     image, where, values = np.ascontiguousarray(image), None if mask is None else mask.astype(np.uint8), np.arange(256)
     counts = np.stack([cv2.calcHist([image], [channel], where, [256], [0, 256]).ravel() for channel in range(3)]).astype(int)
-    if not (n := int(counts[0].sum())):
-        return np.zeros(21, np.float32)
-    mean = counts @ values / n
-    deviation = np.sqrt((counts * (values - mean[:, None]) ** 2).sum(axis=1) / n)
+    n = max(1, int(counts[0].sum()))
+    mean, square = (counts @ values**power / n for power in (1, 2))
     rank, rest = np.divmod((n - 1) * np.array([5, 25, 50, 75, 95]), 100)
-    low, high = [(counts.cumsum(axis=1) <= place[:, None, None]).sum(axis=2) for place in (rank, rank + (rest > 0))]
-    return np.concatenate([mean, deviation, (low + (high - low) * rest[:, None] / 100).ravel()]).astype(np.float32)
+    low, high = [(counts.cumsum(axis=1) > place[:, None, None]).argmax(axis=2) for place in (rank, rank + (rest > 0))]
+    return np.concatenate([mean, np.sqrt(square - mean**2), (low + (high - low) * rest[:, None] / 100).ravel()]).astype(
+        np.float32
+    )
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #914e2141
 def _texture_features(image: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
@@ -88,10 +88,8 @@ def _silhouette_features(cells: np.ndarray) -> np.ndarray:
     "Number of cells, their area, and mean, deviation, minimum and maximum of seven region properties, float32 (30,)."
     from skimage.measure import regionprops_table
 
-    properties = ("area", "perimeter", "axis_major_length", "axis_minor_length", "eccentricity", "extent")
-    table = regionprops_table(cells, properties=properties, extra_properties=(_convex_area,))  # its own hull takes longer
-    table["solidity"] = table["area"] / table.pop("_convex_area")
-    found = np.stack(list(table.values()), axis=1)[:, [0, 1, 2, 3, 6, 4, 5]]
+    properties = ("area", "perimeter", "axis_major_length", "axis_minor_length", "solidity", "eccentricity", "extent")
+    found = np.stack(list(regionprops_table(cells, properties=properties).values()), axis=1)
     n_cells, area = len(found), float((cells > 0).mean())
     scale = [cells.size, *[np.sqrt(cells.size)] * 3, 1, 1, 1]
     found = found / scale if n_cells else np.zeros((1, 7))

@@ -7,22 +7,16 @@ __all__ = ['cross_validate', 'cross_validated_accuracy']
 
 # %% ../../nbs/04_evaluation/50_cross_validation.ipynb #9460ed3e
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from .predictions import predicted_labels
+from .predictions import Classifier, predicted_labels
 from .uncertainty import Interval, korn_graubard_interval
-
-if TYPE_CHECKING:
-    from sklearn.base import BaseEstimator
-else:  # loaded when they are used; the names are for the documentation
-    BaseEstimator = Any
 
 # %% ../../nbs/04_evaluation/50_cross_validation.ipynb #f9c6df44
 def cross_validate(
-    estimator: "BaseEstimator",  # scikit-learn classifier or pipeline with predict_proba; cloned, never fitted itself
+    estimator: Classifier,  # scikit-learn classifier or pipeline with predict_proba; cloned, never fitted itself
     X: np.ndarray,  # (n, d) features
     y: pd.Series,  # (n,) class names; the index holds the pairs
     groups: np.ndarray | None = None,  # (n,) groups that stay together; None: each image its own
@@ -46,8 +40,7 @@ def cross_validate(
     known = pd.DataFrame({"pair": pairs, "path": pairs, "subset": "fold", "class": labels, "group": group})
     for repeat, fitted in enumerate([labels] * repeats if permuted is None else permuted):
         if permuted is None or repeat == 0:
-            splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed + repeat)
-            splits = list(splitter.split(X, labels, group))
+            splits = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed + repeat).split(X, labels, group))
         model = clone(estimator)
         model.set_params(**{name: seed + repeat for name in model.get_params() if name.split("__")[-1] == "random_state"})
         values = cross_val_predict(model, X, fitted, cv=splits, n_jobs=n_jobs, method="predict_proba")

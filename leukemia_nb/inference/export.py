@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data.files import file_sha256, set_sha256
-from .model_file import _start_session, write_model_file
-from .ood import fit_ood, image_statistics, ood_distance
+from .model_file import write_model_file
+from .ood import fit_ood, ood_distance
 from .predictor import calibrate, prepare_images, run_network
 from ..models.interface import MODELS, ModelError, package_versions
 from ..processing.cells import FEATURE_NAMES
@@ -184,18 +184,15 @@ def export_network(
         raise ModelError(f"{model.name} cannot be exported: {error}. Install it: pip install '.[train]'.") from error
 
 # %% ../../nbs/06_inference/50_export.ipynb #4e234da5
-def _run_exported(session: Any, model: ImageClassifier, pairs: Pairs | np.ndarray) -> dict[str, np.ndarray]:
-    "`run_network` for the session of an exported network and image pairs, or images uint8 (n, H, W, 3)."
+def _run_exported(network: ModelProto, model: ImageClassifier, pairs: Pairs | np.ndarray) -> dict[str, np.ndarray]:
+    "`run_network` for an exported network and image pairs, or images uint8 (n, H, W, 3)."
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
     info = {"input": MODELS[model.name].input, "image_size": model.image_size, "seed": model.seed, "segmentation": "kmeans"}
     starts = range(0, len(pairs), 32)
     parts = [run_network(session, batch) for start in starts for batch in prepare_images(pairs[start : start + 32], info)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _describe_images(pairs: Pairs, features: np.ndarray) -> dict[str, np.ndarray]:
-    "What `_run_exported` gives for the OOD distance, of images whose features are there already."
-    parts = [image_statistics(pairs.read(slice(start, start + 32))) for start in range(0, len(pairs), 32)]
-    return {"features": features, "statistics": np.concatenate(parts)}
 
 # %% ../../nbs/06_inference/50_export.ipynb #cec22b36
 def _fit_safe_temperature(
@@ -284,21 +281,19 @@ def export_model(
     split: str = "",  # how the test images were separated
     segmentation: str = "kmeans",  # method of the study
     card: str = "",  # model card, Markdown
-    train_features: np.ndarray | None = None,  # float (n, d), of the training images, from an earlier step; None: computed
+    of_train: Mapping[str, np.ndarray] | None = None,  # features (n, d) and statistics (n, 15) of train; None: computed
 ) -> dict[str, Any]:  # the description in the file, and difference, bytes
     "Write a model file. Raises ModelError where its probabilities differ from the framework's by 1e-4 or more."
     from leukemia_nb.evaluation.uncertainty import clopper_pearson
 
     network = export_network(model)
-    session = _start_session(network.SerializeToString(), file, None)
-    seen = {name: _run_exported(session, model, pairs) for name, pairs in (("val", val), ("test", test))}
+    seen = {name: _run_exported(network, model, pairs) for name, pairs in (("val", val), ("test", test))}
     difference = float(np.abs(seen["test"]["probabilities"] - model.predict_proba(test)).max())
     if not difference < 1e-4:
         raise ModelError(
             f"{file}: not written, its probabilities differ by {difference:.1e} from those of {model.name}. Report this."
         )
-    of_train = _run_exported(session, model, train) if train_features is None else _describe_images(train, train_features)
-    constants = fit_ood(of_train, train.labels, seen["val"], standardise=MODELS[model.name].input == "cells")
+    constants = fit_ood(of_train or _run_exported(network, model, train), train.labels, seen["val"], model.entry.input == "cells")
     temperature, reason = _fit_safe_temperature(val.labels, seen["val"]["probabilities"], model.classes_)
     confidence = {name: calibrate(seen[name]["probabilities"], temperature).max(axis=1) for name in ("val", "test")}
     distance = {name: ood_distance(seen[name]["features"], seen[name]["statistics"], constants) for name in ("val", "test")}
