@@ -33,8 +33,7 @@ def cross_validate(
     labels, classes = y.to_numpy(str), np.unique(y.to_numpy(str))
     group = pd.factorize(np.arange(len(labels)) if groups is None else np.asarray(groups))[0]
     for name in classes:
-        n_groups = len(np.unique(group[labels == name]))
-        if n_groups < folds:
+        if (n_groups := len(np.unique(group[labels == name]))) < folds:
             raise ValueError(f"{name} has {n_groups} groups, {folds} folds need at least as many. Use fewer folds.")
     pairs, tables = y.index.astype(str), []
     known = pd.DataFrame({"pair": pairs, "path": pairs, "subset": "fold", "class": labels, "group": group})

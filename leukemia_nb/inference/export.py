@@ -300,10 +300,9 @@ def export_model(
     thresholds = choose_thresholds(confidence["val"], distance["val"])
     coverage = {name: float(_accepts(confidence[name], distance[name], thresholds).mean()) for name in ("val", "test")}
     correct = model.classes_[seen["test"]["probabilities"].argmax(axis=1)] == test.labels
-    info = _describe_model(model, train, val, segmentation, card)
-    info |= {"version": _weights_version(network), "temperature": temperature, "calibration": reason, "thresholds": thresholds}
     low, high = clopper_pearson(int(correct.sum()), len(correct))
     tested = {"n_correct": int(correct.sum()), "images": len(correct), "low": low, "high": high, "split": split}
-    info |= {"coverage": coverage, "test": tested}
+    info = _describe_model(model, train, val, segmentation, card) | {"coverage": coverage, "test": tested}
+    info |= {"version": _weights_version(network), "temperature": temperature, "calibration": reason, "thresholds": thresholds}
     info["sha256"] = write_model_file(file, network, info, constants)
     return info | {"difference": difference, "bytes": Path(file).stat().st_size}
