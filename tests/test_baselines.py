@@ -142,6 +142,13 @@ def test_colour_and_texture_features_by_hand():
     assert _texture_features(image, np.zeros((2, 2), bool)).sum() == 0
 
 
+def test_colour_features_are_numpys_percentiles(seen):
+    image, _, free = seen
+    for pixels, found in ((image.reshape(-1, 3), _colour_features(image)), (image[free], _colour_features(image, free))):
+        expected = [pixels.mean(axis=0), pixels.std(axis=0), np.percentile(pixels, (5, 25, 50, 75, 95), axis=0).ravel()]
+        assert found == pytest.approx(np.concatenate(expected), rel=1e-5)
+
+
 def test_shape_features_see_edges_and_no_contrast():
     ramp = np.repeat(np.linspace(60, 180, 64).astype(np.uint8)[None, :, None], 64, 0).repeat(3, 2)
     histogram = _shape_features(ramp).reshape(-1, 9).sum(axis=0)

@@ -148,6 +148,25 @@ def test_nothing_is_written_where_predictions_differ(cells, dataset, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
+def test_features_of_an_earlier_step_give_the_same_file(cells, dataset, tmp_path):
+    """The OOD distance of stored features, as those of prepared cells are, is that of computed ones."""
+    from leukemia_nb.inference.ood import image_statistics
+    from leukemia_nb.models.cell_model import Cells, aggregate_cells
+    from leukemia_nb.processing.cells import FEATURE_NAMES, _sample_cells, cell_table
+
+    train, val, test = subsets(dataset)
+    images, labels = train.read(slice(None)), train.read(slice(None), "cells")
+    tables = [cell_table(*both) for both in zip(images, labels.astype(np.int32))]
+    rows = [table.iloc[_sample_cells(len(table), 10, cells.seed)] for table in tables]
+    values = np.concatenate([part[list(FEATURE_NAMES)].to_numpy(np.float32) for part in rows])
+    stored = aggregate_cells(Cells(values, np.repeat(np.arange(len(rows)), [len(part) for part in rows]), len(rows)))
+    assert np.allclose(stored, cells.extract_features(train), atol=1e-4, rtol=1e-4)
+    of_train = {"features": stored, "statistics": image_statistics(images)}
+    read = export_model(cells, tmp_path / "read.onnx", train, val, test, of_train=of_train)
+    computed = export_model(cells, tmp_path / "computed.onnx", train, val, test)
+    assert read["thresholds"] == pytest.approx(computed["thresholds"], abs=2e-4) and read["coverage"] == computed["coverage"]
+
+
 def test_a_model_without_exporter_is_named(cells, monkeypatch):
     monkeypatch.setitem(MODELS, "cells", replace(MODELS["cells"], exporter=""))
     with pytest.raises(ModelError, match="cells is not exported: its entry in MODELS names no exporter"):

@@ -9,6 +9,7 @@ __all__ = ['BASELINES', 'BACKGROUND_ONLY', 'background_pixels', 'Baseline', 'bas
 # %% ../../nbs/05_audit/10_baselines.ipynb #24997e61
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import cv2
@@ -40,23 +41,32 @@ def background_pixels(
 # %% ../../nbs/05_audit/10_baselines.ipynb #1e7a793f
 def _colour_features(image: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     "Mean, standard deviation and percentiles 5, 25, 50, 75, 95 of R, G and B, float32 (21,); zeros where no pixel counts."
-    pixels = (image if mask is None else image[mask]).reshape(-1, 3).astype(np.float32)
-    if not len(pixels):
-        return np.zeros(21, np.float32)
-    percentiles = np.percentile(pixels, (5, 25, 50, 75, 95), axis=0)
-    return np.concatenate([pixels.mean(axis=0), pixels.std(axis=0), percentiles.ravel()]).astype(np.float32)
+    image, where, values = np.ascontiguousarray(image), None if mask is None else mask.astype(np.uint8), np.arange(256)
+    counts = np.stack([cv2.calcHist([image], [channel], where, [256], [0, 256]).ravel() for channel in range(3)]).astype(int)
+    n = max(1, int(counts[0].sum()))
+    mean, square = (counts @ values**power / n for power in (1, 2))
+    rank, rest = np.divmod((n - 1) * np.array([5, 25, 50, 75, 95]), 100)
+    low, high = [(counts.cumsum(axis=1) > place[:, None, None]).argmax(axis=2) for place in (rank, rank + (rest > 0))]
+    return np.concatenate([mean, np.sqrt(square - mean**2), (low + (high - low) * rest[:, None] / 100).ravel()]).astype(
+        np.float32
+    )
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #914e2141
 def _texture_features(image: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     "Proportions of the ten uniform local binary patterns in the grey image, at radii of 1 and 3 pixels, float32 (20,)."
-    from skimage.feature import local_binary_pattern
-
     grey, found = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY), []
     for radius in (1, 3):
-        patterns = local_binary_pattern(grey, 8, radius, "uniform").astype(np.uint8)
+        patterns = _uniform_patterns(grey.tobytes(), grey.shape, radius)
         counts = np.bincount(patterns.ravel() if mask is None else patterns[mask], minlength=10)
         found.append(counts / max(1, counts.sum()))
     return np.concatenate(found).astype(np.float32)
+
+
+@lru_cache(maxsize=2)  # an image's background has the same patterns as the whole
+def _uniform_patterns(grey: bytes, shape: tuple[int, int], radius: int) -> np.ndarray:
+    from skimage.feature import local_binary_pattern
+
+    return local_binary_pattern(np.frombuffer(grey, np.uint8).reshape(shape), 8, radius, "uniform").astype(np.uint8)
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #725f9f82
 def _shape_features(image: np.ndarray) -> np.ndarray:
@@ -153,7 +163,7 @@ BASELINES |= {
     ),
 }
 BASELINES["permuted"] = replace(
-    BASELINES["colour"], title="Permuted labels", cue="colour statistics, labels permuted", permuted=True
+    BASELINES["grey_texture"], title="Permuted labels", cue="local binary patterns, labels permuted", permuted=True
 )
 BACKGROUND_ONLY = tuple(name for name, baseline in BASELINES.items() if baseline.background_only)
 
@@ -242,15 +252,8 @@ def cross_validate_baselines(
     "Out-of-fold predictions of every baseline. Raises ValueError if a class has fewer groups than folds."
     found = {}
     for name, X in features.items():
-        model = BASELINES[name].estimator()
-        if not BASELINES[name].permuted:
-            found[name] = repeated_cross_val_predict(model, X, y, groups, folds, repeats, seed, n_jobs)
-            continue
-        tables = []
-        for repeat, labels in enumerate(_permuted(y.to_numpy(), permutations, seed)):
-            table = repeated_cross_val_predict(model, X, pd.Series(labels, y.index), groups, folds, 1, seed + repeat, n_jobs)
-            tables.append(table.assign(repeat=repeat, **{"class": y.to_numpy(str)}))
-        found[name] = pd.concat(tables, ignore_index=True)
+        permuted = _permuted(y.to_numpy(str), permutations, seed) if BASELINES[name].permuted else None
+        found[name] = repeated_cross_val_predict(BASELINES[name].estimator(), X, y, groups, folds, repeats, seed, n_jobs, permuted)
     return found
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #e27032e9

@@ -6,22 +6,17 @@
 __all__ = ['repeated_cross_val_predict', 'cross_validated_accuracy']
 
 # %% ../../nbs/04_evaluation/50_cross_validation.ipynb #9460ed3e
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-from .predictions import predicted_labels
+from .predictions import Classifier, predicted_labels
 from .uncertainty import Interval, korn_graubard_interval
-
-if TYPE_CHECKING:
-    from sklearn.base import BaseEstimator
-else:  # loaded when they are used; the names are for the documentation
-    BaseEstimator = Any
 
 # %% ../../nbs/04_evaluation/50_cross_validation.ipynb #f9c6df44
 def repeated_cross_val_predict(
-    estimator: "BaseEstimator",  # scikit-learn classifier or pipeline with predict_proba; cloned, never fitted itself
+    estimator: Classifier,  # scikit-learn classifier or pipeline with predict_proba; cloned, never fitted itself
     X: np.ndarray,  # (n, d) features
     y: pd.Series,  # (n,) class names; the index holds the pairs
     groups: np.ndarray | None = None,  # (n,) groups that stay together; None: each image its own
@@ -29,6 +24,7 @@ def repeated_cross_val_predict(
     n_repeats: int = 1,  # with other folds each time
     random_state: int = 0,  # of the folds and of every random_state of the estimator
     n_jobs: int | None = None,  # folds fitted at once
+    permuted: Sequence[np.ndarray] | None = None,  # labels (n,) to fit in each repeat instead of y, in the folds of the first
 ) -> pd.DataFrame:  # predictions, subset fold, with the columns repeat and group
     "Out-of-fold predictions. Raises ValueError if a class has fewer groups than folds."
     from sklearn.base import clone
@@ -37,16 +33,16 @@ def repeated_cross_val_predict(
     labels, classes = y.to_numpy(str), np.unique(y.to_numpy(str))
     group = pd.factorize(np.arange(len(labels)) if groups is None else np.asarray(groups))[0]
     for name in classes:
-        n_groups = len(np.unique(group[labels == name]))
-        if n_groups < n_splits:
+        if (n_groups := len(np.unique(group[labels == name]))) < n_splits:
             raise ValueError(f"{name} has {n_groups} groups, {n_splits} folds need at least as many. Use fewer folds.")
     pairs, tables = y.index.astype(str), []
     known = pd.DataFrame({"pair": pairs, "path": pairs, "subset": "fold", "class": labels, "group": group})
-    for repeat in range(n_repeats):
-        splitter = StratifiedGroupKFold(n_splits, shuffle=True, random_state=random_state + repeat)
+    for repeat, fitted in enumerate([labels] * n_repeats if permuted is None else permuted):
+        if permuted is None or repeat == 0:
+            splits = list(StratifiedGroupKFold(n_splits, shuffle=True, random_state=random_state + repeat).split(X, labels, group))
         model = clone(estimator)
         model.set_params(**{name: random_state + repeat for name in model.get_params() if name.split("__")[-1] == "random_state"})
-        values = cross_val_predict(model, X, labels, groups=group, cv=splitter, n_jobs=n_jobs, method="predict_proba")
+        values = cross_val_predict(model, X, fitted, cv=splits, n_jobs=n_jobs, method="predict_proba")
         tables.append(known.assign(repeat=repeat, **{f"p_{name}": values[:, i] for i, name in enumerate(classes)}))
     return pd.concat(tables, ignore_index=True)
 

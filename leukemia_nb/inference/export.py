@@ -281,28 +281,28 @@ def export_model(
     split: str = "",  # how the test images were separated
     segmentation: str = "kmeans",  # method of the study
     card: str = "",  # model card, Markdown
+    of_train: Mapping[str, np.ndarray] | None = None,  # features (n, d) and statistics (n, 15) of train; None: computed
 ) -> dict[str, Any]:  # the description in the file, and difference, bytes
     "Write a model file. Raises ModelError where its probabilities differ from the framework's by 1e-4 or more."
     from leukemia_nb.evaluation.uncertainty import clopper_pearson
 
     network = export_network(model)
-    seen = {name: _run_exported(network, model, pairs) for name, pairs in (("train", train), ("val", val), ("test", test))}
+    seen = {name: _run_exported(network, model, pairs) for name, pairs in (("val", val), ("test", test))}
     difference = float(np.abs(seen["test"]["probabilities"] - model.predict_proba(test)).max())
     if not difference < 1e-4:
         raise ModelError(
             f"{file}: not written, its probabilities differ by {difference:.1e} from those of {model.name}. Report this."
         )
-    constants = fit_ood(seen["train"], train.labels, seen["val"], standardise=MODELS[model.name].input == "cells")
+    constants = fit_ood(of_train or _run_exported(network, model, train), train.labels, seen["val"], model.entry.input == "cells")
     temperature, reason = _fit_safe_temperature(val.labels, seen["val"]["probabilities"], model.classes_)
     confidence = {name: calibrate(seen[name]["probabilities"], temperature).max(axis=1) for name in ("val", "test")}
     distance = {name: ood_distance(seen[name]["features"], seen[name]["statistics"], constants) for name in ("val", "test")}
     thresholds = choose_thresholds(confidence["val"], distance["val"])
     coverage = {name: float(_accepts(confidence[name], distance[name], thresholds).mean()) for name in ("val", "test")}
     correct = model.classes_[seen["test"]["probabilities"].argmax(axis=1)] == test.labels
-    info = _describe_model(model, train, val, segmentation, card)
-    info |= {"version": _weights_version(network), "temperature": temperature, "calibration": reason, "thresholds": thresholds}
     low, high = clopper_pearson(int(correct.sum()), len(correct))
     tested = {"n_correct": int(correct.sum()), "images": len(correct), "low": low, "high": high, "split": split}
-    info |= {"coverage": coverage, "test": tested}
+    info = _describe_model(model, train, val, segmentation, card) | {"coverage": coverage, "test": tested}
+    info |= {"version": _weights_version(network), "temperature": temperature, "calibration": reason, "thresholds": thresholds}
     info["sha256"] = write_model_file(file, network, info, constants)
     return info | {"difference": difference, "bytes": Path(file).stat().st_size}

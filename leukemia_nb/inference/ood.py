@@ -47,6 +47,7 @@ def fit_mahalanobis(
     max_components: int = 96,  # principal components kept
 ) -> dict[str, np.ndarray]:  # float32: mean (d,), scale (d,), axes (d, r), whitening (r, r), centroids (k, r), residual ()
     "Fit the constants of `mahalanobis_distance`. Needs scikit-learn. Raises ModelError for values that are not finite."
+    from scipy.linalg import eigh
     from sklearn.covariance import LedoitWolf
 
     if not np.isfinite(values).all():
@@ -54,9 +55,9 @@ def fit_mahalanobis(
     mean = values.mean(axis=0, dtype=np.float64)
     scale = values.std(axis=0, dtype=np.float64) + 1e-6 if standardise else np.ones(values.shape[1])
     centred = (values - mean) / scale
-    _, singular, axes = np.linalg.svd(centred, full_matrices=False)
-    rank = int((singular > 1e-5 * singular[0]).sum())
-    axes = axes[: max(1, min(max_components, len(values) // 4, rank))].T
+    d, components = centred.shape[1], max(1, min(max_components, len(values) // 4, centred.shape[1]))
+    variances, axes = eigh(centred.T @ centred, subset_by_index=(d - components, d - 1))  # in rising order
+    axes = axes[:, variances >= 1e-10 * variances[-1]][:, ::-1]
     scores = centred @ axes
     names, index = np.unique(labels, return_inverse=True)
     centroids = np.stack([scores[index == i].mean(axis=0) for i in range(len(names))])

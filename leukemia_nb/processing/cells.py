@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.ndimage import find_objects
 
-from ..data.images import scale_bar_corner
+from ..data.images import resize_square, scale_bar_corner
 from .segmentation import _check_rgb, _smallest_area, a_channel, otsu_threshold
 
 # %% ../../nbs/02_processing/15_cells.ipynb #5741240b
@@ -381,9 +381,11 @@ def cell_crops(
     "Windows around the white blood cells of an image. Cells cut by the border only if all are."
     cells = find_cells(image) if cells is None else cells
     chosen = _usable_cells(image, cells)
-    if len(chosen) > max_cells:
-        chosen = [chosen[i] for i in np.sort(np.random.default_rng(seed).choice(len(chosen), max_cells, replace=False))]
-    return _crop(image, cells, chosen)
+    return _crop(image, cells, [chosen[i] for i in _sample_cells(len(chosen), max_cells, seed)])
+
+
+def _sample_cells(n: int, max_cells: int, seed: int) -> np.ndarray:
+    return np.sort(np.random.default_rng(seed).choice(n, max_cells, replace=False)) if n > max_cells else np.arange(n)
 
 # %% ../../nbs/02_processing/15_cells.ipynb #f97122dd
 FEATURE_NAMES = (
@@ -455,8 +457,8 @@ def cell_table(
 ) -> pd.DataFrame:  # one row per cell: cell (its label), and FEATURE_NAMES
     "Features of all usable cells of an image."
     if len(image) != SIDE:
-        image = cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)
-        cells = cv2.resize(cells.astype(np.uint16), (SIDE, SIDE), interpolation=cv2.INTER_NEAREST)
+        image = resize_square(image, SIDE)
+        cells = cv2.resize(cells.astype(np.uint16), (SIDE, SIDE), interpolation=cv2.INTER_NEAREST_EXACT)
     chosen = _usable_cells(image, cells)
     values = [[label, *cell_features(*cell)] for (label, *_), *cell in zip(chosen, *_crop(image, cells, chosen))]
     return pd.DataFrame(values, columns=["cell", *FEATURE_NAMES]).astype({"cell": int})
