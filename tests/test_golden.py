@@ -175,7 +175,7 @@ def splitting():
         warnings.simplefilter("ignore")  # copies that stay together shift the sizes
         tables = {
             "random": split_pairs(pairs, seed=3),
-            "other seed": split_pairs(pairs, train=0.6, test=0.25, seed=4),
+            "other seed": split_pairs(pairs, train_size=0.6, test_size=0.25, seed=4),
             "grouped": split_pairs(pairs, "grouped", groups, 0.6, 0.2, seed=1),
         }
     for name, table in tables.items():

@@ -129,7 +129,7 @@ def test_too_few_and_empty_classes():
     table = example_pairs({"Normal": 30, "Pro-B": 1}).assign(problem=[""] * 30 + ["broken"])
     with pytest.raises(SplitError, match="no usable image of class Pro-B"):
         split_pairs(table)
-    assert len(split_pairs(example_pairs({"Normal": 5, "Pro-B": 6}), train=0.6, test=0.2)) == 11
+    assert len(split_pairs(example_pairs({"Normal": 5, "Pro-B": 6}), train_size=0.6, test_size=0.2)) == 11
 
 
 def test_problem_images_are_left_out():

@@ -211,7 +211,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path):
         ({"classes": 5}, "classes is 5"),
         ({"model_settings": ("yolov8=5",)}, "model:setting=value"),
         ({"weights": "coco"}, "weights is 'coco'"),
-        ({"train": 0.9, "test": 0.1}, "their sum below 1"),
+        ({"train_size": 0.9, "test_size": 0.1}, "their sum below 1"),
         ({"per_class": 6, "test": 0.1}, "per_class is 6"),
     ],
 )
