@@ -129,19 +129,19 @@ def _smooth_nuclei(purple: np.ndarray, smallest: float) -> np.ndarray:
     areas = stats[large, cv2.CC_STAT_AREA].astype(float)
     typical = min((areas**2).sum() / areas.sum(), 4 * np.median(areas))
     width = max(3, round(0.4 * (typical / np.pi) ** 0.5)) | 1
-    core = large[labels]
+    core = large.take(labels)
     core &= cv2.blur(core.view(np.uint8) * 255, (width, width)) > 127
     _, holes, stats, _ = cv2.connectedComponentsWithStats((~core).view(np.uint8), connectivity=4)
     small = stats[:, cv2.CC_STAT_AREA] < 0.5 * typical
     small[0] = False
-    return core | small[holes]
+    return core | small.take(holes)
 
 # %% ../../nbs/02_processing/15_cells.ipynb #0cc9a219
 def _renumber(labels: np.ndarray, keep: np.ndarray) -> np.ndarray:
     "Labels marked in `keep` (one bool per label, background first) numbered 1..n, the others 0."
     table = np.zeros(len(keep), np.int32)
     table[keep] = np.arange(1, keep.sum() + 1)
-    return table[labels]
+    return table.take(labels)
 
 # %% ../../nbs/02_processing/15_cells.ipynb #0cc9a21a
 def _windows(labels: np.ndarray) -> dict[int, tuple[slice, slice]]:
@@ -174,7 +174,8 @@ def _find_nuclei(
     keep[0] = False
     if not keep.any():
         return np.zeros_like(labels)
-    dark = np.bincount(labels.ravel(), 255.0 - white[..., 1].ravel()) / np.maximum(areas, 1)
+    inside = labels > 0
+    dark = np.bincount(labels[inside], 255.0 - white[inside, 1], len(areas)) / np.maximum(areas, 1)
     limit, windows = min_darkness * min(float(np.median(dark[keep])), 100), _windows(labels)
     for label in np.flatnonzero(keep):
         keep[label] = dark[label] * _solidity(_contour(labels[windows[label]] == label)) >= limit
@@ -193,7 +194,7 @@ def _nearest(nuclei: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     distance, nearest = cv2.distanceTransformWithLabels((~inside).view(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
     table = np.zeros(nearest.max() + 1, np.int32)
     table[nearest[inside]] = nuclei[inside]
-    return distance, table[nearest]
+    return distance, table.take(nearest)
 
 # %% ../../nbs/02_processing/15_cells.ipynb #3009850b
 def _grow_cells(
@@ -209,7 +210,7 @@ def _grow_cells(
     if not typical:
         return nuclei.copy()
     distance, nearest = _nearest(nuclei)
-    limit = max_reach * np.maximum((np.bincount(nuclei.ravel()) / np.pi) ** 0.5, typical).astype(np.float32)[nearest]
+    limit = max_reach * np.maximum((np.bincount(nuclei.ravel()) / np.pi) ** 0.5, typical).astype(np.float32).take(nearest)
     reds, green, blue = cv2.split(white)
     brightest = cv2.max(cv2.max(reds, green), blue)
     spread = cv2.subtract(brightest, cv2.min(cv2.min(reds, green), blue))
@@ -222,7 +223,7 @@ def _grow_cells(
     ring = near & (distance < 0.3 * limit) if full else near
     scale = ring.sum() / max(1, far.sum()) if full else 1
     reddish = scale * _colour_histogram(colour, far) > min_ratio * _colour_histogram(colour, ring)
-    return np.where(inside | (near & ~reddish[colour]), nearest, 0)
+    return np.where(inside | (near & ~reddish.take(colour)), nearest, 0)
 
 # %% ../../nbs/02_processing/15_cells.ipynb #cefe8a9b
 def _roundness(mask: np.ndarray) -> float:
@@ -278,7 +279,7 @@ def _join_lobes(
     for pair in pairs:
         if one_of[pair[0]] != one_of[pair[1]]:
             join(pair)
-    return one_of.astype(np.int32)[cells]
+    return one_of.astype(np.int32).take(cells)
 
 # %% ../../nbs/02_processing/15_cells.ipynb #c57f3ff4
 def _smooth_outlines(
