@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import functools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -226,7 +226,7 @@ def run_network(
     return {"probabilities": probabilities, "features": features, "statistics": statistics}
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #b14b17b4
-_NETWORK_BATCH = 4  # images given to the network at a time: as fast as more, in a fraction of the memory
+_NETWORK_BATCH = 4  # images prepared and given to the network at a time: as fast as more, in a fraction of the memory
 
 
 def _network_inputs(session: Any, prepared: Sequence[PreparedImage]) -> Iterator[dict[str, np.ndarray]]:
@@ -239,7 +239,7 @@ def _network_inputs(session: Any, prepared: Sequence[PreparedImage]) -> Iterator
     for start in range(0, len(prepared), _NETWORK_BATCH):
         batch = prepared[start : start + _NETWORK_BATCH]
         fields = zip(names, ("square", "segmented"))
-        yield {name: np.stack([getattr(each, field) for each in batch]).astype(dtype) for name, field in fields}
+        yield {name: np.stack([getattr(each, field) for each in batch]).astype(dtype, copy=False) for name, field in fields}
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #ba22a16a
 def calibrate(
@@ -247,9 +247,9 @@ def calibrate(
     temperature: float,  # above 1: less confident
 ) -> np.ndarray:  # float (n, k)
     "Probabilities after temperature scaling."
-    from scipy.special import softmax
-
-    return softmax(np.log(np.maximum(probabilities, 1e-12)) / temperature, axis=1)
+    bounded = np.maximum(probabilities, 1e-12)
+    odds = (bounded / bounded.max(axis=1, keepdims=True)) ** (1 / temperature)
+    return odds / odds.sum(axis=1, keepdims=True)
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #807c0cfe
 class _Network:
@@ -262,6 +262,12 @@ class _Network:
         self.image_size = self.info["image_size"]
         self.channels = ("original", "segmented") if self.info["input"] == "pair" else ("original",)
 
+    def _in_threads(self, function: Callable[[Sequence[Any]], Any], images: Sequence[Any]) -> Iterator[Any]:
+        "Results for a few images at a time, in order, by two threads; a thread reads images while the network has others."
+        yield function(images[:1])  # alone: two threads must not import the same part of a library at once
+        with ThreadPoolExecutor(min(2, self.threads or 2)) as pool:
+            yield from pool.map(function, (images[i : i + _NETWORK_BATCH] for i in range(1, len(images), _NETWORK_BATCH)))
+
     def _judge(self, prepared: Sequence[PreparedImage]) -> tuple[np.ndarray, np.ndarray]:
         "Calibrated probabilities (n, k) and OOD distances (n,)."
         found = run_network(self.session, prepared)
@@ -270,11 +276,13 @@ class _Network:
 
     def predict_proba(self, images: Any) -> np.ndarray:
         "Calibrated probabilities (n, k), columns as `classes_`. Raises ImageError."
-        return np.concatenate([self._judge(batch)[0] for batch in prepare_images(images, self.info)])
+        parts = self._in_threads(lambda part: self._judge(*prepare_images(part, self.info))[0], _image_list(images))
+        return np.concatenate(list(parts))
 
     def extract_features(self, images: Any) -> np.ndarray:
         "Features float32 (n, d), the input of the last layers. Raises ImageError."
-        return np.concatenate([run_network(self.session, batch)["features"] for batch in prepare_images(images, self.info)])
+        parts = self._in_threads(lambda part: run_network(self.session, *prepare_images(part, self.info)), _image_list(images))
+        return np.concatenate([part["features"] for part in parts])
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #2e9bf0ed
 def _rows(network: _Network, prepared: Sequence[PreparedImage]) -> list[dict[str, Any]]:
@@ -307,12 +315,11 @@ class Predictor(_Network):
 
     def iter_report(self, images: Any, batch_size: int = 32) -> Iterator[Predictions]:
         "Reports batch by batch; an image that cannot be read is a row with its problem."
-        every, prepare = _image_list(images), functools.partial(prepare_image, info=self.info)
-        with ThreadPoolExecutor(2) as pool:
-            for start in range(0, len(every), batch_size):
-                batch = every[start : start + batch_size]
-                first = prepare(batch[0])  # alone: two threads must not import the same part of a library at once
-                yield Predictions(_rows(self, [first, *pool.map(prepare, batch[1:])]), self.info, batch)
+        every = _image_list(images)
+        for start in range(0, len(every), batch_size):
+            batch = every[start : start + batch_size]
+            parts = self._in_threads(lambda part: _rows(self, [prepare_image(each, self.info) for each in part]), batch)
+            yield Predictions([row for part in parts for row in part], self.info, batch)
 
     def report(self, images: Any, batch_size: int = 32) -> Predictions:
         "Predictions of all images with what is known of them; `batch_size` images are in memory at a time."

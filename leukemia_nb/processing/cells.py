@@ -263,9 +263,7 @@ def _join_lobes(
         if areas[chosen].sum() > limit:
             return
         members = np.flatnonzero(chosen)
-        window = tuple(
-            slice(min(windows[m][k].start for m in members), max(windows[m][k].stop for m in members)) for k in (0, 1)
-        )
+        window = tuple(slice(min(windows[m][k].start for m in members), max(windows[m][k].stop for m in members)) for k in (0, 1))
         union = chosen[cells[window]]
         enough = min_roundness if (nuclei[window][union] > 0).mean() < nucleus_fraction else 0.85
         if _roundness(union) >= enough:

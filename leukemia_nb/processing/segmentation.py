@@ -229,7 +229,7 @@ def check_mask(
     if not cover:
         return "empty"
     edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean()
-    largest = cv2.connectedComponentsWithStats(mask.astype(np.uint8))[2][1:, cv2.CC_STAT_AREA].max() / mask.size
+    largest = _connected(mask)[1][1:, cv2.CC_STAT_AREA].max() / mask.size
     flags = {
         f"covers {cover:.0%} of the image": cover > _MAX_COVER,
         f"covers {cover:.2%} of the image": cover < _MIN_COVER,
