@@ -10,13 +10,13 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from ..data.files import pluralise, file_sha256, escape_text
+from ..data.files import DataFrame, pluralise, file_sha256, escape_text
 from ..data.images import ImageError, as_rgb, read_image, resize_square
 from ..errors import LeukemiaError
 from .model_file import open_model_file
@@ -24,11 +24,6 @@ from .ood import image_statistics, ood_distance
 from ..plotting import class_colours
 from ..processing.cells import FEATURE_NAMES, SIDE, cell_crops, cell_features, find_cells
 from ..processing.segmentation import apply_mask, check_mask, draw_outlines, segment
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
-else:  # loaded when they are used; the names are for the documentation
-    DataFrame = Any
 
 # %% auto #0
 __all__ = ['PreparedImage', 'describe_failure', 'prepare_image', 'abstain_reasons', 'prediction_columns', 'format_confidence',
@@ -255,7 +250,11 @@ def calibrate(
 class _Network:
     "An opened model file: the network, its calibrated probabilities and its features."
 
-    def __init__(self, file: str | os.PathLike, threads: int | None):
+    def __init__(
+        self,
+        file: str | os.PathLike,  # an exported .onnx file; open only files from people you trust
+        threads: int | None = None,  # of the network; None: as many as there are cores
+    ):
         self.file, self.threads = os.path.abspath(file), threads
         self.session, self.info, self.constants = open_model_file(file, threads)
         self.classes_ = np.array(self.info["classes"], dtype=str)
@@ -299,13 +298,6 @@ def _rows(network: _Network, prepared: Sequence[PreparedImage]) -> list[dict[str
 # %% ../../nbs/06_inference/30_predictor.ipynb #2ca7867c
 class Predictor(_Network):
     "An exported model: `classes_`, `predict`, `predict_proba`, `score`, `report`, `iter_report`, `extract_features`, `info`."
-
-    def __init__(
-        self,
-        file: str | os.PathLike,  # an exported .onnx file; open only files from people you trust
-        threads: int | None = None,  # of the network; None: as many as there are cores
-    ):
-        super().__init__(file, threads)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Predictor, (self.file, self.threads)

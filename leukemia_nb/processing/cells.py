@@ -6,18 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 
+from ..data.files import DataFrame
 from ..data.images import scale_bar_corner
 from .segmentation import _check_rgb, _connected, _smallest_area, a_channel, otsu_threshold
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
-else:  # loaded when it is used; the name is for the documentation
-    DataFrame = Any
 
 # %% auto #0
 __all__ = ['SIDE', 'FEATURE_NAMES', 'label_cells', 'typical_area', 'find_cells', 'count_cells', 'count_quality', 'cell_crops',
@@ -53,6 +48,12 @@ def _contour(mask: np.ndarray) -> np.ndarray:
     "Longest outer contour of a mask that is not empty."
     return max(cv2.findContours(mask.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0], key=len)
 
+# %% ../../nbs/02_processing/15_cells.ipynb #ab9e3a30
+def _window(mask: np.ndarray) -> tuple[slice, slice]:
+    "Rows and columns of the smallest rectangle around a mask."
+    x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
+    return slice(y, y + height), slice(x, x + width)
+
 # %% ../../nbs/02_processing/15_cells.ipynb #7d751e6c
 def _solidity(contour: np.ndarray) -> float:
     "Area of a shape divided by its convex hull's; 1 for a convex one and for a few pixels."
@@ -76,13 +77,10 @@ def _h_maxima(mask: np.ndarray, depth: float) -> tuple[int, np.ndarray, np.ndarr
     distance = np.sqrt(np.rint(np.square(distance, dtype=np.float64)))  # exact: OpenCV's last bit differs from call to call
     distance = cv2.GaussianBlur(distance, (0, 0), max(0.5, 0.04 * distance.max())).astype(np.float32) * mask
     level, maxima = distance * (1 - depth), np.zeros(mask.shape, bool)
-    peaks = np.flatnonzero((distance == cv2.dilate(distance, np.ones((3, 3)))) & mask)
-    for peak in peaks[np.argsort(-distance.flat[peaks], kind="stable")]:  # an h-maximum is all that is connected at its level
-        if not maxima.flat[peak]:
-            labels = cv2.connectedComponents((distance >= level.flat[peak]).view(np.uint8))[1]
-            around = labels == labels.flat[peak]
-            if distance[around].max() == distance.flat[peak]:  # and lower than it
-                maxima |= around
+    for peak in np.flatnonzero((distance == cv2.dilate(distance, None)) & mask):
+        labels = cv2.connectedComponents((distance >= level.flat[peak]).view(np.uint8))[1]
+        around = labels == labels.flat[peak]
+        maxima |= around & (distance[around].max() == distance.flat[peak])  # unless it is the shoulder of a higher one
     number, markers = cv2.connectedComponents(maxima.view(np.uint8))
     return number - 1, markers, distance
 
@@ -143,22 +141,6 @@ def _renumber(labels: np.ndarray, keep: np.ndarray) -> np.ndarray:
     table[keep] = np.arange(1, keep.sum() + 1)
     return table.take(labels)
 
-# %% ../../nbs/02_processing/15_cells.ipynb #0cc9a21a
-def _windows(labels: np.ndarray) -> dict[int, tuple[slice, slice]]:
-    "Rows and columns of the smallest rectangle around each label."
-    first = np.ones(labels.shape, bool)  # pixel of a run of one label in a row
-    first[:, 1:] = labels[:, 1:] != labels[:, :-1]
-    rows, starts = np.nonzero(first)
-    stops, found = np.append(starts[1:], 0), labels[rows, starts]
-    stops[stops == 0] = labels.shape[1]
-    low = np.full((2, found.max(initial=0) + 1), max(labels.shape))
-    high = np.zeros_like(low)
-    for axis, (begin, end) in enumerate(((rows, rows + 1), (starts, stops))):
-        np.minimum.at(low[axis], found, begin)
-        np.maximum.at(high[axis], found, end)
-    present = np.flatnonzero(high[0])
-    return {int(n): (slice(low[0, n], high[0, n]), slice(low[1, n], high[1, n])) for n in present if n}
-
 # %% ../../nbs/02_processing/15_cells.ipynb #3524506f
 def _find_nuclei(
     white: np.ndarray,  # uint8 (H, W, 3) RGB with a white background
@@ -169,16 +151,15 @@ def _find_nuclei(
     "Nuclei of white cells, each with a number; platelets, fragments and pale, ragged smudge cells left out."
     smallest = _smallest_area(white.shape, min_area)
     labels = label_cells(_smooth_nuclei(_purple_pixels(white), smallest))
-    areas = np.bincount(labels.ravel())
+    areas, inside = np.bincount(labels.ravel()), labels > 0
     keep = areas >= max(smallest, min_proportion * typical_area(labels))
     keep[0] = False
     if not keep.any():
         return np.zeros_like(labels)
-    inside = labels > 0
     dark = np.bincount(labels[inside], 255.0 - white[inside, 1], len(areas)) / np.maximum(areas, 1)
-    limit, windows = min_darkness * min(float(np.median(dark[keep])), 100), _windows(labels)
+    limit = min_darkness * min(float(np.median(dark[keep])), 100)
     for label in np.flatnonzero(keep):
-        keep[label] = dark[label] * _solidity(_contour(labels[windows[label]] == label)) >= limit
+        keep[label] = dark[label] * _solidity(_contour(labels == label)) >= limit
     return _renumber(labels, keep)
 
 # %% ../../nbs/02_processing/15_cells.ipynb #d842da09
@@ -253,21 +234,19 @@ def _join_lobes(
 ) -> np.ndarray:  # int32 (H, W), joined cells under one number
     "Join touching parts whose union is round and no larger than a cell: lobes of one nucleus, not neighbouring cells."
     pairs, areas = _neighbours(cells), np.bincount(cells.ravel())
-    alone = (areas > 0) & (np.bincount(pairs.ravel(), minlength=len(areas)) == 0)
-    alone[0] = False
-    limit = max_area * np.median(areas[alone]) if alone.any() else np.inf
-    windows, one_of = _windows(cells), np.arange(len(areas))
+    alone = np.setdiff1d(np.flatnonzero(areas), [0, *pairs.ravel()])
+    limit = max_area * np.median(areas[alone]) if len(alone) else np.inf
+    one_of = np.arange(len(areas))
 
     def join(members: np.ndarray) -> None:
         chosen = np.isin(one_of, one_of[members])
         if areas[chosen].sum() > limit:
             return
-        members = np.flatnonzero(chosen)
-        window = tuple(slice(min(windows[m][k].start for m in members), max(windows[m][k].stop for m in members)) for k in (0, 1))
-        union = chosen[cells[window]]
+        window = _window(chosen.take(cells))
+        union = chosen.take(cells[window])
         enough = min_roundness if (nuclei[window][union] > 0).mean() < nucleus_fraction else 0.85
         if _roundness(union) >= enough:
-            one_of[members] = members[0]
+            one_of[chosen] = np.flatnonzero(chosen)[0]
 
     clumps = cv2.connectedComponents((cells > 0).view(np.uint8))[1]
     clump_of = np.zeros(len(areas), int)
@@ -286,7 +265,8 @@ def _smooth_outlines(
 ) -> np.ndarray:  # int32 (H, W), 1..n
     "Largest piece of each cell, its holes filled; its convex hull where it is nearly convex."
     smooth = np.zeros_like(cells)
-    for number, (label, window) in enumerate(_windows(cells).items(), 1):
+    for number, label in enumerate(np.unique(cells[cells > 0]), 1):
+        window = _window(cells == label)
         own = cells[window] == label
         pieces, stats = _connected(own)
         contour = _contour(own if len(stats) == 2 else pieces == 1 + stats[1:, cv2.CC_STAT_AREA].argmax())

@@ -37,10 +37,8 @@ def otsu_threshold(
     "Otsu's threshold of 8-bit values, the lowest of equally good ones; a constant array's own value. Raises ValueError."
     if values.dtype != np.uint8 or not values.size:
         raise ValueError(f"expected uint8 values, at least one, got {values.dtype} {values.shape}")
-    if values.size < 2**24:  # up to here the float32 counts of OpenCV, which is faster, are exact
-        counts = cv2.calcHist([values.reshape(1, -1)], [0], None, [256], [0, 256]).ravel().astype(np.int64)
-    else:
-        counts = np.bincount(values.ravel(), minlength=256)
+    parts = np.array_split(values.ravel(), 1 + values.size // 2**24)  # OpenCV's counts, float32, are exact up to here
+    counts = np.sum([cv2.calcHist([part], [0], None, [256], [0, 256]).ravel() for part in parts], axis=0, dtype=float)
     n, s = counts.cumsum(), (counts * np.arange(256)).cumsum()
     t = np.flatnonzero(counts)
     if len(t) == 1:
