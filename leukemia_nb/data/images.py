@@ -133,17 +133,12 @@ def _transform_to_srgb(profile: bytes) -> tuple[str, ImageCmsTransform | None] |
     return mode, transform
 
 # %% ../../nbs/01_data/20_images.ipynb #592fca1b
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    "The image in a colour mode; Pillow's `convert` copies one that is in it already."
-    return image if image.mode == mode else image.convert(mode)
-
-
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     "RGB image of one in mode L, RGB or CMYK; without a profile that fits, its colours are taken for sRGB."
     mode, transform = (_transform_to_srgb(profile) if profile else None) or ("", None)
     if mode == "RGB" and image.mode == "L":  # grey photographs often carry sRGB
         image = image.convert("RGB")
-    return transform.apply(image) if transform and mode == image.mode else _convert(image, "RGB")
+    return transform.apply(image) if transform and mode == image.mode else image if image.mode == "RGB" else image.convert("RGB")
 
 # %% ../../nbs/01_data/20_images.ipynb #45818ba7
 _OPAQUE_MODES = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}  # without transparency and palette; all others: RGB
@@ -159,7 +154,8 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         image = Image.fromarray(_eight_bits(np.asarray(image).astype(np.uint16)))
     if image.mode in ("La", "RGBa"):
         image = image.convert(image.mode.upper())
-    colours = _to_srgb(_convert(image, _OPAQUE_MODES.get(image.mode, "RGB")), profile)
+    mode = _OPAQUE_MODES.get(image.mode, "RGB")
+    colours = _to_srgb(image if image.mode == mode else image.convert(mode), profile)  # convert copies in any case
     if image.has_transparency_data:
         alpha = image.convert("RGBA").getchannel("A")
         opaque = int(np.asarray(alpha).max())

@@ -134,13 +134,6 @@ def _smooth_nuclei(purple: np.ndarray, smallest: float) -> np.ndarray:
     small[0] = False
     return core | small.take(holes)
 
-# %% ../../nbs/02_processing/15_cells.ipynb #0cc9a219
-def _renumber(labels: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    "Labels marked in `keep` (one bool per label, background first) numbered 1..n, the others 0."
-    table = np.zeros(len(keep), np.int32)
-    table[keep] = np.arange(1, keep.sum() + 1)
-    return table.take(labels)
-
 # %% ../../nbs/02_processing/15_cells.ipynb #3524506f
 def _find_nuclei(
     white: np.ndarray,  # uint8 (H, W, 3) RGB with a white background
@@ -160,7 +153,7 @@ def _find_nuclei(
     limit = min_darkness * min(float(np.median(dark[keep])), 100)
     for label in np.flatnonzero(keep):
         keep[label] = dark[label] * _solidity(_contour(labels == label)) >= limit
-    return _renumber(labels, keep)
+    return (keep * keep.cumsum()).astype(np.int32).take(labels)  # numbered 1..n again
 
 # %% ../../nbs/02_processing/15_cells.ipynb #d842da09
 def _colour_histogram(colour: np.ndarray, where: np.ndarray) -> np.ndarray:
@@ -220,8 +213,7 @@ def _neighbours(labels: np.ndarray) -> np.ndarray:
     wide, found = int(labels.max(initial=0)) + 1, []
     for one, two in ((labels[:, 1:], labels[:, :-1]), (labels[1:], labels[:-1])):
         both = (one != two) & (one > 0) & (two > 0)
-        low, high = np.minimum(one[both], two[both]), np.maximum(one[both], two[both])
-        found.append(low.astype(np.int64) * wide + high)
+        found.append(np.sort(np.stack([one[both], two[both]], 1)) @ [wide, 1])
     return np.stack(np.divmod(np.unique(np.concatenate(found)), wide), 1)
 
 # %% ../../nbs/02_processing/15_cells.ipynb #41ac5e04
