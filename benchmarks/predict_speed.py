@@ -218,17 +218,19 @@ def operations(model: Path) -> float:
 
 
 def steps_of(file: str) -> dict:
-    "Reading, resizing and finding the cells of one image, each alone."
-    from leukemia_nb.data.images import read_image
-    from leukemia_nb.data.images import resize_square
-    from leukemia_nb.processing.cells import find_cells
+    "Reading, resizing and finding the cells of one image, and the study's segmentation and count at full size, each alone."
+    from leukemia_nb.data.images import read_image, resize_square
+    from leukemia_nb.processing.cells import count_cells, find_cells
+    from leukemia_nb.processing.segmentation import segment
 
     image = read_image(file)
-    square = resize_square(image, 224)
+    square, mask = resize_square(image, 224), segment(image)
     return {
         "read_ms": median_ms(lambda: read_image(file)),
         "find_cells_ms": median_ms(lambda: find_cells(square)),
         "resize_ms": median_ms(lambda: resize_square(image, 224)),
+        "segment_full_size_ms": median_ms(lambda: segment(image)),
+        "count_full_size_ms": median_ms(lambda: count_cells(mask)),
     }
 
 

@@ -426,7 +426,7 @@ def test_the_predict_path_loads_nothing_heavy(file, paths):
     code = (
         "import sys\nfrom leukemia_nb.inference.predictor import Predictor\n"
         f"Predictor({str(file)!r}).report([{paths[0]!r}])\n"
-        "heavy = ('tensorflow', 'torch', 'keras', 'onnx', 'sklearn', 'matplotlib', 'seaborn', 'jinja2')\n"
+        "heavy = ('tensorflow', 'torch', 'keras', 'onnx', 'sklearn', 'matplotlib', 'seaborn', 'jinja2', 'pandas')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from skimage.morphology import convex_hull_image
+from skimage.morphology import convex_hull_image, local_maxima, reconstruction
+from skimage.segmentation import watershed
 
 from leukemia_nb.data.images import read_image
 from leukemia_nb.data.synthetic import make_smear
@@ -357,3 +358,24 @@ def test_distances_inside_a_cell_are_the_same_at_every_call():
         assert again[0] == first[0]
         np.testing.assert_array_equal(again[1], first[1])
         np.testing.assert_array_equal(again[2], first[2])
+
+
+def slow_label_cells(mask, depth=0.1):
+    """Parts of one component by scikit-image: h-maxima by reconstruction of the whole distance transform, then its watershed."""
+    distance = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    distance = np.sqrt(np.rint(np.square(distance, dtype=np.float64)))
+    distance = cv2.GaussianBlur(distance, (0, 0), max(0.5, 0.04 * distance.max())).astype(np.float32) * mask
+    maxima = local_maxima(reconstruction(distance * (1 - depth), distance, footprint=np.ones((3, 3))), connectivity=2) & mask
+    return watershed(-distance, cv2.connectedComponents(maxima.view(np.uint8))[1], connectivity=2, mask=mask)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_touching_cells_are_separated_as_by_reconstruction_and_watershed(seed):
+    random, drawn = np.random.default_rng(seed), np.zeros((140, 160), np.uint8)
+    for x, y, radius in zip(random.integers(30, 130, 14), random.integers(30, 110, 14), random.integers(6, 18, 14)):
+        cv2.circle(drawn, (int(x), int(y)), int(radius), 1, -1)
+    mask = cv2.connectedComponents(drawn)[1] == 1
+    rows, columns = (slice(places.min(), places.max() + 1) for places in np.nonzero(mask))
+    found = label_cells(mask, min_solidity=2)  # no component is left whole
+    np.testing.assert_array_equal(found[rows, columns], slow_label_cells(mask[rows, columns]))
+    assert count_cells(mask) in (1, found.max())

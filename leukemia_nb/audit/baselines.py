@@ -253,7 +253,9 @@ def cross_validate_baselines(
     found = {}
     for name, X in features.items():
         permuted = _permuted(y.to_numpy(str), permutations, seed) if BASELINES[name].permuted else None
-        found[name] = repeated_cross_val_predict(BASELINES[name].estimator(), X, y, groups, folds, repeats, seed, n_jobs, permuted)
+        found[name] = repeated_cross_val_predict(
+            BASELINES[name].estimator(), X, y, groups, folds, repeats, seed, n_jobs, permuted
+        )
     return found
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #e27032e9

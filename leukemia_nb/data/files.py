@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LeukemiaError
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame as DataFrame
 else:  # loaded when they are used; the names are for the documentation
     DataFrame = Any
 

@@ -138,7 +138,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     mode, transform = (_transform_to_srgb(profile) if profile else None) or ("", None)
     if mode == "RGB" and image.mode == "L":  # grey photographs often carry sRGB
         image = image.convert("RGB")
-    return transform.apply(image) if transform and mode == image.mode else image.convert("RGB")
+    return transform.apply(image) if transform and mode == image.mode else image if image.mode == "RGB" else image.convert("RGB")
 
 # %% ../../nbs/01_data/20_images.ipynb #45818ba7
 _OPAQUE_MODES = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}  # without transparency and palette; all others: RGB
@@ -154,7 +154,8 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         image = Image.fromarray(_eight_bits(np.asarray(image).astype(np.uint16)))
     if image.mode in ("La", "RGBa"):
         image = image.convert(image.mode.upper())
-    colours = _to_srgb(image.convert(_OPAQUE_MODES.get(image.mode, "RGB")), profile)
+    mode = _OPAQUE_MODES.get(image.mode, "RGB")
+    colours = _to_srgb(image if image.mode == mode else image.convert(mode), profile)  # convert copies in any case
     if image.has_transparency_data:
         alpha = image.convert("RGBA").getchannel("A")
         opaque = int(np.asarray(alpha).max())
@@ -313,7 +314,7 @@ def _decode(data: bytes) -> Image.Image:
     _check_size(*image.size)
     if getattr(image, "is_animated", False):
         raise ImageError("several images (animation). Save the one that is meant as PNG.")
-    if image.format == "JPEG" and (scans := _count_scans(data)) > _MAX_SCANS:
+    if image.format == "JPEG" and data.count(b"\xff\xda") > _MAX_SCANS and (scans := _count_scans(data)) > _MAX_SCANS:
         raise ImageError(f"{scans} progressive scans, more than the limit of {_MAX_SCANS}. {_AS_PNG}")
     if image.format == "JPEG" and image.mode == "CMYK" and "adobe" not in image.info:
         raise ImageError(f"a CMYK JPEG without Adobe's marker, which may be a negative. {_AS_PNG}")

@@ -14,11 +14,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from leukemia_nb.data.files import (
+    DataFrame,
     _OUTPUT_MARKER,
     _listing,
     OutputError,
@@ -29,11 +29,6 @@ from leukemia_nb.data.files import (
     unique_names,
 )
 from .images import SUFFIXES, ImageError, read_image
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
-else:  # loaded when they are used; the names are for the documentation
-    DataFrame = Any
 
 # %% auto #0
 __all__ = ['CLASSES', 'FOUR_CLASSES', 'NO_IMAGES', 'class_of', 'ImageSearch', 'check_folder', 'check_not_inside', 'search_images',

@@ -39,7 +39,9 @@ def repeated_cross_val_predict(
     known = pd.DataFrame({"pair": pairs, "path": pairs, "subset": "fold", "class": labels, "group": group})
     for repeat, fitted in enumerate([labels] * n_repeats if permuted is None else permuted):
         if permuted is None or repeat == 0:
-            splits = list(StratifiedGroupKFold(n_splits, shuffle=True, random_state=random_state + repeat).split(X, labels, group))
+            splits = list(
+                StratifiedGroupKFold(n_splits, shuffle=True, random_state=random_state + repeat).split(X, labels, group)
+            )
         model = clone(estimator)
         model.set_params(**{name: random_state + repeat for name in model.get_params() if name.split("__")[-1] == "random_state"})
         values = cross_val_predict(model, X, fitted, cv=splits, n_jobs=n_jobs, method="predict_proba")

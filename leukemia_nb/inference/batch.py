@@ -15,9 +15,10 @@ from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from leukemia_nb.data.files import (
+    DataFrame,
     OutputError,
     atomic_path,
     check_output,
@@ -35,11 +36,6 @@ from ..data.manifest import ImageSearch, check_not_inside, check_folder, class_o
 from ..data.processes import ClusterError, die_with_parent
 from .predictor import Predictor, describe_failure, overlay, prediction_columns, saliency
 from ..models.interface import MODELS, ModelError
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
-else:  # loaded when they are used; the names are for the documentation
-    DataFrame = Any
 
 # %% auto #0
 __all__ = ['find_inputs', 'PredictionTask', 'unfinished_file', 'predict_files', 'exported_models', 'open_predictors',

@@ -153,6 +153,8 @@ def _start_session(content: bytes, file: str | os.PathLike, threads: int | None)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "50")  # longer, waiting threads take the processor
+    options.add_session_config_entry("session.intra_op.spin_backoff_max", "8")
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no base class

@@ -8,15 +8,15 @@ from __future__ import annotations
 import base64
 import functools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from ..data.files import pluralise, file_sha256, escape_text
+from ..data.files import DataFrame, pluralise, file_sha256, escape_text
 from ..data.images import ImageError, as_rgb, read_image, resize_square
 from ..errors import LeukemiaError
 from .model_file import open_model_file
@@ -24,11 +24,6 @@ from .ood import image_statistics, ood_distance
 from ..plotting import class_colours
 from ..processing.cells import FEATURE_NAMES, SIDE, cell_crops, cell_features, find_cells
 from ..processing.segmentation import apply_mask, check_mask, draw_outlines, segment
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
-else:  # loaded when they are used; the names are for the documentation
-    DataFrame = Any
 
 # %% auto #0
 __all__ = ['PreparedImage', 'describe_failure', 'prepare_image', 'abstain_reasons', 'prediction_columns', 'format_confidence',
@@ -226,7 +221,7 @@ def run_network(
     return {"probabilities": probabilities, "features": features, "statistics": statistics}
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #b14b17b4
-_NETWORK_BATCH = 4  # images given to the network at a time: as fast as more, in a fraction of the memory
+_NETWORK_BATCH = 4  # images prepared and given to the network at a time: as fast as more, in a fraction of the memory
 
 
 def _network_inputs(session: Any, prepared: Sequence[PreparedImage]) -> Iterator[dict[str, np.ndarray]]:
@@ -239,7 +234,7 @@ def _network_inputs(session: Any, prepared: Sequence[PreparedImage]) -> Iterator
     for start in range(0, len(prepared), _NETWORK_BATCH):
         batch = prepared[start : start + _NETWORK_BATCH]
         fields = zip(names, ("square", "segmented"))
-        yield {name: np.stack([getattr(each, field) for each in batch]).astype(dtype) for name, field in fields}
+        yield {name: np.stack([getattr(each, field) for each in batch]).astype(dtype, copy=False) for name, field in fields}
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #ba22a16a
 def calibrate(
@@ -247,20 +242,30 @@ def calibrate(
     temperature: float,  # above 1: less confident
 ) -> np.ndarray:  # float (n, k)
     "Probabilities after temperature scaling."
-    from scipy.special import softmax
-
-    return softmax(np.log(np.maximum(probabilities, 1e-12)) / temperature, axis=1)
+    bounded = np.maximum(probabilities, 1e-12)
+    odds = (bounded / bounded.max(axis=1, keepdims=True)) ** (1 / temperature)
+    return odds / odds.sum(axis=1, keepdims=True)
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #807c0cfe
 class _Network:
     "An opened model file: the network, its calibrated probabilities and its features."
 
-    def __init__(self, file: str | os.PathLike, threads: int | None):
+    def __init__(
+        self,
+        file: str | os.PathLike,  # an exported .onnx file; open only files from people you trust
+        threads: int | None = None,  # of the network; None: as many as there are cores
+    ):
         self.file, self.threads = os.path.abspath(file), threads
         self.session, self.info, self.constants = open_model_file(file, threads)
         self.classes_ = np.array(self.info["classes"], dtype=str)
         self.image_size = self.info["image_size"]
         self.channels = ("original", "segmented") if self.info["input"] == "pair" else ("original",)
+
+    def _in_threads(self, function: Callable[[Sequence[Any]], Any], images: Sequence[Any]) -> Iterator[Any]:
+        "Results for a few images at a time, in order, by two threads; a thread reads images while the network has others."
+        yield function(images[:1])  # alone: two threads must not import the same part of a library at once
+        with ThreadPoolExecutor(min(2, self.threads or 2)) as pool:
+            yield from pool.map(function, (images[i : i + _NETWORK_BATCH] for i in range(1, len(images), _NETWORK_BATCH)))
 
     def _judge(self, prepared: Sequence[PreparedImage]) -> tuple[np.ndarray, np.ndarray]:
         "Calibrated probabilities (n, k) and OOD distances (n,)."
@@ -270,11 +275,13 @@ class _Network:
 
     def predict_proba(self, images: Any) -> np.ndarray:
         "Calibrated probabilities (n, k), columns as `classes_`. Raises ImageError."
-        return np.concatenate([self._judge(batch)[0] for batch in prepare_images(images, self.info)])
+        parts = self._in_threads(lambda part: self._judge(*prepare_images(part, self.info))[0], _image_list(images))
+        return np.concatenate(list(parts))
 
     def extract_features(self, images: Any) -> np.ndarray:
         "Features float32 (n, d), the input of the last layers. Raises ImageError."
-        return np.concatenate([run_network(self.session, batch)["features"] for batch in prepare_images(images, self.info)])
+        parts = self._in_threads(lambda part: run_network(self.session, *prepare_images(part, self.info)), _image_list(images))
+        return np.concatenate([part["features"] for part in parts])
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #2e9bf0ed
 def _rows(network: _Network, prepared: Sequence[PreparedImage]) -> list[dict[str, Any]]:
@@ -292,13 +299,6 @@ def _rows(network: _Network, prepared: Sequence[PreparedImage]) -> list[dict[str
 class Predictor(_Network):
     "An exported model: `classes_`, `predict`, `predict_proba`, `score`, `report`, `iter_report`, `extract_features`, `info`."
 
-    def __init__(
-        self,
-        file: str | os.PathLike,  # an exported .onnx file; open only files from people you trust
-        threads: int | None = None,  # of the network; None: as many as there are cores
-    ):
-        super().__init__(file, threads)
-
     def __reduce__(self) -> tuple[Any, ...]:
         return Predictor, (self.file, self.threads)
 
@@ -307,12 +307,11 @@ class Predictor(_Network):
 
     def iter_report(self, images: Any, batch_size: int = 32) -> Iterator[Predictions]:
         "Reports batch by batch; an image that cannot be read is a row with its problem."
-        every, prepare = _image_list(images), functools.partial(prepare_image, info=self.info)
-        with ThreadPoolExecutor(2) as pool:
-            for start in range(0, len(every), batch_size):
-                batch = every[start : start + batch_size]
-                first = prepare(batch[0])  # alone: two threads must not import the same part of a library at once
-                yield Predictions(_rows(self, [first, *pool.map(prepare, batch[1:])]), self.info, batch)
+        every = _image_list(images)
+        for start in range(0, len(every), batch_size):
+            batch = every[start : start + batch_size]
+            parts = self._in_threads(lambda part: _rows(self, [prepare_image(each, self.info) for each in part]), batch)
+            yield Predictions([row for part in parts for row in part], self.info, batch)
 
     def report(self, images: Any, batch_size: int = 32) -> Predictions:
         "Predictions of all images with what is known of them; `batch_size` images are in memory at a time."

@@ -297,6 +297,9 @@ def _train(model: "KerasClassifier", network: "Model", rate: float, data: dict[s
     adam = keras.optimizers.Adam(_cosine_decay(rate, arguments) if whole else rate)
     # XLA takes longer to compile these networks than a short training takes
     network.compile(adam, "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False)
+    if network is model.network_:  # TensorFlow traces the training step twice where its first call makes variables
+        adam.build(network.trainable_variables)
+        network.evaluate(arguments["validation_data"], steps=1, verbose=0)
     table = pd.DataFrame(network.fit(**arguments).history)
     table = table.assign(epoch=np.arange(1, len(table) + 1), seconds=np.diff(seconds)[: len(table)])
     model.history_, model.best_epoch_ = table.reindex(columns=list(HISTORY_COLUMNS)), int(stopping.best_epoch) + 1

@@ -32,22 +32,24 @@ class SplitError(LeukemiaError, ValueError):
     "A split that cannot be made or must not be used; the message names the images and the remedy."
 
 # %% ../../nbs/02_processing/40_splitting.ipynb #9f7682ff
-def _subset_sizes(n_pairs: int, train: float = 0.85, test: float = 0.05) -> dict[str, int]:
+def _subset_sizes(n_pairs: int, train_size: float = 0.85, test_size: float = 0.05) -> dict[str, int]:
     "Of so many pairs of a class those of each subset: rounded down, the rest for validation. Raises ValueError."
-    parts = Fraction(str(train)), Fraction(str(test))
+    parts = Fraction(str(train_size)), Fraction(str(test_size))
     if not (min(parts) > 0 and sum(parts) < 1):
-        raise ValueError(f"train={train}, test={test}: both must be above 0 and leave something for validation")
+        raise ValueError(
+            f"train_size={train_size}, test_size={test_size}: both must be above 0 and leave something for validation"
+        )
     first, second = (floor(part * n_pairs) for part in parts)
     return {"train": first, "test": second, "val": n_pairs - first - second}
 
 # %% ../../nbs/02_processing/40_splitting.ipynb #b497b358
 def smallest_class(
-    train: float = 0.85,  # proportion for the training set
-    test: float = 0.05,  # proportion for the test set
+    train_size: float = 0.85,  # proportion for the training set
+    test_size: float = 0.05,  # proportion for the test set
 ) -> int:  # pairs
     "Fewest pairs of a class that put at least one into each subset."
     number = 3
-    while min(_subset_sizes(number, train, test).values()) < 1:
+    while min(_subset_sizes(number, train_size, test_size).values()) < 1:
         number += 1
     return number
 
@@ -90,11 +92,11 @@ def _assign_groups(sizes: Sequence[int], capacity: dict[str, int], generator: np
     return subsets
 
 # %% ../../nbs/02_processing/40_splitting.ipynb #ba239a7a
-def _random_subsets(table: pd.DataFrame, train: float, test: float, seed: int) -> pd.Series:
+def _random_subsets(table: pd.DataFrame, train_size: float, test_size: float, seed: int) -> pd.Series:
     "Subset of each row, copies together."
     subsets = pd.Series("", index=table.index)
     for label, rows in table.groupby("class"):
-        wanted = _subset_sizes(len(rows), train, test)
+        wanted = _subset_sizes(len(rows), train_size, test_size)
         groups = rows.groupby("_copies", sort=False).size()
         assigned = _assign_groups(list(groups), wanted, np.random.default_rng([seed, *str(label).encode()]))
         subsets[rows.index] = rows["_copies"].map(dict(zip(groups.index, assigned)))
@@ -123,7 +125,7 @@ def _nearest_fold(table: pd.DataFrame, proportion: float, seed: int) -> np.ndarr
     return np.isin(np.arange(len(table)), rows)
 
 # %% ../../nbs/02_processing/40_splitting.ipynb #fd484296
-def _grouped_subsets(table: pd.DataFrame, train: float, test: float, seed: int) -> pd.Series:
+def _grouped_subsets(table: pd.DataFrame, train_size: float, test_size: float, seed: int) -> pd.Series:
     "Subset of each row, groups together."
     subsets = pd.Series("train", index=table.index)
     tested = _nearest_fold(table, test, seed)
@@ -159,8 +161,8 @@ def split_pairs(
     pairs: pd.DataFrame,  # pair, class, path, sha256; pixels and problem where there are such
     method: str = "random",  # random: copies stay together; grouped: groups, too
     groups: Sequence | None = None,  # group of each row, as near-duplicates or patients; joined with copies
-    train: float = 0.85,  # proportion for the training set
-    test: float = 0.05,  # proportion for the test set; the rest is for validation
+    train_size: float = 0.85,  # proportion for the training set
+    test_size: float = 0.05,  # proportion for the test set; the rest is for validation
     seed: int = 0,  # another seed, another split
 ) -> pd.DataFrame:  # pair, class, path, sha256, subset, group; usable pairs, sorted
     "Split into train, val and test, stratified by class. Raises `SplitError`."
@@ -168,14 +170,14 @@ def split_pairs(
         raise SplitError(f"{len(groups)} groups for {len(pairs)} pairs")
     table = usable_pairs(pairs.assign(_groups="" if groups is None else list(groups)))
     for label, number in table["class"].value_counts().items():
-        if number < smallest_class(train, test):
+        if number < smallest_class(train_size, test_size):
             raise SplitError(
-                f"class {label} has {number} usable images, this split needs {smallest_class(train, test)} of each class. "
+                f"class {label} has {number} usable images, this split needs {smallest_class(train_size, test_size)} of each class. "
                 f"Add images or change the proportions (train={train}, test={test})."
             )
     table["_copies"] = merge_groups(table, [column for column in ("sha256", "pixels") if column in table])
     table["group"] = merge_groups(table, ["_copies", "_groups"])
-    table["subset"] = {"random": _random_subsets, "grouped": _grouped_subsets}[method](table, train, test, seed)
+    table["subset"] = {"random": _random_subsets, "grouped": _grouped_subsets}[method](table, train_size, test_size, seed)
     check_split(table, grouped=method == "grouped")
     return table.reindex(columns=["pair", "class", "path", "sha256", "subset", "group"])
 

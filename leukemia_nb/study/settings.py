@@ -100,8 +100,8 @@ class StudySettings:
     segmentation: str = "kmeans"  # a key of SEGMENTATION_METHODS
     split: str = "random"  # "random": image-level; "grouped": near-duplicates and listed groups stay in one subset
     groups: str = ""  # CSV with columns path and group, joined with the near-duplicates found; empty: those alone
-    train: float = 0.85  # proportion of the images for training
-    test: float = 0.05  # proportion for the test; the rest is for validation
+    train_size: float = 0.85  # proportion of the images for training
+    test_size: float = 0.05  # proportion for the test; the rest is for validation
     split_file: str = ""  # split.csv of an earlier study, to be used again
     models: tuple[str, ...] = tuple(MODELS)  # the models to train, by name
     image_size: int = 224  # side of the images the models see, in pixels
@@ -158,9 +158,11 @@ def _check_settings(settings: StudySettings) -> None:
     for name, allowed in _CHOICES.items():
         if (value := getattr(settings, name)) not in allowed:
             raise StudyError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}.")
-    if not 0 < settings.train < 1 - settings.test < 1:
-        raise StudyError(f"train={settings.train}, test={settings.test}: both must be above 0, and their sum below 1.")
-    for name, minimum in (_MINIMUM | {"per_class": smallest_class(settings.train, settings.test)}).items():
+    if not 0 < settings.train_size < 1 - settings.test_size < 1:
+        raise StudyError(
+            f"train_size={settings.train_size}, test_size={settings.test_size}: both must be above 0, and their sum below 1."
+        )
+    for name, minimum in (_MINIMUM | {"per_class": smallest_class(settings.train_size, settings.test_size)}).items():
         if (value := getattr(settings, name)) is not None and value < minimum:
             raise StudyError(f"{name} is {value}; it must be at least {minimum}.")
     if not settings.models:
@@ -174,7 +176,7 @@ def _check_settings(settings: StudySettings) -> None:
 
 # %% ../../nbs/07_study/18_settings.ipynb #ab86d4c2
 SYNTHETIC_STUDY = StudySettings(
-    train=0.55, test=0.3, image_size=96, weights="random", epochs=7, batch_size=16, audit_images=108, cv_repeats=1
+    train_size=0.55, test_size=0.3, image_size=96, weights="random", epochs=7, batch_size=16, audit_images=108, cv_repeats=1
 )
 
 # %% ../../nbs/07_study/18_settings.ipynb #71817378
@@ -252,7 +254,7 @@ def _check_run_folder(settings: StudySettings, run: Run) -> None:
 # %% ../../nbs/07_study/18_settings.ipynb #eb806b0a
 def _check_images(settings: StudySettings, run: Run) -> list[Path]:
     "The images of the classes, unopened. Raises ImageError where a class has none or too few for the split."
-    names, minimum = class_names(settings.classes), smallest_class(settings.train, settings.test)
+    names, minimum = class_names(settings.classes), smallest_class(settings.train_size, settings.test_size)
     selection = select_classes(search_images(settings.data, run.folder), names)
     search, found = selection.search, set(selection.search.paths)
     counts = Counter(label for path, label in selection.rows if path in found)
