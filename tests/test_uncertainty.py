@@ -299,9 +299,9 @@ def test_permuted_labels_are_fitted_in_the_same_folds_and_scored_on_the_true_one
     X, groups = random.normal(size=(60, 3)) + 4 * (y == "b").to_numpy()[:, None], np.arange(60) // 2
     own = y.to_numpy(str)
     swapped = np.where(own == "a", "b", "a")
-    table = cross_validate(logistic(), X, y, groups, folds=3, permuted=[own, swapped, own])
+    table = repeated_cross_val_predict(logistic(), X, y, groups, n_splits=3, permuted=[own, swapped, own])
     first, second, third = (part.reset_index(drop=True) for _, part in table.groupby("repeat"))
-    expected = cross_validate(logistic(), X, y, groups, folds=3)
+    expected = repeated_cross_val_predict(logistic(), X, y, groups, n_splits=3)
     assert first["p_a"].tolist() == third["p_a"].tolist() == expected["p_a"].tolist()
     assert second["p_b"].to_numpy() == pytest.approx(first["p_a"].to_numpy(), abs=1e-3)
     assert second["class"].tolist() == own.tolist() and (predicted_labels(second) == second["class"]).mean() < 0.1

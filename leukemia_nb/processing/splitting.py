@@ -128,10 +128,10 @@ def _nearest_fold(table: pd.DataFrame, proportion: float, seed: int) -> np.ndarr
 def _grouped_subsets(table: pd.DataFrame, train_size: float, test_size: float, seed: int) -> pd.Series:
     "Subset of each row, groups together."
     subsets = pd.Series("train", index=table.index)
-    tested = _nearest_fold(table, test, seed)
+    tested = _nearest_fold(table, test_size, seed)
     subsets[tested] = "test"
     rest = table[~tested]
-    subsets[rest.index[_nearest_fold(rest, 1 - train / (1 - test), seed)]] = "val"
+    subsets[rest.index[_nearest_fold(rest, 1 - train_size / (1 - test_size), seed)]] = "val"
     return subsets
 
 # %% ../../nbs/02_processing/40_splitting.ipynb #219046e4
@@ -170,10 +170,10 @@ def split_pairs(
         raise SplitError(f"{len(groups)} groups for {len(pairs)} pairs")
     table = usable_pairs(pairs.assign(_groups="" if groups is None else list(groups)))
     for label, number in table["class"].value_counts().items():
-        if number < smallest_class(train_size, test_size):
+        if number < (needed := smallest_class(train_size, test_size)):
             raise SplitError(
-                f"class {label} has {number} usable images, this split needs {smallest_class(train_size, test_size)} of each class. "
-                f"Add images or change the proportions (train={train}, test={test})."
+                f"class {label} has {number} usable images, this split needs {needed} of each class. "
+                f"Add images or change the proportions (train_size={train_size}, test_size={test_size})."
             )
     table["_copies"] = merge_groups(table, [column for column in ("sha256", "pixels") if column in table])
     table["group"] = merge_groups(table, ["_copies", "_groups"])
