@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zlib
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from typer.testing import CliRunner
 from leukemia_nb.data.files import mark_output_folder
 from leukemia_nb.data.synthetic import write_smears
 from leukemia_nb.models.interface import MODELS
+from leukemia_nb.study import driver
 from leukemia_nb.study.command_line import _explanation, app
 from leukemia_nb.study.driver import (
     Step,
@@ -156,6 +158,37 @@ def test_steps_that_can_run_side_by_side_do_not_need_each_other():
     assert {"train-cells", "cross-validate", "efficientnet"} < beside["train-yolov8"]
     assert not {"train-yolov8", "audit-yolov8", "compare", "cards"} & beside["train-yolov8"]
     assert all(name in beside[other] for name, others in beside.items() for other in others)
+
+
+def run_without_notebooks(monkeypatch, folder, settings, n_jobs, failing=""):
+    """Names of the steps that a study starts, in order, and what it says; no notebook is run."""
+    started, said = [], []
+
+    def run_step(step, run, **more):
+        started.append(step.name)
+        if step.name == failing:
+            raise StudyError(f"step {step.name} has no luck.")
+        return {"step": step.name, "seconds": 1.0, "skipped": False, "outdated": False}
+
+    monkeypatch.setattr(driver, "run_step", run_step)
+    monkeypatch.setattr(driver, "_check_prepared", lambda run: None)
+    with pytest.raises(StudyError, match="no luck.\nFinished steps are kept") if failing else nullcontext():
+        run_study(settings, folder, n_jobs=n_jobs, log=said.append)
+    return started, said
+
+
+def test_one_step_at_a_time_is_the_order_of_the_steps(tmp_path, monkeypatch):
+    started, said = run_without_notebooks(monkeypatch, tmp_path / "run", EIGHT, 1)
+    assert started == [step.name for step in study_steps(EIGHT)]
+    assert said[:2] == ["prepare …", "  prepare: 1 s"] and len(said) == 2 * len(started)
+
+
+def test_a_failed_step_stops_those_that_need_it_and_no_others(tmp_path, monkeypatch):
+    settings = replace(SMOKE, models=("mobilenet_v2", "yolov8"))
+    started, _ = run_without_notebooks(monkeypatch, tmp_path / "run", settings, 2, "train-yolov8")
+    every = {step.name for step in study_steps(settings)}
+    stopped = {"audit-yolov8", "compare", "shortcut-audit", "cards", "export-mobilenet_v2", "export-yolov8", "report"}
+    assert set(started) == every - stopped and len(started) == len(set(started))
 
 
 def test_frozen_backbones_are_computed_once_and_read_by_their_models():
