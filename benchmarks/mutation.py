@@ -109,11 +109,13 @@ def cell_mutants(cell: str, notebook: Path, module: str) -> Iterator[Mutant]:
 
 
 def tests_of(module: str) -> list[str]:
-    """The four test files that name a module most often, the one of its own name first; without studies and browsers."""
+    """The four test files that name a module most often, the one of its own name first; without studies, browsers and project files."""
     name, room = Path(module).stem, Path(module).parent.name
     named = re.compile(rf"\b{room}\.{name}\b|from leukemia_nb\.{room} import [^\n]*\b{name}\b")
     times = {path: len(named.findall(path.read_text(encoding="utf-8"))) for path in sorted((ROOT / "tests").glob("test_*.py"))}
-    found = [path for path in times if times[path] and path.stem not in ("test_study", "test_cluster", "test_app")]
+    found = [
+        path for path in times if times[path] and path.stem not in ("test_study", "test_cluster", "test_app", "test_project")
+    ]
     found.sort(key=lambda path: (path.stem != f"test_{name}", -times[path]))
     return [f"tests/{path.name}" for path in found[:4]]
 
@@ -128,7 +130,7 @@ def survives(mutant: Mutant, copy: Path) -> bool:
         head, _, source = "".join(cell["source"]).partition("\n")
         if source == mutant.cell:
             cell["source"] = f"{head}\n{mutant.changed_cell()}"
-    tests = [sys.executable, "-m", "pytest", "-x", "-q", "--timeout", "300", *tests_of(mutant.module)]
+    tests = [sys.executable, "-m", "pytest", "-x", "-q", "--timeout", "1500", *tests_of(mutant.module)]
     page = [str(programs / "nbdev_test"), "--path", mutant.notebook, "--n_workers", "0"]
     with CHECKING:  # what fails without a mutant kills none
         for command in (page, tests):
