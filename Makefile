@@ -66,7 +66,7 @@ app: install  ## look at one image in a browser, with the models of a finished s
 	$(PY) -c "from leukemia_nb.inference.app import serve; serve('$(RUN)')"
 
 bench: install  ## measure, into benchmarks/results.json
-	for script in $(filter-out $(addprefix benchmarks/,collect_study.py merge.py study_steps.py taleqani.py),$(wildcard benchmarks/*.py)); do \
+	for script in $(filter-out $(addprefix benchmarks/,collect_study.py merge.py mutation.py study_steps.py taleqani.py),$(wildcard benchmarks/*.py)); do \
 	  echo $$script; $(PY) $$script || exit 1; done
 	$(PY) benchmarks/merge.py
 
