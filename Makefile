@@ -48,7 +48,7 @@ study: install  ## run the whole study; DATA=folder for your images, DATA=kaggle
 	$(PY) -m leukemia_nb study --n-jobs $(JOBS) $(if $(DATA),--data "$(DATA)") $(if $(filter file,$(origin RUN)),,--run "$(RUN)") $(ARGS)
 
 test: install lint notebooks  ## lint, types, every notebook, every test
-	$(PY) -m pytest -q -n $(JOBS) --dist loadfile --timeout 1800 tests
+	$(PY) -m pytest -q -n $(JOBS) --dist loadfile --timeout 1800 --durations 15 tests
 
 lint: install  ## format, style, house rules of the notebooks, types
 	$(PY) -m ruff format --check nbs tests benchmarks setup.py
