@@ -195,7 +195,10 @@ def test_frozen_backbones_are_computed_once_and_read_by_their_models():
     steps = {step.name: step for step in study_steps(StudySettings(model_settings=("nasnet_mobile:weights=random",)))}
     assert {name for name in steps if name.startswith("features-")} == {"features-mobilenet_v2", "features-efficientnet_b0"}
     readers = {name for name, step in steps.items() if "features/mobilenet_v2.npz" in step.reads}
-    assert readers == {"train-mobilenet_v2", "train-dual_channel", "cross-validate", "report"}
+    assert readers == {f"{kind}-{model}" for kind in ("train", "export") for model in ("mobilenet_v2", "dual_channel")} | {
+        "cross-validate",
+        "report",
+    }
     assert not any("nasnet" in path for path in steps["train-nasnet_mobile"].reads)
 
 
@@ -245,7 +248,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path):
         ({"model_settings": ("yolov8=5",)}, "model:setting=value"),
         ({"weights": "coco"}, "weights is 'coco'"),
         ({"train_size": 0.9, "test_size": 0.1}, "their sum below 1"),
-        ({"per_class": 6, "test": 0.1}, "per_class is 6"),
+        ({"per_class": 6, "test_size": 0.1}, "per_class is 6"),
     ],
 )
 def test_settings_are_checked_when_they_are_made(bad, message):

@@ -234,7 +234,7 @@ def test_it_learns_and_class_order_is_the_callers(tiny_weights, tmp_path):
     from leukemia_nb.testing import dummy_dataset
 
     folder, order = dummy_dataset(tmp_path / "dataset", per_class=20, size=32), ["Pro-B", "Normal", "Pre-B"]
-    settings = SMALL | {"epochs": 40, "patience": 40, "weights": "random", "learning_rate": 0.01}
+    settings = SMALL | {"epochs": 40, "patience": 40, "weights": "random", "learning_rate": 0.01, "schedule": "constant"}
     model = make_model("mobilenet_v2", **settings, classes=order).fit(folder)
     train = Pairs(folder, "train", 32)
     assert model.classes_.tolist() == order and model.score(train, train.labels) > 0.6
