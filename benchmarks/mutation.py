@@ -109,7 +109,7 @@ def cell_mutants(cell: str, notebook: Path, module: str) -> Iterator[Mutant]:
 
 
 def tests_of(module: str) -> list[str]:
-    """The four test files that name a module most often, the one of its own name first; without studies, browsers and project files."""
+    """The four test files that name a module most often, its own first; no studies, browsers, project files."""
     name, room = Path(module).stem, Path(module).parent.name
     named = re.compile(rf"\b{room}\.{name}\b|from leukemia_nb\.{room} import [^\n]*\b{name}\b")
     times = {path: len(named.findall(path.read_text(encoding="utf-8"))) for path in sorted((ROOT / "tests").glob("test_*.py"))}
