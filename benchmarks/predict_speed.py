@@ -196,25 +196,26 @@ def operations(model: Path) -> float:
     import onnx
     import onnxruntime
 
-    graph = onnx.load(model)
-    weights = {tensor.name: tuple(tensor.dims) for tensor in graph.graph.initializer}
-    nodes = [node for node in graph.graph.node if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1] in weights]
-    names = [node.output[0] for node in nodes]
-    graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    network = onnx.load(model)
+    weights = {tensor.name: tuple(tensor.dims) for tensor in network.graph.initializer}
+    nodes = [node for node in network.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    known = {value.name for value in (*network.graph.input, *network.graph.output)}
+    shown = {name for node in nodes for name in (node.input[0], node.output[0])} - known
+    network.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(shown))
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), options)
-    size = session.get_inputs()[0].shape[1]
-    outputs = session.run(
-        names,
-        {
-            session.get_inputs()[0].name: np.zeros(
-                (1, size, size, 3), np.float32 if "float" in session.get_inputs()[0].type else np.uint8
-            )
-        },
-    )
-    places = [np.prod(out.shape[2:]) if node.op_type == "Conv" else 1 for node, out in zip(nodes, outputs)]
-    return float(sum(2 * np.prod(weights[node.input[1]]) * place for node, place in zip(nodes, places)))
+    session = onnxruntime.InferenceSession(network.SerializeToString(), options)
+    images = {
+        each.name: np.zeros(
+            [size if isinstance(size, int) else 1 for size in each.shape], np.float32 if "float" in each.type else np.uint8
+        )
+        for each in session.get_inputs()
+    }
+    arrays = images | dict(zip([each.name for each in session.get_outputs()], session.run(None, images)))
+    summed = [
+        np.prod(weights[node.input[1]][1:]) if node.op_type == "Conv" else arrays[node.input[0]].shape[-1] for node in nodes
+    ]
+    return float(sum(2 * arrays[node.output[0]].size * length for node, length in zip(nodes, summed)))
 
 
 def steps_of(file: str) -> dict:

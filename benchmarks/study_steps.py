@@ -12,38 +12,15 @@ import os
 import platform
 import time
 from datetime import datetime, timedelta
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
-import onnxruntime
 import pandas as pd
 import torch
 
+from predict_speed import operations
+
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def forward_gflop(path: Path) -> float:
-    """Floating-point operations of one image through a network's convolutions and matrix products, in 10^9."""
-    model = onnx.load(str(path))
-    counted = [node for node in model.graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
-    names = {name for node in counted for name in (node.input[0], node.output[0])}
-    inputs = {value.name: value for value in model.graph.input}
-    shown = names - set(inputs) - {value.name for value in model.graph.output}
-    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in sorted(shown))
-    session = onnxruntime.InferenceSession(model.SerializeToString())
-    pixels = {name: [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim] for name, value in inputs.items()}
-    types = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}
-    given = {value.name: np.zeros(pixels[value.name], types[value.type]) for value in session.get_inputs()}
-    arrays = given | dict(zip([value.name for value in session.get_outputs()], session.run(None, given)))
-    weights = {value.name: value.dims for value in model.graph.initializer}
-    total = 0
-    for node in counted:
-        summed = prod(weights[node.input[1]][1:]) if node.op_type == "Conv" else arrays[node.input[0]].shape[-1]
-        total += 2 * arrays[node.output[0]].size * summed
-    return total / 1e9
 
 
 def machine_gflops() -> float:
@@ -61,8 +38,7 @@ def step_gflop(run: Path, step: str, images: pd.Series, forward: dict[str, float
     """Operations that a step's networks need at least, in 10^9; None for a step without a network that is counted."""
     kind, _, name = step.partition("-")
     if kind == "features":
-        model = {"mobilenet_v2": "mobilenet_v2"}.get(name, "")
-        return 2 * images.sum() * forward[model] if model in forward else None
+        return 2 * images.sum() * forward[name] if name in forward else None
     if kind != "train" or name not in forward or name == "cells":
         return None
     predicted = (images["val"] + images["test"]) * forward[name]
@@ -75,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="run folder of a finished study")
     run = parser.parse_args().run
-    forward = {path.stem: forward_gflop(path) for path in sorted(run.glob("exported/*.onnx"))}
+    forward = {path.stem: operations(path) / 1e9 for path in sorted(run.glob("exported/*.onnx"))}
     records = [json.loads(path.read_text()) for path in run.glob("steps/*.json")]
     images = pd.read_csv(run / "dataset.csv").groupby("subset").size()
     speed = machine_gflops()

@@ -288,16 +288,17 @@ def _cosine_decay(rate: float, arguments: dict[str, Any]) -> Any:
 def _train(model: "KerasClassifier", network: "Model", rate: float, data: dict[str, Any]) -> None:
     "`compile` and `fit`; leaves the weights of the lowest validation loss in the network, `history_` and `best_epoch_`."
     keras, seconds = import_keras(), [time.perf_counter()]
-    whole = network is model.network_ and model.schedule == "cosine"
-    patience = model.epochs if whole else model.patience  # a schedule is run to its end
+    whole = network is model.network_
+    cosine = whole and model.schedule == "cosine"
+    patience = model.epochs if cosine else model.patience  # a schedule is run to its end
     stopping = keras.callbacks.EarlyStopping("val_loss", patience=patience, restore_best_weights=True)
     clock = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seconds.append(time.perf_counter()))
     callbacks = [stopping, keras.callbacks.TerminateOnNaN(), clock]
     arguments = {"epochs": model.epochs, "verbose": 0, "callbacks": callbacks} | data | (model.train_arguments or {})
-    adam = keras.optimizers.Adam(_cosine_decay(rate, arguments) if whole else rate)
+    adam = keras.optimizers.Adam(_cosine_decay(rate, arguments) if cosine else rate)
     # XLA takes longer to compile these networks than a short training takes
     network.compile(adam, "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False)
-    if network is model.network_:  # TensorFlow traces the training step twice where its first call makes variables
+    if whole:  # TensorFlow traces the training step twice where its first call makes variables
         adam.build(network.trainable_variables)
         network.evaluate(arguments["validation_data"], steps=1, verbose=0)
     table = pd.DataFrame(network.fit(**arguments).history)

@@ -36,9 +36,7 @@ def _subset_sizes(n_pairs: int, train_size: float = 0.85, test_size: float = 0.0
     "Of so many pairs of a class those of each subset: rounded down, the rest for validation. Raises ValueError."
     parts = Fraction(str(train_size)), Fraction(str(test_size))
     if not (min(parts) > 0 and sum(parts) < 1):
-        raise ValueError(
-            f"train_size={train_size}, test_size={test_size}: both must be above 0 and leave something for validation"
-        )
+        raise ValueError(f"train_size={train_size}, test_size={test_size}: both must be above 0, and their sum below 1.")
     first, second = (floor(part * n_pairs) for part in parts)
     return {"train": first, "test": second, "val": n_pairs - first - second}
 

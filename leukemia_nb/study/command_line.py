@@ -369,7 +369,7 @@ def _run_study(options: dict[str, Any], run: Path | None, cluster: str, redo: li
     from leukemia_nb.data.files import pluralise
     from leukemia_nb.data.manifest import fetch_kaggle
     from leukemia_nb.study.driver import run_study, study_steps
-    from leukemia_nb.study.settings import SYNTHETIC_STUDY, Run, StudySettings, check_study
+    from leukemia_nb.study.settings import SYNTHETIC_STUDY, StudySettings
 
     data = options.get("data")
     where = run or Path("runs", Path(data).resolve().name if data else "synthetic")
@@ -379,11 +379,16 @@ def _run_study(options: dict[str, Any], run: Path | None, cluster: str, redo: li
         options["models"] = tuple(name.strip() for name in options["models"].split(",") if name.strip())
     options["model_settings"] = tuple(options.pop("model_setting", ()))
     settings = replace(StudySettings() if data else SYNTHETIC_STUDY, **options)
-    check_study(settings, Run(where))
     time = "" if data else " About 10 minutes on 2 cores."
-    _echo(f"{pluralise(len(study_steps(settings)), 'step')} into {where}; each that is finished is kept.{time}")
+    heading = [f"{pluralise(len(study_steps(settings)), 'step')} into {where}; each that is finished is kept.{time}"]
+
+    def log(line: str) -> None:
+        while heading:  # before the first line: run_study has checked the settings by then
+            _echo(heading.pop())
+        _echo(line)
+
     try:
-        run_study(settings, where, n_jobs=settings.n_jobs, redo=redo, log=_echo, cluster=cluster)
+        run_study(settings, where, n_jobs=settings.n_jobs, redo=redo, log=log, cluster=cluster)
     except KeyboardInterrupt:
         finished = len(list((where / "steps").glob("*.json")))
         kept = f"{pluralise(finished, 'step')} finished and kept in {where}"

@@ -220,9 +220,11 @@ def _files(path: Path) -> list[Path]:
 # %% ../../nbs/07_study/20_driver.ipynb #8074910e
 def _digest(path: Path) -> str:
     "SHA-256 of a file's content, or of the names and contents below a folder; 'missing' where nothing is."
-    stats = [(str(file), file.stat()) for file in _files(path)] if path.exists() else []
-    states = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]
-    return _content_digest(path, hashlib.sha256(repr(states).encode()).hexdigest()) if path.exists() else "missing"
+    if not (path.is_dir() or path.is_file()):
+        return "missing"
+    stats = [(str(file), file.stat() if file.is_file() else None) for file in _files(path)]
+    states = [(name, stat and (stat.st_size, stat.st_mtime_ns, stat.st_ino)) for name, stat in stats]
+    return _content_digest(path, hashlib.sha256(repr(states).encode()).hexdigest())
 
 
 @functools.lru_cache(maxsize=1024)
@@ -232,7 +234,8 @@ def _content_digest(path: Path, state: str) -> str:
         return file_sha256(path)
     digest = hashlib.sha256()
     for file in _files(path):
-        digest.update(os.fsencode(file.relative_to(path)) + f"\0{file_sha256(file)}\0".encode())
+        content = file_sha256(file) if file.is_file() else "missing"  # a link that leads nowhere
+        digest.update(os.fsencode(file.relative_to(path)) + f"\0{content}\0".encode())
     return digest.hexdigest()
 
 # %% ../../nbs/07_study/20_driver.ipynb #15cb5beb
@@ -454,12 +457,8 @@ def run_study(
 # %% ../../nbs/07_study/20_driver.ipynb #0c6b60df
 def _run_steps(steps: list[Step], run: Run, again: set[str], workers: Workers, log: Callable[[str], None]) -> list[str]:
     "Run each step when those that it needs are done, in a kernel of its own; gives the errors."
-    sorter, beside, waiting, errors = (
-        graphlib.TopologicalSorter(_dependencies(steps)),
-        steps_beside(steps),
-        set[str](),
-        list[str](),
-    )
+    sorter, beside = graphlib.TopologicalSorter(_dependencies(steps)), steps_beside(steps)
+    waiting, errors = set[str](), list[str]()
     free = workers.n_jobs if workers.client is None else len(steps)
     sorter.prepare()
 

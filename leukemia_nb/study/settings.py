@@ -158,11 +158,11 @@ def _check_settings(settings: StudySettings) -> None:
     for name, allowed in _CHOICES.items():
         if (value := getattr(settings, name)) not in allowed:
             raise StudyError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}.")
-    if not 0 < settings.train_size < 1 - settings.test_size < 1:
-        raise StudyError(
-            f"train_size={settings.train_size}, test_size={settings.test_size}: both must be above 0, and their sum below 1."
-        )
-    for name, minimum in (_MINIMUM | {"per_class": smallest_class(settings.train_size, settings.test_size)}).items():
+    try:
+        smallest = smallest_class(settings.train_size, settings.test_size)
+    except ValueError as error:
+        raise StudyError(str(error)) from None
+    for name, minimum in (_MINIMUM | {"per_class": smallest}).items():
         if (value := getattr(settings, name)) is not None and value < minimum:
             raise StudyError(f"{name} is {value}; it must be at least {minimum}.")
     if not settings.models:
