@@ -138,7 +138,7 @@ def test_items_of_an_empty_run_are_open(tmp_path):
     [
         ((150, 0.7, 0.8), (40, 0.15, 0.25), "It relies more on the foreground"),
         ((40, 0.15, 0.25), (150, 0.7, 0.8), "It relies more on the background"),
-        ((101, 0.43, 0.58), (84, 0.35, 0.49), "Foreground and background reliance are not significantly different"),
+        ((101, 0.43, 0.58), (84, 0.35, 0.49), "The intervals of foreground and background reliance overlap"),
     ],
 )
 def test_the_verdict_goes_no_further_than_the_intervals(run, foreground, other_cue, verdict):

@@ -109,7 +109,7 @@ class Baseline:
     background_only: bool = False  # cannot see a white blood cell
 
     def estimator(self, seed: int = 0) -> Any:
-        "Unfitted scikit-learn classifier, classes weighted alike. Nothing is tuned."
+        "Unfitted scikit-learn classifier with balanced class weights. Nothing is tuned."
         from sklearn.ensemble import RandomForestClassifier
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline

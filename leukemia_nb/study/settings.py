@@ -113,7 +113,7 @@ class StudySettings:
     seed: int = 0  # of the synthetic smears, split, flips and training
     audit_images: int = 200  # test and validation images for composites; at most 60 test images for robustness, 30 for saliency
     cv_repeats: int = 3  # repeats of the cross-validation
-    n_jobs: int = 1  # processes that prepare images, threads that search near-duplicates
+    n_jobs: int = 1  # processes that prepare images, threads of the near-duplicate search and the cross-validation
 
     def __post_init__(self) -> None:
         for name in _PATHS:
