@@ -2,16 +2,14 @@
 
     nice -n 10 python benchmarks/background_patches.py [--every N] [--jobs 1]
 
-Five folds of whole groups of near-duplicates (`taleqani.py`: found by this project or listed), two repeats, one logistic regression
-for each region and feature family (`leukemia_nb.audit.patches`); nothing is tuned. Writes benchmarks/results/background_patches.json.
+Five folds of whole groups of near-duplicates (`taleqani.py`: found by this project or listed), two repeats, a logistic regression
+for each region and feature family (`leukemia_nb.audit.patches`); nothing is tuned. Writes results/background_patches.json.
 The images stay where they are (`../shared/data`, or LEUKEMIA_NB_SHARED). About five minutes of one core.
 """
 
 import argparse
 import json
 import time
-
-import numpy as np
 
 from leukemia_nb.audit.patches import FEATURE_FAMILIES, cross_validate_regions, region_features
 from leukemia_nb.data.files import atomic_path
@@ -37,7 +35,6 @@ def main() -> None:
         "groups": int(table["group"].nunique()),
         "grouped_by": GROUPED_BY,
         "folds": "5 folds of whole groups, 2 repeats",
-        "without": {region: int(np.isnan(values).any(axis=1).sum()) for region, values in features.items()},
         "families": {family: list(names) for family, names in FEATURE_FAMILIES.items()},
         "cpu_seconds": round(time.process_time() - began),
         "results": found.round(4).to_dict("records"),

@@ -6,13 +6,7 @@ import pandas as pd
 import pytest
 
 from leukemia_nb.audit.baselines import background_pixels
-from leukemia_nb.audit.patches import (
-    FEATURE_FAMILIES,
-    background_patches,
-    cross_validate_regions,
-    region_features,
-    region_figure,
-)
+from leukemia_nb.audit.patches import FEATURE_FAMILIES, background_patches, cross_validate_regions, region_features, region_figure
 from leukemia_nb.data.files import write_table
 from leukemia_nb.data.synthetic import make_smear
 from leukemia_nb.processing.cells import FEATURE_NAMES, cell_crops, cell_features, find_cells
@@ -35,7 +29,9 @@ def test_no_pixel_of_a_patch_is_near_a_cell_or_in_the_corner_of_the_scale_bar(sm
     for crop, mask in zip(crops, kept):
         distance = cv2.matchTemplate(padded.astype(np.float32), crop.astype(np.float32), cv2.TM_SQDIFF)
         row, column = np.unravel_index(distance.argmin(), distance.shape)
-        assert (padded[row : row + 48, column : column + 48] == crop).all() and free[row : row + 48, column : column + 48][mask].all()
+        assert (padded[row : row + 48, column : column + 48] == crop).all() and free[row : row + 48, column : column + 48][
+            mask
+        ].all()
 
 
 def test_only_masks_that_fit_are_kept_and_the_seed_chooses_the_places(smear):
@@ -43,7 +39,9 @@ def test_only_masks_that_fit_are_kept_and_the_seed_chooses_the_places(smear):
     wide = np.ones((1, 48, 48), bool)
     full = np.ones_like(cells)
     full[100:140, 100:140] = 0  # less than a window, more than a cell after the margin
-    crops, kept = background_patches(image, full, np.concatenate([wide, masks[:1] & False | (cv2.getGaussianKernel(48, 2) > 0.19)]))
+    crops, kept = background_patches(
+        image, full, np.concatenate([wide, masks[:1] & False | (cv2.getGaussianKernel(48, 2) > 0.19)])
+    )
     assert len(crops) == len(kept) <= 1 and not (kept == wide).all(axis=(1, 2)).any()
     assert background_patches(image, full, masks[:0])[0].shape == (0, 48, 48, 3)
     first, again, other = (background_patches(image, cells, masks, seed)[0] for seed in (1, 1, 2))
@@ -64,8 +62,8 @@ def test_features_of_cells_and_rims_by_hand(smear):
 def test_an_image_without_cells_has_no_features_and_lends_no_mask():
     empty = np.full((224, 224, 3), 230, np.uint8)
     found = region_features([empty, make_smear("Pre-B", 1, 224, 224).image])
-    assert np.isnan(found["cells"][0]).all() and np.isnan(found["rim"][0]).all() and np.isfinite(found["cells"][1]).all()
-    assert np.isnan(found["background"][1]).all()  # the only other image has no cell
+    assert not found["cells"][0].any() and not found["rim"][0].any() and found["cells"][1].any()
+    assert not found["background"][1].any() and found["background"][0].any()  # the only other image has no cell
     with pytest.raises(ValueError, match="at least two"):
         region_features([empty])
 
@@ -96,14 +94,17 @@ def test_a_family_takes_its_means_and_deviations_and_no_others():
         assert table.loc[("Colour", "background"), "accuracy"] > 0.8
         others = table.drop([("Colour", "background"), ("All features", "background")])
         assert others["accuracy"].max() < 0.8 and others["accuracy"].mean() < 0.6
-    assert table["n_features"].groupby("family").first().to_dict() == {name: len(family) for name, family in FEATURE_FAMILIES.items()}
+    assert table["n_features"].groupby("family").first().to_dict() == {
+        name: len(family) for name, family in FEATURE_FAMILIES.items()
+    }
 
 
-def test_only_images_with_every_region_count_and_groups_stay_together():
+def test_images_without_a_region_are_counted_and_groups_stay_together():
     features, y = regions_of([("cells", 0)])
-    features["background"][:4] = np.nan
-    table = cross_validate_regions(features, y, np.arange(40) // 2, folds=3)
-    assert set(table["n_images"]) == {36} and set(table["groups"]) == {18} and set(table["chance"].round(4)) == {0.5556}
+    features["background"][:4] = 0
+    table = cross_validate_regions(features, y, np.arange(40) // 2, folds=3).set_index("region")
+    assert set(table["n_without"]["background"]) == {4} and set(table["n_without"]["cells"]) == {0}
+    assert set(table["n_images"]) == {40} and set(table["groups"]) == {20} and set(table["chance"]) == {0.5}
     assert (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()
     with pytest.raises(ValueError, match="folds need"):
         cross_validate_regions(features, y, np.arange(40) // 10, folds=3)

@@ -48,10 +48,8 @@ def background_patches(
         if len(places):
             row, column = rng.choice(places) - half
             found.append((padded[row : row + 2 * half, column : column + 2 * half], mask))
-    shape = (len(found), 2 * half, 2 * half)
-    return np.array([crop for crop, _ in found], np.uint8).reshape(*shape, 3), np.array(
-        [mask for _, mask in found], bool
-    ).reshape(shape)
+    crops, shape = np.array([crop for crop, _ in found], np.uint8), (len(found), 2 * half, 2 * half)
+    return crops.reshape(*shape, 3), np.array([mask for _, mask in found], bool).reshape(shape)
 
 # %% ../../nbs/05_audit/15_patches.ipynb #42be4b36
 _REGIONS = {"cells": "White blood cells", "rim": "Rim of the cells, 1 pixel", "background": "Background patches"}
@@ -59,16 +57,13 @@ _REGIONS = {"cells": "White blood cells", "rim": "Rim of the cells, 1 pixel", "b
 
 def _rims(masks: np.ndarray) -> np.ndarray:
     "Outermost pixels of masks, bool (n, S, S)."
-    return masks & np.array([cv2.erode(mask.view(np.uint8), np.ones((3, 3), np.uint8)) == 0 for mask in masks], bool).reshape(
-        masks.shape
-    )
+    inner = [cv2.erode(mask.view(np.uint8), np.ones((3, 3), np.uint8)) > 0 for mask in masks]
+    return masks & ~np.array(inner, bool).reshape(masks.shape)
 
 
 def _measure(crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    "Mean and standard deviation of the features over cells or patches, float32 (78,); NaN without any."
-    if not len(crops):
-        return np.full(2 * len(FEATURE_NAMES), np.nan, np.float32)
-    features = np.stack([cell_features(crop, mask) for crop, mask in zip(crops, masks)])
+    "Mean and standard deviation of the features over cells or patches, float32 (78,); 0 without any."
+    features = np.array([cell_features(crop, mask) for crop, mask in zip(crops, masks)]).reshape(-1, len(FEATURE_NAMES))
     return aggregate_cells(Cells(features, np.zeros(len(features), int), 1))[0].astype(np.float32)
 
 # %% ../../nbs/05_audit/15_patches.ipynb #9e23302c
@@ -76,7 +71,7 @@ def region_features(
     images: Pairs | Sequence[np.ndarray],  # Pairs, with their saved cells, or uint8 (H, W, 3) RGB each
     seed: int = 0,  # of the choice of cells, of the donors and of the places of the patches
     n_jobs: int | None = None,  # processes
-) -> dict[str, np.ndarray]:  # cells, rim, background -> float32 (n, 78), NaN where an image has no such region
+) -> dict[str, np.ndarray]:  # cells, rim, background -> float32 (n, 78), 0 where an image has no such region
     "The features of cells, measured in the cells, in their rims and in background patches. Raises ValueError for one image."
     from joblib import Parallel, delayed
 
@@ -117,25 +112,22 @@ def cross_validate_regions(
     repeats: int = 1,  # with other folds each time
     seed: int = 0,  # of the folds
     n_jobs: int | None = None,  # folds fitted at once
-) -> pd.DataFrame:  # one row per family and region: accuracy with its 95 % interval, chance
+) -> pd.DataFrame:  # one row per family and region: accuracy with its 95 % interval, chance; n_without: images without the region
     "Cross-validated accuracy of every feature family in every region. Raises ValueError if a class has fewer groups than folds."
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     logistic, rows = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, class_weight="balanced")), []
-    keep = np.logical_and.reduce([np.isfinite(values).all(axis=1) for values in features.values()])
-    y, groups = y[keep], None if groups is None else np.asarray(groups)[keep]
     chance = float(y.value_counts(normalize=True).iloc[0])
     for family, names in FEATURE_FAMILIES.items():
         columns = [FEATURE_NAMES.index(name) + shift for shift in (0, len(FEATURE_NAMES)) for name in names]
         for region, values in features.items():
-            X = values[keep][:, columns]
-            predictions = repeated_cross_val_predict(logistic, X, y, groups, folds, repeats, seed, n_jobs)
+            predictions = repeated_cross_val_predict(logistic, values[:, columns], y, groups, folds, repeats, seed, n_jobs)
             found = cross_validated_accuracy(predictions)
             row = {"family": family, "region": region, "title": _REGIONS[region], "n_features": len(names), "n_images": found.n}
             row |= {"groups": found.groups, "accuracy": found.estimate, "low": found.low, "high": found.high}
-            rows.append(row | {"interval": found.method, "chance": chance})
+            rows.append(row | {"interval": found.method, "chance": chance, "n_without": int((~values.any(axis=1)).sum())})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/05_audit/15_patches.ipynb #4693f9d7
