@@ -236,7 +236,7 @@ def make_composites(
                 rows.append((kind, row, donor, foreground, other))
     return np.stack(made), pd.DataFrame(rows, columns=["kind", "row", "donor", "foreground", "other_cue"])
 
-
+# %% ../../nbs/05_audit/20_cue_conflict.ipynb #7b41045f
 def _donors(labels: np.ndarray, random: np.random.Generator, n: int) -> tuple[list[list[int]], list[list[int]]]:
     "For each image n of other classes, classes in turn; and another of its own, or itself where it is alone."
     names = np.unique(labels)
@@ -251,7 +251,7 @@ def _donors(labels: np.ndarray, random: np.random.Generator, n: int) -> tuple[li
         same.append([int(random.choice(alike)) if len(alike) else row])
     return others, same
 
-# %% ../../nbs/05_audit/20_cue_conflict.ipynb #7b41045f
+
 def _composite(
     kind: str, images: np.ndarray, cells: np.ndarray, row: int, donor: int, background: Callable[[int], np.ndarray], seed: int
 ) -> np.ndarray:
@@ -276,7 +276,7 @@ def _composite(
 def cue_conflict_rates(
     table: pd.DataFrame,  # columns kind, foreground, other_cue, as from make_composites
     predicted: Sequence[str] | np.ndarray,  # class name for each row
-    groups: Sequence[object] | None = None,  # group of near-duplicates of each `row`; None: each its own
+    groups: Sequence[object] | None = None,  # group of near-duplicates of each row; None: each its own
 ) -> pd.DataFrame:  # one row per kind and cue (foreground, other_cue, neither): n_images, count, proportion, low, high, interval
     "Proportion of predictions that follow each cue; worst_background: of images, on all their backgrounds. Raises ValueError."
     predicted = np.asarray(predicted, dtype=str)
