@@ -290,7 +290,7 @@ def rounded(content: object) -> object:
 
 
 def main(images: list[int], sizes: list[int], only: list[str]) -> None:
-    "Measure everything and write the results; stages that are not selected keep their results."
+    "Measure everything and write the results; those of other stages and other numbers of images are kept."
     stages: dict[str, list[dict]] = {}
     for number in images:
         with tempfile.TemporaryDirectory() as name:
@@ -303,6 +303,10 @@ def main(images: list[int], sizes: list[int], only: list[str]) -> None:
     for stage in [stage for stage in OF_TABLES if not only or stage in only]:
         stages[stage] = [run(stage, number, number) for number in sizes]
     result = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"stages": {}}
+    for stage, rows in stages.items():
+        known = result["stages"].get(stage, {"rows": []})["rows"]
+        rows += [row for row in known if row["n"] not in [each["n"] for each in rows]]
+        rows.sort(key=lambda row: row["n"])
     result["machine"] = {"cores": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()[0]}
     result["stages"] |= {stage: summarise(rows) for stage, rows in stages.items()}
     RESULTS.write_text(json.dumps(rounded(result), indent=1) + "\n", encoding="utf-8")

@@ -155,8 +155,8 @@ def _cell_rows(pair: str, folder: Path, original: str, cells: str) -> pd.DataFra
     return table.assign(pair=pair)[["pair", *table.columns]]
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #dc90e4bb
-def _cell_tables(pairs: pd.DataFrame, folder: Path, n_jobs: int | None, at_once: int = 4096) -> Iterator[pd.DataFrame]:
-    "Features of the cells of the pairs in a prepared folder, some thousand images at a time."
+def _cell_tables(pairs: pd.DataFrame, folder: Path, n_jobs: int | None, at_once: int = 512) -> Iterator[pd.DataFrame]:
+    "Features of the cells of the pairs in a prepared folder, some hundred images at a time."
     if pairs.empty:
         yield pd.DataFrame(columns=["pair", "cell"])
     for start in range(0, len(pairs), at_once):
