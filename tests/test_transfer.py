@@ -165,6 +165,10 @@ def test_features_of_the_file_are_the_models_own_and_give_the_same_model(tiny_we
     np.testing.assert_array_equal(given.predict_proba(test), plain.predict_proba(test))
     dual = make_model("dual_channel", **SMALL).fit(dataset, feature_file=path)
     np.testing.assert_allclose(dual.extract_features(test), np.hstack([found["original"], found["segmented"]]), atol=1e-5)
+    np.testing.assert_array_equal(dual.stored_features(test, tmp_path), np.hstack([found["original"], found["segmented"]]))
+    some = Pairs(dataset, size=32, table=test.table.iloc[[3, 1]])
+    np.testing.assert_array_equal(plain.stored_features(some, tmp_path), found["original"][[3, 1]])
+    assert plain.stored_features(some, tmp_path / "none") is None
 
 
 def test_features_of_other_settings_or_images_are_refused(tiny_weights, dataset, tmp_path):
