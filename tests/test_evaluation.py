@@ -16,7 +16,7 @@ from leukemia_nb.evaluation.calibration import (
     _log_loss,
     reliability_figure,
     _reliability_table,
-    _risk_coverage,
+    risk_coverage,
     _scale_temperature,
 )
 from leukemia_nb.evaluation.metrics import (
@@ -405,13 +405,13 @@ def test_calibration_table_by_hand(ten):
 
 
 def test_risk_and_coverage_by_hand(ten):
-    curve = _risk_coverage(ten)
+    curve = risk_coverage(ten)
     assert curve["threshold"].tolist() == [0.9, 0.6] and curve["coverage"].tolist() == [0.8, 1.0]
     assert curve["selective_risk"].tolist() == [0.25, 0.3] and curve["generalized_risk"].tolist() == [0.2, 0.3]
     assert augrc(ten) == pytest.approx(0.8 * 0.2 / 2 + 0.2 * (0.2 + 0.3) / 2)
     assert augrc(two_classes(["Normal"] * 4, [0.9, 0.8, 0.7, 0.6])) == 0
     always_wrong = two_classes(["Pro-B"] * 4, [0.9, 0.8, 0.7, 0.6])
-    assert augrc(always_wrong) == pytest.approx(0.5) and _risk_coverage(always_wrong)["coverage"].tolist() == [
+    assert augrc(always_wrong) == pytest.approx(0.5) and risk_coverage(always_wrong)["coverage"].tolist() == [
         0.25,
         0.5,
         0.75,
