@@ -198,7 +198,7 @@ def test_the_split_is_described_as_it_was(run):
 
 def test_items_are_named_once_and_point_to_sections_and_files_that_exist(run):
     items = reporting_items(run)
-    assert len(items) == 71 and items["Topic"].is_unique
+    assert len(items) == 83 and items["Topic"].is_unique
     titles = {"What is this accuracy worth?", "Reporting and limitations", "How to reproduce this study", "top of the page"}
     titles |= {"The images", "Split", "Compare", "cards/", "predictions/", ""}
     assert set(items["Where"]) <= titles

@@ -225,11 +225,12 @@ def test_sentences():
     best, middle, worst = (dummy_predictions(a, seed=7) for a in (1.0, 0.85, 0.3))
     text = significance_sentence(compare_model_pairs({"yolov8": best, "yolo11": best, "mobilenet_v2": worst}))
     assert text == (
-        "MobileNetV2 differs from every other model. YOLOv8 and YOLO11 are not significantly different "
-        "(McNemar's exact test, Holm-adjusted, 111 images)."
+        "MobileNetV2 differs from every other model (78 discordant images, adjusted p < 0.001 at most). "
+        "YOLOv8 and YOLO11 are not significantly different (McNemar's exact test, Holm-adjusted over 3 comparisons, 111 images)."
     )
     for models in ({"yolov8": best, "yolo11": worst}, {"yolo11": worst, "yolov8": best}):
-        assert significance_sentence(compare_model_pairs(models)).startswith("YOLOv8 has a higher accuracy than YOLO11 (")
+        start = "YOLOv8 has a higher accuracy than YOLO11 (78 against 0 discordant, adjusted p < 0.001)"
+        assert significance_sentence(compare_model_pairs(models)).startswith(start)
     same = significance_sentence(compare_model_pairs({"yolov8": best, "yolo11": best, "yolo12": best}))
     assert same.startswith("YOLOv8, YOLO11 and YOLO12 are not significantly") and same.endswith(
         "mean equal: all err on the same images."
@@ -238,7 +239,8 @@ def test_sentences():
     assert few.endswith("at most 3 discordant images in a model pair, and the smallest unadjusted p is 1.00.")
     near, close = dummy_predictions(0.94, seed=7), dummy_predictions(0.97, seed=7)
     mixed = significance_sentence(compare_model_pairs({"yolov8": best, "yolo11": close, "yolo12": near, "mobilenet_v2": middle}))
-    start = "MobileNetV2 differs from every other model. YOLOv8 has a higher accuracy than YOLO12. No other two models are"
+    start = "MobileNetV2 differs from every other model (10 to 17 discordant images, adjusted p = 0.008 at most). "
+    start += "YOLOv8 has a higher accuracy than YOLO12 (7 against 0 discordant, adjusted p = 0.047). No other two models are"
     assert mixed.startswith(start), mixed
 
 

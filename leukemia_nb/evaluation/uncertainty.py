@@ -14,6 +14,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
+from ..data.files import pluralise
 from .predictions import PredictionsError, model_title, predicted_labels, take_subset
 from ..plotting import Figure, blank_figure, styled
 
@@ -234,17 +235,33 @@ def significance_sentence(
     best = [name for name in names if len(names) > 2 and times.get(name, 0) == len(names) - 1]
     rest = [name for name in names if name not in best]
     within = significant[significant["first"].isin(rest) & significant["second"].isin(rest)]
-    parts = [f"{model_title(name)} differs from every other model" for name in best]
+    parts = [f"{model_title(name)} differs from every other model ({_discordant_range(table, name)})" for name in best]
     for row in within.itertuples():
         higher, lower = (row.first, row.second) if row.difference > 0 else (row.second, row.first)
-        parts.append(f"{model_title(higher)} has a higher accuracy than {model_title(lower)}")
+        more, fewer = sorted((row.only_first_correct, row.only_second_correct), reverse=True)
+        counts = f"{more} against {fewer} discordant, adjusted p {_p_text(row.p_holm)}"
+        parts.append(f"{model_title(higher)} has a higher accuracy than {model_title(lower)} ({counts})")
     if len(rest) > 1 and within.empty:
         *others, last = [model_title(name) for name in rest]
         parts.append(f"{', '.join(others)} and {last} are not significantly different")
     elif not table["significant"].all():
         parts.append("No other two models are significantly different")
-    test = f"{table['test'].iloc[0]}, Holm-adjusted, {table['n_images'].iloc[0]} images"
+    test = (
+        f"{table['test'].iloc[0]}, Holm-adjusted over {pluralise(len(table), 'comparison')}, {table['n_images'].iloc[0]} images"
+    )
     return f"{'. '.join(parts)} ({test}).{_power_sentence(table)}"
+
+
+def _discordant_range(table: pd.DataFrame, name: str) -> str:
+    "Discordant images of one model with the others, and the largest adjusted p."
+    mine = table[(table["first"] == name) | (table["second"] == name)]
+    counts = mine["only_first_correct"] + mine["only_second_correct"]
+    numbers = f"{counts.min()}" if counts.nunique() == 1 else f"{counts.min()} to {counts.max()}"
+    return f"{numbers} discordant images, adjusted p {_p_text(mine['p_holm'].max())} at most"
+
+
+def _p_text(p: float) -> str:
+    return f"= {p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def _power_sentence(table: pd.DataFrame) -> str:
