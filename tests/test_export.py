@@ -77,6 +77,27 @@ def test_the_single_cell_model(cells, dataset, tmp_path):
     assert info["version"] == _weights_version(export_network(cells))
 
 
+def test_the_recorded_coverage_is_that_of_the_predictor(cells, dataset, tmp_path, monkeypatch):
+    """Images without cells are taken off: one validation and two test images, which the thresholds alone accept."""
+    from leukemia_nb.inference import predictor
+
+    train, val, test = subsets(dataset)
+    without = [val.read([0])[0], *test.read([0, 4])]
+    find, measure = predictor.find_cells, predictor._cell_features
+
+    def find_none(square):
+        return find(square) * (not any(np.array_equal(square, image) for image in without))
+
+    monkeypatch.setattr(predictor, "find_cells", find_none)
+    monkeypatch.setattr(predictor, "_cell_features", lambda square, _, seed: measure(square, find(square), seed))
+    file = tmp_path / "cells.onnx"
+    info = export_model(cells, file, train, val, test, note="all are used")
+    reports = {name: Predictor(file).report(pairs.read(slice(None))).table for name, pairs in (("val", val), ("test", test))}
+    assert info["coverage"] == {name: pytest.approx(1 - table["abstains"].mean()) for name, table in reports.items()}
+    assert reports["val"].loc[0, "abstain_reasons"] == "no cells found" and info["coverage"]["val"] == pytest.approx(8 / 9)
+    assert Predictor(file).info["calibration_images"] == {"n": 9, "note": "all are used"}
+
+
 def test_an_image_without_cells_gets_the_class_proportions(cells):
     import onnxruntime
 
@@ -150,16 +171,17 @@ def test_nothing_is_written_where_predictions_differ(cells, dataset, tmp_path, m
 
 def test_features_of_an_earlier_step_give_the_same_file(cells, dataset, tmp_path):
     """The OOD distance of stored features, as those of prepared cells are, is that of computed ones."""
+    from leukemia_nb.data.files import write_table
     from leukemia_nb.inference.ood import image_statistics
-    from leukemia_nb.models.cell_model import Cells, aggregate_cells
-    from leukemia_nb.processing.cells import FEATURE_NAMES, _sample_cells, cell_table
+    from leukemia_nb.processing.cells import cell_table
 
     train, val, test = subsets(dataset)
-    images, labels = train.read(slice(None)), train.read(slice(None), "cells")
+    originals = Pairs(train.folder, size=SIZE, table=train.table[train.table["flip"] == "none"])
+    images, labels = originals.read(slice(None)), originals.read(slice(None), "cells")
     tables = [cell_table(*both) for both in zip(images, labels.astype(np.int32))]
-    rows = [table.iloc[_sample_cells(len(table), 10, cells.seed)] for table in tables]
-    values = np.concatenate([part[list(FEATURE_NAMES)].to_numpy(np.float32) for part in rows])
-    stored = aggregate_cells(Cells(values, np.repeat(np.arange(len(rows)), [len(part) for part in rows]), len(rows)))
+    assert cells.stored_features(originals, tmp_path) is None
+    write_table(tmp_path / "cell_features.csv", (each.assign(pair=name) for each, name in zip(tables, originals.table["pair"])))
+    stored, train = cells.stored_features(originals, tmp_path), originals
     assert np.allclose(stored, cells.extract_features(train), atol=1e-4, rtol=1e-4)
     of_train = {"features": stored, "statistics": image_statistics(images)}
     read = export_model(cells, tmp_path / "read.onnx", train, val, test, of_train=of_train)

@@ -280,6 +280,21 @@ def test_batches_arrays_and_paths_agree(place, paths, kind):
     assert blank["abstains"] and "no cells found" in blank["abstain_reasons"] and blank["n_cells"] == 0
 
 
+def test_reports_of_many_images_share_their_threads_and_read_only_a_little_ahead(model, paths, monkeypatch):
+    from leukemia_nb.inference import predictor as module
+
+    prepared, pools = [], []
+    prepare, pool = module.prepare_image, module.ThreadPoolExecutor
+    monkeypatch.setattr(module, "prepare_image", lambda image, info: prepared.append(image) or prepare(image, info))
+    monkeypatch.setattr(module, "ThreadPoolExecutor", lambda *arguments: pools.append(arguments) or pool(*arguments))
+    reports = model.iter_report(paths * 20, batch_size=7)
+    first = next(reports)
+    assert len(first) == 7 and len(prepared) < 60
+    rows = [row["path"] for part in (first, *reports) for row in part.rows]
+    assert rows == paths * 20 and len(prepared) == 120
+    assert len(pools) == 1
+
+
 def test_temperature_divides_log_probabilities(file, paths, tmp_path):
     plain = Predictor(file).predict_proba(paths)
     cooled = Predictor(rewritten(file, tmp_path / "t.onnx", lambda info: info | {"temperature": 2.0})).predict_proba(paths)
@@ -394,6 +409,10 @@ def test_calibration_is_described():
     assert describe_calibration({"calibration": "", "temperature": 1.78}).startswith(
         "Probabilities are calibrated with temperature 1.78"
     )
+    known = {"calibration": "", "temperature": 1.78, "calibration_images": {"n": 124, "note": ""}}
+    text = "temperature 1.78, fitted on 124 validation images"
+    assert describe_calibration(known).endswith(f"{text} without a near-duplicate in training.")
+    assert describe_calibration(known | {"calibration_images": {"n": 124, "note": "few"}}).endswith(f"{text}.")
     assert describe_calibration({"calibration": "", "temperature": 1}).endswith("not calibrated: the temperature is 1.")
     assert (
         describe_calibration({"calibration": "not calibrated: few", "temperature": 1.0})

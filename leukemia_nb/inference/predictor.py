@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import base64
 import functools
+import itertools
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import cv2
@@ -183,7 +185,10 @@ def describe_calibration(
     "Whether a model's probabilities are calibrated."
     if info["calibration"] or info["temperature"] == 1:
         return f"Probabilities are {info['calibration'] or 'not calibrated: the temperature is 1'}."
-    return f"Probabilities are calibrated with temperature {info['temperature']:.3g}, fitted on validation images."
+    used = info.get("calibration_images", {"n": "", "note": "the file does not say which"})
+    alone = "" if used["note"] else " without a near-duplicate in training"
+    number = f"{used['n']} ".lstrip()
+    return f"Probabilities are calibrated with temperature {info['temperature']:.3g}, fitted on {number}validation images{alone}."
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #ae83d713
 def _image_list(images: Any) -> list[Any]:
@@ -198,13 +203,14 @@ def prepare_images(
     images: Any,  # a path, a uint8 array (H, W, 3), (H, W), (n, H, W, 3) or (n, 2, H, W, 3), a Pillow image, or several
     info: dict[str, Any],  # description of the model
     batch_size: int = 32,  # images in memory at a time
+    count: bool = False,  # find and count the white blood cells
 ) -> Iterator[list[PreparedImage]]:
-    "Images in batches as the network takes them, without counting cells. Raises ImageError for one that cannot be read."
+    "Images in batches as the network takes them. Raises ImageError for one that cannot be read."
     every = _image_list(images)
     if not every:
         raise ImageError("no images. Give paths or arrays.")
     for start in range(0, len(every), batch_size):
-        batch = [prepare_image(image, info, count=False) for image in every[start : start + batch_size]]
+        batch = [prepare_image(image, info, count) for image in every[start : start + batch_size]]
         if problems := [each.row["problem"] for each in batch if each.row["problem"]]:
             raise ImageError(problems[0])
         yield batch
@@ -222,6 +228,7 @@ def run_network(
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #b14b17b4
 _NETWORK_BATCH = 4  # images prepared and given to the network at a time: as fast as more, in a fraction of the memory
+_READ_AHEAD = 8  # such batches begun before the results of earlier ones are taken
 
 
 def _network_inputs(session: Any, prepared: Sequence[PreparedImage]) -> Iterator[dict[str, np.ndarray]]:
@@ -262,10 +269,16 @@ class _Network:
         self.channels = ("original", "segmented") if self.info["input"] == "pair" else ("original",)
 
     def _in_threads(self, function: Callable[[Sequence[Any]], Any], images: Sequence[Any]) -> Iterator[Any]:
-        "Results for a few images at a time, in order, by two threads; a thread reads images while the network has others."
+        "Results for a few images at a time, in order, by two threads; one reads images while the network has the other's."
         yield function(images[:1])  # alone: two threads must not import the same part of a library at once
+        waiting: deque[Future[Any]] = deque()
         with ThreadPoolExecutor(min(2, self.threads or 2)) as pool:
-            yield from pool.map(function, (images[i : i + _NETWORK_BATCH] for i in range(1, len(images), _NETWORK_BATCH)))
+            for start in range(1, len(images), _NETWORK_BATCH):
+                waiting.append(pool.submit(function, images[start : start + _NETWORK_BATCH]))
+                if len(waiting) > _READ_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
     def _judge(self, prepared: Sequence[PreparedImage]) -> tuple[np.ndarray, np.ndarray]:
         "Calibrated probabilities (n, k) and OOD distances (n,)."
@@ -308,13 +321,14 @@ class Predictor(_Network):
     def iter_report(self, images: Any, batch_size: int = 32) -> Iterator[Predictions]:
         "Reports batch by batch; an image that cannot be read is a row with its problem."
         every = _image_list(images)
+        parts = self._in_threads(lambda part: _rows(self, [prepare_image(each, self.info) for each in part]), every)
+        rows = itertools.chain.from_iterable(parts)
         for start in range(0, len(every), batch_size):
             batch = every[start : start + batch_size]
-            parts = self._in_threads(lambda part: _rows(self, [prepare_image(each, self.info) for each in part]), batch)
-            yield Predictions([row for part in parts for row in part], self.info, batch)
+            yield Predictions(list(itertools.islice(rows, len(batch))), self.info, batch)
 
     def report(self, images: Any, batch_size: int = 32) -> Predictions:
-        "Predictions of all images with what is known of them; `batch_size` images are in memory at a time."
+        "Predictions of all images with what is known of them; no more than a few of the images are opened at a time."
         every = _image_list(images)
         return Predictions([row for part in self.iter_report(every, batch_size) for row in part.rows], self.info, every)
 
