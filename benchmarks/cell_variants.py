@@ -149,28 +149,33 @@ Part = tuple[str, tuple[str, ...], bool]  # block, names, whether the mean of th
 LEVELLED: tuple[Part, ...] = (("plain", SHAPE, False), ("nucleus", NUCLEUS, False), ("levelled", INNER, False))
 
 
+TRAINING = {"not augmented": 0, "augmented": 2, "augmented, with other classes' colours": 3}  # sets that are added to training
+
+
 class Variant(NamedTuple):
     "Features that a model of cells may be given."
 
     kind: str  # what sets it apart from the others of the figure
     parts: tuple[Part, ...]
+    training: tuple[str, ...] = ("augmented",)  # keys of TRAINING
     removed: int = 0  # directions in which background patches of training images vary most, taken out of the features
 
 
 VARIANTS: dict[str, Variant] = {
-    "All 39 features": Variant("families", (("plain", ALL, False),)),
+    "All 39 features": Variant("families", (("plain", ALL, False),), tuple(TRAINING)),
     "Colour": Variant("families", (("plain", COLOUR, False),)),
     "Texture and granularity": Variant("families", (("plain", TEXTURE, False),)),
     "N:C ratio and chromatin density": Variant("families", (("plain", CHROMATIN, False),)),
     "Cell size and shape": Variant("families", (("plain", SHAPE, False),)),
     "Size, shape and nucleus": Variant("families", (("plain", SHAPE, False), ("nucleus", NUCLEUS, False))),
-    "Levelled": Variant("levelled", LEVELLED),
+    "Levelled": Variant("levelled", LEVELLED, tuple(TRAINING)[1:]),
     "Levelled, minus own background": Variant(
         "minus own background", (("plain", SHAPE, False), ("nucleus", NUCLEUS, False), ("levelled", INNER, True))
     ),
 }
 VARIANTS |= {
-    f"Levelled, {n} background directions removed": Variant("directions removed", LEVELLED, n) for n in (5, 10, 20, 40, 60)
+    f"Levelled, {n} background directions removed": Variant("directions removed", LEVELLED, tuple(TRAINING)[1 : 2 + (n == 60)], n)
+    for n in (5, 10, 20, 30, 40, 60)
 }
 
 
@@ -244,7 +249,7 @@ def fit(X: np.ndarray, y: np.ndarray, X_val: np.ndarray, y_val: np.ndarray):
     return max(fitted, key=lambda model: model.score(X_val, y_val))
 
 
-def measure(variant: Variant, sets: dict[str, dict], labels: dict[str, np.ndarray], augmented: bool) -> dict[str, np.ndarray]:
+def measure(variant: Variant, sets: dict[str, dict], labels: dict[str, np.ndarray], augmented: int) -> dict[str, np.ndarray]:
     "Whether each image is predicted correctly from a variant's features, in every set."
     y, y_val, parts = labels["train"], labels["val"], variant.parts
     project = np.eye(2 * sum(len(names) for _, names, _ in parts))
@@ -255,7 +260,7 @@ def measure(variant: Variant, sets: dict[str, dict], labels: dict[str, np.ndarra
     def of(name: str, which: str = "cells") -> np.ndarray:
         return features(sets[name], which, parts) @ project
 
-    more = [name for name in sets if name.startswith("augmented")] if augmented else []
+    more = sorted(name for name in sets if name.startswith("augmented"))[:augmented]
     model = fit(np.concatenate([of("train"), *map(of, more)]), np.tile(y, 1 + len(more)), of("val"), y_val)
     control = fit(of("train", "background"), y, of("val", "background"), y_val)
     found = {"validation": model.predict(of("val")) == y_val}
@@ -264,6 +269,19 @@ def measure(variant: Variant, sets: dict[str, dict], labels: dict[str, np.ndarra
     found |= {name: model.predict(of(name)) == labels["test"] for name in ("test", "jpeg", "blur", "mixed_next", "cell_colour")}
     found["Normal called leukaemia"] = ~found["test"][labels["test"] == "Normal"]
     return found
+
+
+def measured_rows(name: str, variant: Variant, training: str, sets: dict, labels: dict, groups: dict) -> list[dict]:
+    "One row for each measure of a variant, with the Korn-Graubard interval of groups of near-duplicates."
+    rows = []
+    for which, correct in measure(variant, sets, labels, TRAINING[training]).items():
+        of = groups["val" if "validation" in which else "test"]
+        of = of[labels["test"] == "Normal"] if which.startswith("Normal") else of
+        found = korn_graubard_interval(correct.astype(float), of)
+        row = {"variant": name, "kind": variant.kind, "training": training, "measure": which}
+        row |= {"proportion": round(found.estimate, 4), "low": round(found.low, 4), "high": round(found.high, 4)}
+        rows.append(row | {"count": int(correct.sum()), "n": found.n, "groups": found.groups})
+    return rows
 
 
 def attributes_by_class(sets: dict[str, dict], labels: dict[str, np.ndarray]) -> list[dict]:
@@ -345,18 +363,13 @@ def main() -> None:
     chosen = {f"Selected, floor {floor:.0%}": Variant("selected", select(sets, labels, floor)) for floor in (0.45, 0.55, 0.65)}
     results = []
     for name, variant in (VARIANTS | chosen).items():
-        for augmented in (True, False)[: 1 + (name == "All 39 features")]:
-            for which, correct in measure(variant, sets, labels, augmented).items():
-                of = groups["val" if "validation" in which else "test"]
-                of = of[labels["test"] == "Normal"] if which.startswith("Normal") else of
-                found = korn_graubard_interval(correct.astype(float), of)
-                row = {"variant": name, "kind": variant.kind, "augmented": augmented, "measure": which}
-                row |= {"proportion": round(found.estimate, 4), "low": round(found.low, 4), "high": round(found.high, 4)}
-                results.append(row | {"count": int(correct.sum()), "n": found.n, "groups": found.groups})
-            print(name, augmented, {row["measure"]: row["proportion"] for row in results[-9:]}, flush=True)
+        for training in variant.training:
+            rows = measured_rows(name, variant, training, sets, labels, groups)
+            print(name, training, {row["measure"]: row["proportion"] for row in rows}, flush=True)
+            results += rows
     report = {"images": len(table), "grouped_by": GROUPED_BY, **{name: len(rows) for name, rows in parts.items()}}
     report |= {
-        "interval": found.method,
+        "interval": "Korn-Graubard (ICC = 1)",
         "selected": {name: variant.parts for name, variant in chosen.items()},
         "attributes": attributes_by_class(sets, labels),
         "results": results,
