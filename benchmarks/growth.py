@@ -235,6 +235,24 @@ OF_TABLES = {
 }
 
 
+def compare_parts(data: Path, n_parts: int = 8) -> dict:
+    "Overlaps among the real images by one index of all points, and by so many parts of them: how many pairs both find."
+    import pandas as pd
+
+    from leukemia_nb.data import near_duplicates as finder
+
+    files = [str(data / "taleqani" / name) for name in pd.read_csv(data / "taleqani_fields.csv")["file"]]
+    found = []
+    for at_once in (150 * len(files), -(-2 * 150 * len(files) // n_parts)):
+        finder._POINTS_AT_ONCE = at_once
+        pairs = finder.find_overlaps(files, n_jobs=1, progress=False)
+        found.append(dict(zip(zip(pairs["a"], pairs["b"]), pairs["votes"].astype(int))))
+    one, parts = found
+    lost = [one[pair] for pair in one.keys() - parts.keys()]
+    counts = {"one_index": len(one), "in_parts": len(parts), "both": len(one.keys() & parts.keys())}
+    return {"images": len(files), "n_parts": n_parts} | counts | {"most_votes_of_the_lost": max(lost, default=0)}
+
+
 def inside(stage: str, argument: str) -> None:
     "Measure one stage; printed as JSON on the last line."
     import pandas  # noqa: F401
@@ -289,7 +307,7 @@ def rounded(content: object) -> object:
     return float(f"{content:.4g}") if isinstance(content, float) else content
 
 
-def main(images: list[int], sizes: list[int], only: list[str]) -> None:
+def main(images: list[int], sizes: list[int], only: list[str], into: str) -> None:
     "Measure everything and write the results; those of other stages and other numbers of images are kept."
     stages: dict[str, list[dict]] = {}
     for number in images:
@@ -302,13 +320,14 @@ def main(images: list[int], sizes: list[int], only: list[str]) -> None:
                 stages.setdefault(stage, []).append(run(stage, folder, number))
     for stage in [stage for stage in OF_TABLES if not only or stage in only]:
         stages[stage] = [run(stage, number, number) for number in sizes]
-    result = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"stages": {}}
+    result = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    result.setdefault(into, {})
     for stage, rows in stages.items():
-        known = result["stages"].get(stage, {"rows": []})["rows"]
+        known = result[into].get(stage, {"rows": []})["rows"]
         rows += [row for row in known if row["n"] not in [each["n"] for each in rows]]
         rows.sort(key=lambda row: row["n"])
     result["machine"] = {"cores": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()[0]}
-    result["stages"] |= {stage: summarise(rows) for stage, rows in stages.items()}
+    result[into] |= {stage: summarise(rows) for stage, rows in stages.items()}
     RESULTS.write_text(json.dumps(rounded(result), indent=1) + "\n", encoding="utf-8")
 
 
@@ -317,9 +336,14 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, nargs="*", default=[500, 2000, 8000], help="numbers of synthetic images")
     parser.add_argument("--tables", type=int, nargs="*", default=[2000, 20000, 200000], help="numbers of rows")
     parser.add_argument("--only", nargs="*", default=[], help="stages to be measured; all where left out")
+    parser.add_argument("--real", type=Path, help="folder of the real images: compare one index of all points with parts, only")
+    parser.add_argument("--into", default="stages", help="key of the results; 'before' with the code of another checkout")
     parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
         inside(*options.inside)
+    elif options.real:
+        kept = json.loads(RESULTS.read_text(encoding="utf-8")) | {"real_images": compare_parts(options.real)}
+        RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     else:
-        main(options.images, options.tables, options.only)
+        main(options.images, options.tables, options.only, options.into)
