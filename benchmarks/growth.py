@@ -235,14 +235,14 @@ OF_TABLES = {
 }
 
 
-def compare_parts(data: Path, n_parts: int = 8) -> dict:
-    "Overlaps among the real images by one index of all points, and by so many parts of them: how many pairs both find."
+def compare_parts(data: Path, n_images: int = 1000, n_parts: int = 8) -> dict:
+    "Overlaps among the first real images by one index of all points, and by so many parts of them: how many both find."
     import pandas as pd
 
     from leukemia_nb.data import near_duplicates as finder
 
-    files = [str(data / "taleqani" / name) for name in pd.read_csv(data / "taleqani_fields.csv")["file"]]
-    found = []
+    files = [str(data / "taleqani" / name) for name in pd.read_csv(data / "taleqani_fields.csv")["file"][:n_images]]
+    found, images_at_once = [], finder._POINTS_AT_ONCE // 150
     for at_once in (150 * len(files), -(-2 * 150 * len(files) // n_parts)):
         finder._POINTS_AT_ONCE = at_once
         pairs = finder.find_overlaps(files, n_jobs=1, progress=False)
@@ -250,7 +250,8 @@ def compare_parts(data: Path, n_parts: int = 8) -> dict:
     one, parts = found
     lost = [one[pair] for pair in one.keys() - parts.keys()]
     counts = {"one_index": len(one), "in_parts": len(parts), "both": len(one.keys() & parts.keys())}
-    return {"images": len(files), "n_parts": n_parts} | counts | {"most_votes_of_the_lost": max(lost, default=0)}
+    counts |= {"images_in_one_index": images_at_once, "n_parts": n_parts}
+    return {"images": len(files)} | counts | {"most_votes_of_the_lost": max(lost, default=0)}
 
 
 def inside(stage: str, argument: str) -> None:
