@@ -6,6 +6,8 @@
 Images from elsewhere only measure: thresholds are in the files, set by the validation images, and the kind of distance
 was chosen (`--choose`) on training images made unlike themselves. One exception: the few images of full resolution were
 looked at while choosing, and are one reason why the finest edges are left out of the appearance.
+`accepted_predicted_as` counts the predictions of the images on which a model does not abstain; for a class that no model
+was trained on (`early`), all of them are wrong.
 Writes benchmarks/results/abstaining.json, a model at a time.
 """
 
@@ -161,15 +163,20 @@ def measure(
         unlike, unsure = ~(table["ood_distance"] <= limits["distance"]), ~(table["confidence"] >= limits["confidence"])
         doubt = (1 - table["confidence"]) / max(1 - limits["confidence"], 1e-6)
         score = np.maximum(table["ood_distance"] / limits["distance"], doubt)
+        kept = ~table["abstains"]
         row = {
             "n": len(table),
-            "abstained": proportion(unlike | unsure),
+            "abstained": proportion(table["abstains"]),
             "abstained_by_distance": proportion(unlike),
             "abstained_by_confidence": proportion(unsure),
-            "abstained_or_no_cells": proportion(table["abstains"]),
+            "abstained_by_no_cells": proportion(table["n_cells"] == 0),
+            "accepted": int(kept.sum()),
+            "accepted_predicted_as": {
+                label: proportion(table["predicted"][kept] == label) for label in info["classes"] if kept.any()
+            },
         }
         if name in OF_TEST:
-            correct, kept = table["predicted"] == labels, ~(unlike | unsure)
+            correct = table["predicted"] == labels
             row |= {"accuracy": proportion(correct), "accuracy_of_predicted": proportion(correct[kept]) if kept.any() else None}
         if name == "test":
             inside = table["ood_distance"], score

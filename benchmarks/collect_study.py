@@ -22,6 +22,8 @@ TABLES = (
     "metrics/grouped_accuracy.csv",
     "metrics/pairs_of_models.csv",
     "metrics/calibration.csv",
+    "metrics/selective.csv",
+    "metrics/selective_corrupted.csv",
     "metrics/baselines.csv",
     "metrics/cross_validation.csv",
     "metrics/saliency.csv",
@@ -81,7 +83,7 @@ def collect(run: Path, out: Path) -> None:
     for history in sorted(run.glob("models/*/history.csv")):
         keep_table(f"history_{history.parent.name}.csv", read_table(history))
     exported = [json.loads(path.read_text()) for path in sorted(run.glob("exported/*.json"))]
-    kept = ("name", "version", "bytes", "difference", "temperature", "calibration", "thresholds", "accepted", "test")
+    kept = ("name", "version", "bytes", "difference", "temperature", "calibration", "thresholds", "coverage", "test")
     keep_json("exported.json", [{key: info.get(key) for key in kept} for info in exported])
     tests = {name: take_subset(table) for name, table in read_all_predictions(run / "predictions").items()}
     predicted = [test.assign(model=name, predicted=predicted_labels(test)) for name, test in tests.items()]

@@ -7,17 +7,22 @@ from hypothesis import given, settings, strategies as st
 
 from leukemia_nb.data.images import write_image
 from leukemia_nb.evaluation.calibration import (
-    _TEMPERATURES,
     augrc,
     _brier_score,
+    calibration_pairs,
+    calibration_sentence,
     calibration_table,
     expected_calibration_error,
     fit_temperature,
     _log_loss,
+    null_calibration_errors,
     reliability_figure,
     _reliability_table,
-    _risk_coverage,
+    risk_coverage,
+    risk_coverage_figure,
     _scale_temperature,
+    selective_table,
+    _TEMPERATURES,
 )
 from leukemia_nb.evaluation.metrics import (
     ORIGINAL_ACCURACY,
@@ -35,6 +40,7 @@ from leukemia_nb.evaluation.metrics import (
     _roc_auc,
     roc_figure,
 )
+from leukemia_nb.evaluation.uncertainty import clopper_pearson
 from leukemia_nb.evaluation.predictions import (
     PredictionsError,
     _check_predictions,
@@ -405,18 +411,74 @@ def test_calibration_table_by_hand(ten):
 
 
 def test_risk_and_coverage_by_hand(ten):
-    curve = _risk_coverage(ten)
+    curve = risk_coverage(ten)
     assert curve["threshold"].tolist() == [0.9, 0.6] and curve["coverage"].tolist() == [0.8, 1.0]
     assert curve["selective_risk"].tolist() == [0.25, 0.3] and curve["generalized_risk"].tolist() == [0.2, 0.3]
     assert augrc(ten) == pytest.approx(0.8 * 0.2 / 2 + 0.2 * (0.2 + 0.3) / 2)
     assert augrc(two_classes(["Normal"] * 4, [0.9, 0.8, 0.7, 0.6])) == 0
     always_wrong = two_classes(["Pro-B"] * 4, [0.9, 0.8, 0.7, 0.6])
-    assert augrc(always_wrong) == pytest.approx(0.5) and _risk_coverage(always_wrong)["coverage"].tolist() == [
+    assert augrc(always_wrong) == pytest.approx(0.5) and risk_coverage(always_wrong)["coverage"].tolist() == [
         0.25,
         0.5,
         0.75,
         1.0,
     ]
+
+
+def test_the_null_distribution_of_one_bin_is_that_of_a_binomial():
+    """Of 50 images with confidence 0.8 all lie in one bin: the ECE is |k/50 - 0.8|, k binomial."""
+    from scipy.stats import binom
+
+    null = null_calibration_errors(two_classes(["Normal"] * 50, [0.8] * 50), n_resamples=4000)
+    k = np.arange(51)
+    assert null.mean() == pytest.approx((binom.pmf(k, 50, 0.8) * np.abs(k / 50 - 0.8)).sum(), rel=0.05)
+    assert np.allclose(null * 50 % 1 % 1, 0, atol=1e-6) or set(np.round(null * 50, 6)) <= set(np.round(np.abs(k - 40), 6))
+
+
+def test_the_test_of_calibration_keeps_its_level_and_finds_over_confidence(ten):
+    """Calibrated models are rejected in about 5 %; one of 40 images with confidence 0.95 and accuracy 0.5 always."""
+    rng, rejected = np.random.default_rng(0), []
+    confidence = rng.uniform(0.5, 1, 60)
+    for _ in range(200):
+        labels = np.where(rng.random(60) < confidence, "Normal", "Pro-B")
+        rejected.append(calibration_table({"yolo11": two_classes(labels, confidence)})["ece_p"].item() <= 0.05)
+    assert 0.01 < np.mean(rejected) < 0.11
+    table = calibration_table({"cells": two_classes(["Normal", "Pro-B"] * 20, [0.95] * 40), "yolo11": ten})
+    assert table["ece_p"][0] < 0.01 < 0.05 < table["ece_p"][1] and table["ece"][0] > table["ece_null_95"][0]
+    text = calibration_sentence(table)
+    assert "larger than that of a calibrated model with the same confidences: Single-cell model (0.450" in text
+    assert "Not distinguishable from calibrated at this number of images: YOLO11 (0.140" in text
+
+
+def test_temperature_and_thresholds_are_chosen_without_near_duplicates():
+    """Of 80 validation images 20 have one in training: 60 are enough, 59 are not, and a class must not be lost."""
+    split = pd.DataFrame({"pair": [f"p{i}" for i in range(100)], "subset": ["train"] * 20 + ["val"] * 80})
+    split["class"], split["group"] = ["Normal", "Pro-B"] * 50, [*range(20), *range(20), *range(20, 80)]
+    pairs, note = calibration_pairs(split)
+    assert pairs == [f"p{i}" for i in range(40, 100)] and note == ""
+    split.loc[99, "group"] = 3
+    pairs, note = calibration_pairs(split)
+    assert len(pairs) == 80 and note.startswith("only 59 of 80 validation images have no near-duplicate in training: too few")
+    assert calibration_pairs(split, 59)[1] == ""
+    one_class = split.assign(**{"class": ["Normal"] * 40 + ["Pro-B"] * 60})
+    assert len(calibration_pairs(one_class, 10)[0]) == 80
+    assert calibration_pairs(split.assign(group=range(100)), 500) == ([f"p{i}" for i in range(20, 100)], "")
+
+
+def test_selective_prediction_by_hand(ten):
+    """Three of ten are wrong; two of them have the higher confidence, which is hardly better than none."""
+    row = selective_table({"yolo11": ten.assign(pair=range(10))}).iloc[0]
+    assert row[["n_images", "n_errors", "risk"]].tolist() == [10, 3, 0.3]
+    assert row[["augrc", "augrc_optimal", "augrc_random"]].tolist() == pytest.approx([0.13, 0.045, 0.15])
+    assert row[["low", "high"]].tolist() == pytest.approx(clopper_pearson(3, 10))
+    twice = pd.concat([ten.assign(images="clean"), ten.assign(images="corrupted")])  # the same images: no more certain
+    rows = selective_table({"yolo11": twice}, by="images").set_index("images")
+    assert rows["n_errors"].tolist() == [3, 3]
+    whole = selective_table({"yolo11": twice}).iloc[0]
+    assert whole["n_images"] == 20 and whole["low"] <= row["low"] and row["high"] <= whole["high"]
+    axes = risk_coverage_figure({"yolo11": twice, "cells": ten.assign(images="clean")}, by="images").axes
+    assert [len(axis.lines) for axis in axes[:2]] == [2, 1]
+    assert axes[0].lines[0].get_xydata().tolist() == pytest.approx(np.array([[0, 0], [0.8, 0.2], [1, 0.3]]))
 
 
 # ---- figures

@@ -77,6 +77,27 @@ def test_the_single_cell_model(cells, dataset, tmp_path):
     assert info["version"] == _weights_version(export_network(cells))
 
 
+def test_the_recorded_coverage_is_that_of_the_predictor(cells, dataset, tmp_path, monkeypatch):
+    """Images without cells are taken off: one validation and two test images, which the thresholds alone accept."""
+    from leukemia_nb.inference import predictor
+
+    train, val, test = subsets(dataset)
+    without = [val.read([0])[0], *test.read([0, 4])]
+    find, measure = predictor.find_cells, predictor._cell_features
+
+    def find_none(square):
+        return find(square) * (not any(np.array_equal(square, image) for image in without))
+
+    monkeypatch.setattr(predictor, "find_cells", find_none)
+    monkeypatch.setattr(predictor, "_cell_features", lambda square, _, seed: measure(square, find(square), seed))
+    file = tmp_path / "cells.onnx"
+    info = export_model(cells, file, train, val, test, note="all are used")
+    reports = {name: Predictor(file).report(pairs.read(slice(None))).table for name, pairs in (("val", val), ("test", test))}
+    assert info["coverage"] == {name: pytest.approx(1 - table["abstains"].mean()) for name, table in reports.items()}
+    assert reports["val"].loc[0, "abstain_reasons"] == "no cells found" and info["coverage"]["val"] == pytest.approx(8 / 9)
+    assert Predictor(file).info["calibration_images"] == {"n": 9, "note": "all are used"}
+
+
 def test_an_image_without_cells_gets_the_class_proportions(cells):
     import onnxruntime
 

@@ -189,6 +189,7 @@ def test_report_counts_near_duplicates_in_train_only():
     assert report.loc["test", ["n_images", "near_duplicates"]].tolist() == [3, 1] and report.loc["val", "near_duplicates"] == 0
     assert report.loc["test", "proportion"] == pytest.approx(1 / 3)
     assert leakage.pairs_without_near_duplicates(split) == {"d", "f"}
+    assert leakage.pairs_without_near_duplicates(split, "val") == {"e"}
 
 
 def test_report_separates_direct_pairs_from_those_by_way_of_a_third_image():

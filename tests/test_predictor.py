@@ -409,6 +409,10 @@ def test_calibration_is_described():
     assert describe_calibration({"calibration": "", "temperature": 1.78}).startswith(
         "Probabilities are calibrated with temperature 1.78"
     )
+    known = {"calibration": "", "temperature": 1.78, "calibration_images": {"n": 124, "note": ""}}
+    text = "temperature 1.78, fitted on 124 validation images"
+    assert describe_calibration(known).endswith(f"{text} without a near-duplicate in training.")
+    assert describe_calibration(known | {"calibration_images": {"n": 124, "note": "few"}}).endswith(f"{text}.")
     assert describe_calibration({"calibration": "", "temperature": 1}).endswith("not calibrated: the temperature is 1.")
     assert (
         describe_calibration({"calibration": "not calibrated: few", "temperature": 1.0})

@@ -8,6 +8,7 @@ from hypothesis.extra.numpy import arrays
 
 from leukemia_nb.audit.robustness import (
     CORRUPTIONS,
+    clean_and_corrupted,
     _blur,
     _change_brightness,
     _compress,
@@ -221,3 +222,16 @@ def test_figures_have_a_panel_a_corruption(sample):
     hue = predictions[predictions["corruption"] == "hue"]
     figure = robustness_figure(robustness_table({"a": hue, "b": hue}))
     assert [axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()] == ["a\naccuracy", "b\naccuracy"]
+
+
+def test_clean_images_stand_once_beside_the_corrupted(sample):
+    table = robustness_predictions(Brightest(), *sample, {"hue": (10,), "blur": (2, 1)})
+    found = clean_and_corrupted(table)
+    assert found["images"].tolist() == ["clean"] * 10 + ["corrupted"] * 30
+    assert (found[found["images"] == "clean"]["severity"] == 0).all() and found["pair"].nunique() == 10
+    assert set(zip(found["corruption"][10:], found["severity"][10:])) == {("hue", 10), ("blur", 1), ("blur", 2)}
+
+
+def test_the_table_says_whether_confidence_gives_the_errors_away(sample):
+    found = robustness_table({"a": robustness_predictions(Brightest(), *sample, {"brightness": (0.8,)})}).set_index("severity")
+    assert found["augrc"].tolist() == pytest.approx([0.2, 0])  # 4 of 10 wrong, one confidence for all: half the error rate

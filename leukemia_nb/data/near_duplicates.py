@@ -416,7 +416,8 @@ def leakage_report(
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #168a2cac
 def pairs_without_near_duplicates(
     split: pd.DataFrame,  # pair, subset, group
+    subset: str = "test",  # rows to look at
 ) -> set[str]:  # names of pairs
-    "Test pairs without a near-duplicate in training, by group."
+    "Pairs of a subset without a near-duplicate in training, by group."
     train = split.loc[split["subset"] == "train", "group"]
-    return set(split.loc[(split["subset"] == "test") & ~split["group"].isin(train), "pair"])
+    return set(split.loc[(split["subset"] == subset) & ~split["group"].isin(train), "pair"])

@@ -184,14 +184,20 @@ def export_network(
         raise ModelError(f"{model.name} cannot be exported: {error}. Install it: pip install '.[train]'.") from error
 
 # %% ../../nbs/06_inference/50_export.ipynb #4e234da5
-def _run_exported(network: ModelProto, model: ImageClassifier, pairs: Pairs | np.ndarray) -> dict[str, np.ndarray]:
-    "`run_network` for an exported network and image pairs, or images uint8 (n, H, W, 3)."
+def _run_exported(
+    network: ModelProto, model: ImageClassifier, pairs: Pairs | np.ndarray, count: bool = False
+) -> dict[str, np.ndarray]:
+    "`run_network` for an exported network and image pairs, or images uint8 (n, H, W, 3); with `count`, also n_cells (n,)."
     import onnxruntime
 
     session = onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
     info = {"input": MODELS[model.name].input, "image_size": model.image_size, "seed": model.seed, "segmentation": "kmeans"}
     starts = range(0, len(pairs), 32)
-    parts = [run_network(session, batch) for start in starts for batch in prepare_images(pairs[start : start + 32], info)]
+    batches = [batch for start in starts for batch in prepare_images(pairs[start : start + 32], info, count=count)]
+    parts = [
+        run_network(session, batch) | ({"n_cells": np.array([each.row["n_cells"] for each in batch])} if count else {})
+        for batch in batches
+    ]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 # %% ../../nbs/06_inference/50_export.ipynb #cec22b36
@@ -212,7 +218,7 @@ def _fit_safe_temperature(
 
 # %% ../../nbs/06_inference/50_export.ipynb #100a08d9
 def _accepts(confidence: np.ndarray, distance: np.ndarray, thresholds: Mapping[str, float]) -> np.ndarray:
-    "Which of n images a model predicts, by their confidence and OOD distance, bool (n,); the mean is its coverage."
+    "Which of n images both thresholds accept, bool (n,)."
     return (confidence >= thresholds["confidence"]) & (distance <= thresholds["distance"])
 
 # %% ../../nbs/06_inference/50_export.ipynb #2b9c9e79
@@ -276,18 +282,19 @@ def export_model(
     model: ImageClassifier,  # trained
     file: str | os.PathLike,  # to be written, whole or not at all
     train: Pairs,  # training images without flipped copies; the OOD distance is fitted on them
-    val: Pairs,  # validation images; temperature and thresholds are fitted on them
+    val: Pairs,  # validation images that temperature and thresholds are fitted on, see calibration_pairs
     test: Pairs,  # test images; they decide nothing, but framework and file must agree on them
     split: str = "",  # how the test images were separated
     segmentation: str = "kmeans",  # method of the study
     card: str = "",  # model card, Markdown
     of_train: Mapping[str, np.ndarray] | None = None,  # features (n, d) and statistics (n, 15) of train; None: computed
+    note: str = "",  # why near-duplicates of training images are in val, from calibration_pairs
 ) -> dict[str, Any]:  # the description in the file, and difference, bytes
     "Write a model file. Raises ModelError where its probabilities differ from the framework's by 1e-4 or more."
     from leukemia_nb.evaluation.uncertainty import clopper_pearson
 
     network = export_network(model)
-    seen = {name: _run_exported(network, model, pairs) for name, pairs in (("val", val), ("test", test))}
+    seen = {name: _run_exported(network, model, pairs, count=True) for name, pairs in (("val", val), ("test", test))}
     difference = float(np.abs(seen["test"]["probabilities"] - model.predict_proba(test)).max())
     if not difference < 1e-4:
         raise ModelError(
@@ -297,12 +304,17 @@ def export_model(
     temperature, reason = _fit_safe_temperature(val.labels, seen["val"]["probabilities"], model.classes_)
     confidence = {name: calibrate(seen[name]["probabilities"], temperature).max(axis=1) for name in ("val", "test")}
     distance = {name: ood_distance(seen[name]["features"], seen[name]["statistics"], constants) for name in ("val", "test")}
-    thresholds = choose_thresholds(confidence["val"], distance["val"])
-    coverage = {name: float(_accepts(confidence[name], distance[name], thresholds).mean()) for name in ("val", "test")}
+    cells = {name: seen[name]["n_cells"] > 0 for name in ("val", "test")}
+    chosen_on = cells["val"] if cells["val"].any() else np.ones(len(val), bool)
+    thresholds = choose_thresholds(confidence["val"][chosen_on], distance["val"][chosen_on])
+    coverage = {
+        name: float((_accepts(confidence[name], distance[name], thresholds) & cells[name]).mean()) for name in ("val", "test")
+    }
     correct = model.classes_[seen["test"]["probabilities"].argmax(axis=1)] == test.labels
     low, high = clopper_pearson(int(correct.sum()), len(correct))
     tested = {"n_correct": int(correct.sum()), "images": len(correct), "low": low, "high": high, "split": split}
     info = _describe_model(model, train, val, segmentation, card) | {"coverage": coverage, "test": tested}
+    info |= {"calibration_images": {"n": len(val), "note": note}}
     info |= {"version": _weights_version(network), "temperature": temperature, "calibration": reason, "thresholds": thresholds}
     info["sha256"] = write_model_file(file, network, info, constants)
     return info | {"difference": difference, "bytes": Path(file).stat().st_size}

@@ -185,7 +185,10 @@ def describe_calibration(
     "Whether a model's probabilities are calibrated."
     if info["calibration"] or info["temperature"] == 1:
         return f"Probabilities are {info['calibration'] or 'not calibrated: the temperature is 1'}."
-    return f"Probabilities are calibrated with temperature {info['temperature']:.3g}, fitted on validation images."
+    used = info.get("calibration_images", {"n": "", "note": "the file does not say which"})
+    alone = "" if used["note"] else " without a near-duplicate in training"
+    number = f"{used['n']} ".lstrip()
+    return f"Probabilities are calibrated with temperature {info['temperature']:.3g}, fitted on {number}validation images{alone}."
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #ae83d713
 def _image_list(images: Any) -> list[Any]:
@@ -200,13 +203,14 @@ def prepare_images(
     images: Any,  # a path, a uint8 array (H, W, 3), (H, W), (n, H, W, 3) or (n, 2, H, W, 3), a Pillow image, or several
     info: dict[str, Any],  # description of the model
     batch_size: int = 32,  # images in memory at a time
+    count: bool = False,  # find and count the white blood cells
 ) -> Iterator[list[PreparedImage]]:
-    "Images in batches as the network takes them, without counting cells. Raises ImageError for one that cannot be read."
+    "Images in batches as the network takes them. Raises ImageError for one that cannot be read."
     every = _image_list(images)
     if not every:
         raise ImageError("no images. Give paths or arrays.")
     for start in range(0, len(every), batch_size):
-        batch = [prepare_image(image, info, count=False) for image in every[start : start + batch_size]]
+        batch = [prepare_image(image, info, count) for image in every[start : start + batch_size]]
         if problems := [each.row["problem"] for each in batch if each.row["problem"]]:
             raise ImageError(problems[0])
         yield batch

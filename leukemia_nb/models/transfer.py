@@ -269,12 +269,12 @@ def _join(backbone: "Model", head: "Model", channels: tuple[str, ...], name: str
     "The network from pixels, one input for each channel, to probabilities."
     keras = import_keras()
     inputs = [keras.Input(backbone.input_shape[1:], name=channel) for channel in channels]
-    maps = [backbone(pixels) for pixels in inputs]
     if len(inputs) == 1:
-        features = keras.layers.GlobalAveragePooling2D(name="features")(maps[0])
+        features = keras.layers.GlobalAveragePooling2D(name="features")(backbone(inputs[0]))
         return keras.Model(inputs[0], head(features), name=name)
-    pool = keras.layers.GlobalAveragePooling2D()
-    features = keras.layers.Concatenate(name="features")([pool(each) for each in maps])
+    pixels = keras.ops.reshape(keras.ops.stack(inputs, axis=1), (-1, *backbone.input_shape[1:]))
+    pooled = keras.layers.GlobalAveragePooling2D()(backbone(pixels))
+    features = keras.layers.Identity(name="features")(keras.ops.reshape(pooled, (-1, len(inputs) * pooled.shape[-1])))
     return keras.Model(inputs, head(features), name=name)
 
 # %% ../../nbs/03_models/20_transfer.ipynb #9ca3f872

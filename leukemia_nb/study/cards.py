@@ -24,6 +24,7 @@ from ..audit.cue_conflict import KINDS
 from ..data.files import atomic_path, read_json, read_table, set_sha256, escape_text
 from ..data.near_duplicates import pairs_without_near_duplicates
 from ..errors import LeukemiaError
+from ..evaluation.calibration import calibration_pairs
 from ..evaluation.predictions import classes_of, model_title, predicted_labels, read_all_predictions, take_subset
 from ..evaluation.uncertainty import clopper_pearson, format_proportion, significance_sentence
 from ..models.interface import MODELS
@@ -50,6 +51,7 @@ def _interval(low: float, high: float) -> str:
 
 # %% ../../nbs/07_study/30_cards.ipynb #7554468f
 _STATUSES = ("Partly reported", "Not reported", "Not done", "Not in this run", "Not applicable")
+_STATUSES += ("High risk of bias", "High concern", "Unclear")  # of PROBAST+AI
 
 
 def _split_status(text: str) -> tuple[str, str]:
@@ -145,6 +147,12 @@ class _Study(_Tables):
     @property
     def classes(self) -> list[str]:
         return classes_of(next(iter(self.predictions.values())))
+
+    @property
+    def calibration_images(self) -> str:
+        "Which validation images temperatures and thresholds were chosen on."
+        pairs, note = calibration_pairs(self.table("split.csv"))
+        return f"{len(pairs)} validation images" + (f" ({note})" if note else " without a near-duplicate in training")
 
     def weights(self, model: str) -> str:
         return str(self.json("models", model, "model.json").get("weights_source") or "not recorded")
@@ -262,8 +270,8 @@ def write_cards(
 # %% ../../nbs/07_study/30_cards.ipynb #ebe860f3
 def reporting_items(
     folder: str | os.PathLike,  # run folder
-) -> pd.DataFrame:  # one row per topic: Part, Topic, TRIPOD+AI, CLAIM, Status, Statement, Where
-    "The items of TRIPOD+AI and CLAIM, filled in from the files of a run."
+) -> pd.DataFrame:  # one row per topic: Part, Topic, TRIPOD+AI, CLAIM, PROBAST+AI, Status, Statement, Where
+    "The items of TRIPOD+AI and CLAIM and the domains of PROBAST+AI, filled in from the files of a run."
     run = _Results(Path(folder))
     environment, rows = _environment(run), []
     for item in _read_toml("checklist.toml")["item"]:
@@ -273,5 +281,7 @@ def reporting_items(
             start = '{% import "statements.md.j2" as statements with context %}{% call part() %}'
             text = environment.from_string(start + item["statement"] + "{% endcall %}").render()
         status, statement = _split_status(re.sub(r"\s+", " ", text).strip())
-        rows.append([item["part"], item["topic"], item["tripod"], item["claim"], status, statement, item.get("where", "")])
-    return pd.DataFrame(rows, columns=["Part", "Topic", "TRIPOD+AI", "CLAIM", "Status", "Statement", "Where"])
+        numbers = [item.get(guideline, "") for guideline in ("tripod", "claim", "probast")]
+        rows.append([item["part"], item["topic"], *numbers, status, statement, item.get("where", "")])
+    columns = ["Part", "Topic", "TRIPOD+AI", "CLAIM", "PROBAST+AI", "Status", "Statement", "Where"]
+    return pd.DataFrame(rows, columns=columns)
