@@ -164,7 +164,7 @@ def test_the_version_depends_on_the_numbers_alone(cells):
 
 def test_nothing_is_written_where_predictions_differ(cells, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(cells, "predict_proba", lambda shown: np.full((len(shown), 3), 1 / 3, np.float32))
-    with pytest.raises(ModelError, match="not written, its probabilities differ"):
+    with pytest.raises(ModelError, match="not written, probabilities differ"):
         export_model(cells, tmp_path / "cells.onnx", *subsets(dataset))
     assert not list(tmp_path.iterdir())
 
