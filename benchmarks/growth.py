@@ -222,6 +222,30 @@ def measure_report(number: int) -> None:
         figure(predictions).savefig(os.devnull, format="png")
 
 
+def measure_points(number: int) -> dict:
+    "Matching and voting of 15 points of each image, in parts of a tenth of the size: parts at a tenth of the images."
+    import numpy as np
+
+    from leukemia_nb.data import near_duplicates as finder
+
+    random = np.random.default_rng(0)
+    kinds = random.gamma(0.5, 30, (500, 128))  # points look alike, as those of cells do
+    finder._POINTS_AT_ONCE //= 10
+
+    def points() -> tuple:
+        values = kinds[random.integers(0, len(kinds), 15)] * random.uniform(0.4, 1.6, (15, 128))
+        return random.uniform(0, 224, (15, 3)).astype(np.float32), np.clip(values, 0, 255).astype(np.uint8)
+
+    described = [points()[1] for _ in range(300)]
+    finder._read_green, finder._keypoints = (lambda path: path), (lambda place, _: (None, described[place % 300]))
+    with tempfile.TemporaryDirectory() as folder:
+        store = finder._Points(Path(folder), finder._part_centres(range(number), 15, seed=0))
+        for _ in range(number):
+            store.add(*points())
+        store.write()
+        return {"n_parts": len(store.centres), "pairs": len(finder._propose_overlaps(store, Path(folder)))}
+
+
 OF_IMAGES = {"manifest": measure_manifest, "prepare": measure_prepare, "near-duplicates": measure_near_duplicates}
 OF_IMAGES |= {"dataset": measure_dataset}
 OF_TABLES = {
@@ -232,7 +256,9 @@ OF_TABLES = {
     "oversampling": measure_oversampling,
     "cell features": measure_written_table,
     "report": measure_report,
+    "points": measure_points,
 }
+SIZES = {"points": [8000, 16000, 32000], "split, grouped": [2000, 8000, 20000]}  # of stages that take long
 
 
 def compare_parts(data: Path, n_images: int = 1000, n_parts: int = 8) -> dict:
@@ -320,7 +346,7 @@ def main(images: list[int], sizes: list[int], only: list[str], into: str) -> Non
             for stage in chosen:
                 stages.setdefault(stage, []).append(run(stage, folder, number))
     for stage in [stage for stage in OF_TABLES if not only or stage in only]:
-        stages[stage] = [run(stage, number, number) for number in sizes]
+        stages[stage] = [run(stage, number, number) for number in SIZES.get(stage, sizes) if sizes]
     result = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     result.setdefault(into, {})
     for stage, rows in stages.items():
@@ -328,7 +354,7 @@ def main(images: list[int], sizes: list[int], only: list[str], into: str) -> Non
         rows += [row for row in known if row["n"] not in [each["n"] for each in rows]]
         rows.sort(key=lambda row: row["n"])
     result["machine"] = {"cores": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()[0]}
-    result[into] |= {stage: summarise(rows) for stage, rows in stages.items()}
+    result[into] |= {stage: summarise(rows) for stage, rows in stages.items() if rows}
     RESULTS.write_text(json.dumps(rounded(result), indent=1) + "\n", encoding="utf-8")
 
 
