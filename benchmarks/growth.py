@@ -70,9 +70,8 @@ def measure_prepare(folder: Path) -> dict:
 
 
 def measure_near_duplicates(folder: Path) -> dict:
-    "Search of the prepared images, with the seconds of its parts and how many of the shifted crops it finds."
+    "Search of the images, with the seconds of its parts and how many of the shifted crops it finds."
     from leukemia_nb.data import near_duplicates as finder
-    from leukemia_nb.data.files import read_table, write_table
 
     seconds = {}
 
@@ -89,14 +88,11 @@ def measure_near_duplicates(folder: Path) -> dict:
     parts = {"candidates": "_similar_means", "matches and votes": "_propose_overlaps", "alignment": "_check_overlaps"}
     for name, function in parts.items():
         setattr(finder, function, timed(name, getattr(finder, function)))
-    pairs = read_table(folder / "run" / "pairs.csv")
-    files = [str(folder / "run" / "prepared" / name) for name in pairs["original"]]
+    files = sorted(map(str, (folder / "images").rglob("*.jpg")), key=lambda path: path[-10:])
     start = cpu_seconds()
     found = finder.find_near_duplicates(files, n_jobs=1, progress=False)
     seconds["description"] = cpu_seconds() - start - sum(seconds.values())
-    names = found.assign(**{side: found[side].map(dict(zip(files, pairs["pair"]))) for side in "ab"})
-    write_table(folder / "run" / "near_duplicates.csv", names)
-    number = [sorted(int(name[-6:]) for name in both) for both in zip(names["a"], names["b"])]
+    number = [sorted(int(name[-10:-4]) for name in both) for both in zip(found["a"], found["b"])]
     shifted = [[place - 1, place] for place in range(49, len(files), 50)]
     kept = sum(both in number for both in shifted)
     return {"images": len(files), "parts": seconds, "shifted": len(shifted), "shifted_found": kept, "pairs": len(found)}

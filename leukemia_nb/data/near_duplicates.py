@@ -244,7 +244,7 @@ def _part_centres(paths: Sequence[str | os.PathLike], n_keypoints: int, seed: in
 class _Points:
     "Collects the points of images, in their order, and divides them into parts."
 
-    def __init__(self, folder: Path, centres: np.ndarray, n_parts: int = 3):
+    def __init__(self, folder: Path, centres: np.ndarray, n_parts: int = 2):
         self.bins, self.centres, self.n_parts = _Bins(folder / "points", _POINT), centres, n_parts
         self.waiting: list[np.ndarray] = []
         self.images = self.number = 0
@@ -260,7 +260,7 @@ class _Points:
             self.write()
 
     def write(self) -> None:
-        "Write what was added: a point is indexed in its nearest part, and looked up in the next ones, too. Raises `OutputError`."
+        "Write what was added: a point is indexed in its nearest part, and looked up in the next, too. Raises `OutputError`."
         rows = np.concatenate([np.zeros(0, _POINT), *self.waiting])
         nearness = _root_sift(rows["descriptor"]) @ self.centres.T - (self.centres**2).sum(1) / 2
         for rank, parts in enumerate(np.argsort(-nearness, axis=1)[:, : self.n_parts].T):
