@@ -117,7 +117,9 @@ def tests_of(module: str) -> list[str]:
     named = re.compile(rf"\b{room}\.{name}\b|from leukemia_nb\.{room} import [^\n]*\b{name}\b")
     times = {path: len(named.findall(path.read_text(encoding="utf-8"))) for path in sorted((ROOT / "tests").glob("test_*.py"))}
     found = [
-        path for path in times if times[path] and path.stem not in ("test_study", "test_cluster", "test_app", "test_project")
+        path
+        for path in times
+        if times[path] and path.stem not in ("test_study", "test_cluster", "test_app", "test_project", "test_site")
     ]
     found.sort(key=lambda path: (path.stem != f"test_{name}", -times[path]))
     return [f"tests/{path.name}" for path in found[:4]]

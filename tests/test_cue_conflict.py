@@ -321,3 +321,17 @@ def test_real_scale_bars_are_found_and_cells_go(shared_data):
         core = cv2.erode(cells.astype(np.uint8), np.ones((5, 5))) > 0
         left.append((core & ~_removal_mask(image, find_cells(image)) & ~_find_scale_bar(image)).sum() / max(core.sum(), 1))
     assert max(left) < 0.02
+
+
+def test_removal_reaches_as_far_in_an_image_of_twice_the_size(fields):
+    """Pale stain up to a twelfth of a height from a cell belongs to it, at any size."""
+    for side in (112, 448):
+        image, cells = np.full((side, side, 3), (200, 215, 220), np.uint8), np.zeros((side, side), int)
+        unit = side // 112
+        cells[40 * unit : 52 * unit, 40 * unit : 52 * unit] = 1
+        image[cells > 0] = (120, 40, 140)
+        pale = np.zeros((side, side), bool)
+        pale[40 * unit : 52 * unit, 52 * unit : 70 * unit] = True  # from the cell to a sixth of the height away
+        image[pale] = (166, 140, 186)
+        removed = _removal_mask(image, cells)[46 * unit, 52 * unit :]
+        assert 0.03 < removed.argmin() / side < 0.12, (side, removed.argmin() / side)

@@ -17,7 +17,6 @@ from .baselines import background_pixels
 from ..data.images import resize_square
 from ..data.processes import die_with_parent
 from ..evaluation.cross_validation import cross_validated_accuracy, repeated_cross_val_predict
-from ..models.cell_model import Cells, aggregate_cells
 from ..plotting import CLASS_COLOURS, GREY, Figure, blank_figure, styled
 from ..processing.cells import FEATURE_NAMES, SIDE, cell_crops, cell_features, find_cells
 from ..processing.dataset import Pairs
@@ -63,8 +62,10 @@ def _rims(masks: np.ndarray) -> np.ndarray:
 
 def _measure(crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
     "Mean and standard deviation of the features over cells or patches, float32 (78,); 0 without any."
-    features = np.array([cell_features(crop, mask) for crop, mask in zip(crops, masks)]).reshape(-1, len(FEATURE_NAMES))
-    return aggregate_cells(Cells(features, np.zeros(len(features), int), 1))[0].astype(np.float32)
+    if not len(crops):
+        return np.zeros(2 * len(FEATURE_NAMES), np.float32)
+    features = np.stack([cell_features(crop, mask) for crop, mask in zip(crops, masks)])
+    return np.concatenate([features.mean(axis=0), features.std(axis=0)])
 
 # %% ../../nbs/05_audit/15_patches.ipynb #9e23302c
 def region_features(

@@ -311,9 +311,7 @@ def export_model(
     expected = model.predict_proba(test) if expected is None else expected
     difference = float(np.abs(seen["test"]["probabilities"] - expected).max())
     if not difference < 1e-4:
-        raise ModelError(
-            f"{file}: not written, probabilities differ by {difference:.1e} from {model.name}'s. Report this."
-        )
+        raise ModelError(f"{file}: not written, probabilities differ by {difference:.1e} from {model.name}'s. Report this.")
     few = slice(None, None, max(1, len(train) // 8))
     given = of_train["features"][few] if of_train else None
     if given is not None and not np.allclose(given, _run_exported(network, model, train[few])["features"], 1e-3, 1e-3):
