@@ -254,7 +254,7 @@ OF_TABLES = {
     "report": measure_report,
     "points": measure_points,
 }
-SIZES = {"points": [5000, 10000, 20000], "split, grouped": [2000, 8000, 20000]}  # of stages that take long
+SIZES = {"points": [5000, 10000], "split, grouped": [2000, 8000]}  # of stages that take long
 
 
 def compare_parts(data: Path, n_images: int = 1000, n_parts: int = 8) -> dict:
