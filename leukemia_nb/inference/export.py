@@ -300,19 +300,19 @@ def export_model(
         raise ModelError(
             f"{file}: not written, its probabilities differ by {difference:.1e} from those of {model.name}. Report this."
         )
-    constants = fit_ood(of_train or _run_exported(network, model, train), train.labels, seen["val"], model.entry.input == "cells")
+    fitted_on = of_train or _run_exported(network, model, train)
+    constants = fit_ood(fitted_on, train.labels, seen["val"], model.classes_, model.entry.input == "cells")
     temperature, reason = _fit_safe_temperature(val.labels, seen["val"]["probabilities"], model.classes_)
     confidence = {name: calibrate(seen[name]["probabilities"], temperature).max(axis=1) for name in ("val", "test")}
-    distance = {name: ood_distance(seen[name]["features"], seen[name]["statistics"], constants) for name in ("val", "test")}
+    distance = {name: ood_distance(seen[name], constants) for name in ("val", "test")}
     cells = {name: seen[name]["n_cells"] > 0 for name in ("val", "test")}
     chosen_on = cells["val"] if cells["val"].any() else np.ones(len(val), bool)
     thresholds = choose_thresholds(confidence["val"][chosen_on], distance["val"][chosen_on])
-    coverage = {
-        name: float((_accepts(confidence[name], distance[name], thresholds) & cells[name]).mean()) for name in ("val", "test")
-    }
-    correct = model.classes_[seen["test"]["probabilities"].argmax(axis=1)] == test.labels
-    low, high = clopper_pearson(int(correct.sum()), len(correct))
-    tested = {"n_correct": int(correct.sum()), "images": len(correct), "low": low, "high": high, "split": split}
+    accepted = {name: _accepts(confidence[name], distance[name], thresholds) & cells[name] for name in ("val", "test")}
+    coverage = {name: float(each.mean()) for name, each in accepted.items()}
+    n_correct = int((model.classes_[seen["test"]["probabilities"].argmax(axis=1)] == test.labels).sum())
+    low, high = clopper_pearson(n_correct, len(test))
+    tested = {"n_correct": n_correct, "images": len(test), "low": low, "high": high, "split": split}
     info = _describe_model(model, train, val, segmentation, card) | {"coverage": coverage, "test": tested}
     info |= {"calibration_images": {"n": len(val), "note": note}}
     info |= {"version": _weights_version(network), "temperature": temperature, "calibration": reason, "thresholds": thresholds}
