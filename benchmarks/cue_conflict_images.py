@@ -2,7 +2,7 @@
 
     python benchmarks/cue_conflict_images.py [--run runs/taleqani] [--shared ../shared]
 
-Counts those of the validation subset (which chose each model's epoch), those with a near-duplicate in training (`taleqani.py`:
+Counts them by subset, those with a near-duplicate in training (`taleqani.py`:
 found by this project or listed), and those on which the single-cell model was designed.
 Writes benchmarks/results/cue_conflict_images.json.
 """
@@ -16,18 +16,15 @@ import pandas as pd
 
 from cell_model import chosen_on
 from leukemia_nb.data.files import read_table
-from leukemia_nb.processing.splitting import stratified_sample
 from taleqani import GROUPED_BY, known_images
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def sampled(run: Path) -> pd.DataFrame:
-    "Pairs that the step `cue-conflict` takes from the test and validation subsets of a run, and their subset."
-    settings = json.loads((run / "study.json").read_text(encoding="utf-8"))
-    split = read_table(run / "split.csv")
-    table = pd.concat([split[split["subset"] == subset] for subset in ("test", "val")], ignore_index=True)
-    return table.iloc[stratified_sample(table["class"].to_numpy(), min(settings["audit"], len(table)), settings["seed"])]
+    "Rows of the split for the pairs that the step `cue-conflict` has taken."
+    split, made = read_table(run / "split.csv"), read_table(run / "audit/cue_conflict.csv")
+    return split[split["pair"].isin(made["pair"])]
 
 
 def main() -> None:

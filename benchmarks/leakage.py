@@ -85,9 +85,9 @@ def main() -> None:
     truth, classes = fields["overlap_group"].to_numpy(), fields["file"].str.split("/").str[0].to_numpy()
 
     times, load, start = {}, os.getloadavg()[0], time.perf_counter()
-    green = leakage._read_green(paths, n_jobs=args.n_jobs)
+    list(leakage._run(leakage._read_green, paths, "images", args.n_jobs, True))
     times["reading"] = time.perf_counter() - start
-    duplicates = leakage.find_duplicates(paths, green, n_jobs=args.n_jobs)
+    duplicates = leakage.find_duplicates(paths, n_jobs=args.n_jobs)
     times["duplicates"] = time.perf_counter() - start - times["reading"]
     judged = []
     holds = leakage._is_overlap
@@ -97,7 +97,7 @@ def main() -> None:
         return np.ones(len(votes), bool)
 
     leakage._is_overlap = note
-    proposed = leakage.find_overlaps(paths, green, n_jobs=args.n_jobs)
+    proposed = leakage.find_overlaps(paths, n_jobs=args.n_jobs)
     leakage._is_overlap = holds
     times["overlaps"] = time.perf_counter() - start - times["reading"] - times["duplicates"]
     times["all"] = time.perf_counter() - start

@@ -19,7 +19,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from leukemia_nb.evaluation.uncertainty import clopper_pearson
@@ -52,6 +52,9 @@ class Mutant:
     after: str
     cell: str  # source of the cell, unchanged
     place: int  # of `before` in the cell, in characters
+
+    def describe(self) -> str:
+        return f"{self.function}: {self.before} -> {self.after}"
 
     def changed_cell(self) -> str:
         return self.cell[: self.place] + self.after + self.cell[self.place + len(self.before) :]
@@ -114,7 +117,9 @@ def tests_of(module: str) -> list[str]:
     named = re.compile(rf"\b{room}\.{name}\b|from leukemia_nb\.{room} import [^\n]*\b{name}\b")
     times = {path: len(named.findall(path.read_text(encoding="utf-8"))) for path in sorted((ROOT / "tests").glob("test_*.py"))}
     found = [
-        path for path in times if times[path] and path.stem not in ("test_study", "test_cluster", "test_app", "test_project")
+        path
+        for path in times
+        if times[path] and path.stem not in ("test_study", "test_cluster", "test_app", "test_project", "test_site")
     ]
     found.sort(key=lambda path: (path.stem != f"test_{name}", -times[path]))
     return [f"tests/{path.name}" for path in found[:4]]
@@ -139,8 +144,10 @@ def survives(mutant: Mutant, copy: Path) -> bool:
             CHECKED.add(tuple(command))
     try:
         (copy / mutant.notebook).write_text(json.dumps(book), encoding="utf-8")
-        subprocess.run([str(programs / "nbdev_export")], cwd=copy, env=environment, check=True, capture_output=True)
-        assert (copy / mutant.module).read_text(encoding="utf-8") != files[mutant.module], "the mutant was not exported"
+        exported = mutant.cell.strip()
+        assert files[mutant.module].count(exported) == 1, f"{mutant.module} is not what nbdev_export writes"
+        changed = files[mutant.module].replace(exported, mutant.changed_cell().strip())
+        (copy / mutant.module).write_text(changed, encoding="utf-8")
         return all(passes(command, copy, environment) for command in (page, tests))
     finally:
         for name, text in files.items():
@@ -177,28 +184,26 @@ def main() -> None:
         def judge(mutant: Mutant) -> bool:
             copy = copies.get()
             try:
-                alive = survives(mutant, copy)
+                return survives(mutant, copy)
             finally:
                 copies.put(copy)
-            print(
-                f"{'SURVIVED' if alive else 'killed'}  {mutant.module} {mutant.function}: {mutant.before} -> {mutant.after}",
-                flush=True,
-            )
-            return alive
 
+        name, judged = f"mutation_{options.room}" if options.room else "mutation", list[tuple[Mutant, bool]]()
         with ThreadPoolExecutor(options.jobs) as pool:
-            alive = list(pool.map(judge, chosen))
-    killed = len(alive) - sum(alive)
-    low, high = clopper_pearson(killed, len(alive))
-    survivors = [
-        {key: value for key, value in asdict(mutant).items() if key not in ("cell", "place")}
-        for mutant, left in zip(chosen, alive)
-        if left
-    ]
-    result = {"seed": options.seed, "of": len(found), "mutants": len(alive), "killed": killed, "low": low, "high": high}
+            for mutant, alive in zip(chosen, pool.map(judge, chosen)):
+                print("SURVIVED" if alive else "killed", mutant.module, mutant.describe(), flush=True)
+                judged.append((mutant, alive))
+                write(judged, len(found), options.seed, ROOT / "benchmarks" / "results" / f"{name}.json")
+
+
+def write(judged: list[tuple[Mutant, bool]], n_possible: int, seed: int, file: Path) -> None:
+    """Write what is known so far: mutants are judged in random order, so that the first ones are a random sample too."""
+    killed = sum(not alive for _, alive in judged)
+    low, high = clopper_pearson(killed, len(judged))
+    result = {"seed": seed, "of": n_possible, "mutants": len(judged), "killed": killed, "low": low, "high": high}
+    survivors = [{"module": mutant.module, "change": mutant.describe()} for mutant, alive in judged if alive]
     result |= {"interval": "Clopper-Pearson, 95 %", "survivors": survivors}
-    name = f"mutation_{options.room}" if options.room else "mutation"
-    (ROOT / "benchmarks" / "results" / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -195,6 +195,7 @@ def _dummy_audit(folder: Path, models: list[str]) -> None:
     write_table(folder / "metrics" / "cue_conflict.csv", pd.DataFrame(rows, columns=columns))
     write_table(folder / "metrics" / "robustness.csv", table.assign(accuracy=table["n_correct"] / 60))
     write_table(folder / "metrics" / "baselines.csv", pd.DataFrame([_DUMMY["baseline"]]))
+    write_table(folder / "metrics" / "background_patches.csv", pd.DataFrame(_DUMMY["background_patches"]))
     write_table(folder / "audit" / "cue_conflict.csv", pd.DataFrame({"kind": "only_bg", "other_cue": made}))
 
 # %% ../nbs/00_shared/30_testing.ipynb #f2fec35b

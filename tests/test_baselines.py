@@ -179,7 +179,7 @@ def test_baselines_are_trained_and_tested_as_the_models(features):
         _check_predictions(found[name])
         assert found[name]["pair"].tolist() == expected and "repeat" not in found[name]
     permuted = found["permuted"]
-    assert permuted["repeat"].nunique() == 5 and all(part["pair"].tolist() == expected for _, part in permuted.groupby("repeat"))
+    assert permuted["repeat"].nunique() == 10 and all(part["pair"].tolist() == expected for _, part in permuted.groupby("repeat"))
     assert (
         compare_models({"a": found["background_colour"]})["accuracy"].item()
         > 0.8
@@ -189,18 +189,40 @@ def test_baselines_are_trained_and_tested_as_the_models(features):
     model = BASELINES["background_colour"].estimator(0).fit(X["background_colour"][train], split["class"][train])
     expected_p = model.predict_proba(X["background_colour"][~train])
     np.testing.assert_allclose(found["background_colour"][[f"p_{name}" for name in model.classes_]], expected_p)
-    again = run_baselines({"permuted": X["permuted"]}, split, permutations=7)["permuted"]
-    assert again["repeat"].nunique() == 7
-    pd.testing.assert_frame_equal(again[again["repeat"] < 5], permuted)
+    again = run_baselines({"permuted": X["permuted"]}, split, permutations=12)["permuted"]
+    assert again["repeat"].nunique() == 12
+    pd.testing.assert_frame_equal(again[again["repeat"] < 10], permuted)
     flipped = run_baselines({"grey_texture": X["grey_texture"]}, split.replace({"test": "val"}), subset="val")["grey_texture"]
     assert flipped["p_Normal"].tolist() == found["grey_texture"]["p_Normal"].tolist() and set(flipped["subset"]) == {"val"}
 
 
 def test_labels_are_permuted_for_a_third_of_the_images_and_at_most_100_times():
-    count = [len(_permuted(np.arange(n), None, 0)) for n in (3, 15, 18, 299, 300, 5000)]
-    assert count == [5, 5, 6, 99, 100, 100] and len(_permuted(np.arange(999), 2, 0)) == 2
-    first, second = _permuted(np.arange(50), 2, 7)
-    assert sorted(first) == list(range(50)) and first.tolist() != second.tolist() == _permuted(np.arange(50), 1, 8)[0].tolist()
+    names = np.arange(5000).astype(str)
+    count = [len(_permuted(names[:n], None, None, 0)) for n in (3, 15, 18, 299, 300, 5000)]
+    assert count == [5, 5, 6, 99, 100, 100] and len(_permuted(names[:999], None, 2, 0)) == 2
+    first, second = _permuted(names[:50], None, 2, 7)
+    assert sorted(first) == sorted(names[:50])
+    assert first.tolist() != second.tolist() == _permuted(names[:50], None, 1, 8)[0].tolist()
+
+
+def test_permuted_labels_show_near_duplicates_across_a_split_and_no_more_than_chance_without():
+    """Features that name the group and nothing else: the labels of groups are recognised only where groups are divided."""
+    random, group = np.random.default_rng(0), np.repeat(np.arange(60), 4)
+    X = {"permuted": random.normal(size=(60, 70))[group] + 0.01 * random.normal(size=(240, 70))}
+    split = pd.DataFrame({"pair": [f"p{i}" for i in range(240)], "class": np.array(["a", "b", "c"])[group % 3], "group": group})
+
+    def accuracy(subset: np.ndarray) -> float:
+        found = run_baselines(X, split.assign(subset=subset), permutations=10)["permuted"]
+        assert found[found["repeat"] == 1].groupby(group[subset == "test"])["class"].nunique().eq(1).all()
+        return permutation_table(found)["accuracy"].mean()
+
+    divided, apart = (np.where(place % 4 == 0, "test", "train") for place in (np.arange(240), group))
+    assert accuracy(divided) > 0.9 and 0.2 < accuracy(apart) < 0.47
+    y = split.set_index("pair")["class"]
+    alone, together = (cross_validate_baselines(X, y, groups, permutations=5)["permuted"] for groups in (None, group))
+    assert 0.2 < permutation_table(alone)["accuracy"].mean() < 0.47  # by image, no neighbour shares the permuted label
+    assert 0.2 < permutation_table(together)["accuracy"].mean() < 0.47
+    assert (together["class"].to_numpy().reshape(5, 240)[1] != y.to_numpy()).mean() > 0.4  # scored on the permuted labels
 
 
 def test_given_cells_are_used_and_errors_name_the_remedy():
@@ -235,7 +257,10 @@ def test_cross_validation_keeps_groups_together():
     both = {**X, "permuted": X["grey_texture"][:, :3]}
     found = cross_validate_baselines(both, y, group, folds=2, repeats=2, permutations=3)
     assert found["grey_texture"].groupby("repeat")["pair"].nunique().tolist() == [120, 120]
-    assert found["permuted"]["repeat"].unique().tolist() == [0, 1, 2] and found["permuted"]["class"].tolist() == y.tolist() * 3
+    assert (
+        found["permuted"]["repeat"].unique().tolist() == [0, 1, 2]
+        and found["permuted"].groupby(["repeat", "group"])["class"].nunique().eq(1).all()
+    )
     with pytest.raises(ValueError, match="a has 1 groups, 5 folds need"):
         cross_validate_baselines(X, y, y.to_numpy())
 
@@ -291,15 +316,15 @@ def test_axis_names_the_methods_of_the_intervals():
 
 
 def test_interval_of_permuted_labels_holds_the_spread_of_shuffling():
-    """Two colours a class, so images of a colour are predicted alike: accuracies after a shuffle spread far more than coin tosses."""
-    split = pd.DataFrame(
-        {"pair": [f"p{i}" for i in range(60)], "class": np.repeat(["a", "b"], 30), "subset": ["train", "test"] * 30}
-    )
-    X = {"permuted": (np.arange(60) // 15)[:, None] + 1e-6 * np.random.default_rng(3).normal(size=(60, 3))}
+    """Groups of five are predicted alike and share a label, so accuracies spread far more than those of independent images."""
+    group = np.arange(120) // 5
+    split = pd.DataFrame({"pair": [f"p{i}" for i in range(120)], "class": np.where(group % 2, "a", "b"), "group": group})
+    split["subset"] = np.where(group < 12, "train", "test")
+    X = {"permuted": np.random.default_rng(3).normal(size=(24, 3))[group]}
     found = run_baselines(X, split, permutations=20)["permuted"]
     row, accuracy = baseline_table({"permuted": found}).iloc[0], permutation_table(found)["accuracy"]
     fresh = permutation_table(run_baselines(X, split, seed=1000, permutations=10)["permuted"])["accuracy"]
-    assert accuracy.std() > 1.2 * np.sqrt(0.25 / 30)
+    assert accuracy.std() > 1.5 * np.sqrt(0.25 / 60)
     assert fresh.between(row["low"], row["high"]).mean() >= 0.8  # shuffles that the interval has not seen
 
 
@@ -312,7 +337,9 @@ def test_sentence_of_permuted_labels():
     )
     permuted = pd.concat([dummy_predictions(0.4, seed=i).assign(repeat=i) for i in range(9)], ignore_index=True)
     many = {"colour": dummy_predictions(0.95), "permuted": permuted}
-    assert permuted_sentence(baseline_table(many)).endswith("A baseline or model at or below 39.6 % is not above chance.")
+    assert permuted_sentence(baseline_table(many)).endswith("On these images, an accuracy up to 39.6 % is not above chance.")
+    other = {"colour": dummy_predictions(0.3, (2, 2, 2)), "permuted": permuted}  # other images say nothing of this control
+    assert permuted_sentence(baseline_table(other)) == permuted_sentence(baseline_table({"permuted": permuted}))
     assert permuted_sentence(baseline_table({"colour": many["colour"]})) == ""
     assert (predicted_labels(few["colour"]) == few["colour"]["class"]).all()
 

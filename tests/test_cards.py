@@ -13,6 +13,7 @@ from leukemia_nb.data.files import read_table, write_table
 from leukemia_nb.models.interface import MODELS
 from leukemia_nb.study.cards import MissingResultError, _Results, model_card, render, reporting_items, write_cards
 from leukemia_nb.study.driver import _section_steps
+from leukemia_nb.audit.saliency import saliency_summary
 from leukemia_nb.testing import dummy_run
 
 STATEMENT = '{% import "statements.md.j2" as statements with context %}{% call part() %}{{ statements.'
@@ -149,7 +150,8 @@ def test_the_verdict_goes_no_further_than_the_intervals(run, foreground, other_c
     write_table(run / "metrics" / "cue_conflict.csv", pd.DataFrame(rows).assign(model="yolo11"))
     assert state(run, "reliance", "yolo11").startswith(verdict)
     write_table(run / "metrics" / "cue_conflict.csv", pd.DataFrame(rows).assign(model="cells"))
-    assert "by construction" in state(run, "reliance", "cells")
+    cells = state(run, "reliance", "cells")
+    assert "It does not show that the class is predicted from biology" in cells and "95.1 % (95 % CI 91.0–98.0) accuracy" in cells
 
 
 def test_near_duplicates_in_training_are_left_out(run):
@@ -288,3 +290,14 @@ def test_nothing_is_called_a_diagnosis_and_no_image_is_named(run):
         assert "Snap_" not in text
         for place in re.finditer("diagnos", text):
             assert re.search(r"\b(no|not|No prediction)\b", text[max(0, place.start() - 60) : place.start()])
+
+
+def test_saliency_of_images_of_one_group_has_no_interval(run):
+    numbers = {"energy_inside": [0.5, 0.7], "area_inside": 0.1, "centre_bias": 0.2, "original_channel": 1.0}
+    table = pd.DataFrame({"pair": ["a", "b"]} | numbers)
+    said = []
+    for groups in ({"a": 0, "b": 1}, {"a": 0, "b": 0}):
+        saliency_summary({"mobilenet_v2": table}, groups=groups).to_csv(run / "metrics/saliency.csv", index=False)
+        said.append(state(run, "saliency", "mobilenet_v2"))
+    assert "60.0 % of the saliency lies on the white blood cells (95 % CI " in said[0] and "bootstrap of groups)" in said[0]
+    assert "(no interval: all images are of one group)" in said[1] and "95 % CI" not in said[1] and "nan" not in said[1]

@@ -46,15 +46,17 @@ def test_every_kind_is_made_and_seeded(fields, composites):
     assert table["kind"].tolist() == [kind for kind in KINDS for _ in range(3)] and table["row"].tolist() == [0, 1, 2] * len(
         KINDS
     )
-    same = table[table["kind"] == "mixed_same"]
+    same = table[table["kind"].isin(["mixed_same", "colour_same", "cell_colour_same"])]
     assert (same["foreground"] == same["other_cue"]).all() and (fields[2][same["donor"]] == same["foreground"]).all()
-    conflict = table[~table["kind"].isin(["only_bg", "no_scale_bar", "mixed_same"])]
+    alone = ["original", "only_fg", "only_bg", "no_scale_bar"]
+    conflict = table[~table["kind"].isin([*alone, *same["kind"]])]
     assert (conflict["foreground"] != conflict["other_cue"]).all() and (
         conflict["foreground"] == fields[2][conflict["row"]]
     ).all()
     assert (conflict["other_cue"] == fields[2][conflict["donor"]]).all()
-    own = table[table["kind"].isin(["only_bg", "no_scale_bar"])]
-    assert (own["other_cue"] == fields[2][own["row"]]).all() and (table[table["kind"] == "only_bg"]["foreground"] == "").all()
+    own = table[table["kind"].isin(set(alone) - {"only_fg"})]
+    assert (own["other_cue"] == fields[2][own["row"]]).all() and (table[table["kind"] == "only_fg"]["other_cue"] == "").all()
+    assert (table[table["kind"] == "only_bg"]["foreground"] == "").all()
 
 
 def test_every_kind_changes_what_it_says(fields, composites):
@@ -248,7 +250,7 @@ def test_scale_bars_are_erased_and_copied():
 def test_rates_by_hand():
     table = pd.DataFrame(
         {"kind": ["mixed_next"] * 10 + ["mixed_same"] * 2, "foreground": ["A"] * 12, "other_cue": ["B"] * 10 + ["A"] * 2}
-    )
+    ).assign(row=[*range(10), 0, 1], donor=[*range(1, 11), 2, 3])
     rates = cue_conflict_rates(table, ["A"] * 7 + ["B"] * 2 + ["C", "A", "B"])
     assert (
         rates["kind"].tolist() == ["mixed_next"] * 3 + ["mixed_same"] * 3
@@ -264,8 +266,39 @@ def test_rates_by_hand():
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["Mixed-Next", "Mixed-Same"]
 
 
+def test_worst_background_counts_images_followed_on_all_their_backgrounds():
+    table = pd.DataFrame(
+        {"kind": "mixed_next", "row": np.repeat(range(4), 3), "donor": [4, 5, 6] * 4, "foreground": "A", "other_cue": "B"}
+    )
+    rates = cue_conflict_rates(table, list("AAAAABCAAAAA")).set_index(["kind", "cue"])
+    assert rates.loc[("mixed_next", "foreground"), ["n_images", "count"]].tolist() == [12, 10]
+    worst = rates.loc[("worst_background", "foreground")]
+    assert worst[["n_images", "count", "proportion", "interval"]].tolist() == [4, 2, 0.5, "Korn-Graubard (ICC = 1)"]
+    pairs = cue_conflict_rates(table, list("AAAAABCAAAAA"), groups=[0, 0, 1, 1, 2, 3, 4]).set_index(["kind", "cue"])
+    assert pairs.loc[("worst_background", "foreground"), "low"] < worst["low"]  # two groups of two images
+    single = cue_conflict_rates(table.drop_duplicates("row"), list("AAAA"))
+    assert "worst_background" not in set(single["kind"])  # no image has two backgrounds
+
+
+def test_backgrounds_are_of_other_classes_in_turn_and_controls_of_the_same():
+    random = np.random.default_rng(0)
+    images = random.integers(150, 220, (9, 32, 32, 3), np.uint8)
+    cells, labels = np.zeros((9, 32, 32), int), np.repeat(["A", "B", "C"], 3)
+    cells[:, 10:20, 10:20] = 1
+    made, table = make_composites(
+        images, cells, labels, ["mixed_next", "colour_same", "cell_colour_same", "original", "only_fg"], n_backgrounds=4
+    )
+    mixed, same = table[table["kind"] == "mixed_next"], table[table["kind"].isin(["colour_same", "cell_colour_same"])]
+    assert mixed.groupby("row")["donor"].nunique().tolist() == [4] * 9 and (mixed["foreground"] != mixed["other_cue"]).all()
+    assert mixed.groupby("row")["other_cue"].value_counts().eq(2).all()  # two of each other class
+    assert (same["foreground"] == same["other_cue"]).all() and (same["row"] != same["donor"]).all()
+    original, only_fg = (made[(table["kind"] == kind).to_numpy()] for kind in ("original", "only_fg"))
+    assert (original == images).all() and (only_fg[cells > 0] == images[cells > 0]).all() and not only_fg[cells == 0].any()
+    assert len(make_composites(images, cells, labels, n_backgrounds=99)[1]) == 9 * 6  # there are six of other classes
+
+
 def test_refusals(fields):
-    with pytest.raises(ValueError, match="unknown kind 'swop': choose among only_bg, mixed_next"):
+    with pytest.raises(ValueError, match="unknown kind 'swop': choose among original, only_fg, only_bg"):
         make_composites(*fields, kinds=["swop"])
     with pytest.raises(ValueError, match="needs two classes, these images have only 'Normal'"):
         make_composites(fields[0], fields[1], ["Normal"] * 3)
@@ -288,3 +321,17 @@ def test_real_scale_bars_are_found_and_cells_go(shared_data):
         core = cv2.erode(cells.astype(np.uint8), np.ones((5, 5))) > 0
         left.append((core & ~_removal_mask(image, find_cells(image)) & ~_find_scale_bar(image)).sum() / max(core.sum(), 1))
     assert max(left) < 0.02
+
+
+def test_removal_reaches_as_far_in_an_image_of_twice_the_size(fields):
+    """Pale stain up to a twelfth of a height from a cell belongs to it, at any size."""
+    for side in (112, 448):
+        image, cells = np.full((side, side, 3), (200, 215, 220), np.uint8), np.zeros((side, side), int)
+        unit = side // 112
+        cells[40 * unit : 52 * unit, 40 * unit : 52 * unit] = 1
+        image[cells > 0] = (120, 40, 140)
+        pale = np.zeros((side, side), bool)
+        pale[40 * unit : 52 * unit, 52 * unit : 70 * unit] = True  # from the cell to a sixth of the height away
+        image[pale] = (166, 140, 186)
+        removed = _removal_mask(image, cells)[46 * unit, 52 * unit :]
+        assert 0.03 < removed.argmin() / side < 0.12, (side, removed.argmin() / side)

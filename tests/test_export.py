@@ -164,23 +164,24 @@ def test_the_version_depends_on_the_numbers_alone(cells):
 
 def test_nothing_is_written_where_predictions_differ(cells, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(cells, "predict_proba", lambda shown: np.full((len(shown), 3), 1 / 3, np.float32))
-    with pytest.raises(ModelError, match="not written, its probabilities differ"):
+    with pytest.raises(ModelError, match="not written, probabilities differ"):
         export_model(cells, tmp_path / "cells.onnx", *subsets(dataset))
     assert not list(tmp_path.iterdir())
 
 
 def test_features_of_an_earlier_step_give_the_same_file(cells, dataset, tmp_path):
     """The OOD distance of stored features, as those of prepared cells are, is that of computed ones."""
+    from leukemia_nb.data.files import write_table
     from leukemia_nb.inference.ood import image_statistics
-    from leukemia_nb.models.cell_model import Cells, aggregate_cells
-    from leukemia_nb.processing.cells import FEATURE_NAMES, _sample_cells, cell_table
+    from leukemia_nb.processing.cells import cell_table
 
     train, val, test = subsets(dataset)
-    images, labels = train.read(slice(None)), train.read(slice(None), "cells")
+    originals = Pairs(train.folder, size=SIZE, table=train.table[train.table["flip"] == "none"])
+    images, labels = originals.read(slice(None)), originals.read(slice(None), "cells")
     tables = [cell_table(*both) for both in zip(images, labels.astype(np.int32))]
-    rows = [table.iloc[_sample_cells(len(table), 10, cells.seed)] for table in tables]
-    values = np.concatenate([part[list(FEATURE_NAMES)].to_numpy(np.float32) for part in rows])
-    stored = aggregate_cells(Cells(values, np.repeat(np.arange(len(rows)), [len(part) for part in rows]), len(rows)))
+    assert cells.stored_features(originals, tmp_path) is None
+    write_table(tmp_path / "cell_features.csv", (each.assign(pair=name) for each, name in zip(tables, originals.table["pair"])))
+    stored, train = cells.stored_features(originals, tmp_path), originals
     assert np.allclose(stored, cells.extract_features(train), atol=1e-4, rtol=1e-4)
     of_train = {"features": stored, "statistics": image_statistics(images)}
     read = export_model(cells, tmp_path / "read.onnx", train, val, test, of_train=of_train)

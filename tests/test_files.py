@@ -443,3 +443,30 @@ def test_tables_in_a_folder_that_may_not_be_written(tmp_path):
     finally:
         tmp_path.chmod(0o755)
     assert "x.csv: cannot be written: Permission denied. Choose a folder you may write to" in done.stdout, done.stderr
+
+
+def test_a_table_is_written_in_blocks_and_in_parts_as_it_is_whole(tmp_path, monkeypatch):
+    table = pd.DataFrame({"pair": [f"=a{i}\n" for i in range(7)], "x": np.arange(7) / 3, "n": [1, 2, None, 4, 5, 6, 7]})
+    write_table(tmp_path / "whole.csv", table, excel=True)
+    monkeypatch.setattr(files, "_ROWS_AT_ONCE", 3)
+    write_table(tmp_path / "blocks.csv", table, excel=True)
+    write_table(tmp_path / "parts.csv", (table[at : at + 2] for at in range(0, 7, 2)), excel=True)
+    whole = (tmp_path / "whole.csv").read_bytes()
+    assert whole == (tmp_path / "blocks.csv").read_bytes() == (tmp_path / "parts.csv").read_bytes()
+    pd.testing.assert_frame_equal(read_table(tmp_path / "blocks.csv"), table)
+
+
+def test_a_part_that_fails_leaves_no_table(tmp_path):
+    def parts():
+        yield pd.DataFrame({"x": [1]})
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        write_table(tmp_path / "x.csv", parts())
+    assert not list(tmp_path.iterdir())
+
+
+def test_many_equal_names_are_numbered_in_turn():
+    assert files.unique_names(["a", "A", "a-2", "a", "A", "a"]) == ["a", "A-2", "a-2-2", "a-3", "A-4", "a-5"]
+    long = files.unique_names(["x" * 300] * 3000)
+    assert len(set(long)) == 3000 and max(map(len, long)) <= 200

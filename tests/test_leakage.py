@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from leukemia_nb.data import near_duplicates as leakage
+from leukemia_nb.data.files import OutputError
 from leukemia_nb.data.images import ImageError, write_image
 from leukemia_nb.data.synthetic import make_smear
 
@@ -119,6 +120,46 @@ def test_same_pairs_again_and_with_more_threads(field, others, tmp_path):
     paths = save(tmp_path, a=field[:480, :640], b=field[100:580, 200:840], c=others[2])
     first = leakage.find_near_duplicates(paths, n_jobs=1, progress=False)
     pd.testing.assert_frame_equal(first, leakage.find_near_duplicates(paths, n_jobs=2, progress=False))
+
+
+def test_points_in_parts_lead_to_the_same_pairs(field, others, tmp_path, monkeypatch):
+    """More points than one index holds are divided into parts, and images into blocks."""
+    views = {f"v{i}": field[:480, left : left + 640] for i, left in enumerate((0, 150, 300))}
+    paths = save(tmp_path, **views, **{f"o{i}": image for i, image in enumerate(others)})
+    whole = leakage.find_near_duplicates(paths, n_jobs=1, progress=False)
+    monkeypatch.setattr(leakage, "_POINTS_AT_ONCE", 400)
+    monkeypatch.setattr(leakage, "_IMAGES_AT_ONCE", 3)
+    centres = leakage._part_centres(paths, 150, seed=0)
+    parts = leakage.find_near_duplicates(paths, n_jobs=1, progress=False)
+    assert centres.shape == (6, 128) and len(whole) == 3 and names(parts) == names(whole)
+    np.testing.assert_allclose(parts[["dx", "dy", "ncc"]], whole[["dx", "dy", "ncc"]])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.floats(0, 0.5), st.integers(1, 7))
+def test_block_means_leave_out_no_similar_thumbnails(seed, noise, block):
+    random = np.random.default_rng(seed)
+    smooth = cv2.GaussianBlur(random.normal(128, 60, (32, 32)), (0, 0), random.uniform(0.5, 4))
+    copies = [leakage._orient(smooth, turn) + random.normal(0, noise * smooth.std(), (32, 32)) for turn in leakage._ORIENTATIONS]
+    flat = np.full((32, 32), 90.0)
+    small = [leakage._thumbnail(np.clip(image, 0, 255).astype(np.uint8)) for image in (*copies, flat, flat + 1)]
+    found = leakage._similar_means(np.array([leakage._block_means(image) for image in small]), 0.9, block)
+    found = set(found.itertuples(index=False, name=None))
+    for a, b in np.transpose(np.triu_indices(len(small), 1)).tolist():
+        for turn in leakage._ORIENTATIONS:
+            if np.vdot(small[a], leakage._orient(small[b], turn)) >= 0.9:
+                assert (a, b, turn) in found
+    assert all(a < b < 8 for a, b, _ in found)
+
+
+def test_a_full_disk_is_named(field, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", str(tmp_path / "points" / "0"))
+
+    monkeypatch.setattr("builtins.open", lambda *arguments, **options: full())
+    bins = leakage._Bins(tmp_path / "points", np.dtype("u4"))
+    with pytest.raises(OutputError, match="Free some space"):
+        bins.add(np.zeros(3, "u4"), np.zeros(3, int))
 
 
 def linked(number):

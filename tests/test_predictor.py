@@ -294,6 +294,21 @@ def test_batches_arrays_and_paths_agree(place, paths, kind):
     assert blank["abstains"] and "no cells found" in blank["abstain_reasons"] and blank["n_cells"] == 0
 
 
+def test_reports_of_many_images_share_their_threads_and_read_only_a_little_ahead(model, paths, monkeypatch):
+    from leukemia_nb.inference import predictor as module
+
+    prepared, pools = [], []
+    prepare, pool = module.prepare_image, module.ThreadPoolExecutor
+    monkeypatch.setattr(module, "prepare_image", lambda image, info: prepared.append(image) or prepare(image, info))
+    monkeypatch.setattr(module, "ThreadPoolExecutor", lambda *arguments: pools.append(arguments) or pool(*arguments))
+    reports = model.iter_report(paths * 20, batch_size=7)
+    first = next(reports)
+    assert len(first) == 7 and len(prepared) < 60
+    rows = [row["path"] for part in (first, *reports) for row in part.rows]
+    assert rows == paths * 20 and len(prepared) == 120
+    assert len(pools) == 1
+
+
 def test_temperature_divides_log_probabilities(file, paths, tmp_path):
     plain = Predictor(file).predict_proba(paths)
     cooled = Predictor(rewritten(file, tmp_path / "t.onnx", lambda info: info | {"temperature": 2.0})).predict_proba(paths)

@@ -165,6 +165,10 @@ def test_features_of_the_file_are_the_models_own_and_give_the_same_model(tiny_we
     np.testing.assert_array_equal(given.predict_proba(test), plain.predict_proba(test))
     dual = make_model("dual_channel", **SMALL).fit(dataset, feature_file=path)
     np.testing.assert_allclose(dual.extract_features(test), np.hstack([found["original"], found["segmented"]]), atol=1e-5)
+    np.testing.assert_array_equal(dual.stored_features(test, tmp_path), np.hstack([found["original"], found["segmented"]]))
+    some = Pairs(dataset, size=32, table=test.table.iloc[[3, 1]])
+    np.testing.assert_array_equal(plain.stored_features(some, tmp_path), found["original"][[3, 1]])
+    assert plain.stored_features(some, tmp_path / "none") is None
 
 
 def test_features_of_other_settings_or_images_are_refused(tiny_weights, dataset, tmp_path):
@@ -370,3 +374,19 @@ def test_real_images_are_learned_with_imagenet_weights(shared_data, shared_weigh
     model = make_model("mobilenet_v2", image_size=96, epochs=15, batch_size=8, learning_rate=0.005).fit(tmp_path / "dataset")
     test = Pairs(tmp_path / "dataset", "test", 96)
     assert model.weights_source_.endswith("sha256 102a691e175c)") and model.score(test, test.labels) > 0.7
+
+
+def test_dual_channel_network_is_normalised_by_the_variance_of_its_training_batches(tiny_backbone, dataset):
+    """Original and segmented images differ; what is seen of both in training must be what inference divides by."""
+    import keras
+
+    from leukemia_nb.processing.dataset import Pairs
+
+    network = make_model("dual_channel", **SMALL | {"weights": "random", "epochs": 1}).fit(dataset).network_
+    backbone, train = network.get_layer("backbone"), Pairs(dataset, "train", 32)
+    channels = [train.read(slice(None), name).astype("float32") for name in ("original", "segmented")]
+    for _ in range(80):  # at a momentum of 0.9 nothing is left of the start
+        network(channels, training=True)
+    before = keras.Model(backbone.inputs, backbone.get_layer("norm").input)
+    maps = np.concatenate([before.predict(pixels, verbose=0) for pixels in channels])
+    np.testing.assert_allclose(backbone.get_layer("norm").moving_variance, maps.var(axis=(0, 1, 2)), rtol=0.02)

@@ -19,6 +19,7 @@ from leukemia_nb.evaluation.uncertainty import (
     _holm,
     _mcnemar,
     significance_sentence,
+    two_way_interval,
 )
 from leukemia_nb.testing import dummy_predictions
 
@@ -295,7 +296,7 @@ def test_cross_validation():
     )
 
 
-def test_permuted_labels_are_fitted_in_the_same_folds_and_scored_on_the_true_ones():
+def test_permuted_labels_are_fitted_and_scored_in_the_same_folds():
     random = np.random.default_rng(2)
     y = pd.Series(np.repeat(["a", "b"], 30), [f"p{i}" for i in range(60)])
     X, groups = random.normal(size=(60, 3)) + 4 * (y == "b").to_numpy()[:, None], np.arange(60) // 2
@@ -306,7 +307,7 @@ def test_permuted_labels_are_fitted_in_the_same_folds_and_scored_on_the_true_one
     expected = repeated_cross_val_predict(logistic(), X, y, groups, n_splits=3)
     assert first["p_a"].tolist() == third["p_a"].tolist() == expected["p_a"].tolist()
     assert second["p_b"].to_numpy() == pytest.approx(first["p_a"].to_numpy(), abs=1e-3)
-    assert second["class"].tolist() == own.tolist() and (predicted_labels(second) == second["class"]).mean() < 0.1
+    assert second["class"].tolist() == swapped.tolist() and (predicted_labels(second) == second["class"]).mean() > 0.9
 
 
 def test_random_state_of_an_estimator_follows_the_repeat():
@@ -336,3 +337,27 @@ def test_a_pair_without_a_group_is_its_own():
     labels = group_labels(pairs, {"a": 1, "b": 1, "d": 2})
     assert labels[0] == labels[1] and len(set(labels)) == 3
     assert len(set(group_labels(pairs, None))) == len(set(group_labels(pairs, {}))) == 4
+
+
+def test_interval_of_crossed_groups_by_hand():
+    values = np.array([1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 1])
+    rows, columns = np.repeat(range(3), 4), np.tile(range(4), 3)
+    deviation = values - 0.75  # sums by row 1, -2, 1; by column -1/4 three times and 3/4
+    squares = [sum(deviation[group == i].sum() ** 2 for i in set(group)) for group in (rows, columns, np.arange(12))]
+    assert squares == [6, 0.75, 2.25]
+    found = two_way_interval(values, rows, columns)
+    assert (found.estimate, found.n, found.groups) == (0.75, 12, 3)
+    assert found.n_effective == pytest.approx(0.75 * 0.25 / ((6 + 0.75 - 2.25) / 144)) == pytest.approx(6)
+    assert found.method == "Clopper-Pearson (two-way clusters)" and found.low < clopper_pearson(9, 12)[0]
+
+
+def test_crossed_groups_that_hold_one_image_or_agree():
+    alone = two_way_interval([1] * 9 + [0], range(10), range(10))
+    assert (alone.low, alone.high) == pytest.approx(clopper_pearson(9, 10))
+    agree = two_way_interval(np.ones(50), np.repeat(range(10), 5), np.tile(range(25), 2))
+    assert agree.n_effective == 10 and agree.high == 1 and clopper_pearson(10, 10)[0] < 1.05 * agree.low + 0.1
+    same = two_way_interval([1, 1, 0, 0], list("aabb"), list("aabb"))  # a group crossed with itself is a group
+    assert same.n_effective == pytest.approx(2)
+    for wrong in (lambda: two_way_interval([1, 2], [0, 1], [0, 1]), lambda: two_way_interval([1, 0], [0, 1], [0])):
+        with pytest.raises(ValueError):
+            wrong()

@@ -198,27 +198,31 @@ def _features_of(images: Any, row: int, cells: np.ndarray | None, names: Sequenc
 # %% ../../nbs/05_audit/10_baselines.ipynb #e03482b5
 def run_baselines(
     features: Mapping[str, np.ndarray],  # name -> (n, d), from baseline_features
-    split: pd.DataFrame,  # (n rows) with pair, class, subset and, optionally, path
+    split: pd.DataFrame,  # (n rows) with pair, class, subset and, optionally, path and group
     subset: str = "test",  # rows to predict; those of train are fitted
     seed: int = 0,  # of forests and permutations
-    permutations: int | None = None,  # of the labels; None: 100, or a third of the training images if fewer
+    permutations: int | None = None,  # of the labels; None: 100, or a third of the images if fewer
 ) -> dict[str, pd.DataFrame]:  # name -> predictions; of permuted labels all, with the column repeat
     "Fit every baseline on the training subset and predict another."
     train, rows = (split["subset"] == "train").to_numpy(), (split["subset"] == subset).to_numpy()
-    labels, found = split.loc[train, "class"].to_numpy(str), {}
+    labels, found = split["class"].to_numpy(str), {}
     for name, X in features.items():
         tables, permuted = [], BASELINES[name].permuted
-        for repeat, y in enumerate(_permuted(labels, permutations, seed) if permuted else [labels]):
-            model = BASELINES[name].estimator(seed + repeat).fit(X[train], y)
-            table = predictions_table(split[rows], model.predict_proba(X[rows]), [str(label) for label in model.classes_])
+        for repeat, y in enumerate(_permuted(labels, split.get("group"), permutations, seed) if permuted else [labels]):
+            model = BASELINES[name].estimator(seed + repeat).fit(X[train], y[train])
+            values = pd.DataFrame(model.predict_proba(X[rows]), columns=model.classes_)
+            values = values.reindex(columns=np.unique(labels[train]), fill_value=0)
+            table = predictions_table(split.assign(**{"class": y})[rows], values.to_numpy(), list(map(str, values)))
             tables.append(table.assign(repeat=repeat) if permuted else table)
         found[name] = pd.concat(tables, ignore_index=True)
     return found
 
 
-def _permuted(labels: np.ndarray, n: int | None, seed: int) -> list[np.ndarray]:
-    "Labels in n random orders; None: 100, or a third of the labels if fewer, but at least 5."
-    return [np.random.default_rng(seed + i).permutation(labels) for i in range(n or max(5, min(100, len(labels) // 3)))]
+def _permuted(labels: np.ndarray, groups: Any, n: int | None, seed: int) -> list[np.ndarray]:
+    "Labels permuted n times among groups, whose images share one; None: 100, or a third of the labels if fewer, but at least 5."
+    group = pd.factorize(np.arange(len(labels)) if groups is None else np.asarray(groups))[0]
+    of_group = pd.Series(labels).groupby(group).agg(lambda found: found.mode()[0]).to_numpy(str)
+    return [np.random.default_rng(seed + i).permutation(of_group)[group] for i in range(n or max(5, min(100, len(labels) // 3)))]
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #642c3d47
 def permutation_table(
@@ -252,7 +256,7 @@ def cross_validate_baselines(
     "Out-of-fold predictions of every baseline. Raises ValueError if a class has fewer groups than folds."
     found = {}
     for name, X in features.items():
-        permuted = _permuted(y.to_numpy(str), permutations, seed) if BASELINES[name].permuted else None
+        permuted = _permuted(y.to_numpy(str), groups, permutations, seed) if BASELINES[name].permuted else None
         found[name] = repeated_cross_val_predict(
             BASELINES[name].estimator(), X, y, groups, folds, repeats, seed, n_jobs, permuted
         )
@@ -296,9 +300,10 @@ def permuted_sentence(
     permuted = table["name"].isin([name for name, baseline in BASELINES.items() if baseline.permuted])
     if not permuted.any():
         return ""
-    row, others = table[permuted].iloc[0], table[(table["kind"] == "baseline") & ~permuted]
+    row = table[permuted].iloc[0]
+    others = table[(table["kind"] == "baseline") & (table["n_images"] == row["n_images"]) & ~permuted]
     mean = f"{format_proportion(row['accuracy'])} ({row['interval']}: {100 * row['low']:.1f}–{100 * row['high']:.1f})"
     text = f"With permuted labels the mean accuracy on {row['n_images']} images is {mean}."
     if len(others) and others["accuracy"].max() <= row["high"]:
         return f"{text} No baseline exceeds this permuted-label control."
-    return f"{text} A baseline or model at or below {format_proportion(row['high'])} is not above chance."
+    return f"{text} On these images, an accuracy up to {format_proportion(row['high'])} is not above chance."

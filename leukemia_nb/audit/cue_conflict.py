@@ -6,18 +6,19 @@
 __all__ = ['KINDS', 'paste_cells', 'make_composites', 'cue_conflict_rates', 'cue_conflict_figure']
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #e2921551
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import cv2
 import numpy as np
 import pandas as pd
 
 from ..data.images import scale_bar_corner
-from ..evaluation.uncertainty import clopper_pearson
+from ..evaluation.uncertainty import korn_graubard_interval, two_way_interval
 from ..plotting import Figure, blank_figure, styled
 from ..processing.cells import find_cells
 from ..processing.colour import colour_statistics, reinhard_transfer
-from ..processing.segmentation import a_channel
+from ..processing.segmentation import a_channel, apply_mask
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #e5dd5a6c
 def _find_scale_bar(image: np.ndarray) -> np.ndarray:
@@ -188,12 +189,16 @@ def _copy_scale_bar(image: np.ndarray, donor: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #dc913af9
 KINDS: dict[str, str] = {
+    "original": "Original: not edited",
+    "only_fg": "Only-FG: white blood cells on black",
     "only_bg": "Only-BG: white blood cells removed",
     "mixed_next": "Mixed-Next: cells on the background of another class",
     "mixed_same": "Mixed-Same: cells on another background of their own class",
     "colour_transfer": "all colours transferred from another class (Reinhard)",
+    "colour_same": "all colours transferred from another image of the class: the control",
     "background_colour": "background with colours transferred from another class (Reinhard)",
     "cell_colour": "cells with colours transferred from another class (Reinhard)",
+    "cell_colour_same": "cells with colours transferred from another image of the class: the control",
     "no_scale_bar": "scale bar erased",
     "other_scale_bar": "scale bar of another class",
 }
@@ -205,6 +210,7 @@ def make_composites(
     labels: Sequence[str] | np.ndarray,  # n class names
     kinds: Sequence[str] = ("mixed_next",),  # keys of KINDS
     seed: int = 0,  # of donors and inpainting
+    n_backgrounds: int = 1,  # Mixed-Next: backgrounds of other classes for each image
 ) -> tuple[np.ndarray, pd.DataFrame]:  # uint8 (m, H, W, 3), n per kind; kind, row, donor, foreground, other_cue
     "Composites, the class of their cells (foreground) and of background, colours or bar (other_cue). Raises ValueError."
     labels = np.asarray(labels, dtype=str)
@@ -214,41 +220,53 @@ def make_composites(
     if len(labels) != len(images):
         raise ValueError(f"{len(images)} images but {len(labels)} labels.")
     random, made, rows = np.random.default_rng(seed), [], []
-    other_class, same_class = _donors(labels, random)
+    others, same = _donors(labels, random, n_backgrounds)
+
+    @cache
+    def background(i: int) -> np.ndarray:
+        return _inpaint_background(images[i], _removal_mask(images[i], cells[i]), _find_scale_bar(images[i]), seed + i)
+
     for kind in kinds:
-        for row, donor in enumerate(same_class if kind == "mixed_same" else other_class):
-            made.append(_composite(kind, images, cells, row, donor, seed + row))
-            other_cue = labels[row if kind in ("only_bg", "no_scale_bar") else donor]
-            rows.append((kind, row, donor, "" if kind == "only_bg" else labels[row], other_cue))
+        donors = same if kind in ("mixed_same", "colour_same", "cell_colour_same") else others
+        for row in range(len(labels)):
+            alone = kind in ("original", "only_fg", "only_bg", "no_scale_bar")
+            for donor in [row] if alone else donors[row][: n_backgrounds if kind == "mixed_next" else 1]:
+                made.append(_composite(kind, images, cells, row, donor, background, seed + row))
+                foreground, other = "" if kind == "only_bg" else labels[row], "" if kind == "only_fg" else labels[donor]
+                rows.append((kind, row, donor, foreground, other))
     return np.stack(made), pd.DataFrame(rows, columns=["kind", "row", "donor", "foreground", "other_cue"])
 
-
-def _donors(labels: np.ndarray, random: np.random.Generator) -> tuple[list[int], list[int]]:
-    "For each image one of another class (first the class, then the image), and another of its own or itself where it is alone."
+# %% ../../nbs/05_audit/20_cue_conflict.ipynb #7b41045f
+def _donors(labels: np.ndarray, random: np.random.Generator, n: int) -> tuple[list[list[int]], list[list[int]]]:
+    "For each image n of other classes, classes in turn; and another of its own, or itself where it is alone."
     names = np.unique(labels)
     if len(names) < 2:
         raise ValueError(f"cue conflict needs two classes, these images have only '{names[0]}'.")
-    others = [random.choice(names[names != label]) for label in labels]
-    other_class = [int(random.choice(np.flatnonzero(labels == other))) for other in others]
-    same = [np.setdiff1d(np.flatnonzero(labels == label), [row]) for row, label in enumerate(labels)]
-    return other_class, [int(random.choice(rows)) if len(rows) else row for row, rows in enumerate(same)]
+    rows, others, same = {name: np.flatnonzero(labels == name) for name in names}, [], []
+    for row, label in enumerate(labels):
+        queues = [list(random.permutation(rows[name])) for name in random.permutation(names[names != label])]
+        turns = [int(queue[turn]) for turn in range(n) for queue in queues if turn < len(queue)]
+        others.append(turns[:n])
+        alike = np.setdiff1d(rows[label], [row])
+        same.append([int(random.choice(alike)) if len(alike) else row])
+    return others, same
 
-# %% ../../nbs/05_audit/20_cue_conflict.ipynb #7b41045f
-def _composite(kind: str, images: np.ndarray, cells: np.ndarray, row: int, donor: int, seed: int) -> np.ndarray:
+
+def _composite(
+    kind: str, images: np.ndarray, cells: np.ndarray, row: int, donor: int, background: Callable[[int], np.ndarray], seed: int
+) -> np.ndarray:
     image, mask, donor_mask = images[row], cells[row] > 0, cells[donor] > 0
-
-    def only_background(i: int) -> np.ndarray:
-        return _inpaint_background(images[i], _removal_mask(images[i], cells[i]), _find_scale_bar(images[i]), seed)
-
+    if kind in ("original", "only_fg"):
+        return image.copy() if kind == "original" else apply_mask(image, mask)
     if kind == "only_bg":
-        return only_background(row)
+        return background(row)
     if kind in ("mixed_next", "mixed_same"):
-        return paste_cells(image, mask, only_background(donor))
+        return paste_cells(image, mask, background(donor))
     if kind == "no_scale_bar":
         return _erase_scale_bar(image, seed)
     if kind == "other_scale_bar":
         return _copy_scale_bar(_erase_scale_bar(image, seed), images[donor])
-    if kind == "colour_transfer":
+    if kind in ("colour_transfer", "colour_same"):
         return _transfer_colours(image, images[donor])
     if kind == "background_colour":
         mask, donor_mask = ~mask, ~donor_mask
@@ -258,19 +276,28 @@ def _composite(kind: str, images: np.ndarray, cells: np.ndarray, row: int, donor
 def cue_conflict_rates(
     table: pd.DataFrame,  # columns kind, foreground, other_cue, as from make_composites
     predicted: Sequence[str] | np.ndarray,  # class name for each row
-) -> pd.DataFrame:  # one row per kind and cue (foreground, other_cue, neither): n_images, count, proportion, low, high
-    "Proportion of predictions that follow each cue. Raises ValueError."
+    groups: Sequence[object] | None = None,  # group of near-duplicates of each row; None: each its own
+) -> pd.DataFrame:  # one row per kind and cue (foreground, other_cue, neither): n_images, count, proportion, low, high, interval
+    "Proportion of predictions that follow each cue; worst_background: of images, on all their backgrounds. Raises ValueError."
     predicted = np.asarray(predicted, dtype=str)
     if len(predicted) != len(table):
         raise ValueError(f"{len(table)} images but {len(predicted)} predictions.")
+    follows = pd.DataFrame({"foreground": predicted == table["foreground"]}, index=table.index)
+    follows["other_cue"] = (predicted == table["other_cue"]) & ~follows["foreground"]
+    follows["neither"] = ~follows.any(axis=1)
+    group = np.asarray(range(table[["row", "donor"]].to_numpy().max() + 1) if groups is None else groups)
     rows = []
-    for kind, part in table.assign(predicted=predicted).groupby("kind", sort=False):
-        foreground = part["predicted"] == part["foreground"]
-        other_cue = (part["predicted"] == part["other_cue"]) & ~foreground
-        for cue, follows in (("foreground", foreground), ("other_cue", other_cue), ("neither", ~foreground & ~other_cue)):
-            n, count = len(part), int(follows.sum())
-            rows.append((kind, cue, n, count, count / n, *clopper_pearson(count, n)))
-    return pd.DataFrame(rows, columns=["kind", "cue", "n_images", "count", "proportion", "low", "high"])
+    for kind, part in table.groupby("kind", sort=False):
+        foregrounds, others = group[part["row"]], group[part["donor"]]
+        for cue in follows:
+            found = two_way_interval(follows.loc[part.index, cue], foregrounds, others)
+            rows.append((kind, cue, found))
+        if kind == "mixed_next" and part["row"].duplicated().any():
+            every = follows.loc[part.index, "foreground"].groupby(part["row"].to_numpy()).all()
+            rows.append(("worst_background", "foreground", korn_graubard_interval(every, group[every.index])))
+    columns = ["kind", "cue", "n_images", "count", "proportion", "low", "high", "interval"]
+    made = [(kind, cue, at.n, round(at.estimate * at.n), at.estimate, at.low, at.high, at.method) for kind, cue, at in rows]
+    return pd.DataFrame(made, columns=columns)
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #1abb0edd
 @styled

@@ -217,13 +217,15 @@ def unique_names(
 ) -> list[str]:  # as many, in order; no two the same, whatever the case
     "File names of which no two are the same on any disk: -2, -3 … where one is taken, a hash at the end of a long one."
     found: list[str] = []
-    used = set()
+    used: set[str] = set()
+    numbers: dict[str, int] = {}  # the last one tried, so that many equal names are not counted through again and again
     for wanted in names:
         first = name = _shorten(unicodedata.normalize("NFC", escape_text(wanted)), "", max_bytes)
-        number = 1
+        number = numbers.get(first, 1)
         while name.casefold() in used:
             number += 1
             name = _shorten(first, f"-{number}", max_bytes)
+        numbers[first] = number
         used.add(name.casefold())
         found.append(name)
     return found
@@ -317,19 +319,25 @@ def _map_text(table: DataFrame, change: Callable[[Any], Any]) -> DataFrame:
     return table
 
 # %% ../../nbs/01_data/10_files.ipynb #e2d4a6f8
+_ROWS_AT_ONCE = 10_000  # of a table turned into text, so that memory does not hold the text of the whole
+
+
 def write_table(
     path: str | os.PathLike,  # the CSV
-    table: DataFrame,  # its index is not written
+    table: DataFrame | Iterable[DataFrame],  # its index is not written; or its parts in order, at least one
     excel: bool = False,  # people open it: with the mark by which Excel knows UTF-8, for umlauts
     float_format: str | None = None,  # of numbers, as pandas takes it; all digits where left out
 ) -> None:
     "Write a table as CSV, whole or not at all; names that are no UTF-8 are escaped. Raises `OutputError`."
-    table = _map_text(table, _safe_cell)
-    text = table.to_csv(index=False, float_format=float_format, lineterminator="\n")
-    if "\r" in text:  # in a name: csv quotes it only where the lines end in it as well
-        text = table.to_csv(index=False, float_format=float_format, lineterminator="\r\n")
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(text.encode("utf-8-sig" if excel else "utf-8"))
+    parts: Iterable[Any] = [table] if hasattr(table, "columns") else table
+    blocks = (part[at : at + _ROWS_AT_ONCE] for part in parts for at in range(0, max(len(part), 1), _ROWS_AT_ONCE))
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        for number, block in enumerate(blocks):
+            safe = _map_text(block, _safe_cell)
+            text = safe.to_csv(index=False, header=not number, float_format=float_format, lineterminator="\n")
+            if "\r" in text:  # in a name: csv quotes it only where the lines end in it as well
+                text = safe.to_csv(index=False, header=not number, float_format=float_format, lineterminator="\r\n")
+            file.write(text.encode("utf-8-sig" if excel and not number else "utf-8"))
 
 # %% ../../nbs/01_data/10_files.ipynb #98bff889
 class TableError(LeukemiaError, OSError):

@@ -269,13 +269,13 @@ def mark_conflicting_labels(
     table = pairs.assign(problem=pairs["problem"].fillna(""), _copies="" if copies is None else list(copies))
     good = table[table["problem"] == ""]
     columns = [column for column in ("sha256", "pixels", "_copies") if column in good]
-    for _, same in good.groupby(merge_groups(good, columns)):
-        if same["class"].nunique() == 1:
-            continue
-        for index, label, path in zip(same.index, same["class"], same["path"]):
+    groups = merge_groups(good, columns)
+    mixed = good["class"].groupby(groups).transform("nunique") > 1
+    for _, same in good[mixed].groupby(groups[mixed]):
+        for label, rows in same.groupby("class"):
             others = _listing(same["path"][same["class"] != label], 2)
-            problem = f"{path}: the same image lies under another class: {others}. Remove the wrong one."
-            table.loc[index, "problem"] = escape_text(problem)
+            what = f"the same image lies under another class: {others}. Remove the wrong one."
+            table.loc[rows.index, "problem"] = [escape_text(f"{path}: {what}") for path in rows["path"]]
     return table.drop(columns="_copies")
 
 # %% ../../nbs/01_data/30_manifest.ipynb #598c064a

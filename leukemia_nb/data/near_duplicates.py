@@ -7,38 +7,34 @@ __all__ = ['find_duplicates', 'find_overlaps', 'group_images', 'find_near_duplic
            'pairs_without_near_duplicates']
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #e1f3ce1f
+import functools
 import os
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
+from scipy.cluster.vq import kmeans2
 from tqdm.auto import tqdm
 
-from .files import file_sha256
+from .files import file_sha256, report_write_errors
 from .images import read_image, resize_square, scale_bar_corner
 from .manifest import _connected
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #e1f3ce2f
-def _run(tasks: list, what: str, n_jobs: int, progress: bool) -> Iterator:
-    "Results of delayed calls in threads, in order, with a progress bar."
-    work = Parallel(n_jobs, prefer="threads", return_as="generator")(tasks)
-    return iter(tqdm(work, what, len(tasks), disable=not progress, leave=False))
+def _run(function: Callable[[Any], Any], items: Sequence, what: str, n_jobs: int, progress: bool) -> Iterator:
+    "Results of a function for each item, by threads, in order, with a progress bar."
+    work = Parallel(n_jobs, prefer="threads", return_as="generator")(delayed(function)(item) for item in items)
+    return iter(tqdm(work, what, len(items), disable=not progress, leave=False))
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #e1de204c
-def _read_green_channel(path: str | os.PathLike, size: int) -> np.ndarray:
-    "Green channel of an image as a square, uint8 (size, size). Raises `ImageError`."
+def _read_green(path: str | os.PathLike, size: int = 224) -> np.ndarray:
+    "Green channel of an image as a square, uint8 (size, size). Raises `ImageError`, naming the file."
     return resize_square(np.ascontiguousarray(read_image(path)[..., 1]), size)
-
-# %% ../../nbs/01_data/50_near_duplicates.ipynb #020a6748
-def _read_green(paths: Sequence[str | os.PathLike], size: int = 224, n_jobs: int = 2, progress: bool = True) -> np.ndarray:
-    "Green channels of images, uint8 (n, size, size): 150 MB for 3,000 images. Raises `ImageError`, naming the file."
-    green = np.empty((len(paths), size, size), np.uint8)
-    tasks = [delayed(_read_green_channel)(path, size) for path in paths]
-    for place, image in enumerate(_run(tasks, "images", n_jobs, progress)):
-        green[place] = image
-    return green
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #917a4759
 def _comparable(size: int = 224) -> np.ndarray:
@@ -97,20 +93,34 @@ def _orient(image: np.ndarray, orientation: str) -> np.ndarray:
     return image[:: -1 if down else 1, :: -1 if across else 1]
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #909eb29f
-def _similar_thumbnails(green: np.ndarray, min_correlation: float = 0.9, side: int = 32, block: int = 1024) -> pd.DataFrame:
-    "Pairs a < b of images whose thumbnails correlate in one of the eight orientations; block: rows compared at a time."
-    resized = [cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in green]
-    small = np.array(resized, np.float32).reshape(-1, side, side)
-    small -= small.mean((1, 2), keepdims=True)
-    small /= np.maximum(np.linalg.norm(small, axis=(1, 2), keepdims=True), side)  # flat images are similar to nothing
-    found, vectors = [], small.reshape(-1, side * side)
-    for orientation in _ORIENTATIONS:
-        turned = np.array([_orient(image, orientation) for image in small]).reshape(-1, side * side)
-        for start in range(0, max(len(small), 1), block):
-            a, b = np.nonzero(vectors[start : start + block] @ turned.T >= min_correlation)
-            a += start
-            found.append(pd.DataFrame({"a": a[a < b], "b": b[a < b], "orientation": orientation}))
-    return pd.concat(found, ignore_index=True)
+def _thumbnail(green: np.ndarray, side: int = 32) -> np.ndarray:
+    "A green channel at a small size, float32 (side, side), of mean 0 and length 1; flat images are shorter."
+    small = cv2.resize(green, (side, side), interpolation=cv2.INTER_AREA).astype(np.float32)
+    small -= small.mean()
+    return small / max(float(np.linalg.norm(small)), side)
+
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #e120e354
+def _block_means(thumbnail: np.ndarray, side: int = 8) -> np.ndarray:
+    "Means of the blocks of a thumbnail, float32 (side, side), times a block's side; NaN for a flat image, similar to nothing."
+    step = len(thumbnail) // side
+    means = thumbnail.reshape(side, step, side, step).mean((1, 3)) * step
+    return means if np.linalg.norm(thumbnail) > 0.9 else np.full_like(means, np.nan)
+
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #4009027c
+def _similar_means(means: np.ndarray, min_correlation: float = 0.9, block: int = 2048) -> pd.DataFrame:
+    "Pairs a < b of images, and an orientation of b, whose thumbnails may correlate; means: of their blocks, (n, 8, 8)."
+    size, half = (len(means), means.shape[1] ** 2), (means**2).sum((1, 2)).reshape(-1, 1) / 2
+    rows, found = np.hstack([means.reshape(size), -half, -np.ones_like(half)]), [np.empty((0, 3), int)]
+    for number, orientation in enumerate(_ORIENTATIONS):
+        turned = np.array([_orient(each, orientation) for each in means]).reshape(size)
+        columns = np.hstack([turned, np.ones_like(half), half])
+        for start in range(0, len(rows), block):
+            for begin in range(start, len(rows), block):  # minus half the squared distance of each pair
+                near = rows[start : start + block] @ columns[begin : begin + block].T >= min_correlation - 1 - 1e-4
+                a, b = np.nonzero(near)
+                found.append(np.stack([a + start, b + begin, np.full(len(a), number)], axis=1)[a + start < b + begin])
+    table = pd.DataFrame(np.concatenate(found), columns=["a", "b", "orientation"])
+    return table.assign(orientation=np.array(_ORIENTATIONS, object)[table["orientation"]])
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #802721b4
 _COLUMNS = ("a", "b", "kind", "orientation", "dx", "dy", "overlap", "votes", "ncc")
@@ -119,19 +129,36 @@ _COLUMNS = ("a", "b", "kind", "orientation", "dx", "dy", "overlap", "votes", "nc
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #6bed2417
 def find_duplicates(
     paths: Sequence[str | os.PathLike],  # images of any size
-    green: np.ndarray | None = None,  # green channels, uint8 (n, S, S); None: read here
     min_correlation: float = 0.95,  # NCC of the band-passed images of a copy
     n_jobs: int = 2,  # threads
     progress: bool = True,  # show bars
 ) -> pd.DataFrame:  # a, b, kind ("same file", "copy" or "flipped copy"), orientation, dx, dy, overlap, votes, ncc
-    "Pairs of images that show one field, whole: the same file, re-encoded, resized, flipped or turned."
-    green = _read_green(paths, n_jobs=n_jobs, progress=progress) if green is None else green
-    whole, rows = _comparable(green.shape[1]), []
-    for a, b, orientation in _similar_thumbnails(green).itertuples(index=False):
-        turned, mask = _orient(green[b], orientation), whole & _orient(whole, orientation)
-        rows.append((a, b, orientation, *_cross_correlation(_band_pass(green[a]), _band_pass(turned), 0, 0, mask)))
-    table = pd.DataFrame(rows, columns=["a", "b", "orientation", "ncc", "overlap"]).query("ncc >= @min_correlation")
-    table = table.sort_values("ncc", ascending=False, kind="stable").drop_duplicates(["a", "b"]).sort_values(["a", "b"])
+    "Pairs of images that show one field, whole: the same file, re-encoded, resized, flipped or turned. Raises `ImageError`."
+    means = _run(lambda path: _block_means(_thumbnail(_read_green(path))), paths, "thumbnails", n_jobs, progress)
+    return _check_copies(paths, np.array(list(means)).reshape(-1, 8, 8), min_correlation, n_jobs, progress)
+
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #eb5693cd
+def _cached(read: Callable[[int], np.ndarray], n_images: int = 256) -> Callable[[int], np.ndarray]:
+    "A function of an image's number that keeps its last results, since one image is compared with several."
+    return functools.lru_cache(n_images)(read)
+
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #31d03a33
+def _check_copies(paths: Sequence, means: np.ndarray, min_correlation: float, n_jobs: int, progress: bool) -> pd.DataFrame:
+    "Compare the candidates among images at full size; means: of the blocks of their thumbnails, (n, 8, 8)."
+    green = _cached(lambda place: _read_green(paths[place]))
+
+    def check(row: Any) -> tuple[float, float]:
+        first, second = green(row.a), _orient(green(row.b), row.orientation)
+        if np.vdot(_thumbnail(first), _orient(_thumbnail(green(row.b)), row.orientation)) < 0.9:
+            return -1.0, 0.0
+        whole = _comparable(len(first))
+        return _cross_correlation(_band_pass(first), _band_pass(second), 0, 0, whole & _orient(whole, row.orientation))
+
+    table = _similar_means(means, 0.9)
+    checked = list(_run(check, list(table.itertuples()), "copies", n_jobs, progress))
+    table[["ncc", "overlap"]] = np.array(checked, float).reshape(-1, 2)
+    table = table[table["ncc"] >= min_correlation].sort_values("ncc", ascending=False, kind="stable")
+    table = table.drop_duplicates(["a", "b"]).sort_values(["a", "b"])
     digests = {place: file_sha256(paths[place]) for place in {*table["a"], *table["b"]}}
     table = table.assign(kind=np.where(table["orientation"] == "none", "copy", "flipped copy"), dx=0.0, dy=0.0, votes=0)
     table.loc[table["a"].map(digests) == table["b"].map(digests), "kind"] = "same file"
@@ -146,7 +173,7 @@ def _with_paths(table: pd.DataFrame, paths: Sequence[str | os.PathLike]) -> pd.D
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #4b55743f
 def _keypoints(green: np.ndarray, n_keypoints: int = 150) -> tuple[np.ndarray, np.ndarray]:
-    "The most distinctive points of an image (x, y, diameter), and their upright RootSIFT descriptors, float16 (n, 128)."
+    "The most distinctive points of an image (x, y, diameter), float32 (n, 3), and their SIFT descriptors, uint8 (n, 128)."
     image = cv2.createCLAHE(2.0, (4, 4)).apply(green)  # evens out the contrast of pale and dark smears
     sift = cv2.SIFT_create(3 * n_keypoints, contrastThreshold=0.01, edgeThreshold=20)  # type: ignore[attr-defined]
     found: dict = {}
@@ -155,39 +182,149 @@ def _keypoints(green: np.ndarray, n_keypoints: int = 150) -> tuple[np.ndarray, n
         found.setdefault((round(point.pt[0], 1), round(point.pt[1], 1), round(point.size, 1)), point)
     points = sorted(found.values(), key=lambda point: -point.response)[:n_keypoints]
     if not points:
-        return np.zeros((0, 3), np.float32), np.zeros((0, 128), np.float16)
+        return np.zeros((0, 3), np.float32), np.zeros((0, 128), np.uint8)
     points, values = sift.compute(image, points)
-    roots = np.sqrt(values / np.maximum(values.sum(1, keepdims=True), 1e-6))
-    return np.array([(*point.pt, point.size) for point in points], np.float32), roots.astype(np.float16)
+    return np.array([(*point.pt, point.size) for point in points], np.float32), values.astype(np.uint8)
+
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #df0f638c
+def _root_sift(descriptors: np.ndarray) -> np.ndarray:
+    "SIFT descriptors, uint8 (n, 128), as RootSIFT, float32 of length 1."
+    values = descriptors.astype(np.float32)
+    return np.sqrt(values / np.maximum(values.sum(1, keepdims=True), 1e-6)).astype(np.float16).astype(np.float32)
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #8d1d049f
-def _match_keypoints(points: np.ndarray, descriptors: np.ndarray, owner: np.ndarray, seed: int = 0) -> np.ndarray:
-    "Pairs of similar points of different images, int (M, 2): every point looked up among all; owner: image of each."
+_POINT = np.dtype(
+    [(name, "u4") for name in ("number", "image")]
+    + [(name, "f4") for name in ("x", "y", "size")]
+    + [("descriptor", "u1", 128), ("indexed", "?")]
+)
+_MATCH = np.dtype(
+    [(name, "u4") for name in ("query", "first", "second", "a", "b")] + [(name, "f4") for name in ("dx", "dy", "squared")]
+)
+# query: the point that was looked up; first, second: the two points, of images a < b; squared: distance of the descriptors.
+
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #dda8cb08
+class _Bins:
+    "Rows in files of a folder, one file for each bin, so that memory holds one bin at a time; a bin is read once."
+
+    def __init__(self, folder: Path, dtype: np.dtype):
+        self.folder, self.dtype = folder, dtype
+        folder.mkdir()
+
+    def add(self, rows: np.ndarray, bins: np.ndarray) -> None:
+        "Append rows to the files of their bins. Raises `OutputError`."
+        for number in np.unique(bins):
+            path = self.folder / f"{number}"
+            with report_write_errors(path), open(path, "ab") as file:
+                file.write(rows[bins == number].tobytes())
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for path in sorted(self.folder.iterdir(), key=lambda path: int(path.name)):
+            rows = np.frombuffer(path.read_bytes(), self.dtype)
+            path.unlink()
+            yield rows
+
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #63cb54b1
+_POINTS_AT_ONCE = 400_000  # in one index; more are divided into parts of half as many
+_IMAGES_AT_ONCE = 2048  # whose matches are in memory
+
+
+def _part_centres(paths: Sequence[str | os.PathLike], n_keypoints: int, seed: int) -> np.ndarray:
+    "Centres of the parts by k-means of the descriptors of 300 images, float32 (k, 128); one part where all points fit."
+    most = len(paths) * n_keypoints
+    if most <= _POINTS_AT_ONCE:
+        return np.zeros((1, 128), np.float32)
+    some = np.random.default_rng(seed).choice(len(paths), min(300, len(paths)), replace=False)
+    vectors = np.concatenate([_root_sift(_keypoints(_read_green(paths[place]), n_keypoints)[1]) for place in some])
+    n_parts = min(-(-2 * most // _POINTS_AT_ONCE), len(vectors))
+    return kmeans2(vectors, n_parts, minit="++", seed=seed)[0] if n_parts else np.zeros((1, 128), np.float32)
+
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #6cd48f13
+class _Points:
+    "Collects the points of images, in their order, and divides them into parts."
+
+    def __init__(self, folder: Path, centres: np.ndarray, n_parts: int = 3):
+        self.bins, self.centres, self.n_parts = _Bins(folder / "points", _POINT), centres, n_parts
+        self.waiting: list[np.ndarray] = []
+        self.images = self.number = 0
+
+    def add(self, points: np.ndarray, descriptors: np.ndarray) -> None:
+        "Add the points of the next image. Raises `OutputError`."
+        rows = np.zeros(len(points), _POINT)
+        rows["number"], rows["image"] = self.number + np.arange(len(points)), self.images
+        rows["x"], rows["y"], rows["size"], rows["descriptor"] = *points.T, descriptors
+        self.waiting.append(rows)
+        self.images, self.number = self.images + 1, self.number + len(points)
+        if len(self.waiting) >= 256:
+            self.write()
+
+    def write(self) -> None:
+        "Write what was added: a point is indexed in its nearest part, and looked up in the next ones, too. Raises `OutputError`."
+        rows = np.concatenate([np.zeros(0, _POINT), *self.waiting])
+        nearness = _root_sift(rows["descriptor"]) @ self.centres.T - (self.centres**2).sum(1) / 2
+        for rank, parts in enumerate(np.argsort(-nearness, axis=1)[:, : self.n_parts].T):
+            rows["indexed"] = rank == 0
+            self.bins.add(rows, parts)
+        self.waiting = []
+
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #458b2deb
+def _match_points(rows: np.ndarray, seed: int = 0, at_once: int = 16_384) -> Iterator[np.ndarray]:
+    "Matches (_MATCH) of the points of a part (_POINT): every point looked up among the indexed ones, some at a time."
+    known = rows[rows["indexed"]]
+    if not len(known):
+        return
     cv2.setRNGSeed(seed)
-    vectors = descriptors.astype(np.float32)
+    vectors = _root_sift(known["descriptor"])
     index = cv2.flann.Index(vectors, {"algorithm": 1, "trees": 4})  # type: ignore[attr-defined]
-    nearest, squared = index.knnSearch(vectors, min(20, len(vectors)), params={"checks": 64})
-    ratio = points[:, 2][:, None] / points[nearest, 2]
-    alike = (1 - squared / 2 > 0.8) & (owner[nearest] != owner[:, None]) & (ratio < 1.3) & (ratio > 1 / 1.3)
-    row, column = np.nonzero(alike & (np.cumsum(alike, axis=1) <= 4))
-    return np.stack([row, nearest[row, column]], axis=1).astype(np.int64)
+    for start in range(0, len(rows), at_once):
+        asked = rows[start : start + at_once]
+        nearest, squared = index.knnSearch(_root_sift(asked["descriptor"]), min(20, len(known)), params={"checks": 64})
+        ratio = asked["size"][:, None] / known["size"][nearest]
+        alike = (1 - squared / 2 > 0.8) & (known["image"][nearest] != asked["image"][:, None]) & (ratio < 1.3) & (ratio > 1 / 1.3)
+        row, column = np.nonzero(alike & (np.cumsum(alike, axis=1) <= 4))
+        yield _match_rows(asked[row], known[nearest[row, column]], squared[row, column])
+
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #266e99f9
+def _match_rows(query: np.ndarray, found: np.ndarray, squared: np.ndarray) -> np.ndarray:
+    "Matches (_MATCH) of points (_POINT) with the points that were found for them; the image of the lower number first."
+    rows, turn = np.empty(len(query), _MATCH), query["image"] > found["image"]
+    rows["query"], rows["squared"] = query["number"], squared
+    for names, name in ((("first", "second"), "number"), (("a", "b"), "image")):
+        for column, ends in zip(names, ((found, query), (query, found))):
+            rows[column] = np.where(turn, ends[0][name], ends[1][name])
+    for column, name in (("dx", "x"), ("dy", "y")):
+        rows[column] = np.where(turn, found[name] - query[name], query[name] - found[name])
+    return rows
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #25e9a736
-def _vote_shifts(matches: np.ndarray, points: np.ndarray, owner: np.ndarray, size: int = 224, min_votes: int = 4) -> pd.DataFrame:
-    "Pairs of images on whose shift several matches agree (Hough voting): a, b, votes, and dx, dy in pixels."
-    turn = owner[matches[:, 0]] > owner[matches[:, 1]]
-    matches = np.unique(np.where(turn[:, None], matches[:, ::-1], matches), axis=0)
-    a, b = owner[matches[:, 0]], owner[matches[:, 1]]
-    shift, images = points[matches[:, 0], :2] - points[matches[:, 1], :2], int(owner.max(initial=0)) + 1
+def _vote_shifts(matches: np.ndarray, images: int, size: int = 224, min_votes: int = 4) -> pd.DataFrame:
+    "Pairs of images on whose shift several matches (_MATCH) agree (Hough voting): a, b, votes, and dx, dy in pixels."
+    ends = matches["first"].astype(np.uint64) << np.uint64(32) | matches["second"]
+    matches = matches[np.unique(ends, return_index=True)[1]]
+    pair, shift = matches["a"].astype(np.int64) * images + matches["b"], np.stack([matches["dx"], matches["dy"]], axis=1)
     found = []
     for grid in ((0, 0), (0, 0.5), (0.5, 0), (0.5, 0.5)):
         column, row = (np.floor(shift * 28 / size + grid) + 32).astype(np.int64).T
-        bins, inverse, votes = np.unique(((a * images + b) * 64 + column) * 64 + row, return_inverse=True, return_counts=True)
+        bins, inverse, votes = np.unique((pair * 64 + column) * 64 + row, return_inverse=True, return_counts=True)
         dx, dy = (np.bincount(inverse, shift[:, axis], len(bins)) / votes for axis in (0, 1))
         found.append(pd.DataFrame({"pair": bins // 4096, "votes": votes, "dx": dx, "dy": dy})[votes >= min_votes])
     table = pd.concat(found).sort_values(["votes", "pair"], ascending=[False, True], kind="stable").drop_duplicates("pair")
     table = table.assign(a=table["pair"] // images, b=table["pair"] % images).sort_values("pair")
     return table[["a", "b", "votes", "dx", "dy"]].reset_index(drop=True)
+
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #f17392a9
+def _propose_overlaps(store: _Points, folder: Path, seed: int = 0) -> pd.DataFrame:
+    "Pairs of images by the votes of their points (`_vote_shifts`), some points or images at a time. Raises `OutputError`."
+    found, pairs = _Bins(folder / "found", _MATCH), _Bins(folder / "pairs", _MATCH)
+    for part in store.bins:
+        for rows in _match_points(part, seed):
+            found.add(rows, rows["query"] // (_IMAGES_AT_ONCE * 150))
+    for rows in found:  # the four best of each point, whatever part they are of
+        rows = rows[np.lexsort((rows["squared"], rows["query"]))]
+        kept = rows[pd.Series(rows["query"]).groupby(rows["query"]).cumcount().to_numpy() < 4]
+        pairs.add(kept, kept["a"] // _IMAGES_AT_ONCE)
+    tables = [_vote_shifts(rows, store.images) for rows in pairs]
+    return pd.concat(tables, ignore_index=True) if tables else _vote_shifts(np.zeros(0, _MATCH), 1)
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #8992c6ef
 def _is_overlap(votes: np.ndarray, ncc: np.ndarray, overlap: np.ndarray) -> np.ndarray:
@@ -197,31 +334,33 @@ def _is_overlap(votes: np.ndarray, ncc: np.ndarray, overlap: np.ndarray) -> np.n
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #db708ef9
 def find_overlaps(
     paths: Sequence[str | os.PathLike],  # images of any size, taken at one magnification
-    green: np.ndarray | None = None,  # green channels, uint8 (n, S, S); None: read here
     n_jobs: int = 2,  # threads
     n_keypoints: int = 150,  # described in each image
     seed: int = 0,  # of the index
     progress: bool = True,  # show bars
 ) -> pd.DataFrame:  # columns of find_duplicates, with kind "overlap"
-    "Pairs of images whose fields of view overlap, unturned and unflipped, by about 3 % of their area or more."
-    green = _read_green(paths, n_jobs=n_jobs, progress=progress) if green is None else green
-    size = green.shape[1]
-    described = list(_run([delayed(_keypoints)(image, n_keypoints) for image in green], "points", n_jobs, progress))
-    owner = np.repeat(np.arange(len(described)), [len(points) for points, _ in described])
-    if not len(owner):
-        return pd.DataFrame(columns=list(_COLUMNS))
-    points, descriptions = (np.concatenate(part) for part in zip(*described))
-    matches = _match_keypoints(points, descriptions, owner, seed)
-    table = _vote_shifts(matches, points, owner, size)
-    mask = _comparable(size)
+    "Pairs of images whose fields of view overlap, unturned, by about 3 % of their area or more. Raises `ImageError`."
+    with tempfile.TemporaryDirectory() as folder:
+        store = _Points(Path(folder), _part_centres(paths, n_keypoints, seed))
+        for found in _run(lambda path: _keypoints(_read_green(path), n_keypoints), paths, "points", n_jobs, progress):
+            store.add(*found)
+        store.write()
+        proposed = _propose_overlaps(store, Path(folder), seed)
+    return _check_overlaps(paths, proposed, n_jobs, progress)
 
-    def check(row) -> tuple:
-        return _align(_band_pass(green[row.a]), _band_pass(green[row.b]), row.dx, row.dy, mask)
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #f2e6d99c
+def _check_overlaps(paths: Sequence, proposed: pd.DataFrame, n_jobs: int, progress: bool, size: int = 224) -> pd.DataFrame:
+    "Align the proposed pairs, and keep the true ones."
+    band_passed, mask = _cached(lambda place: _band_pass(_read_green(paths[place], size))), _comparable(size)
 
-    checked = list(_run([delayed(check)(row) for row in table.itertuples()], "alignment", n_jobs, progress))
+    def check(row: Any) -> tuple:
+        return _align(band_passed(row.a), band_passed(row.b), row.dx, row.dy, mask)
+
+    checked = list(_run(check, list(proposed.itertuples()), "alignment", n_jobs, progress))
+    table = proposed.assign(kind="overlap", orientation="none")
     table[["ncc", "overlap", "dx", "dy"]] = np.array(checked, float).reshape(-1, 4)
     table = table[_is_overlap(table["votes"], table["ncc"], table["overlap"])]
-    return _with_paths(table.assign(kind="overlap", orientation="none", dx=table["dx"] / size, dy=table["dy"] / size), paths)
+    return _with_paths(table.assign(dx=table["dx"] / size, dy=table["dy"] / size), paths)
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #06248214
 def group_images(
@@ -239,12 +378,21 @@ def find_near_duplicates(
     seed: int = 0,  # of the index
     progress: bool = True,  # show bars
 ) -> pd.DataFrame:  # columns of find_duplicates, each pair once
-    "All pairs of images that show the same thing: copies, flipped copies and overlapping fields. Raises `ImageError`."
-    green = _read_green(paths, n_jobs=n_jobs, progress=progress)
-    found = [
-        find_duplicates(paths, green, n_jobs=n_jobs, progress=progress),
-        find_overlaps(paths, green, n_jobs=n_jobs, seed=seed, progress=progress),
-    ]
+    "All pairs of images that show the same: copies, flipped copies, overlapping fields. Raises `ImageError`, `OutputError`."
+
+    def describe(path: str | os.PathLike) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+        green = _read_green(path)
+        return _block_means(_thumbnail(green)), _keypoints(green)
+
+    means = np.empty((len(paths), 8, 8), np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        store = _Points(Path(folder), _part_centres(paths, 150, seed))
+        for place, (mean, points) in enumerate(_run(describe, paths, "images", n_jobs, progress)):
+            means[place] = mean
+            store.add(*points)
+        store.write()
+        proposed = _propose_overlaps(store, Path(folder), seed)
+    found = [_check_copies(paths, means, 0.95, n_jobs, progress), _check_overlaps(paths, proposed, n_jobs, progress)]
     return pd.concat([table for table in found if len(table)] or found[:1]).drop_duplicates(["a", "b"]).reset_index(drop=True)
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #a9cb3ec9

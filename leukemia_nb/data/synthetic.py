@@ -317,7 +317,7 @@ def make_smear(
     seed: int = 0,  # same seed, same image to the byte
     height: int = 768,  # in pixels, 16 at least
     width: int = 1024,  # in pixels, 16 at least
-    spurious_correlation: float = 0.5,  # 0-1: proportion of images that surely come from the site of their class
+    spurious_correlation: float = 0.5,  # 0-1: proportion of images assigned to the site of their class; others: any site
     site: str | None = None,  # A, B, C or D, whatever spurious_correlation says
 ) -> Smear:  # image uint8 (H, W, 3) RGB, its true cells int32 and nuclei bool
     "A blood smear with white blood cells of one class. Raises ValueError for unknown names and sizes below 16."

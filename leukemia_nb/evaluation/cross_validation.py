@@ -24,7 +24,7 @@ def repeated_cross_val_predict(
     n_repeats: int = 1,  # with other folds each time
     random_state: int = 0,  # of the folds and of every random_state of the estimator
     n_jobs: int | None = None,  # folds fitted at once
-    permuted: Sequence[np.ndarray] | None = None,  # labels (n,) to fit in each repeat instead of y, in the folds of the first
+    permuted: Sequence[np.ndarray] | None = None,  # permuted labels (n,) of each repeat, fitted and scored instead of y
 ) -> pd.DataFrame:  # predictions, subset fold, with the columns repeat and group
     "Out-of-fold predictions. Raises ValueError if a class has fewer groups than folds."
     from sklearn.base import clone
@@ -36,7 +36,7 @@ def repeated_cross_val_predict(
         if (n_groups := len(np.unique(group[labels == name]))) < n_splits:
             raise ValueError(f"{name} has {n_groups} groups, {n_splits} folds need at least as many. Use fewer folds.")
     pairs, tables = y.index.astype(str), []
-    known = pd.DataFrame({"pair": pairs, "path": pairs, "subset": "fold", "class": labels, "group": group})
+    known = pd.DataFrame({"pair": pairs, "path": pairs, "subset": "fold", "group": group})
     for repeat, fitted in enumerate([labels] * n_repeats if permuted is None else permuted):
         if permuted is None or repeat == 0:
             splits = list(
@@ -45,7 +45,8 @@ def repeated_cross_val_predict(
         model = clone(estimator)
         model.set_params(**{name: random_state + repeat for name in model.get_params() if name.split("__")[-1] == "random_state"})
         values = cross_val_predict(model, X, fitted, cv=splits, n_jobs=n_jobs, method="predict_proba")
-        tables.append(known.assign(repeat=repeat, **{f"p_{name}": values[:, i] for i, name in enumerate(classes)}))
+        columns = {"class": fitted, "repeat": repeat} | {f"p_{name}": values[:, i] for i, name in enumerate(classes)}
+        tables.append(known.assign(**columns))
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/04_evaluation/50_cross_validation.ipynb #f716b5a4

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLOPPER_PEARSON', 'clopper_pearson', 'format_proportion', 'Interval', 'korn_graubard_interval', 'group_labels',
-           'cluster_bootstrap', 'compare_model_pairs', 'significance_sentence', 'difference_figure']
+           'two_way_interval', 'cluster_bootstrap', 'compare_model_pairs', 'significance_sentence', 'difference_figure']
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #cf09af81
 from collections.abc import Iterable, Mapping, Sequence
@@ -82,18 +82,23 @@ def korn_graubard_interval(
     confidence_level: float = 0.95,  # nominal coverage probability of the interval
 ) -> Interval:
     "A proportion with its Korn-Graubard interval for an ICC of 1; 0 to 1 for a single group. Raises ValueError."
+    values, group = _grouped_values(values, groups)
+    return _effective_interval(values, int(group.max()) + 1, _effective_sample_size(group), confidence_level, _KORN_GRAUBARD)
+
+
+def _effective_interval(values: np.ndarray, n_groups: int, n_effective: float, confidence_level: float, method: str) -> Interval:
+    "Clopper-Pearson interval on an effective sample size, with Korn and Graubard's degrees of freedom."
     from scipy.stats import beta, t
 
-    values, group = _grouped_values(values, groups)
     if values.min() < 0 or values.max() > 1:
         raise ValueError("a proportion needs values between 0 and 1.")
-    mean, n, n_effective, tail = values.mean(), len(values), _effective_sample_size(group), (1 - confidence_level) / 2
+    mean, n, tail = values.mean(), len(values), (1 - confidence_level) / 2
     ratio = t.isf(tail, n - 1) / t.isf(tail, n_effective - 1) if n_effective > 1 else float(n == 1)
     trials = max(1e-6, n_effective * ratio**2)
     correct = mean * trials
     low = beta.ppf(tail, correct, trials - correct + 1) if mean > 0 else 0.0
     high = beta.ppf(1 - tail, correct + 1, trials - correct) if mean < 1 else 1.0
-    return Interval(float(mean), float(low), float(high), n, int(group.max()) + 1, n_effective, _KORN_GRAUBARD)
+    return Interval(float(mean), float(low), float(high), n, n_groups, n_effective, method)
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #de5029c7
 def _grouped_values(values: Sequence[float] | np.ndarray, groups: Sequence | np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -113,6 +118,22 @@ def group_labels(
 ) -> list[str]:  # one per pair
     "Group of each pair, in order; a pair without a group is a group of its own."
     return [str((groups or {}).get(pair, f"alone:{pair}")) for pair in pairs]
+
+# %% ../../nbs/04_evaluation/20_uncertainty.ipynb #a4c01e51
+def two_way_interval(
+    values: Sequence[float] | np.ndarray,  # (n,) between 0 and 1, such as correct (1) or wrong (0)
+    rows: Sequence | np.ndarray,  # (n,) group of the one part, such as the image of the cells
+    columns: Sequence | np.ndarray,  # (n,) group of the other part, such as the image of the background
+    confidence_level: float = 0.95,  # nominal coverage probability of the interval
+) -> Interval:
+    "A proportion with its interval where two kinds of groups cross. Raises ValueError."
+    (values, row), column = _grouped_values(values, rows), _grouped_values(values, columns)[1]
+    mean, n_groups = values.mean(), min(row.max(), column.max()) + 1
+    both = row * (column.max() + 1) + column
+    squares = [(np.bincount(group, values - mean) ** 2).sum() for group in (row, column, both)]
+    variance = (squares[0] + squares[1] - squares[2]) / len(values) ** 2
+    n_effective = min(float(len(values)), mean * (1 - mean) / variance) if variance > 0 else float(n_groups)
+    return _effective_interval(values, int(n_groups), n_effective, confidence_level, "Clopper-Pearson (two-way clusters)")
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #fcab5620
 def cluster_bootstrap(

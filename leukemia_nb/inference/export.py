@@ -277,6 +277,17 @@ def _describe_model(model: ImageClassifier, train: Pairs, val: Pairs, segmentati
         "card": card,
     }
 
+# %% ../../nbs/06_inference/50_export.ipynb #c0ffee12
+def _threshold_and_cover(seen: dict[str, Any], temperature: float, constants: Any) -> tuple[dict[str, float], dict[str, float]]:
+    "Thresholds chosen on the images of val with cells, and the coverage of val and test by all three rules."
+    confidence = {name: calibrate(part["probabilities"], temperature).max(axis=1) for name, part in seen.items()}
+    distance = {name: ood_distance(part, constants) for name, part in seen.items()}
+    cells = {name: part["n_cells"] > 0 for name, part in seen.items()}
+    on = cells["val"] if cells["val"].any() else ~cells["val"]
+    thresholds = choose_thresholds(confidence["val"][on], distance["val"][on])
+    covered = {name: _accepts(confidence[name], distance[name], thresholds) & cells[name] for name in seen}
+    return thresholds, {name: float(part.mean()) for name, part in covered.items()}
+
 # %% ../../nbs/06_inference/50_export.ipynb #257fc731
 def export_model(
     model: ImageClassifier,  # trained
@@ -289,27 +300,26 @@ def export_model(
     card: str = "",  # model card, Markdown
     of_train: Mapping[str, np.ndarray] | None = None,  # features (n, d) and statistics (n, 15) of train; None: computed
     note: str = "",  # why near-duplicates of training images are in val, from calibration_pairs
+    network: ModelProto | None = None,  # from export_network; None: exported here, from the framework
+    expected: np.ndarray | None = None,  # probabilities (n, k) of test by the framework; None: predicted here
 ) -> dict[str, Any]:  # the description in the file, and difference, bytes
-    "Write a model file. Raises ModelError where its probabilities differ from the framework's by 1e-4 or more."
+    "Write a model file. Raises ModelError where its probabilities (or features) differ by 1e-4 (1e-3) from those expected."
     from leukemia_nb.evaluation.uncertainty import clopper_pearson
 
-    network = export_network(model)
+    network = network or export_network(model)
     seen = {name: _run_exported(network, model, pairs, count=True) for name, pairs in (("val", val), ("test", test))}
-    difference = float(np.abs(seen["test"]["probabilities"] - model.predict_proba(test)).max())
+    expected = model.predict_proba(test) if expected is None else expected
+    difference = float(np.abs(seen["test"]["probabilities"] - expected).max())
     if not difference < 1e-4:
-        raise ModelError(
-            f"{file}: not written, its probabilities differ by {difference:.1e} from those of {model.name}. Report this."
-        )
+        raise ModelError(f"{file}: not written, probabilities differ by {difference:.1e} from {model.name}'s. Report this.")
+    few = slice(None, None, max(1, len(train) // 8))
+    given = of_train["features"][few] if of_train else None
+    if given is not None and not np.allclose(given, _run_exported(network, model, train[few])["features"], 1e-3, 1e-3):
+        raise ModelError(f"{file}: not written, the features given for training images are not those of {model.name}.")
     fitted_on = of_train or _run_exported(network, model, train)
     constants = fit_ood(fitted_on, train.labels, seen["val"], model.classes_, model.entry.input == "cells")
     temperature, reason = _fit_safe_temperature(val.labels, seen["val"]["probabilities"], model.classes_)
-    confidence = {name: calibrate(seen[name]["probabilities"], temperature).max(axis=1) for name in ("val", "test")}
-    distance = {name: ood_distance(seen[name], constants) for name in ("val", "test")}
-    cells = {name: seen[name]["n_cells"] > 0 for name in ("val", "test")}
-    chosen_on = cells["val"] if cells["val"].any() else np.ones(len(val), bool)
-    thresholds = choose_thresholds(confidence["val"][chosen_on], distance["val"][chosen_on])
-    accepted = {name: _accepts(confidence[name], distance[name], thresholds) & cells[name] for name in ("val", "test")}
-    coverage = {name: float(each.mean()) for name, each in accepted.items()}
+    thresholds, coverage = _threshold_and_cover(seen, temperature, constants)
     n_correct = int((model.classes_[seen["test"]["probabilities"].argmax(axis=1)] == test.labels).sum())
     low, high = clopper_pearson(n_correct, len(test))
     tested = {"n_correct": n_correct, "images": len(test), "low": low, "high": high, "split": split}

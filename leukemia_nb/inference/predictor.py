@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import base64
 import functools
+import itertools
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import cv2
@@ -226,6 +228,7 @@ def run_network(
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #b14b17b4
 _NETWORK_BATCH = 4  # images prepared and given to the network at a time: as fast as more, in a fraction of the memory
+_READ_AHEAD = 8  # such batches begun before the results of earlier ones are taken
 
 
 def _network_inputs(session: Any, prepared: Sequence[PreparedImage]) -> Iterator[dict[str, np.ndarray]]:
@@ -266,10 +269,16 @@ class _Network:
         self.channels = ("original", "segmented") if self.info["input"] == "pair" else ("original",)
 
     def _in_threads(self, function: Callable[[Sequence[Any]], Any], images: Sequence[Any]) -> Iterator[Any]:
-        "Results for a few images at a time, in order, by two threads; a thread reads images while the network has others."
+        "Results for a few images at a time, in order, by two threads; one reads images while the network has the other's."
         yield function(images[:1])  # alone: two threads must not import the same part of a library at once
+        waiting: deque[Future[Any]] = deque()
         with ThreadPoolExecutor(min(2, self.threads or 2)) as pool:
-            yield from pool.map(function, (images[i : i + _NETWORK_BATCH] for i in range(1, len(images), _NETWORK_BATCH)))
+            for start in range(1, len(images), _NETWORK_BATCH):
+                waiting.append(pool.submit(function, images[start : start + _NETWORK_BATCH]))
+                if len(waiting) > _READ_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
     def _judge(self, prepared: Sequence[PreparedImage]) -> tuple[np.ndarray, np.ndarray]:
         "Calibrated probabilities (n, k) and OOD distances (n,)."
@@ -312,13 +321,14 @@ class Predictor(_Network):
     def iter_report(self, images: Any, batch_size: int = 32) -> Iterator[Predictions]:
         "Reports batch by batch; an image that cannot be read is a row with its problem."
         every = _image_list(images)
+        parts = self._in_threads(lambda part: _rows(self, [prepare_image(each, self.info) for each in part]), every)
+        rows = itertools.chain.from_iterable(parts)
         for start in range(0, len(every), batch_size):
             batch = every[start : start + batch_size]
-            parts = self._in_threads(lambda part: _rows(self, [prepare_image(each, self.info) for each in part]), batch)
-            yield Predictions([row for part in parts for row in part], self.info, batch)
+            yield Predictions(list(itertools.islice(rows, len(batch))), self.info, batch)
 
     def report(self, images: Any, batch_size: int = 32) -> Predictions:
-        "Predictions of all images with what is known of them; `batch_size` images are in memory at a time."
+        "Predictions of all images with what is known of them; no more than a few of the images are opened at a time."
         every = _image_list(images)
         return Predictions([row for part in self.iter_report(every, batch_size) for row in part.rows], self.info, every)
 

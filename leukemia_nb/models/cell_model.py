@@ -8,7 +8,7 @@ __all__ = ['COLOURS', 'recolour_cell', 'transfer_colours', 'Cells', 'aggregate_c
 
 # %% ../../nbs/03_models/50_cell_model.ipynb #214f12e7
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,8 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.utils.validation import check_is_fitted
 
 from .classifier import HISTORY_COLUMNS, ImageClassifier, Images, read_batches
-from ..processing.cells import FEATURE_NAMES, SIDE, cell_crops, cell_features
+from ..data.files import read_table
+from ..processing.cells import FEATURE_NAMES, SIDE, _sample_cells, cell_crops, cell_features
 from ..processing.colour import colour_statistics, reinhard_transfer
 from ..processing.dataset import Pairs
 
@@ -202,6 +203,17 @@ def _crop_images(images: Images, seed: int) -> Iterable[tuple[np.ndarray, np.nda
     read = ((pairs.read([i])[0], pairs.read([i], "cells")[0]) for i in range(len(pairs)))
     return (cell_crops(image, cells, seed=seed) for image, cells in read)
 
+# %% ../../nbs/03_models/50_cell_model.ipynb #dd113dbd
+def _read_cells(file: Path, pairs: Sequence[str], seed: int) -> np.ndarray:
+    "Aggregated features of the cells of pairs, of at most ten cells of each as in `cell_crops`."
+    table = read_table(file)
+    found = table.groupby("pair").indices
+    places = [np.asarray(found.get(pair, []), int) for pair in pairs]
+    places = [each[_sample_cells(len(each), 10, seed)] for each in places]
+    values = table[list(FEATURE_NAMES)].to_numpy(np.float32)[np.concatenate(places)]
+    index = np.repeat(np.arange(len(places)), [len(each) for each in places])
+    return aggregate_cells(Cells(values, index, len(places)))
+
 # %% ../../nbs/03_models/50_cell_model.ipynb #df4f1e39
 class CellClassifier(ImageClassifier):
     "White blood cells described one by one, without background, and aggregated to a prediction of the image."
@@ -238,6 +250,11 @@ class CellClassifier(ImageClassifier):
 
     def _extract(self, batch: Any) -> np.ndarray:
         return aggregate_cells(batch)
+
+    def stored_features(self, pairs: Pairs, run: str | Path) -> np.ndarray | None:
+        "Aggregated features of the cells of unflipped pairs, from the step *prepare*."
+        file = Path(run) / "cell_features.csv"
+        return _read_cells(file, pairs.table["pair"].astype(str), self.seed) if file.is_file() else None
 
     def _fit(self, dataset: Path, feature_file: Path | None) -> None:
         _fit_cells(self, dataset)

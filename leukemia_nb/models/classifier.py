@@ -230,6 +230,10 @@ class ImageClassifier(_Interface):
         "Input of the classification head (penultimate-layer features), for out-of-distribution distances and neighbours."
         return self._in_batches(self._extract, images)
 
+    def stored_features(self, pairs: Pairs, run: str | Path) -> np.ndarray | None:  # float32 (n, d)
+        "What `extract_features` gives, from files that earlier steps have left in a run folder; None where there are none."
+        return None
+
     def save(self, folder: str | Path) -> Path:
         "Write the model's folder, complete or not at all; one that is there is replaced. Raises `ModelError`."
         return _save_model(self, Path(folder))

@@ -226,6 +226,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
 # %% ../../nbs/03_models/10_interface.ipynb #d6c48a29
 def load_model(
     folder: str | Path,  # written by ImageClassifier.save
+    network: bool = True,  # False: without what needs its framework, so it cannot predict
 ) -> "ImageClassifier":  # trained
     "The model of a folder; it predicts what it predicted before it was saved. Raises `ModelError` where files were changed."
     import numpy as np
@@ -240,7 +241,8 @@ def load_model(
         model.weights_source_, model.constant_predictor_ = facts["weights_source"], facts["constant_predictor"]
         model.best_epoch_ = facts.get("best_epoch")
         model.history_ = pd.read_csv(folder / "history.csv")
-        model._load(folder)
+        if network:
+            model._load(folder)
     except (ModelError, ImportError, MemoryError):
         raise
     except Exception as error:  # a framework's own error about a file that was changed together with its checksum

@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -231,17 +231,18 @@ def read_features(
     return {key: array[rows] if array.ndim else array for key, array in arrays.items()}
 
 # %% ../../nbs/03_models/20_transfer.ipynb #4a02223e
-def _read_matching(path: Path, expected: str, parts: Mapping[str, Pairs], channels: tuple[str, ...]) -> list[np.ndarray]:
-    "Features of each subset, channels side by side. Raises `ModelError` for those of other images, weights or settings."
+def _read_matching(path: Path, model: "KerasClassifier", parts: Iterable[Pairs]) -> list[np.ndarray]:
+    "Features of image pairs, channels side by side. Raises `ModelError` for those of other images, weights or settings."
     arrays, again = read_features(path), "Compute the features again."
+    expected = _describe_features(model.entry.backbone, model.weights_source_, model.preprocessing, model.image_size)
     if (found := str(arrays["made_with"])) != expected:
         raise ModelError(f"{path}: features made with {found}, and the model needs {expected}. {again}")
-    features = []
-    for subset, part in parts.items():
-        rows = arrays["subset"] == subset
-        if not np.array_equal(arrays["pair"][rows], part.table["pair"].astype(str)):
+    known, features = pd.DataFrame({key: arrays[key] for key in ("pair", "flip", "subset")}).drop_duplicates(), []
+    for part in parts:
+        rows = pd.MultiIndex.from_frame(known).get_indexer(pd.MultiIndex.from_frame(part.table[list(known)].astype(str)))
+        if (rows < 0).any():
             raise ModelError(f"{path}: features of another dataset. {again}")
-        features.append(np.hstack([arrays[channel][rows] for channel in channels]))
+        features.append(np.hstack([arrays[channel][known.index[rows]] for channel in model.channels]))
     return features
 
 # %% ../../nbs/03_models/20_transfer.ipynb #80d59c6b
@@ -268,12 +269,12 @@ def _join(backbone: "Model", head: "Model", channels: tuple[str, ...], name: str
     "The network from pixels, one input for each channel, to probabilities."
     keras = import_keras()
     inputs = [keras.Input(backbone.input_shape[1:], name=channel) for channel in channels]
-    maps = [backbone(pixels) for pixels in inputs]
     if len(inputs) == 1:
-        features = keras.layers.GlobalAveragePooling2D(name="features")(maps[0])
+        features = keras.layers.GlobalAveragePooling2D(name="features")(backbone(inputs[0]))
         return keras.Model(inputs[0], head(features), name=name)
-    pool = keras.layers.GlobalAveragePooling2D()
-    features = keras.layers.Concatenate(name="features")([pool(each) for each in maps])
+    pixels = keras.ops.reshape(keras.ops.stack(inputs, axis=1), (-1, *backbone.input_shape[1:]))
+    pooled = keras.layers.GlobalAveragePooling2D()(backbone(pixels))
+    features = keras.layers.Identity(name="features")(keras.ops.reshape(pooled, (-1, len(inputs) * pooled.shape[-1])))
     return keras.Model(inputs, head(features), name=name)
 
 # %% ../../nbs/03_models/20_transfer.ipynb #9ca3f872
@@ -318,8 +319,7 @@ def _feature_data(model: "KerasClassifier", parts: Mapping[str, Pairs], backbone
     if path is None:
         x, x_val = [np.hstack(compute_features(part, backbone, model.channels)) for part in parts.values()]
     else:
-        made_with = _describe_features(model.entry.backbone, model.weights_source_, model.preprocessing, model.image_size)
-        x, x_val = _read_matching(path, made_with, parts, model.channels)
+        x, x_val = _read_matching(path, model, parts.values())
     y, y_val = [model._targets(part.labels) for part in parts.values()]
     return {"x": x, "y": y, "validation_data": (x_val, y_val), "batch_size": model.batch_size}
 
@@ -356,6 +356,12 @@ class KerasClassifier(ImageClassifier):
         if self._extractor is None or self._extractor.inputs[0] is not self.network_.inputs[0]:
             self._extractor = import_keras().Model(self.network_.inputs, self.network_.get_layer("features").output)
         return self._extractor.predict(self._inputs(batch), verbose=0)
+
+    def stored_features(self, pairs: Pairs, run: str | Path) -> np.ndarray | None:
+        "Features of a frozen backbone, from the step *features*; None of one that was trained. Raises `ModelError` for others."
+        file = Path(run) / "features" / f"{self.entry.backbone}.npz"
+        trained = self.fine_tune or self.weights_source_ == _RANDOM
+        return None if trained or not file.is_file() else _read_matching(file, self, [pairs])[0]
 
     def _save(self, folder: Path) -> None:
         self.network_.save(folder / "model.keras")

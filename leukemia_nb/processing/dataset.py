@@ -9,7 +9,7 @@ __all__ = ['flip', 'save_pair', 'prepare_pairs', 'prepare_folder', 'oversample_w
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -154,6 +154,16 @@ def _cell_rows(pair: str, folder: Path, original: str, cells: str) -> pd.DataFra
     table = cell_table(_read_png(folder / original), _read_png(folder / cells))
     return table.assign(pair=pair)[["pair", *table.columns]]
 
+# %% ../../nbs/02_processing/30_dataset.ipynb #dc90e4bb
+def _cell_tables(pairs: pd.DataFrame, folder: Path, n_jobs: int | None, at_once: int = 512) -> Iterator[pd.DataFrame]:
+    "Features of the cells of the pairs in a prepared folder, some hundred images at a time."
+    if pairs.empty:
+        yield pd.DataFrame(columns=["pair", "cell"])
+    for start in range(0, len(pairs), at_once):
+        rows = pairs.iloc[start : start + at_once].itertuples()
+        calls = [(row.pair, folder, row.original, row.cells) for row in rows]
+        yield pd.concat(run_tasks(_cell_rows, calls, folder.parent, "image", n_jobs))
+
 # %% ../../nbs/02_processing/30_dataset.ipynb #bdad2707
 def prepare_folder(
     data: str | os.PathLike,  # one folder of images per class
@@ -175,9 +185,7 @@ def prepare_folder(
         write_table(out / "manifest.csv", manifest)
         pairs = prepare_pairs(manifest, out / "prepared", size, segmentation, n_jobs)
         good = pairs[pairs["problem"] == ""]
-        calls = [(row.pair, out / "prepared", row.original, row.cells) for row in good.itertuples()]
-        tables = run_tasks(_cell_rows, calls, out, "image", n_jobs)
-        write_table(out / "cell_features.csv", pd.concat(tables) if tables else pd.DataFrame(columns=["pair", "cell"]))
+        write_table(out / "cell_features.csv", _cell_tables(good, out / "prepared", n_jobs))
         write_table(out / "pairs.csv", pairs)
     return pairs
 

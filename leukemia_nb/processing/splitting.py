@@ -7,6 +7,7 @@ __all__ = ['SplitError', 'smallest_class', 'usable_pairs', 'check_split', 'split
            'image_groups', 'read_split']
 
 # %% ../../nbs/02_processing/40_splitting.ipynb #62feb711
+import bisect
 import codecs
 import csv
 import io
@@ -14,7 +15,8 @@ import os
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence, Set
 from fractions import Fraction
 from math import floor
 from pathlib import Path
@@ -73,14 +75,15 @@ def _assign_groups(sizes: Sequence[int], capacity: dict[str, int], generator: np
     order = sorted(generator.permutation(len(sizes)), key=lambda group: -sizes[group])
     large = [group for group in order if sizes[group] > 1]
     for _ in range(100):
-        left, subsets = dict(capacity), [""] * len(sizes)
+        left, subsets, filled = dict(capacity), [""] * len(sizes), set[str]()
         for group in large:
             fit = [subset for subset in left if left[subset] >= sizes[group]]
             if fit:
                 chances = np.array([left[subset] for subset in fit], float)
                 subsets[group] = fit[generator.choice(len(fit), p=chances / chances.sum())]
             else:  # an empty subset first
-                subsets[group] = max(left, key=lambda subset: (subset not in subsets, left[subset]))
+                subsets[group] = max(left, key=lambda subset: (subset not in filled, left[subset]))
+            filled.add(subsets[group])
             left[subsets[group]] -= sizes[group]
         if min(left.values()) >= 0:
             break
@@ -309,17 +312,19 @@ def _image_parts(path: str | os.PathLike) -> tuple[str, ...]:
     )
 
 # %% ../../nbs/02_processing/40_splitting.ipynb #5c1e7a15
-def _matches(name: str, images: Mapping[str, tuple[str, ...]], folders: Sequence, once: bool) -> tuple[list[str], bool]:
-    "Images (real path: parts) that a listed path may mean, and whether by its name alone, which needs that no other row has it."
+def _matches(name: str, images: Set[str], ends: list, folders: Sequence, once: bool) -> tuple[list[str], bool]:
+    "Images (real paths) that a listed path may mean, and whether by its name alone, which needs that no other row has it."
+    # ends: each image's parts in reverse, and the image, sorted, so that paths that end alike stand side by side
     files = [os.path.realpath(os.path.join(folder, each)) for folder in folders for each in {name, name.replace("\\", "/")}]
     if exact := sorted({file for file in files if file in images}):
         return exact, False
     parts = _parts(name)
     if not parts or any(map(os.path.exists, files)):
         return [], False  # a file that is none of the images
-    tails = {image: len(os.path.commonprefix([parts[::-1], each[::-1]])) for image, each in images.items()}
-    longest = max(tails.values(), default=0)
-    found = [image for image, tail in tails.items() if tail == longest and tail]
+    place = bisect.bisect(ends, (parts[::-1], ""))
+    near = [(len(os.path.commonprefix([parts[::-1], end])), image) for end, image in ends[max(place - 2, 0) : place + 2]]
+    longest = max((tail for tail, _ in near), default=0)
+    found = sorted(image for tail, image in near if tail == longest and tail)
     if longest != 1 or len(parts) == 1:
         return found, False
     return (found, True) if once and len(found) == 1 else ([], False)
@@ -335,10 +340,11 @@ def image_groups(
     listed = read_groups(path)
     parts = {os.path.realpath(image): _image_parts(image) for image in images}
     folders = [Path(path).absolute().parent, *([data] if data else []), os.getcwd()]
-    times = listed["path"].drop_duplicates().map(lambda name: _parts(name)[-1:]).value_counts()
+    ends = sorted((each[::-1], image) for image, each in parts.items())
+    times = Counter(_parts(name)[-1:] for name in listed["path"].unique())
     meant, renamed = [], []
     for name in listed["path"]:
-        found, by_name = _matches(name, parts, folders, times.get(_parts(name)[-1:], 0) == 1)
+        found, by_name = _matches(name, parts.keys(), ends, folders, times[_parts(name)[-1:]] == 1)
         if len(found) > 1:
             raise SplitError(f"{path}: {name} may mean {found[0]} or {found[1]}. Write more of its path.")
         meant.append(found[0] if found else "")

@@ -50,8 +50,8 @@ def _interval(low: float, high: float) -> str:
     return f"95 % CI {100 * low:.1f}–{100 * high:.1f}" if pd.notna(low) else "no 95 % CI: a single group"
 
 # %% ../../nbs/07_study/30_cards.ipynb #7554468f
-_STATUSES = ("Partly reported", "Not reported", "Not done", "Not in this run", "Not applicable")
-_STATUSES += ("High risk of bias", "High concern", "Unclear")  # of PROBAST+AI
+_STATUSES = {"Partly reported", "Not reported", "Not done", "Not in this run", "Not applicable"}
+_STATUSES |= {"High risk of bias", "High concern", "Unclear"}  # of PROBAST+AI
 
 
 def _split_status(text: str) -> tuple[str, str]:

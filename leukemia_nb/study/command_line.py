@@ -48,7 +48,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     name="leukemia_nb",
     cls=_Commands,
-    help="Acute lymphoblastic leukaemia in blood-smear images: a reference study, and what its accuracy is worth. "
+    help="Acute lymphoblastic leukaemia in blood-smear images: a reference study and a shortcut audit of its models. "
     "For research use only; nothing it prints is medical advice.",
     no_args_is_help=True,
     add_completion=False,
@@ -379,8 +379,7 @@ def _run_study(options: dict[str, Any], run: Path | None, cluster: str, redo: li
         options["models"] = tuple(name.strip() for name in options["models"].split(",") if name.strip())
     options["model_settings"] = tuple(options.pop("model_setting", ()))
     settings = replace(StudySettings() if data else SYNTHETIC_STUDY, **options)
-    time = "" if data else " About 10 minutes on 2 cores."
-    heading = [f"{pluralise(len(study_steps(settings)), 'step')} into {where}; each that is finished is kept.{time}"]
+    heading = [f"{pluralise(len(study_steps(settings)), 'step')} into {where}; each that is finished is kept."]
 
     def log(line: str) -> None:
         while heading:  # before the first line: run_study has checked the settings by then

@@ -473,8 +473,8 @@ def _run_steps(steps: list[Step], run: Run, again: set[str], workers: Workers, l
             threads = max(1, (os.cpu_count() or 1) // min(workers.per_machine, 1 + len(beside[step.name])))
             yield step, run, step.name in again, _kernel_variables(threads), others
 
-    for record in workers.map(_attempt, start):
-        log(f"  {record['step']}: {_outcome(record)}")
+    for ended, record in enumerate(workers.map(_attempt, start), 1):
+        log(f"[{ended}/{len(steps)}] {record['step']}: {_outcome(record)}")
         free += 1
         if "error" in record:
             errors.append(record["error"])

@@ -111,7 +111,7 @@ class StudySettings:
     batch_size: int | None = None  # images in a step; None: each model's own default
     model_settings: tuple[str, ...] = ()  # settings of single models, as "model:setting=value"
     seed: int = 0  # of the synthetic smears, split, flips and training
-    audit_images: int = 200  # test and validation images for composites; at most 60 test images for robustness, 30 for saliency
+    audit_images: int = 200  # test images for composites; at most 60 of them for robustness, 30 for saliency
     cv_repeats: int = 3  # repeats of the cross-validation
     n_jobs: int = 1  # processes that prepare images, threads of the near-duplicate search and the cross-validation
 
@@ -176,7 +176,7 @@ def _check_settings(settings: StudySettings) -> None:
 
 # %% ../../nbs/07_study/18_settings.ipynb #ab86d4c2
 SYNTHETIC_STUDY = StudySettings(
-    train_size=0.55, test_size=0.3, image_size=96, weights="random", epochs=7, batch_size=16, audit_images=108, cv_repeats=1
+    train_size=0.55, test_size=0.3, image_size=96, weights="random", epochs=7, batch_size=16, audit_images=60, cv_repeats=1
 )
 
 # %% ../../nbs/07_study/18_settings.ipynb #71817378
@@ -297,7 +297,7 @@ def _check_space(settings: StudySettings, run: Run, images: int) -> None:
     prepared = images or settings.per_class * settings.classes
     area = 3 * settings.image_size**2  # bytes of an image; as PNG about half of it
     smears = 0 if images else prepared * 3 * 288 * 384 // 2
-    planned = prepared * area + smears + settings.audit_images * 6 * area + 40_000_000 * len(settings.models) + 10_000_000
+    planned = prepared * area + smears + settings.audit_images * 16 * area + 40_000_000 * len(settings.models) + 10_000_000
     left = planned - sum(file.stat().st_size for file in run.folder.rglob("*") if file.is_file())
     existing = next(folder for folder in (run.folder, *run.folder.absolute().parents) if folder.is_dir())
     if (free := shutil.disk_usage(existing).free) < left:
