@@ -257,25 +257,6 @@ OF_TABLES = {
 SIZES = {"points": [5000, 10000], "split, grouped": [2000, 8000]}  # of stages that take long
 
 
-def compare_parts(data: Path, n_images: int = 1000, n_parts: int = 8) -> dict:
-    "Overlaps among the first real images by one index of all points, and by so many parts of them: how many both find."
-    import pandas as pd
-
-    from leukemia_nb.data import near_duplicates as finder
-
-    files = [str(data / "taleqani" / name) for name in pd.read_csv(data / "taleqani_fields.csv")["file"][:n_images]]
-    found, images_at_once = [], finder._POINTS_AT_ONCE // 150
-    for at_once in (150 * len(files), -(-2 * 150 * len(files) // n_parts)):
-        finder._POINTS_AT_ONCE = at_once
-        pairs = finder.find_overlaps(files, n_jobs=1, progress=False)
-        found.append(dict(zip(zip(pairs["a"], pairs["b"]), pairs["votes"].astype(int))))
-    one, parts = found
-    lost = [one[pair] for pair in one.keys() - parts.keys()]
-    counts = {"one_index": len(one), "in_parts": len(parts), "both": len(one.keys() & parts.keys())}
-    counts |= {"images_in_one_index": images_at_once, "n_parts": n_parts}
-    return {"images": len(files)} | counts | {"most_votes_of_the_lost": max(lost, default=0)}
-
-
 def inside(stage: str, argument: str) -> None:
     "Measure one stage; printed as JSON on the last line."
     import pandas  # noqa: F401
@@ -359,14 +340,10 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, nargs="*", default=[500, 2000, 8000], help="numbers of synthetic images")
     parser.add_argument("--tables", type=int, nargs="*", default=[2000, 20000, 200000], help="numbers of rows")
     parser.add_argument("--only", nargs="*", default=[], help="stages to be measured; all where left out")
-    parser.add_argument("--real", type=Path, help="folder of the real images: compare one index of all points with parts, only")
     parser.add_argument("--into", default="stages", help="key of the results; 'before' with the code of another checkout")
     parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
         inside(*options.inside)
-    elif options.real:
-        kept = json.loads(RESULTS.read_text(encoding="utf-8")) | {"real_images": compare_parts(options.real)}
-        RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     else:
         main(options.images, options.tables, options.only, options.into)
