@@ -130,7 +130,8 @@ def dummy_model_file(
         "features": features / scale,
         "statistics": image_statistics(np.stack([each.square for each in prepared if each.square is not None])),
     }
-    constants = fit_ood(seen, labels, seen)
+    seen["probabilities"] = np.repeat(np.eye(len(classes)), smears, axis=0)
+    constants = fit_ood(seen, labels, seen, classes)
     write_model_file(path, _dummy_network(kind, size, means / scale, scale), info, constants)
     return Path(path)
 

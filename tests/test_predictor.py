@@ -214,6 +214,21 @@ def test_distance_by_hand():
         fit_mahalanobis(values * np.inf, np.repeat(["a", "b"], 4))
 
 
+def test_distance_to_the_predicted_class_by_hand():
+    """Class a varies along x, class b along y; a small class has the covariance of all."""
+    a, b = np.array([[-2.0, 0], [2, 0], [0, 1], [0, -1]] * 4), np.array([[0.0, -2], [0, 2], [1, 0], [-1, 0]] * 4) + [10, 0]
+    fitted = fit_mahalanobis(np.r_[a, b], [0] * 16 + [1] * 16, by_class=True)
+    assert fitted["whitening"].shape == (2, 2, 2) and fitted["centroids"].shape == (2, 2)
+    point = np.array([[4.0, 0]])
+    of_a, of_b = (mahalanobis_distance(point, fitted, np.array([place]))[0] for place in (0, 1))
+    assert of_a < of_b and mahalanobis_distance(point, fitted)[0] == of_a
+    along, across = (mahalanobis_distance(np.array([shift]), fitted, np.array([0]))[0] for shift in ([4.0, 0], [0, 4.0]))
+    assert across > 1.5 * along  # class a hardly varies along y
+    small = fit_mahalanobis(np.r_[a, b[:3]], [0] * 16 + [1] * 3, by_class=True)
+    shared = fit_mahalanobis(np.r_[a, b[:3]], [0] * 16 + [1] * 3)
+    assert np.allclose(small["whitening"][1], shared["whitening"]) and not np.allclose(small["whitening"][0], shared["whitening"])
+
+
 def test_distance_of_more_features_than_images():
     rng = np.random.default_rng(0)
     values = rng.normal(size=(30, 300))
@@ -225,15 +240,14 @@ def test_distance_of_more_features_than_images():
 
 def test_the_larger_distance_counts_relative_to_its_percentile():
     rng = np.random.default_rng(0)
-    train = {"features": rng.normal(size=(80, 4)), "statistics": rng.normal(size=(80, 15))}
-    labels = np.repeat(["a", "b"], 40)
-    constants = fit_ood(train, labels, train)
-    single = {kind: fit_mahalanobis(train[kind], labels) for kind in train}
-    relative = [
-        mahalanobis_distance(train[kind], single[kind]) / np.quantile(mahalanobis_distance(train[kind], single[kind]), 0.975)
-        for kind in train
-    ]
-    assert np.allclose(ood_distance(train["features"], train["statistics"], constants), np.maximum(*relative), atol=1e-4)
+    train = {"features": rng.normal(size=(80, 4)), "statistics": rng.normal(size=(80, 15)), "probabilities": rng.random((80, 2))}
+    labels, predicted = np.repeat(["b", "a"], 40), train["probabilities"].argmax(axis=1)  # columns: b, a
+    constants = fit_ood(train, labels, train, ["b", "a"])
+    features = mahalanobis_distance(train["features"], fit_mahalanobis(train["features"], labels))
+    fitted = fit_mahalanobis(train["statistics"], labels, by_class=True)
+    statistics = mahalanobis_distance(train["statistics"], fitted, 1 - predicted)  # rows of the centroids: a, b
+    relative = [distance / np.quantile(distance, 0.975) for distance in (features, statistics)]
+    assert np.allclose(ood_distance(train, constants), np.maximum(*relative), atol=1e-4)
 
 
 # Predictions

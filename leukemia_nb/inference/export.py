@@ -281,7 +281,7 @@ def _describe_model(model: ImageClassifier, train: Pairs, val: Pairs, segmentati
 def _threshold_and_cover(seen: dict[str, Any], temperature: float, constants: Any) -> tuple[dict[str, float], dict[str, float]]:
     "Thresholds chosen on the images of val with cells, and the coverage of val and test by all three rules."
     confidence = {name: calibrate(part["probabilities"], temperature).max(axis=1) for name, part in seen.items()}
-    distance = {name: ood_distance(part["features"], part["statistics"], constants) for name, part in seen.items()}
+    distance = {name: ood_distance(part, constants) for name, part in seen.items()}
     cells = {name: part["n_cells"] > 0 for name, part in seen.items()}
     on = cells["val"] if cells["val"].any() else ~cells["val"]
     thresholds = choose_thresholds(confidence["val"][on], distance["val"][on])
@@ -316,7 +316,8 @@ def export_model(
     given = of_train["features"][few] if of_train else None
     if given is not None and not np.allclose(given, _run_exported(network, model, train[few])["features"], 1e-3, 1e-3):
         raise ModelError(f"{file}: not written, the features given for training images are not those of {model.name}.")
-    constants = fit_ood(of_train or _run_exported(network, model, train), train.labels, seen["val"], model.entry.input == "cells")
+    fitted_on = of_train or _run_exported(network, model, train)
+    constants = fit_ood(fitted_on, train.labels, seen["val"], model.classes_, model.entry.input == "cells")
     temperature, reason = _fit_safe_temperature(val.labels, seen["val"]["probabilities"], model.classes_)
     thresholds, coverage = _threshold_and_cover(seen, temperature, constants)
     n_correct = int((model.classes_[seen["test"]["probabilities"].argmax(axis=1)] == test.labels).sum())

@@ -30,7 +30,7 @@ else:  # loaded when they are used; the names are for the documentation
 __all__ = ['write_model_file', 'ModelFile', 'open_model_file']
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #7a4b97b2
-_FORMAT = 4  # of model files; files of another format are refused
+_FORMAT = 5  # of model files; files of another format are refused
 _DIGITS = 64  # of a SHA-256, at the end of a file
 
 

@@ -42,13 +42,13 @@ def _edge_strength(images: np.ndarray) -> np.ndarray:
 # %% ../../nbs/06_inference/10_ood.ipynb #e1b5492c
 def fit_mahalanobis(
     values: np.ndarray,  # float (n, d), vectors of the training images
-    labels: Sequence[str] | np.ndarray,  # n class names
+    labels: Sequence | np.ndarray,  # n classes; sorted, they are the rows of the centroids
     standardise: bool = False,  # divide each column by its standard deviation, for columns of different units
     max_components: int = 96,  # principal components kept
+    by_class: bool = False,  # a covariance for each class: whitening (k, r, r)
 ) -> dict[str, np.ndarray]:  # float32: mean (d,), scale (d,), axes (d, r), whitening (r, r), centroids (k, r), residual ()
     "Fit the constants of `mahalanobis_distance`. Needs scikit-learn. Raises ModelError for values that are not finite."
     from scipy.linalg import eigh
-    from sklearn.covariance import LedoitWolf
 
     if not np.isfinite(values).all():
         raise ModelError("features of the training images are not finite. Train the model again, with a lower learning_rate.")
@@ -61,25 +61,37 @@ def fit_mahalanobis(
     scores = centred @ axes
     names, index = np.unique(labels, return_inverse=True)
     centroids = np.stack([scores[index == i].mean(axis=0) for i in range(len(names))])
-    precision = LedoitWolf(assume_centered=True).fit(scores - centroids[index]).precision_
-    whitening = np.linalg.cholesky(precision)
+    whitening = _whitening(scores - centroids[index], index if by_class else None)
+    centroids = np.stack([centroid @ whitening[i if by_class else 0] for i, centroid in enumerate(centroids)])
     variance, kept = (centred**2).sum(axis=1).mean(), (scores**2).sum(axis=1).mean()
     residual = max(variance - kept, variance / 1000, 1e-12)  # a floor above the rounding errors of float32
-    fitted = dict(mean=mean, scale=scale, axes=axes, whitening=whitening, centroids=centroids @ whitening, residual=residual)
+    whitening = whitening if by_class else whitening[0]
+    fitted = dict(mean=mean, scale=scale, axes=axes, whitening=whitening, centroids=centroids, residual=residual)
     return {name: np.asarray(value, np.float32) for name, value in fitted.items()}
+
+
+def _whitening(residuals: np.ndarray, index: np.ndarray | None) -> np.ndarray:
+    "Whitening matrices (k, r, r) of residuals (n, r): one, or one for each class of `index` (n,), shared by small classes."
+    from sklearn.covariance import LedoitWolf
+
+    parts = [residuals] if index is None else [residuals[index == i] for i in range(index.max() + 1)]
+    parts = [part if len(part) > 2 * residuals.shape[1] else residuals for part in parts]
+    return np.stack([np.linalg.cholesky(LedoitWolf(assume_centered=True).fit(part).precision_) for part in parts])
 
 # %% ../../nbs/06_inference/10_ood.ipynb #5eac3ff9
 def mahalanobis_distance(
     values: np.ndarray,  # float (n, d)
     fitted: Mapping[str, np.ndarray],  # from fit_mahalanobis
+    predicted: np.ndarray | None = None,  # int (n,), row of the centroid to measure from; None: the nearest
 ) -> np.ndarray:  # float (n,), about 1 for a training image
-    "Distance to the nearest class centroid, as a root mean square over the components."
+    "Distance to a class centroid, as a root mean square over the components."
     centred = (values - fitted["mean"]) / fitted["scale"]
-    scores = centred @ fitted["axes"]
+    scores, (n_classes, r) = centred @ fitted["axes"], fitted["centroids"].shape
     outside = np.maximum((centred**2).sum(axis=1) - (scores**2).sum(axis=1), 0) / fitted["residual"]
-    difference = (scores @ fitted["whitening"])[:, None] - fitted["centroids"]
-    nearest = (difference**2).sum(axis=2).min(axis=1)
-    return np.sqrt((nearest + outside) / (len(fitted["whitening"]) + 1))
+    whitening = np.broadcast_to(fitted["whitening"], (n_classes, r, r))
+    squared = ((scores @ whitening - fitted["centroids"][:, None]) ** 2).sum(axis=2)  # (k, n)
+    from_class = squared.min(axis=0) if predicted is None else squared[predicted, np.arange(len(values))]
+    return np.sqrt((from_class + outside) / (r + 1))
 
 # %% ../../nbs/06_inference/10_ood.ipynb #692b929d
 _DISTANCES = ("features", "statistics")
@@ -88,27 +100,30 @@ _DISTANCES = ("features", "statistics")
 def fit_ood(
     train: Mapping[str, np.ndarray],  # "features" (n, d) and "statistics" (n, 15) of the training images
     labels: Sequence[str] | np.ndarray,  # n class names
-    validation: Mapping[str, np.ndarray],  # the same two arrays of the validation images
+    validation: Mapping[str, np.ndarray],  # the same two arrays of the validation images, and "probabilities" (m, k)
+    classes: Sequence[str] | np.ndarray,  # class names, in the order of the probabilities
     standardise: bool = False,  # the features have different units, as those of the single-cell model
 ) -> dict[str, np.ndarray]:  # float32 arrays named features_mean, …, statistics_percentile
     "Fit both distances on training images and their percentiles on validation images."
-    constants: dict[str, np.ndarray] = {}
+    index, constants = np.array([list(classes).index(label) for label in labels]), {}
     for kind in _DISTANCES:
-        fitted = fit_mahalanobis(train[kind], labels, standardise and kind == "features")
-        percentile = np.quantile(mahalanobis_distance(validation[kind], fitted), 0.975)
+        of_statistics = kind == "statistics"
+        fitted = fit_mahalanobis(train[kind], index, standardise and not of_statistics, by_class=of_statistics)
+        predicted = validation["probabilities"].argmax(axis=1) if of_statistics else None
+        percentile = np.quantile(mahalanobis_distance(validation[kind], fitted, predicted), 0.975)
         fitted["percentile"] = np.asarray(max(percentile, 1e-6), np.float32)
         constants |= {f"{kind}_{name}": value for name, value in fitted.items()}
     return constants
 
 # %% ../../nbs/06_inference/10_ood.ipynb #411fff96
 def ood_distance(
-    features: np.ndarray,  # float (n, d), features of a model
-    statistics: np.ndarray,  # float (n, 15), from image_statistics
+    found: Mapping[str, np.ndarray],  # features (n, d), statistics (n, 15) and probabilities (n, k), as run_network gives them
     constants: Mapping[str, np.ndarray],  # from fit_ood
 ) -> np.ndarray:  # float (n,): at most about 1 for an image like the training images
-    "The larger of the two distances, each as a multiple of its 97.5th percentile."
-    distances = []
-    for kind, values in zip(_DISTANCES, (features, statistics)):
+    "The larger of two distances (features: nearest class; statistics: predicted class), each over its 97.5th percentile."
+    distances, predicted = [], found["probabilities"].argmax(axis=1)
+    for kind in _DISTANCES:
         fitted = {name.removeprefix(f"{kind}_"): value for name, value in constants.items() if name.startswith(f"{kind}_")}
-        distances.append(mahalanobis_distance(values, fitted) / fitted["percentile"])
+        distance = mahalanobis_distance(found[kind], fitted, predicted if kind == "statistics" else None)
+        distances.append(distance / fitted["percentile"])
     return np.maximum(*distances)

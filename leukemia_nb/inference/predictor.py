@@ -284,7 +284,7 @@ class _Network:
         "Calibrated probabilities (n, k) and OOD distances (n,)."
         found = run_network(self.session, prepared)
         probabilities = calibrate(found["probabilities"], self.info["temperature"])
-        return probabilities, ood_distance(found["features"], found["statistics"], self.constants)
+        return probabilities, ood_distance(found, self.constants)
 
     def predict_proba(self, images: Any) -> np.ndarray:
         "Calibrated probabilities (n, k), columns as `classes_`. Raises ImageError."
