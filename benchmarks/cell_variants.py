@@ -15,11 +15,14 @@ import argparse
 import json
 import pickle
 import time
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import pandas as pd
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -31,6 +34,7 @@ from leukemia_nb.audit.patches import FEATURE_FAMILIES
 from leukemia_nb.audit.robustness import corrupt
 from leukemia_nb.data.files import atomic_path
 from leukemia_nb.data.images import read_image
+from leukemia_nb.data.manifest import CLASSES
 from leukemia_nb.evaluation.uncertainty import korn_graubard_interval
 from leukemia_nb.models.cell_model import Cells, aggregate_cells
 from leukemia_nb.processing.cells import (
@@ -142,32 +146,49 @@ def corrupted(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 SHAPE, CHROMATIN, TEXTURE, COLOUR, ALL = FEATURE_FAMILIES.values()
 INNER = tuple(name for name in ALL if name not in SHAPE)
 Part = tuple[str, tuple[str, ...], bool]  # block, names, whether the mean of the image's own reference patches is subtracted
-VARIANTS: dict[str, tuple[Part, ...]] = {
-    "All 39 features": (("plain", ALL, False),),
-    "Colour": (("plain", COLOUR, False),),
-    "Texture and granularity": (("plain", TEXTURE, False),),
-    "N:C ratio and chromatin density": (("plain", CHROMATIN, False),),
-    "Cell size and shape": (("plain", SHAPE, False),),
-    "Size, shape and nucleus": (("plain", SHAPE, False), ("nucleus", NUCLEUS, False)),
-    "Size, shape, nucleus, chromatin (levelled)": (
-        ("plain", SHAPE, False),
-        ("nucleus", NUCLEUS, False),
-        ("levelled", CHROMATIN, False),
-    ),
-    "All 39, levelled": (("levelled", ALL, False),),
-    "All 39, minus own background": (("plain", SHAPE, False), ("plain", INNER, True)),
-    "All 39, levelled, minus own background": (("plain", SHAPE, False), ("levelled", INNER, True)),
-    "Size, shape, nucleus, colour minus own background": (
-        ("plain", SHAPE, False),
-        ("nucleus", NUCLEUS, False),
-        ("levelled", COLOUR, True),
+LEVELLED: tuple[Part, ...] = (("plain", SHAPE, False), ("nucleus", NUCLEUS, False), ("levelled", INNER, False))
+
+
+TRAINING = {"not augmented": 0, "augmented": 2, "augmented, with other classes' colours": 3}  # sets that are added to training
+
+
+class Variant(NamedTuple):
+    "Features that a model of cells may be given."
+
+    kind: str  # what sets it apart from the others of the figure
+    parts: tuple[Part, ...]
+    training: tuple[str, ...] = ("augmented",)  # keys of TRAINING
+    removed: int = 0  # directions in which background patches of training images vary most, taken out of the features
+
+
+VARIANTS: dict[str, Variant] = {
+    "All 39 features": Variant("families", (("plain", ALL, False),), tuple(TRAINING)),
+    "Colour": Variant("families", (("plain", COLOUR, False),)),
+    "Texture and granularity": Variant("families", (("plain", TEXTURE, False),)),
+    "N:C ratio and chromatin density": Variant("families", (("plain", CHROMATIN, False),)),
+    "Cell size and shape": Variant("families", (("plain", SHAPE, False),)),
+    "Size, shape and nucleus": Variant("families", (("plain", SHAPE, False), ("nucleus", NUCLEUS, False))),
+    "Levelled": Variant("levelled", LEVELLED, tuple(TRAINING)[1:]),
+    "Levelled, minus own background": Variant(
+        "minus own background", (("plain", SHAPE, False), ("nucleus", NUCLEUS, False), ("levelled", INNER, True))
     ),
 }
-ERASED = {
-    f"{name}, background erased": name
-    for name in ("All 39 features", "All 39, levelled", "All 39, levelled, minus own background")
+VARIANTS |= {
+    f"Levelled, {n} background directions removed": Variant("directions removed", LEVELLED, tuple(TRAINING)[1 : 2 + (n == 60)], n)
+    for n in (5, 10, 20, 30, 40, 60)
 }
-VARIANTS |= {erased: VARIANTS[name] for erased, name in ERASED.items()}
+
+
+ATTRIBUTES: dict[str, tuple[str, str]] = {  # of WBCAtt -> block and feature; each without a unit
+    "Cell size (log area)": ("plain", "log area"),
+    "Cell shape (solidity)": ("plain", "solidity"),
+    "Nucleus shape (solidity)": ("nucleus", "solidity"),
+    "Nuclear-cytoplasmic ratio": ("nucleus", "N:C ratio"),
+    "Chromatin density (contrast to cytoplasm)": ("nucleus", "contrast"),
+    "Granularity (gradient at σ=1)": ("levelled", "gradient magnitude at σ=1"),
+    "Lightness (mean L)": ("levelled", "mean L"),
+    "Redness (mean A)": ("levelled", "mean A"),
+}
 
 
 def features(described: dict[str, list[np.ndarray]], which: str, parts: tuple[Part, ...]) -> np.ndarray:
@@ -181,37 +202,67 @@ def features(described: dict[str, list[np.ndarray]], which: str, parts: tuple[Pa
     return aggregate(own)
 
 
-def eraser(background: np.ndarray, y: np.ndarray) -> np.ndarray:
-    "Matrix (d, d) that takes out of features what is linearly related to the class in background patches (LEACE, Belrose 2023)."
-    centred, target = background - background.mean(axis=0), np.eye(3)[np.unique(y, return_inverse=True)[1]]
-    scale = background.std(axis=0) + 1e-6
-    values, vectors = np.linalg.eigh(np.cov((centred / scale).T) + 1e-3 * np.eye(len(scale)))
-    whiten, colour = (vectors * values**power @ vectors.T for power in (-0.5, 0.5))
-    related = whiten @ (centred / scale).T @ (target - target.mean(axis=0)) / len(y)
-    basis = np.linalg.svd(related, full_matrices=False)[0][:, :2]
-    return np.diag(scale) @ (np.eye(len(scale)) - colour @ basis @ basis.T @ whiten) @ np.diag(1 / scale)
+def projection(cells: np.ndarray, background: np.ndarray, y: np.ndarray, removed: int) -> np.ndarray:
+    "Matrix (d, d): features whitened within classes of cells, without the directions in which background patches vary most."
+    scale = cells.std(axis=0) + 1e-6
+    within = np.concatenate([cells[y == label] - cells[y == label].mean(axis=0) for label in np.unique(y)]) / scale
+    values, vectors = np.linalg.eigh(np.cov(within.T) + 0.05 * np.eye(len(scale)))
+    whiten = vectors * values**-0.5 @ vectors.T / scale[:, None]
+    patches = np.clip((background - background.mean(axis=0)) / scale, -30, 30) * scale @ whiten
+    directions = np.linalg.eigh(np.cov(patches.T))[1][:, len(scale) - removed :]
+    return whiten @ (np.eye(len(scale)) - directions @ directions.T)
+
+
+def select(sets: dict[str, dict], labels: dict[str, np.ndarray], floor: float) -> tuple[Part, ...]:
+    "Forward selection with removals on validation images: accuracy in cells, less twice the background patches' above a floor."
+    names = [(block, name) for block, chosen, _ in LEVELLED for name in chosen]
+    values = {
+        (name, which): features(sets[name], which, LEVELLED) for name in ("train", "val") for which in ("cells", "background")
+    }
+
+    @cache
+    def accuracy(chosen: frozenset, which: str) -> float:
+        columns = [place + shift for shift in (0, len(names)) for place in sorted(chosen)]
+        model = make_pipeline(StandardScaler(), LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.02))
+        return model.fit(values["train", which][:, columns], labels["train"]).score(
+            values["val", which][:, columns], labels["val"]
+        )
+
+    def aim(chosen: frozenset) -> float:
+        return accuracy(chosen, "cells") - 2 * max(0, accuracy(chosen, "background") - floor) if chosen else -1
+
+    best = max((frozenset([place]) for place in range(len(names))), key=aim)
+    while True:
+        new = max((best ^ {place} for place in range(len(names))), key=aim)
+        if aim(new) <= aim(best):
+            break
+        best = new
+    blocks = {block: tuple(name for place, (of, name) in enumerate(names) if of == block and place in best) for block, _ in names}
+    return tuple((block, chosen, False) for block, chosen in blocks.items() if chosen)
 
 
 def fit(X: np.ndarray, y: np.ndarray, X_val: np.ndarray, y_val: np.ndarray):
     "Of logistic regressions of three strengths and a forest, the best on validation images."
     models = [LogisticRegression(C=c, max_iter=1000, class_weight="balanced") for c in (0.01, 0.1, 1)]
-    models.append(RandomForestClassifier(200, class_weight="balanced", random_state=0, min_samples_leaf=2))
+    models.append(RandomForestClassifier(100, class_weight="balanced", random_state=0, min_samples_leaf=2))
     fitted = [make_pipeline(StandardScaler(), model).fit(X, y) for model in models]
     return max(fitted, key=lambda model: model.score(X_val, y_val))
 
 
-def measure(variant: str, sets: dict[str, dict], labels: dict[str, np.ndarray], augmented: bool) -> dict[str, np.ndarray]:
+def measure(variant: Variant, sets: dict[str, dict], labels: dict[str, np.ndarray], augmented: int) -> dict[str, np.ndarray]:
     "Whether each image is predicted correctly from a variant's features, in every set."
-    y, y_val, parts = labels["train"], labels["val"], VARIANTS[variant]
-    patches = features(sets["train"], "background", parts)
-    erase = eraser(patches, y).T if variant in ERASED else np.eye(patches.shape[1])
+    y, y_val, parts = labels["train"], labels["val"], variant.parts
+    project = np.eye(2 * sum(len(names) for _, names, _ in parts))
+    if variant.removed:
+        both = (features(sets["train"], which, parts) for which in ("cells", "background"))
+        project = projection(*both, y, variant.removed)
 
     def of(name: str, which: str = "cells") -> np.ndarray:
-        return features(sets[name], which, parts) @ erase
+        return features(sets[name], which, parts) @ project
 
-    more = [name for name in sets if name.startswith("augmented")] if augmented else []
+    more = sorted(name for name in sets if name.startswith("augmented"))[:augmented]
     model = fit(np.concatenate([of("train"), *map(of, more)]), np.tile(y, 1 + len(more)), of("val"), y_val)
-    control = fit(patches @ erase, y, of("val", "background"), y_val)
+    control = fit(of("train", "background"), y, of("val", "background"), y_val)
     found = {"validation": model.predict(of("val")) == y_val}
     found["background patches, validation"] = control.predict(of("val", "background")) == y_val
     found["background patches"] = control.predict(of("test", "background")) == labels["test"]
@@ -220,8 +271,35 @@ def measure(variant: str, sets: dict[str, dict], labels: dict[str, np.ndarray], 
     return found
 
 
+def measured_rows(name: str, variant: Variant, training: str, sets: dict, labels: dict, groups: dict) -> list[dict]:
+    "One row for each measure of a variant, with the Korn-Graubard interval of groups of near-duplicates."
+    rows = []
+    for which, correct in measure(variant, sets, labels, TRAINING[training]).items():
+        of = groups["val" if "validation" in which else "test"]
+        of = of[labels["test"] == "Normal"] if which.startswith("Normal") else of
+        found = korn_graubard_interval(correct.astype(float), of)
+        row = {"variant": name, "kind": variant.kind, "training": training, "measure": which}
+        row |= {"proportion": round(found.estimate, 4), "low": round(found.low, 4), "high": round(found.high, 4)}
+        rows.append(row | {"count": int(correct.sum()), "n": found.n, "groups": found.groups})
+    return rows
+
+
+def attributes_by_class(sets: dict[str, dict], labels: dict[str, np.ndarray]) -> list[dict]:
+    "Mean of each attribute by class and region, in standard deviations over all images of training, validation and test."
+    parts, rows = tuple((block, (name,), False) for block, name in ATTRIBUTES.values()), []
+    y = np.concatenate([labels[name] for name in ("train", "val", "test")])
+    for region in ("cells", "background"):
+        means = np.concatenate([features(sets[name], region, parts) for name in ("train", "val", "test")])[:, : len(parts)]
+        there = np.concatenate([[len(row) > 0 for row in sets[name][region]] for name in ("train", "val", "test")])
+        z = (means - means[there].mean(axis=0)) / means[there].std(axis=0)
+        for label in CLASSES:
+            mean = z[there & (y == label)].mean(axis=0).round(3).tolist()
+            rows += [{"region": region, "class": label, "attribute": name, "mean": m} for name, m in zip(ATTRIBUTES, mean)]
+    return rows
+
+
 def describe_all(table: pd.DataFrame, parts: dict[str, np.ndarray]) -> dict[str, dict]:
-    "Features of training, validation and test images, of two corrupted versions of training and of four of the test images."
+    "Features of training, validation and test images, of three changed versions of training and of four of the test images."
     cv2.setNumThreads(1)
     images = np.stack([read_image(path) for path in table["path"]])
     cells = np.stack([find_cells(image) for image in images])
@@ -240,6 +318,9 @@ def describe_all(table: pd.DataFrame, parts: dict[str, np.ndarray]) -> dict[str,
         rng = np.random.default_rng(seed)
         changed = np.stack([corrupted(images[i], rng) for i in parts["train"]])
         sets[f"augmented {seed}"] = describe_images(changed, reference["train"], cells[parts["train"]])
+    sets["augmented 3"] = transferred(
+        images[parts["train"]], cells[parts["train"]], table["class"].to_numpy(str)[parts["train"]], reference["train"]
+    )
     test, labels = images[parts["test"]], table["class"].to_numpy(str)[parts["test"]]
     changed = {"jpeg": corrupt(test, "jpeg", 50), "blur": corrupt(test, "blur", 1)}
     for kind in ("mixed_next", "cell_colour"):
@@ -248,6 +329,11 @@ def describe_all(table: pd.DataFrame, parts: dict[str, np.ndarray]) -> dict[str,
         sets[name] = describe_images(made, reference["test"])
         print(name, round(time.process_time()), flush=True)
     return sets
+
+
+def transferred(images: np.ndarray, cells: np.ndarray, labels: np.ndarray, reference: dict) -> dict[str, list[np.ndarray]]:
+    "Features of training images whose cells have the colours of another class's training cells."
+    return describe_images(make_composites(images, cells, labels, ["cell_colour"], 5)[0], reference, cells)
 
 
 def describe_masks(image: np.ndarray, cells: np.ndarray) -> np.ndarray:
@@ -261,36 +347,33 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="take every n-th image, to try the script; nothing is written")
     parser.add_argument("--cache", type=Path, help="file that keeps the features between runs")
     asked = parser.parse_args()
-    table, near = known_images(SHARED)
-    table = table.iloc[:: asked.every].reset_index(drop=True)
+    if asked.cache and asked.cache.is_file():
+        table, sets = pickle.loads(asked.cache.read_bytes())
+    else:
+        table, near = known_images(SHARED)
+        table, sets = table.iloc[:: asked.every].reset_index(drop=True), None
+        check_apart(table, near, five_folds(table))
     test, val, *rest = five_folds(table)
-    check_apart(table, near, [test, val, np.concatenate(rest)])
     parts = {"train": np.sort(np.concatenate(rest)), "val": val, "test": test}
-    sets = pickle.loads(asked.cache.read_bytes()) if asked.cache and asked.cache.is_file() else describe_all(table, parts)
+    sets = sets or describe_all(table, parts)
     if asked.cache:
-        asked.cache.write_bytes(pickle.dumps(sets))
+        asked.cache.write_bytes(pickle.dumps((table, sets)))
     labels = {name: table["class"].to_numpy(str)[rows] for name, rows in parts.items()}
     groups = {name: table["group"].to_numpy()[rows] for name, rows in parts.items()}
+    chosen = {f"Selected, floor {floor:.0%}": Variant("selected", select(sets, labels, floor)) for floor in (0.45, 0.55, 0.65)}
     results = []
-    for variant in VARIANTS:
-        for augmented in (False, True):
-            for measure_name, correct in measure(variant, sets, labels, augmented).items():
-                of = groups["val" if "validation" in measure_name else "test"]
-                of = of[labels["test"] == "Normal"] if measure_name.startswith("Normal") else of
-                found = korn_graubard_interval(correct.astype(float), of)
-                row = {
-                    "variant": variant,
-                    "augmented": augmented,
-                    "measure": measure_name,
-                    "proportion": round(found.estimate, 4),
-                }
-                results.append(
-                    row | {"low": round(found.low, 4), "high": round(found.high, 4), "n": found.n, "groups": found.groups}
-                )
-            shown = {row["measure"]: row["proportion"] for row in results[-9:]}
-            print(variant, augmented, shown, flush=True)
+    for name, variant in (VARIANTS | chosen).items():
+        for training in variant.training:
+            rows = measured_rows(name, variant, training, sets, labels, groups)
+            print(name, training, {row["measure"]: row["proportion"] for row in rows}, flush=True)
+            results += rows
     report = {"images": len(table), "grouped_by": GROUPED_BY, **{name: len(rows) for name, rows in parts.items()}}
-    report |= {"interval": found.method, "cpu_seconds": round(time.process_time()), "results": results}
+    report |= {
+        "interval": "Korn-Graubard (ICC = 1)",
+        "selected": {name: variant.parts for name, variant in chosen.items()},
+        "attributes": attributes_by_class(sets, labels),
+        "results": results,
+    }
     if asked.every == 1:
         with atomic_path(ROOT / "benchmarks" / "results" / "cell_variants.json") as temporary:
             temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -70,9 +70,8 @@ def measure_prepare(folder: Path) -> dict:
 
 
 def measure_near_duplicates(folder: Path) -> dict:
-    "Search of the prepared images, with the seconds of its parts and how many of the shifted crops it finds."
+    "Search of the images, with the seconds of its parts and how many of the shifted crops it finds."
     from leukemia_nb.data import near_duplicates as finder
-    from leukemia_nb.data.files import read_table, write_table
 
     seconds = {}
 
@@ -89,14 +88,11 @@ def measure_near_duplicates(folder: Path) -> dict:
     parts = {"candidates": "_similar_means", "matches and votes": "_propose_overlaps", "alignment": "_check_overlaps"}
     for name, function in parts.items():
         setattr(finder, function, timed(name, getattr(finder, function)))
-    pairs = read_table(folder / "run" / "pairs.csv")
-    files = [str(folder / "run" / "prepared" / name) for name in pairs["original"]]
+    files = sorted(map(str, (folder / "images").rglob("*.jpg")), key=lambda path: path[-10:])
     start = cpu_seconds()
     found = finder.find_near_duplicates(files, n_jobs=1, progress=False)
     seconds["description"] = cpu_seconds() - start - sum(seconds.values())
-    names = found.assign(**{side: found[side].map(dict(zip(files, pairs["pair"]))) for side in "ab"})
-    write_table(folder / "run" / "near_duplicates.csv", names)
-    number = [sorted(int(name[-6:]) for name in both) for both in zip(names["a"], names["b"])]
+    number = [sorted(int(name[-10:-4]) for name in both) for both in zip(found["a"], found["b"])]
     shifted = [[place - 1, place] for place in range(49, len(files), 50)]
     kept = sum(both in number for both in shifted)
     return {"images": len(files), "parts": seconds, "shifted": len(shifted), "shifted_found": kept, "pairs": len(found)}
@@ -222,6 +218,30 @@ def measure_report(number: int) -> None:
         figure(predictions).savefig(os.devnull, format="png")
 
 
+def measure_points(number: int) -> dict:
+    "Matching and voting of 15 points of each image, in parts of a tenth of the size: parts at a tenth of the images."
+    import numpy as np
+
+    from leukemia_nb.data import near_duplicates as finder
+
+    random = np.random.default_rng(0)
+    kinds = random.gamma(0.5, 30, (500, 128))  # points look alike, as those of cells do
+    finder._POINTS_AT_ONCE //= 10
+
+    def points() -> tuple:
+        values = kinds[random.integers(0, len(kinds), 15)] * random.uniform(0.4, 1.6, (15, 128))
+        return random.uniform(0, 224, (15, 3)).astype(np.float32), np.clip(values, 0, 255).astype(np.uint8)
+
+    described = [points()[1] for _ in range(300)]
+    finder._read_green, finder._keypoints = (lambda path: path), (lambda place, _: (None, described[place % 300]))
+    with tempfile.TemporaryDirectory() as folder:
+        store = finder._Points(Path(folder), finder._part_centres(range(number), 15, seed=0))
+        for _ in range(number):
+            store.add(*points())
+        store.write()
+        return {"n_parts": len(store.centres), "pairs": len(finder._propose_overlaps(store, Path(folder)))}
+
+
 OF_IMAGES = {"manifest": measure_manifest, "prepare": measure_prepare, "near-duplicates": measure_near_duplicates}
 OF_IMAGES |= {"dataset": measure_dataset}
 OF_TABLES = {
@@ -232,7 +252,9 @@ OF_TABLES = {
     "oversampling": measure_oversampling,
     "cell features": measure_written_table,
     "report": measure_report,
+    "points": measure_points,
 }
+SIZES = {"points": [5000, 10000], "split, grouped": [2000, 8000]}  # of stages that take long
 
 
 def inside(stage: str, argument: str) -> None:
@@ -289,7 +311,7 @@ def rounded(content: object) -> object:
     return float(f"{content:.4g}") if isinstance(content, float) else content
 
 
-def main(images: list[int], sizes: list[int], only: list[str]) -> None:
+def main(images: list[int], sizes: list[int], only: list[str], into: str) -> None:
     "Measure everything and write the results; those of other stages and other numbers of images are kept."
     stages: dict[str, list[dict]] = {}
     for number in images:
@@ -301,14 +323,15 @@ def main(images: list[int], sizes: list[int], only: list[str]) -> None:
             for stage in chosen:
                 stages.setdefault(stage, []).append(run(stage, folder, number))
     for stage in [stage for stage in OF_TABLES if not only or stage in only]:
-        stages[stage] = [run(stage, number, number) for number in sizes]
-    result = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"stages": {}}
+        stages[stage] = [run(stage, number, number) for number in SIZES.get(stage, sizes) if sizes]
+    result = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    result.setdefault(into, {})
     for stage, rows in stages.items():
-        known = result["stages"].get(stage, {"rows": []})["rows"]
+        known = result[into].get(stage, {"rows": []})["rows"]
         rows += [row for row in known if row["n"] not in [each["n"] for each in rows]]
         rows.sort(key=lambda row: row["n"])
     result["machine"] = {"cores": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()[0]}
-    result["stages"] |= {stage: summarise(rows) for stage, rows in stages.items()}
+    result[into] |= {stage: summarise(rows) for stage, rows in stages.items() if rows}
     RESULTS.write_text(json.dumps(rounded(result), indent=1) + "\n", encoding="utf-8")
 
 
@@ -317,9 +340,10 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, nargs="*", default=[500, 2000, 8000], help="numbers of synthetic images")
     parser.add_argument("--tables", type=int, nargs="*", default=[2000, 20000, 200000], help="numbers of rows")
     parser.add_argument("--only", nargs="*", default=[], help="stages to be measured; all where left out")
+    parser.add_argument("--into", default="stages", help="key of the results; 'before' with the code of another checkout")
     parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
         inside(*options.inside)
     else:
-        main(options.images, options.tables, options.only)
+        main(options.images, options.tables, options.only, options.into)

@@ -190,7 +190,8 @@ def _keypoints(green: np.ndarray, n_keypoints: int = 150) -> tuple[np.ndarray, n
 def _root_sift(descriptors: np.ndarray) -> np.ndarray:
     "SIFT descriptors, uint8 (n, 128), as RootSIFT, float32 of length 1."
     values = descriptors.astype(np.float32)
-    return np.sqrt(values / np.maximum(values.sum(1, keepdims=True), 1e-6)).astype(np.float16).astype(np.float32)
+    values /= np.maximum(values.sum(1, keepdims=True), 1e-6)
+    return np.sqrt(values, out=values).astype(np.float16).astype(np.float32)
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #8d1d049f
 _POINT = np.dtype(
@@ -225,7 +226,7 @@ class _Bins:
             yield rows
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #63cb54b1
-_POINTS_AT_ONCE = 400_000  # in one index; more are divided into parts of half as many
+_POINTS_AT_ONCE = 600_000  # in one index; more are divided into parts of half as many
 _IMAGES_AT_ONCE = 2048  # whose matches are in memory
 
 
@@ -243,7 +244,7 @@ def _part_centres(paths: Sequence[str | os.PathLike], n_keypoints: int, seed: in
 class _Points:
     "Collects the points of images, in their order, and divides them into parts."
 
-    def __init__(self, folder: Path, centres: np.ndarray, n_parts: int = 3):
+    def __init__(self, folder: Path, centres: np.ndarray, n_parts: int = 2):
         self.bins, self.centres, self.n_parts = _Bins(folder / "points", _POINT), centres, n_parts
         self.waiting: list[np.ndarray] = []
         self.images = self.number = 0
@@ -259,7 +260,7 @@ class _Points:
             self.write()
 
     def write(self) -> None:
-        "Write what was added: a point is indexed in its nearest part, and looked up in the next ones, too. Raises `OutputError`."
+        "Write what was added: a point is indexed in its nearest part, and looked up in the next, too. Raises `OutputError`."
         rows = np.concatenate([np.zeros(0, _POINT), *self.waiting])
         nearness = _root_sift(rows["descriptor"]) @ self.centres.T - (self.centres**2).sum(1) / 2
         for rank, parts in enumerate(np.argsort(-nearness, axis=1)[:, : self.n_parts].T):

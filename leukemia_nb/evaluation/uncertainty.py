@@ -153,8 +153,8 @@ def cluster_bootstrap(
     def mean(sums: np.ndarray, sizes: np.ndarray, axis: int = -1) -> np.ndarray:
         return sums.sum(axis=axis) / sizes.sum(axis=axis)
 
-    rng = np.random.default_rng(seed)
-    found = bootstrap((sums, sizes), mean, paired=True, n_resamples=n_resamples, method="percentile", batch=500, rng=rng)
+    rng, batch = np.random.default_rng(seed), max(1, min(500, 2_000_000 // len(sizes)))  # of resamples in memory
+    found = bootstrap((sums, sizes), mean, paired=True, n_resamples=n_resamples, method="percentile", batch=batch, rng=rng)
     low, high = (float(bound) for bound in found.confidence_interval)
     method = "percentile bootstrap of groups"
     return Interval(float(values.mean()), low, high, len(values), len(sizes), _effective_sample_size(group), method)
@@ -221,8 +221,8 @@ def _sign_flip_test(difference: np.ndarray, groups: Sequence[str], seed: int) ->
     sums = sums[sums != 0]
     if len(sums) < 2:
         return 1.0
-    rng = np.random.default_rng(seed)
-    found = permutation_test((sums,), np.sum, permutation_type="samples", n_resamples=9999, batch=2000, vectorized=True, rng=rng)
+    options = {"n_resamples": 9999, "batch": max(1, min(2000, 4_000_000 // len(sums))), "rng": np.random.default_rng(seed)}
+    found = permutation_test((sums,), np.sum, permutation_type="samples", vectorized=True, **options)
     return float(found.pvalue)
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #2c38acf4
