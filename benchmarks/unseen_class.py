@@ -3,8 +3,8 @@
     nice -n 10 python benchmarks/unseen_class.py --run runs/taleqani [--models mobilenet_v2 cells] [--cache FOLDER]
 
 Nothing is fitted on early Pre-B. Every method is fitted on training images and accepts 95 % of the validation images without a
-near-duplicate in training. A method was chosen on one half of the early Pre-B images (even numbers of the listed groups) and is
-confirmed on the other. Layers are feature maps of the network at four sizes, averaged over the image, with their standard
+near-duplicate in training. The adopted method was chosen with these images in view: results are given for two halves of
+the early Pre-B images (even and odd numbers of the listed groups), which is no independent confirmation. Layers are feature maps of the network at four sizes, averaged over the image, with their standard
 deviations; they are not in the model files' outputs and are added to the graph here. `--cache` keeps what the networks
 computed. Writes benchmarks/results/unseen_class.json, a model at a time.
 """
@@ -170,8 +170,8 @@ def evaluate(found: dict, arrays: Arrays, free: dict[str, np.ndarray], even: np.
         worst = min(ELSEWHERE, key=lambda name: low[name].mean())
         inside = np.r_[score["val"][free["val"]], score["test"][free["test"]]]
         rows[title] = {
-            "early, chosen on": proportion(low["early"][even]),
-            "early, held back": proportion(low["early"][~even]),
+            "early, even groups": proportion(low["early"][even]),
+            "early, odd groups": proportion(low["early"][~even]),
             "test": proportion(low["test"]),
             "test without near-duplicates": proportion(low["test"][free["test"]]),
             "elsewhere, lowest": proportion(low[worst]) | {"source": worst},

@@ -105,7 +105,8 @@ def fit_ood(
     standardise: bool = False,  # the features have different units, as those of the single-cell model
 ) -> dict[str, np.ndarray]:  # float32 arrays named features_mean, …, statistics_percentile
     "Fit both distances on training images and their percentiles on validation images."
-    index, constants = np.array([list(classes).index(label) for label in labels]), {}
+    constants: dict[str, np.ndarray] = {}
+    index = np.array([list(classes).index(label) for label in labels])
     for kind in _DISTANCES:
         of_statistics = kind == "statistics"
         fitted = fit_mahalanobis(train[kind], index, standardise and not of_statistics, by_class=of_statistics)
