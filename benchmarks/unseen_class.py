@@ -4,9 +4,10 @@
 
 Nothing is fitted on early Pre-B. Every method is fitted on training images and accepts 95 % of the validation images without a
 near-duplicate in training. The adopted method was chosen with these images in view: results are given for two halves of
-the early Pre-B images (even and odd numbers of the listed groups), which is no independent confirmation. Layers are feature maps of the network at four sizes, averaged over the image, with their standard
-deviations; they are not in the model files' outputs and are added to the graph here. `--cache` keeps what the networks
-computed. Writes benchmarks/results/unseen_class.json, a model at a time.
+the early Pre-B images (even and odd numbers of the listed groups), which is no independent confirmation. Layers are feature
+maps of the network at four sizes, averaged over the image, with their standard deviations; they are not in the model files'
+outputs and are added to the graph here. `--cache` keeps what the networks computed.
+Writes benchmarks/results/unseen_class.json, a model at a time.
 """
 
 import argparse
