@@ -217,15 +217,15 @@ def kinds_of_distance(train: np.ndarray, labels: np.ndarray) -> dict[str, Callab
 
 def choose(run: Path, name: str) -> dict:
     "Proportion of changed training images beyond the reach of each kind of distance, which holds 97.5 % of validation."
-    from leukemia_nb.inference.export import _run_exported, export_network
+    from leukemia_nb.inference.export import _open_network, _run_exported, export_network
     from leukemia_nb.models.interface import load_model
 
     model, dataset = load_model(run / "models" / name), run / "dataset"
     train, val = Pairs(dataset, "train"), Pairs(dataset, "val")
     train = Pairs(dataset, table=train.table.drop_duplicates("pair"))
-    network, kinds = export_network(model), ["features", "statistics"]
-    fitted, held_out = _run_exported(network, model, train), _run_exported(network, model, val)
-    changed = {title: _run_exported(network, model, np.stack(images)) for title, images in shifted(train).items()}
+    session, kinds = _open_network(export_network(model)), ["features", "statistics"]
+    fitted, held_out = _run_exported(session, model, train), _run_exported(session, model, val)
+    changed = {title: _run_exported(session, model, np.stack(images)) for title, images in shifted(train).items()}
     table: dict = {}
     distances: dict = {}
     for kind in kinds:

@@ -17,6 +17,7 @@ from leukemia_nb.inference.export import (
     export_model,
     export_network,
     _fit_safe_temperature,
+    _open_network,
     _run_exported,
     _weights_version,
 )
@@ -214,8 +215,8 @@ def test_the_exporter_is_the_entrys(cells, monkeypatch):
 
 def test_outputs_in_batches_are_those_of_single_images(cells, dataset):
     test, network = subsets(dataset)[2], export_network(cells)
-    whole = _run_exported(network, cells, test)
-    one = _run_exported(network, cells, Pairs(dataset, size=SIZE, table=test.table.iloc[4:5]))
+    whole = _run_exported(_open_network(network), cells, test)
+    one = _run_exported(_open_network(network), cells, Pairs(dataset, size=SIZE, table=test.table.iloc[4:5]))
     assert {name: values.shape for name, values in whole.items()} == {
         "probabilities": (9, 3),
         "features": (9, 78),

@@ -227,10 +227,14 @@ def make_composites(
         return _inpaint_background(images[i], _removal_mask(images[i], cells[i]), _find_scale_bar(images[i]), seed + i)
 
     for kind in kinds:
-        donors = same if kind in ("mixed_same", "colour_same", "cell_colour_same") else others
-        for row in range(len(labels)):
-            alone = kind in ("original", "only_fg", "only_bg", "no_scale_bar")
-            for donor in [row] if alone else donors[row][: n_backgrounds if kind == "mixed_next" else 1]:
+        if kind in ("original", "only_fg", "only_bg", "no_scale_bar"):
+            donors = [[row] for row in range(len(labels))]
+        elif kind in ("mixed_same", "colour_same", "cell_colour_same"):
+            donors = same
+        else:
+            donors = others if kind == "mixed_next" else [found[:1] for found in others]
+        for row, found in enumerate(donors):
+            for donor in found:
                 made.append(_composite(kind, images, cells, row, donor, background, seed + row))
                 foreground, other = "" if kind == "only_bg" else labels[row], "" if kind == "only_fg" else labels[donor]
                 rows.append((kind, row, donor, foreground, other))
@@ -256,8 +260,10 @@ def _composite(
     kind: str, images: np.ndarray, cells: np.ndarray, row: int, donor: int, background: Callable[[int], np.ndarray], seed: int
 ) -> np.ndarray:
     image, mask, donor_mask = images[row], cells[row] > 0, cells[donor] > 0
-    if kind in ("original", "only_fg"):
-        return image.copy() if kind == "original" else apply_mask(image, mask)
+    if kind == "original":
+        return image.copy()
+    if kind == "only_fg":
+        return apply_mask(image, mask)
     if kind == "only_bg":
         return background(row)
     if kind in ("mixed_next", "mixed_same"):

@@ -10,7 +10,7 @@ __all__ = ['find_duplicates', 'find_overlaps', 'group_images', 'find_near_duplic
 import functools
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,15 +137,10 @@ def find_duplicates(
     means = _run(lambda path: _block_means(_thumbnail(_read_green(path))), paths, "thumbnails", n_jobs, progress)
     return _check_copies(paths, np.array(list(means)).reshape(-1, 8, 8), min_correlation, n_jobs, progress)
 
-# %% ../../nbs/01_data/50_near_duplicates.ipynb #eb5693cd
-def _cached(read: Callable[[int], np.ndarray], n_images: int = 256) -> Callable[[int], np.ndarray]:
-    "A function of an image's number that keeps its last results, since one image is compared with several."
-    return functools.lru_cache(n_images)(read)
-
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #31d03a33
 def _check_copies(paths: Sequence, means: np.ndarray, min_correlation: float, n_jobs: int, progress: bool) -> pd.DataFrame:
     "Compare the candidates among images at full size; means: of the blocks of their thumbnails, (n, 8, 8)."
-    green = _cached(lambda place: _read_green(paths[place]))
+    green = functools.lru_cache(256)(lambda place: _read_green(paths[place]))  # one image is compared with several
 
     def check(row: Any) -> tuple[float, float]:
         first, second = green(row.a), _orient(green(row.b), row.orientation)
@@ -278,12 +273,14 @@ def _match_points(rows: np.ndarray, seed: int = 0, at_once: int = 16_384) -> Ite
     vectors = _root_sift(known["descriptor"])
     index = cv2.flann.Index(vectors, {"algorithm": 1, "trees": 4})  # type: ignore[attr-defined]
     for start in range(0, len(rows), at_once):
-        asked = rows[start : start + at_once]
-        nearest, squared = index.knnSearch(_root_sift(asked["descriptor"]), min(20, len(known)), params={"checks": 64})
-        ratio = asked["size"][:, None] / known["size"][nearest]
-        alike = (1 - squared / 2 > 0.8) & (known["image"][nearest] != asked["image"][:, None]) & (ratio < 1.3) & (ratio > 1 / 1.3)
+        queries = rows[start : start + at_once]
+        nearest, squared = index.knnSearch(_root_sift(queries["descriptor"]), min(20, len(known)), params={"checks": 64})
+        ratio = queries["size"][:, None] / known["size"][nearest]
+        alike = (
+            (1 - squared / 2 > 0.8) & (known["image"][nearest] != queries["image"][:, None]) & (ratio < 1.3) & (ratio > 1 / 1.3)
+        )
         row, column = np.nonzero(alike & (np.cumsum(alike, axis=1) <= 4))
-        yield _match_rows(asked[row], known[nearest[row, column]], squared[row, column])
+        yield _match_rows(queries[row], known[nearest[row, column]], squared[row, column])
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #266e99f9
 def _match_rows(query: np.ndarray, found: np.ndarray, squared: np.ndarray) -> np.ndarray:
@@ -327,6 +324,18 @@ def _propose_overlaps(store: _Points, folder: Path, seed: int = 0) -> pd.DataFra
     tables = [_vote_shifts(rows, store.images) for rows in pairs]
     return pd.concat(tables, ignore_index=True) if tables else _vote_shifts(np.zeros(0, _MATCH), 1)
 
+
+def _match_images(
+    paths: Sequence, described: Iterable[tuple[np.ndarray, np.ndarray]], n_keypoints: int, seed: int
+) -> pd.DataFrame:
+    "`_propose_overlaps` for images whose points (`_keypoints`) come one image after the other. Raises `OutputError`."
+    with tempfile.TemporaryDirectory() as folder:
+        store = _Points(Path(folder), _part_centres(paths, n_keypoints, seed))
+        for points, descriptors in described:
+            store.add(points, descriptors)
+        store.write()
+        return _propose_overlaps(store, Path(folder), seed)
+
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #8992c6ef
 def _is_overlap(votes: np.ndarray, ncc: np.ndarray, overlap: np.ndarray) -> np.ndarray:
     "Whether proposed pairs are true overlaps: the images correlate, or many points and the blurred images agree."
@@ -341,18 +350,14 @@ def find_overlaps(
     progress: bool = True,  # show bars
 ) -> pd.DataFrame:  # columns of find_duplicates, with kind "overlap"
     "Pairs of images whose fields of view overlap, unturned, by about 3 % of their area or more. Raises `ImageError`."
-    with tempfile.TemporaryDirectory() as folder:
-        store = _Points(Path(folder), _part_centres(paths, n_keypoints, seed))
-        for found in _run(lambda path: _keypoints(_read_green(path), n_keypoints), paths, "points", n_jobs, progress):
-            store.add(*found)
-        store.write()
-        proposed = _propose_overlaps(store, Path(folder), seed)
-    return _check_overlaps(paths, proposed, n_jobs, progress)
+    points = _run(lambda path: _keypoints(_read_green(path), n_keypoints), paths, "points", n_jobs, progress)
+    return _check_overlaps(paths, _match_images(paths, points, n_keypoints, seed), n_jobs, progress)
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #f2e6d99c
 def _check_overlaps(paths: Sequence, proposed: pd.DataFrame, n_jobs: int, progress: bool, size: int = 224) -> pd.DataFrame:
     "Align the proposed pairs, and keep the true ones."
-    band_passed, mask = _cached(lambda place: _band_pass(_read_green(paths[place], size))), _comparable(size)
+    band_passed = functools.lru_cache(256)(lambda place: _band_pass(_read_green(paths[place], size)))
+    mask = _comparable(size)
 
     def check(row: Any) -> tuple:
         return _align(band_passed(row.a), band_passed(row.b), row.dx, row.dy, mask)
@@ -385,14 +390,13 @@ def find_near_duplicates(
         green = _read_green(path)
         return _block_means(_thumbnail(green)), _keypoints(green)
 
-    means = np.empty((len(paths), 8, 8), np.float32)
-    with tempfile.TemporaryDirectory() as folder:
-        store = _Points(Path(folder), _part_centres(paths, 150, seed))
-        for place, (mean, points) in enumerate(_run(describe, paths, "images", n_jobs, progress)):
+    def points() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for place, (mean, found) in enumerate(_run(describe, paths, "images", n_jobs, progress)):
             means[place] = mean
-            store.add(*points)
-        store.write()
-        proposed = _propose_overlaps(store, Path(folder), seed)
+            yield found
+
+    means = np.empty((len(paths), 8, 8), np.float32)
+    proposed = _match_images(paths, points(), 150, seed)
     found = [_check_copies(paths, means, 0.95, n_jobs, progress), _check_overlaps(paths, proposed, n_jobs, progress)]
     return pd.concat([table for table in found if len(table)] or found[:1]).drop_duplicates(["a", "b"]).reset_index(drop=True)
 

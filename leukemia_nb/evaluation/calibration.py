@@ -17,7 +17,7 @@ import pandas as pd
 from ..data.near_duplicates import pairs_without_near_duplicates
 from .predictions import classes_of, model_title, predicted_labels, probabilities_of, take_subset
 from .uncertainty import CLOPPER_PEARSON, clopper_pearson, korn_graubard_interval
-from ..plotting import CLASS_COLOURS, GREY, Figure, blank_figure, styled
+from ..plotting import CLASS_COLOURS, GREY, Figure, panel_grid, styled
 
 # %% ../../nbs/04_evaluation/40_calibration.ipynb #d23718f5
 def _reliability_table(table: pd.DataFrame, n_bins: int = 15) -> pd.DataFrame:
@@ -161,11 +161,7 @@ def reliability_figure(
     n_bins: int = 15,  # bins of confidence of equal width
 ) -> "Figure":
     "Reliability diagram of each model: accuracy against confidence, with exact 95 % intervals."
-    across = min(4, max(1, len(predictions)))
-    down = -(-len(predictions) // across)
-    figure, axes = blank_figure(down, across, (2.2 * across + 0.5, 2.3 * down + 0.3), sharex=True, sharey=True)
-    for axis in axes.flat[len(predictions) :]:
-        axis.remove()
+    figure, axes = panel_grid(len(predictions), (2.2, 2.3), (0.5, 0.3), sharex=True, sharey=True)
     for axis, (name, table) in zip(axes.flat, predictions.items()):
         part = take_subset(table, subset)
         found = _reliability_table(part, n_bins)
@@ -223,11 +219,7 @@ def risk_coverage_figure(
     by: str = "",  # column with a line for each of its values, two at most; "": one line
 ) -> "Figure":
     "Generalized risk over coverage, a panel for each model; the area under a line is its AUGRC."
-    across = min(4, max(1, len(predictions)))
-    down = -(-len(predictions) // across)
-    figure, axes = blank_figure(down, across, (2.2 * across + 0.5, 1.9 * down + 0.5), sharex=True, sharey=True)
-    for axis in axes.flat[len(predictions) :]:
-        axis.remove()
+    figure, axes = panel_grid(len(predictions), (2.2, 1.9), (0.5, 0.5), sharex=True, sharey=True)
     for axis, (name, table) in zip(axes.flat, predictions.items()):
         parts = list(table.groupby(by, sort=False)) if by else [("", table)]
         for place, ((value, part), colour) in enumerate(zip(parts, (CLASS_COLOURS["Normal"], CLASS_COLOURS["Pro-B"]))):

@@ -30,7 +30,7 @@ from leukemia_nb.evaluation.uncertainty import (
     group_labels,
     korn_graubard_interval,
 )
-from ..plotting import CLASS_COLOURS, GREY, PALE, Axes, Figure, blank_figure, class_colours, styled
+from ..plotting import CLASS_COLOURS, GREY, PALE, Axes, Figure, blank_figure, class_colours, panel_grid, styled
 
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #22fe6a57
 ORIGINAL_ACCURACY = {
@@ -267,12 +267,8 @@ def confusion_figure(
     "Confusion matrix of every model, rows true classes, columns predicted classes."
     import seaborn as sns
 
-    across = min(4, max(1, len(predictions)))
-    down = -(-len(predictions) // across)
-    figure, axes = blank_figure(down, across, (2.25 * across + 0.6, 2.6 * down), sharey=True)
+    figure, axes = panel_grid(len(predictions), (2.25, 2.6), (0.6, 0.0), sharey=True)
     style = {"vmin": 0, "vmax": 1, "cmap": "Blues", "fmt": "", "cbar": False, "square": True, "linewidths": 1.5}
-    for axis in axes.flat[len(predictions) :]:
-        axis.remove()
     for axis, (name, table) in zip(axes.flat, predictions.items()):
         counts = confusion_table(take_subset(table, subset))
         proportions = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)

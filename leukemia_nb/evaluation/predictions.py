@@ -22,7 +22,7 @@ from ..data.images import ImageError, read_image
 from ..data.manifest import class_of, find_images
 from ..errors import LeukemiaError
 from ..models.interface import MODELS
-from ..plotting import GREY, Figure, blank_figure, styled
+from ..plotting import GREY, Figure, panel_grid, styled
 
 # %% ../../nbs/04_evaluation/10_predictions.ipynb #3cdc792d
 class PredictionsError(LeukemiaError, ValueError):
@@ -256,11 +256,8 @@ def new_images_figure(
     if not len(table):
         raise PredictionsError("no new images to show.")
     rows = table.iloc[np.unique(np.linspace(0, len(table) - 1, min(max_images, len(table))).round().astype(int))]
-    across, names = min(4, len(rows)), model_titles(table)
-    down = -(-len(rows) // across)
-    figure, axes = blank_figure(down, across, (2.3 * across, (2.2 + 0.15 * len(names)) * down))
-    for axis in axes.flat[len(rows) :]:
-        axis.remove()
+    names = model_titles(table)
+    figure, axes = panel_grid(len(rows), (2.3, 2.2 + 0.15 * len(names)))
     for axis, (_, row), short in zip(axes.flat, rows.iterrows(), distinct_paths(rows["image"])):
         axis.imshow(read_image(Path(folder) / row["path"]))
         axis.set(xticks=[], yticks=[], title=row["true label"] or "no label")

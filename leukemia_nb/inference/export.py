@@ -26,11 +26,12 @@ from ..processing.cells import FEATURE_NAMES
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+    from onnxruntime import InferenceSession
 
     from leukemia_nb.models.classifier import ImageClassifier
     from leukemia_nb.processing.dataset import Pairs
 else:  # loaded when they are used; the names are for the documentation
-    ModelProto = ImageClassifier = Pairs = Any
+    ModelProto = InferenceSession = ImageClassifier = Pairs = Any
 
 # %% auto #0
 __all__ = ['export_keras', 'export_yolo', 'export_cells', 'export_network', 'choose_thresholds', 'export_model']
@@ -184,20 +185,23 @@ def export_network(
         raise ModelError(f"{model.name} cannot be exported: {error}. Install it: pip install '.[train]'.") from error
 
 # %% ../../nbs/06_inference/50_export.ipynb #4e234da5
-def _run_exported(
-    network: ModelProto, model: ImageClassifier, pairs: Pairs | np.ndarray, count: bool = False
-) -> dict[str, np.ndarray]:
-    "`run_network` for an exported network and image pairs, or images uint8 (n, H, W, 3); with `count`, also n_cells (n,)."
+def _open_network(network: ModelProto) -> InferenceSession:
+    "An exported network in ONNX Runtime."
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def _run_exported(
+    session: InferenceSession, model: ImageClassifier, pairs: Pairs | np.ndarray, count: bool = False
+) -> dict[str, np.ndarray]:
+    "`run_network` for an opened network and image pairs, or images uint8 (n, H, W, 3); with `count`, also n_cells (n,)."
     info = {"input": MODELS[model.name].input, "image_size": model.image_size, "seed": model.seed, "segmentation": "kmeans"}
-    starts = range(0, len(pairs), 32)
-    batches = [batch for start in starts for batch in prepare_images(pairs[start : start + 32], info, count=count)]
-    parts = [
-        run_network(session, batch) | ({"n_cells": np.array([each.row["n_cells"] for each in batch])} if count else {})
-        for batch in batches
-    ]
+    parts = []
+    for start in range(0, len(pairs), 32):
+        for batch in prepare_images(pairs[start : start + 32], info, count=count):
+            n_cells = {"n_cells": np.array([each.row["n_cells"] for each in batch])} if count else {}
+            parts.append(run_network(session, batch) | n_cells)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 # %% ../../nbs/06_inference/50_export.ipynb #cec22b36
@@ -307,17 +311,18 @@ def export_model(
     from leukemia_nb.evaluation.uncertainty import clopper_pearson
 
     network = network or export_network(model)
-    seen = {name: _run_exported(network, model, pairs, count=True) for name, pairs in (("val", val), ("test", test))}
+    session = _open_network(network)
+    seen = {name: _run_exported(session, model, pairs, count=True) for name, pairs in (("val", val), ("test", test))}
     expected = model.predict_proba(test) if expected is None else expected
     difference = float(np.abs(seen["test"]["probabilities"] - expected).max())
     if not difference < 1e-4:
         raise ModelError(f"{file}: not written, probabilities differ by {difference:.1e} from {model.name}'s. Report this.")
     few = slice(None, None, max(1, len(train) // 8))
     given = of_train["features"][few] if of_train else None
-    if given is not None and not np.allclose(given, _run_exported(network, model, train[few])["features"], 1e-3, 1e-3):
+    if given is not None and not np.allclose(given, _run_exported(session, model, train[few])["features"], 1e-3, 1e-3):
         raise ModelError(f"{file}: not written, the features given for training images are not those of {model.name}.")
-    fitted_on = of_train or _run_exported(network, model, train)
-    constants = fit_ood(fitted_on, train.labels, seen["val"], model.classes_, model.entry.input == "cells")
+    of_train = of_train or _run_exported(session, model, train)
+    constants = fit_ood(of_train, train.labels, seen["val"], model.classes_, model.entry.input == "cells")
     temperature, reason = _fit_safe_temperature(val.labels, seen["val"]["probabilities"], model.classes_)
     thresholds, coverage = _threshold_and_cover(seen, temperature, constants)
     n_correct = int((model.classes_[seen["test"]["probabilities"].argmax(axis=1)] == test.labels).sum())
