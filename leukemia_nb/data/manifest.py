@@ -324,10 +324,10 @@ def _describe_classes(class_map: ClassMap, labels: Mapping[Path, str | None], fo
         folders.setdefault(label, Counter())[above.name if above != folder or label else "no folder"] += 1
     texts = []
     for label in [*class_map.classes, *(other for other in folders if other not in class_map.classes)]:
-        names = folders.get(label, Counter()).most_common(8)
+        names = [f"{each} ({n})" for each, n in folders.get(label, Counter()).most_common()]
         what = f"of class {label}" if label else f"in {_NO_CLASS[label]}"
         name = label if label in class_map.classes else f"left out, {what}"
-        texts.append(f"{name} = {' + '.join(f'{each} ({n})' for each, n in names) or 'no folder'}")
+        texts.append(f"{name} = {_listing(names, 8) or 'no folder'}")
     return escape_text(f"classes by the {class_map.source}: {'; '.join(texts)}")
 
 # %% ../../nbs/01_data/30_manifest.ipynb #3586416d
@@ -342,9 +342,8 @@ def _nothing_found(selection: ClassSelection, class_map: ClassMap) -> str:
         return f"{search.folder}: no images in it ({', '.join(SUFFIXES)}). Check the path.{more}"
     found = f"{pluralise(others, 'image')}, but in no folder of the classes {', '.join(class_map.classes)}"
     names = f" (found: {', '.join(unknown[:8])})" if unknown else ""
-    return (
-        f"{search.folder}: {found}{names}. Name their folders after the classes, such as Benign, Pre, Pro, or write a class map."
-    )
+    remedy = "Sort them into folders named after the classes, such as Benign, Pre, Pro, or write a class map"
+    return f"{search.folder}: {found}{names}. {remedy}."
 
 # %% ../../nbs/01_data/30_manifest.ipynb #9f2c57f6
 def build_manifest(
