@@ -245,7 +245,9 @@ def test_prepare_merges_and_leaves_out_by_a_class_map(smears, tmp_path):
 
 def test_groups_are_the_folders_below_the_class(tmp_path):
     lines: list[str] = []
-    images = [tmp_path / name for name in ("fold_0/all/P1/1.png", "fold_1/all/P1/2.png", "fold_0/hem/P2/s/3.png", "fold_0/hem/4.png")]
+    images = [
+        tmp_path / name for name in ("fold_0/all/P1/1.png", "fold_1/all/P1/2.png", "fold_0/hem/P2/s/3.png", "fold_0/hem/4.png")
+    ]
     found = named_classes(["all", "hem"])
     assert parent_groups(images, tmp_path, found, lines.append) == ["P1", "P1", "P2/s", ""]
     assert len(lines) == 2 and "1 image in no folder below that of the class" in lines[1]
