@@ -149,8 +149,8 @@ KAGGLE = ["Benign/1.png", "Early/1.png", "Pre/1.png", "Pro/1.png"]
         (KAGGLE, CLASSES, "left out, of class Early Pre-B = Early (1)"),
         ([*KAGGLE, "unsorted/2.png", "3.png"], CLASSES, "left out, in folders of no class = no folder (1), unsorted (1)"),
         (["Benign/1.png", "[Malignant] Pre-B/1.png"], ("Normal", "Pre-B"), "Pre-B = [Malignant] Pre-B (1)"),
-        (["Benign/1.png", "Malignant/1.png"], ("Benign", "Malignant"), "since the built-in class map knows only Normal:"),
-        (["normal/1.png", "pre/1.png", "other/1.png"], ("normal", "other", "pre"), "knows only Normal, Pre-B:"),
+        (["Benign/1.png", "Malignant/1.png"], ("Benign", "Malignant"), "(of the built-in classes only Normal found):"),
+        (["normal/1.png", "pre/1.png", "other/1.png"], ("normal", "other", "pre"), "(of the built-in classes only Normal, Pre-B found):"),
     ],
 )
 def test_mixed_names_are_taken_as_a_whole_and_said(tmp_path, names, classes, line):
