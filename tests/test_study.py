@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from leukemia_nb.data.classes import FOUR_CLASSES
 from leukemia_nb.data.files import mark_output_folder
 from leukemia_nb.data.synthetic import write_smears
 from leukemia_nb.models.interface import MODELS
@@ -245,7 +246,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path):
     [
         ({"models": ("resnet",)}, "unknown model resnet"),
         ({"data": "/no/such"}, "data is not there"),
-        ({"classes": 5}, "classes is 5"),
+        ({"classes": 5}, "classes is 5: a list of class names is expected"),
         ({"model_settings": ("yolov8=5",)}, "model:setting=value"),
         ({"weights": "coco"}, "weights is 'coco'"),
         ({"train_size": 0.9, "test_size": 0.1}, "their sum below 1"),
@@ -339,7 +340,7 @@ def test_a_changed_setting_of_one_model_retrains_that_model_alone(smoke_study):
 
 @pytest.mark.slow
 def test_four_classes_and_the_grouped_split_go_through_every_step(tmp_path):
-    settings = replace(SMOKE, classes=4, split="grouped", models=("mobilenet_v2", "cells"), cv_repeats=1)
+    settings = replace(SMOKE, classes=FOUR_CLASSES, split="grouped", models=("mobilenet_v2", "cells"), cv_repeats=1)
     run = run_study(settings, tmp_path / "run", n_jobs=2)
     four = ["Early Pre-B", "Normal", "Pre-B", "Pro-B"]  # sorted, as ImageFolder and scikit-learn order classes
     predictions = run.table("predictions", "cells.csv")
@@ -521,14 +522,18 @@ def test_a_study_inside_its_data_does_not_read_itself_and_litter_redoes_nothing(
         (("--new-images", "bad"), "none of its 1 image can be read"),
         (("--new-images", "file.csv"), "is a file"),
         (("--data", "file.csv"), "is a file"),
-        (("--data", "one"), "class Normal has 1 image"),
+        (("--data", "one"), "only in folder Normal, and a study needs two classes"),
+        (("--data", "images", "--classes", "4"), "classes names only 4"),
+        (("--data", "images", "--class-map", "file.csv"), "no valid TOML"),
+        (("--data", "images", "--groups-from", "parent"), "no folders below those of the classes"),
+        (("--data", "images", "--split", "folders"), "in no folder train, val or test"),
         (("--data", "empty"), "no images in it"),
         (("--groups", "file.csv"), "path"),
         (("--data", "images", "--groups", "others.csv"), "none of its 1 path"),
         (("--split-file", "file.csv"), "not a split"),
         (("--split-file", "empty"), "Is a directory"),
         (("--data", "images", "--split-file", "split.csv"), "is of other images"),
-        (("--classes", "4", "--split-file", "split.csv"), "Early Pre-B"),
+        (("--classes", "Normal,Early Pre-B,Pre-B,Pro-B", "--split-file", "split.csv"), "Early Pre-B"),
         (("--models", "yolov8", "--image-size", "50"), "not a multiple of 32"),
         (("--models", ""), "no model is named"),
         (("--models", "cells,cells"), "more than once"),

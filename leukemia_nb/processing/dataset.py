@@ -20,7 +20,8 @@ import pandas as pd
 
 from ..data.files import _output_folder, atomic_path, check_output, read_table, unique_names, write_table
 from ..data.images import ImageError, resize_square
-from ..data.manifest import CLASSES, build_manifest, check_not_inside, check_manifest, search_images
+from ..data.classes import CLASSES, ClassMap, named_classes, write_class_map
+from ..data.manifest import build_manifest, check_not_inside, check_manifest, search_images
 from ..data.processes import image_row, run_tasks
 from .cells import cell_table, find_cells
 from .segmentation import apply_mask, check_mask, segment
@@ -170,20 +171,22 @@ def _cell_tables(pairs: pd.DataFrame, folder: Path, n_jobs: int | None, at_once:
 def prepare_folder(
     data: str | os.PathLike,  # one folder of images per class
     out: str | os.PathLike,  # folder to be written
-    classes: Sequence[str] = CLASSES,  # class names
+    classes: Sequence[str] | ClassMap = CLASSES,  # class names, or their class map
     size: int = 224,  # side of the prepared images, pixels
     segmentation: str = "kmeans",  # method, one of SEGMENTATION_METHODS
     n_jobs: int | None = None,  # worker processes
-    log: Callable[[str], object] | None = None,  # gets a line: found, left out, why
+    log: Callable[[str], object] | None = None,  # gets lines: found, left out, why; classes
 ) -> pd.DataFrame:  # the pairs table
-    "Write manifest.csv, prepared/, pairs.csv and cell_features.csv. Raises `ImageError`, `OutputError`, `ClusterError`."
+    "Write class_map.toml and tables beside prepared/. Raises `ImageError`, `OutputError`, `ClusterError`."
     out = Path(out)
     check_output(out, folder=True)
     if not (Path(data) / "truth" / "smears.csv").is_file():  # synthetic smears are data wherever they lie
         check_not_inside(search_images(data).paths, out)
-    manifest = build_manifest(data, classes, exclude=out, log=log)
-    check_manifest(manifest, minimum=1, classes=classes)
+    class_map = classes if isinstance(classes, ClassMap) else named_classes(classes)
+    manifest = build_manifest(data, class_map, exclude=out, log=log)
+    check_manifest(manifest, minimum=1, classes=class_map.classes)
     with _output_folder(out / "pairs.csv"):
+        write_class_map(out / "class_map.toml", class_map)
         write_table(out / "manifest.csv", manifest)
         pairs = prepare_pairs(manifest, out / "prepared", size, segmentation, n_jobs)
         good = pairs[pairs["problem"] == ""]
