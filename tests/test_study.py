@@ -13,6 +13,7 @@ import zlib
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -41,7 +42,7 @@ from leukemia_nb.study.driver import (
     study_steps,
     with_dependencies,
 )
-from leukemia_nb.study.settings import Run, StudyError, StudySettings
+from leukemia_nb.study.settings import Run, StudyError, StudySettings, check_study
 from leukemia_nb.testing import SMOKE
 
 ALL_MODELS = ("efficientnet_b0", "mobilenet_v2", "nasnet_mobile", "dual_channel", "yolov8", "yolo11", "yolo12", "cells")
@@ -566,6 +567,20 @@ def test_what_can_be_known_is_said_before_the_first_step(images, tmp_path, monke
     error = CliRunner().invoke(app, ["study", *arguments, *models, *where]).exception
     assert message in _explanation(error) and len(str(error).splitlines()) == 1, error
     assert sorted(tmp_path.rglob("*")) == before  # nothing was begun
+
+
+def test_the_room_on_the_disk_is_estimated_from_images_size_and_models(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+
+    def estimate(**settings):
+        with pytest.raises(StudyError, match="Free some space") as caught:
+            check_study(replace(SMOKE, models=("cells",), **settings), Run(tmp_path / "run"))
+        return float(re.search(r"about ([\d.]+) GB", str(caught.value))[1])
+
+    small, many, large = estimate(per_class=1000), estimate(per_class=4000), estimate(per_class=1000, image_size=448)
+    smear = 3 * 288 * 384 / 2
+    assert many - small == pytest.approx(9000 * (3 * SMOKE.image_size**2 + smear) / 1e9, abs=0.02)
+    assert large - small == pytest.approx(3000 * 3 * (448**2 - SMOKE.image_size**2) / 1e9, rel=0.1)
 
 
 @pytest.mark.slow

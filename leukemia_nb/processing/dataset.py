@@ -96,18 +96,20 @@ def save_pair(
     folder: str | os.PathLike,  # the prepared folder
     size: int = 224,  # side of the saved images, pixels
     segmentation: str = "kmeans",  # method, one of SEGMENTATION_METHODS
-) -> dict[str, Any]:  # mask, bool (H, W) at the image's own size; n_cells; files: SHA-256 by path
+) -> dict[str, Any]:  # mask, bool (H, W) at the image's own size; mask_flag; n_cells; files: SHA-256 by path
     "Segment, mask, resize, find the cells and save. Raises `OutputError`."
     mask = segment(image, segmentation)
     original = resize_square(image, size)
     cells = find_cells(original).astype(np.uint16)
     saved = {"original": original, "segmented": resize_square(apply_mask(image, mask), size), "cells": cells}
+    small = cv2.resize(mask.view(np.uint8), cells.shape, interpolation=cv2.INTER_NEAREST_EXACT) > 0
+    flag = check_mask(mask) if segmentation == "nucleus" else check_mask(small, cells > 0)
     names = _pair_files(pair)
     files = {names[channel]: _save_png(Path(folder) / names[channel], saved[channel]) for channel in _CHANNELS}
-    return {"mask": mask, "n_cells": int(cells.max()), "files": files}
+    return {"mask": mask, "mask_flag": flag, "n_cells": int(cells.max()), "files": files}
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #1933c80e
-_VERSION = 3  # grows when the pixels or columns that these steps make change, so that older pairs are made again
+_VERSION = 4  # grows when the pixels or columns that these steps make change, so that older pairs are made again
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #3e1f80c7
 def _prepare_pair(row: dict, folder: Path, size: int, segmentation: str, images: Path) -> dict:
@@ -116,7 +118,7 @@ def _prepare_pair(row: dict, folder: Path, size: int, segmentation: str, images:
     def make(image: np.ndarray) -> tuple[dict, dict[str, str]]:
         saved = save_pair(image, row["pair"], folder, size, segmentation)
         found = {"pixels": _pixel_hash(image), "mask_fraction": round(float(saved["mask"].mean()), 5)}
-        found |= {"n_cells": saved["n_cells"], "mask_flag": check_mask(saved["mask"])}
+        found |= {"n_cells": saved["n_cells"], "mask_flag": saved["mask_flag"]}
         return files | found, saved["files"]
 
     files = _pair_files(row["pair"])
