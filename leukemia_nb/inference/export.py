@@ -11,13 +11,14 @@ import io
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..data.files import file_sha256, set_sha256
+from ..data.near_duplicates import image_fingerprints
 from .model_file import write_model_file
 from .ood import fit_ood, ood_distance
 from .predictor import calibrate, prepare_images, run_network
@@ -292,6 +293,11 @@ def _threshold_and_cover(seen: dict[str, Any], temperature: float, constants: An
     covered = {name: _accepts(confidence[name], distance[name], thresholds) & cells[name] for name in seen}
     return thresholds, {name: float(part.mean()) for name, part in covered.items()}
 
+# %% ../../nbs/06_inference/50_export.ipynb #ac9918c4
+def _originals(pairs: Pairs) -> Iterator[np.ndarray]:
+    "Prepared images, uint8 (S, S, 3), one after the other."
+    return (pairs.read(slice(place, place + 1))[0] for place in range(len(pairs)))
+
 # %% ../../nbs/06_inference/50_export.ipynb #257fc731
 def export_model(
     model: ImageClassifier,  # trained
@@ -323,6 +329,7 @@ def export_model(
         raise ModelError(f"{file}: not written, the features given for training images are not those of {model.name}.")
     of_train = of_train or _run_exported(session, model, train)
     constants = fit_ood(of_train, train.labels, seen["val"], model.classes_, model.entry.input == "cells")
+    constants["fingerprints"] = np.concatenate([image_fingerprints(_originals(pairs)) for pairs in (train, val)])
     temperature, reason = _fit_safe_temperature(val.labels, seen["val"]["probabilities"], model.classes_)
     thresholds, coverage = _threshold_and_cover(seen, temperature, constants)
     n_correct = int((model.classes_[seen["test"]["probabilities"].argmax(axis=1)] == test.labels).sum())
