@@ -342,7 +342,7 @@ def precision_recall_figure(
     predictions: Mapping[str, pd.DataFrame],  # model name -> predictions
     subset: str = "test",  # rows to use
 ) -> "Figure":
-    "One-vs-rest precision-recall curves of classes that have images, one panel per model with its mean area. Raises `PredictionsError`."
+    "One-vs-rest precision-recall curves of classes that have images, a panel per model. Raises `PredictionsError`."
     from sklearn.metrics import precision_recall_curve
 
     def points(truth: pd.Series, score: pd.Series) -> dict[str, np.ndarray]:
