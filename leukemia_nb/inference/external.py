@@ -111,7 +111,7 @@ def _find_copies(images: DataFrame, predictors: Mapping[str, Predictor]) -> tupl
     read = images[images["sha256"] != ""].reset_index(drop=True)
     fingerprints = image_fingerprints(read["path"])
     own = similar_fingerprints(fingerprints)
-    copies = group_images(read["path"], own[["a", "b"]].apply(lambda side: read["path"].to_numpy()[side]))
+    copies = group_images(read["path"], pd.DataFrame({side: read["path"].to_numpy()[own[side]] for side in "ab"}))
     images = images.assign(copy=images["path"].map(dict(zip(read["path"], map(str, copies)))).fillna(""))
     images = mark_conflicting_labels(images, [copy or path for copy, path in zip(images["copy"], images["path"])])
     images["group"] = merge_groups(images, ["group", "copy"])
@@ -131,7 +131,7 @@ def predict_labelled(
     batch_size: int = 32,  # files in a batch
     n_jobs: int | None = 1,  # joblib's: worker processes
     progress: Callable[[list[dict[str, Any]]], Any] | None = None,  # called with the rows of each batch as it is done
-) -> DataFrame:  # the images with their group as a number, sha256, and what else is a problem
+) -> DataFrame:  # the images with given_group, group (a number; copies are in one), sha256, and what else is a problem
     "Predict labelled images with each model. Raises ModelError, ImageError where none can be read, OutputError, ClusterError."
     out, paths = Path(out), images["path"].tolist()
     predictors = dict(zip(unique_names(Path(model).stem for model in models), map(Predictor, models)))
@@ -147,7 +147,7 @@ def predict_labelled(
             if kept and progress:
                 progress(tables[-1].to_dict("records"))
         problem = images["problem"].where(images["problem"] != "", tables[0]["problem"])
-        images = images.assign(sha256=tables[0]["sha256"], problem=problem)
+        images = images.assign(sha256=tables[0]["sha256"], problem=problem, given_group=images["group"])
         if (images["sha256"] == "").all():
             raise ImageError(f"No image can be read. The first: {problem[0]}")
         images, seen = _find_copies(images, predictors)
@@ -159,7 +159,7 @@ def predict_labelled(
 # %% ../../nbs/06_inference/70_external.ipynb #eecc4ea9
 def read_evaluation(
     out: str | os.PathLike,  # folder of predict_labelled
-) -> dict[str, DataFrame]:  # model -> pair, class, path, group, subset, seen, and the columns of predict
+) -> dict[str, DataFrame]:  # model -> pair, class, path, group, given_group, subset, seen, and the columns of predict
     "Labelled predictions of each model. subset: test; unknown, of a class that the model does not know; problem."
     out, tables = Path(out), {}
     images, seen = read_table(out / "images.csv"), read_table(out / "near_duplicates.csv")
@@ -170,7 +170,9 @@ def read_evaluation(
         kind = np.where(images["class"].isin(classes), "test", "unknown")
         known = images["pair"].isin(seen["pair"][seen["model"] == name])
         new = {"subset": np.where(table["problem"] == "", kind, "problem"), "seen": known}
-        tables[name] = images[["pair", "class", "path", "group"]].assign(**new).join(table.drop(columns="path"))
+        tables[name] = images[["pair", "class", "path", "group"]].assign(**new, given_group=images["given_group"]).join(
+            table.drop(columns="path")
+        )
     return tables
 
 # %% ../../nbs/06_inference/70_external.ipynb #cf9eaa29
@@ -186,12 +188,7 @@ def coverage_table(
         part = take_subset(table)
         accepted, labels = ~part["abstains"].to_numpy(bool), np.array(group_labels(part["pair"], groups))
         wrong = (part["predicted"] != part["class"]).to_numpy()[accepted]
-        row: dict[str, Any] = {
-            "model": name,
-            "title": model_title(name),
-            "n_images": len(part),
-            "n_accepted": int(accepted.sum()),
-        }
+        row: dict[str, Any] = {"model": name, "title": model_title(name), "n_images": len(part), "n_accepted": len(wrong)}
         for metric, values, of in (("coverage", accepted, labels), ("risk", wrong, labels[accepted])):
             found = korn_graubard_interval(values, of) if len(values) else None
             bounds = (found.estimate, found.low, found.high) if found else (np.nan,) * 3
