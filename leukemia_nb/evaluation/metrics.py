@@ -78,13 +78,13 @@ def class_table(
 def proportions_table(
     table: pd.DataFrame,  # predictions of one subset
     groups: Mapping[str, object] | None = None,  # pair -> group (slide, patient); None: each image its own
-) -> pd.DataFrame:  # metric, class, count, n_images, groups, estimate, low, high, interval
+) -> pd.DataFrame:  # metric, class, n_correct, n_images, groups, estimate, low, high, interval
     "Accuracy, balanced accuracy and, by class, sensitivity, specificity, PPV and NPV; NaN where no image counts."
     truth, predicted = table["class"].to_numpy(), predicted_labels(table)
     rows, labels = [], np.array(group_labels(table["pair"], groups))
 
     def add(metric: str, name: str, of: np.ndarray, correct: np.ndarray) -> None:
-        row: dict[str, Any] = {"metric": metric, "class": name, "count": int(correct[of].sum()), "n_images": int(of.sum())}
+        row: dict[str, Any] = {"metric": metric, "class": name, "n_correct": int(correct[of].sum()), "n_images": int(of.sum())}
         if of.any():
             found = korn_graubard_interval(correct[of], labels[of])
             row |= {"groups": found.groups, "estimate": found.estimate, "low": found.low, "high": found.high}
@@ -105,7 +105,7 @@ def proportions_table(
     return pd.concat([found[:1], balanced, found[1:]], ignore_index=True)
 
 
-_PROPORTION_COLUMNS = ["metric", "class", "count", "n_images", "groups", "estimate", "low", "high", "interval"]
+_PROPORTION_COLUMNS = ["metric", "class", "n_correct", "n_images", "groups", "estimate", "low", "high", "interval"]
 
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #7f108534
 def _balanced_accuracy(sensitivities: pd.DataFrame) -> pd.DataFrame:

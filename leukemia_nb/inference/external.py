@@ -170,8 +170,10 @@ def read_evaluation(
         kind = np.where(images["class"].isin(classes), "test", "unknown")
         known = images["pair"].isin(seen["pair"][seen["model"] == name])
         new = {"subset": np.where(table["problem"] == "", kind, "problem"), "seen": known}
-        tables[name] = images[["pair", "class", "path", "group"]].assign(**new, given_group=images["given_group"]).join(
-            table.drop(columns="path")
+        tables[name] = (
+            images[["pair", "class", "path", "group"]]
+            .assign(**new, given_group=images["given_group"])
+            .join(table.drop(columns="path"))
         )
     return tables
 

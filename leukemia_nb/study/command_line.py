@@ -156,6 +156,7 @@ def _check_path(text: str | None) -> str | None:
 
 
 _Images = Annotated[list[str], Argument(help="Images, folders searched with their subfolders, or 'patterns/*.png'.")]
+_BatchSize = Annotated[int, Option(help="Images in memory at a time, in each process.", min=1)]
 _Jobs = Annotated[int, Option(help="Processes, each of which takes a part of the images.", min=1)]
 _Classes = Annotated[int, Option(help="3, or 4 with early Pre-B.", min=3, max=4)]
 _Cluster = Annotated[str, Option(help="Address of a Dask scheduler, tcp://host:8786, on a shared file system.")]
@@ -235,7 +236,11 @@ def _predict(
     json: Annotated[Path | None, Option(help="JSON file for the predictions.")] = None,
     overlays: Annotated[Path | None, Option(help="Folder for images with cells outlined.")] = None,
     saliency: Annotated[bool, Option(help="With --overlays: also saliency maps (slow).")] = False,
-    batch_size: Annotated[int, Option(help="Images in memory at a time, in each process.", min=1)] = 32,
+    by: Annotated[
+        str | None,
+        Option(help="With --out: also a prediction per 'folder', or per group of a CSV (path, group).", callback=_check_path),
+    ] = None,
+    batch_size: _BatchSize = 32,
     n_jobs: _Jobs = 1,
     cluster: _Cluster = "",
 ) -> None:
@@ -249,15 +254,43 @@ def _predict(
 
     if saliency and not overlays:
         raise typer.BadParameter("--saliency needs a folder: --overlays FOLDER")
+    if by and not out:
+        raise typer.BadParameter("--by needs a table: --out FILE.csv")
     place: Any = os.path.abspath if cluster else str  # workers are started in a folder of their own
     task = PredictionTask(place(model), place(overlays) if overlays else "", saliency)
     about = task.predictor().info
     inputs, found = find_inputs(images, overlays or "")
+    groups = _groups_of(inputs, by) if by else []
     outcomes = _predict_inputs(list(map(place, inputs)), task, out, json, batch_size, n_jobs, cluster)
     summary = "; ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
+    if by and out:
+        _write_groups(out, groups)
     _log(f"{found}\n{summary}. {describe_calibration(about)} Research use only.".lstrip())
     if outcomes["not read"] or outcomes["without overlay"]:
         raise typer.Exit(1)
+
+# %% ../../nbs/07_study/50_command_line.ipynb #903b558a
+def _groups_of(paths: list[str], by: str) -> list[str]:
+    "The folder of each image, or its group in a CSV; an image that is in no group is one of its own."
+    from leukemia_nb.processing.splitting import image_groups
+
+    if by == "folder":
+        return [os.path.dirname(path) or "." for path in paths]
+    return [group or path for group, path in zip(image_groups(by, paths, log=_log), paths)]
+
+
+def _write_groups(out: Path, groups: list[str]) -> None:
+    "Write the predictions of groups beside those of their images, and print a line for each."
+    from leukemia_nb.data.files import read_table, write_table
+    from leukemia_nb.inference.batch import predictions_by_group
+
+    table, file = predictions_by_group(read_table(out), groups), out.with_name(f"{out.stem}_by_group.csv")
+    write_table(file, table, excel=True)
+    for row in table.itertuples():
+        answer = f"{row.predicted} {row.confidence:.1%}" if row.predicted else "no prediction"
+        counts = f"{row.n_agree} of {row.n_predicted} agree, {row.n_abstained} abstained, {row.n_unreadable} not read"
+        _echo(f"{row.group}: {answer}; {counts}")
+    _echo(f"{len(table)} groups in {file}")
 
 # %% ../../nbs/07_study/50_command_line.ipynb #ad66b7fd
 def _predict_inputs(
@@ -321,6 +354,43 @@ def _compare(
     _log(f"{found}\ncomparison.csv and comparison.png in {out}. In brackets: the model abstains. Research use only.".lstrip())
     if problems:
         raise typer.Exit(1)
+
+# %% ../../nbs/07_study/50_command_line.ipynb #1bed872d
+@app.command("evaluate")
+def _evaluate(
+    folder: Annotated[Path, Argument(help="Labelled images: one folder per class, searched with its subfolders.")],
+    model: Annotated[list[Path], Option(help="Model file that a study exported; repeatable.")],
+    out: Annotated[Path, Option(help="Folder for report.html, metrics.json, results.csv and more.")] = Path("evaluation"),
+    groups: Annotated[
+        str | None, Option(help="CSV (path, group) of patients or slides.", callback=_check_path)
+    ] = None,
+    groups_from: Annotated[
+        str | None, Option(help="parent: the folders inside the class folders are patients or slides.", callback=_check_path)
+    ] = None,
+    batch_size: _BatchSize = 32,
+    n_jobs: _Jobs = 1,
+) -> None:
+    """External validation: models on labelled images from elsewhere, with intervals, paired tests and a report.
+
+    For research use only. Run a command that was stopped again to resume it.
+    """
+    from tqdm import tqdm
+
+    from leukemia_nb.data.files import pluralise
+    from leukemia_nb.inference.external import labelled_images, predict_labelled
+    from leukemia_nb.inference.predictor import Predictor
+    from leukemia_nb.study.report import run_command
+
+    if groups_from not in (None, "parent") or (groups and groups_from):
+        raise typer.BadParameter("groups come from a file (--groups FILE.csv) or from folders (--groups-from parent).")
+    classes = dict.fromkeys(str(name) for file in model for name in Predictor(file).classes_)
+    images = labelled_images(folder, list(classes), groups or groups_from or "", out, _log)
+    with tqdm(total=len(images) * len(model), unit="image") as bar:
+        images = predict_labelled(images, model, out, batch_size, n_jobs, lambda rows: bar.update(len(rows)))
+    for problem in filter(None, images["problem"]):
+        _log(problem)
+    _echo(f"{pluralise(len(images), 'image')}, {pluralise(len(model), 'model')}: {run_command('evaluate', out)}")
+    _log("Research use only.")
 
 # %% ../../nbs/07_study/50_command_line.ipynb #49cd1875
 @app.command("study")
