@@ -234,8 +234,9 @@ def readable_model_pairs(
     found = table[table["only_first_correct"] + table["only_second_correct"] > 0]
     columns = {"Model": found["first"].map(model_title), "Other model": found["second"].map(model_title)}
     columns |= {"Only the model correct": found["only_first_correct"], "Only the other correct": found["only_second_correct"]}
-    p_values = {"p": found["p"].map("{:.3f}".format), "p, Holm-adjusted": found["p_holm"].map("{:.3f}".format)}
-    return pd.DataFrame(columns | p_values)
+    for name, column in (("p", "p"), ("p, Holm-adjusted", "p_holm")):
+        columns[name] = found[column].map(lambda p: _p_text(p).removeprefix("= "))
+    return pd.DataFrame(columns)
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #2c38acf4
 def significance_sentence(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import __version__
 from leukemia_nb.data.files import (
     DataFrame,
     escape_text,
@@ -153,7 +154,8 @@ def predict_labelled(
         images, seen = _find_copies(images, predictors)
         write_table(out / "images.csv", images, excel=True)
         write_table(out / "near_duplicates.csv", seen)
-        write_json(out / "models.json", {"models": [_describe(name, predictor) for name, predictor in predictors.items()]})
+        about = [_describe(name, predictor) for name, predictor in predictors.items()]
+        write_json(out / "models.json", {"images": os.path.commonpath(paths), "version": __version__, "models": about})
     return images
 
 # %% ../../nbs/06_inference/70_external.ipynb #eecc4ea9

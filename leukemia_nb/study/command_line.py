@@ -361,9 +361,7 @@ def _evaluate(
     folder: Annotated[Path, Argument(help="Labelled images: one folder per class, searched with its subfolders.")],
     model: Annotated[list[Path], Option(help="Model file that a study exported; repeatable.")],
     out: Annotated[Path, Option(help="Folder for report.html, metrics.json, results.csv and more.")] = Path("evaluation"),
-    groups: Annotated[
-        str | None, Option(help="CSV (path, group) of patients or slides.", callback=_check_path)
-    ] = None,
+    groups: Annotated[str | None, Option(help="CSV (path, group) of patients or slides.", callback=_check_path)] = None,
     groups_from: Annotated[
         str | None, Option(help="parent: the folders inside the class folders are patients or slides.", callback=_check_path)
     ] = None,
