@@ -75,8 +75,7 @@ def labelled_images(
         found["group"] = [path.parent.name if place not in (None, path.parent) else "" for path, (place, _) in zip(paths, places)]
     elif groups:
         found["group"] = image_groups(groups, paths, folder, log)
-    found["problem"] = [problems.get(path, "") for path in paths]
-    found.loc[found["class"] == "", "problem"] += found["path"] + ": lies in no folder of a class. Move it into one."
+    found["problem"] = [problems.get(path, "" if label else _outside(path)) for path, label in zip(paths, found["class"])]
     if not found["class"].isin(classes).any():
         there = ", ".join(sorted(set(found["class"]) - {""})) or "none"
         raise ImageError(
@@ -84,6 +83,9 @@ def labelled_images(
             "Name the folders after the classes; for images without labels: leukemia_nb predict."
         )
     return found
+
+def _outside(path: Path) -> str:
+    return escape_text(f"{path}: lies in no folder of a class. Move it into one.")
 
 # %% ../../nbs/06_inference/70_external.ipynb #814b2c79
 def _is_finished(file: Path, paths: Sequence[str], task: PredictionTask) -> bool:
@@ -167,7 +169,8 @@ def read_evaluation(
     images, seen = read_table(out / "images.csv"), read_table(out / "near_duplicates.csv")
     for described in read_json(out / "models.json")["models"]:
         name, classes = described["model"], described["classes"]
-        table = read_table(out / "predictions" / f"{name}.csv").fillna({"predicted": "", "abstain_reasons": ""})
+        table = read_table(out / "predictions" / f"{name}.csv")
+        table = table.assign(**{text: table[text].astype(object).fillna("") for text in ("predicted", "abstain_reasons")})
         table["problem"] = images["problem"].where(images["problem"] != "", table["problem"])
         kind = np.where(images["class"].isin(classes), "test", "unknown")
         known = images["pair"].isin(seen["pair"][seen["model"] == name])
