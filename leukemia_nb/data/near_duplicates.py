@@ -174,7 +174,7 @@ def image_fingerprints(
     green = (_read_green(each) if isinstance(each, str | os.PathLike) else resize_square(each, 224)[..., 1] for each in images)
     return np.array([_block_means(_thumbnail(each)) for each in green], np.float16).reshape(-1, 8, 8)
 
-
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #fe68c0d4
 def similar_fingerprints(
     fingerprints: np.ndarray,  # float (n, 8, 8), of image_fingerprints
     min_correlation: float = 0.95,  # of the thumbnails of a copy

@@ -153,14 +153,7 @@ def calibration_sentence(
     test = f"Consistency resampling of {table['n_images'].iloc[0]} images, one-sided, p not adjusted for the number of models"
     return ". ".join([*parts, test]) + "."
 
-# %% ../../nbs/04_evaluation/40_calibration.ipynb #0ead9485
-def readable_calibration(
-    table: pd.DataFrame,  # from calibration_table
-) -> pd.DataFrame:  # numbers
-    "The columns of a calibration table that are read, with headings."
-    return table.reindex(columns=list(_READABLE)).rename(columns=_READABLE).dropna(axis="columns", how="all")
-
-
+# %% ../../nbs/04_evaluation/40_calibration.ipynb #af177ab9
 _READABLE = {
     "title": "Model",
     "n_images": "Images",
@@ -175,6 +168,13 @@ _READABLE = {
     "scaled_ece": "ECE, scaled",
     "scaled_brier": "Brier score, scaled",
 }
+
+# %% ../../nbs/04_evaluation/40_calibration.ipynb #0ead9485
+def readable_calibration(
+    table: pd.DataFrame,  # from calibration_table
+) -> pd.DataFrame:  # numbers
+    "The columns of a calibration table that are read, with headings."
+    return table.reindex(columns=list(_READABLE)).rename(columns=_READABLE).dropna(axis="columns", how="all")
 
 # %% ../../nbs/04_evaluation/40_calibration.ipynb #d467c1b6
 @styled

@@ -74,6 +74,9 @@ def class_table(
         found[[name, f"{name}_low", f"{name}_high"]] = bounds
     return found
 
+# %% ../../nbs/04_evaluation/30_metrics.ipynb #e1730dbb
+_PROPORTION_COLUMNS = ["metric", "class", "n_correct", "n_images", "groups", "estimate", "low", "high", "interval"]
+
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #909cd441
 def proportions_table(
     table: pd.DataFrame,  # predictions of one subset
@@ -103,9 +106,6 @@ def proportions_table(
     found = pd.DataFrame(rows, columns=_PROPORTION_COLUMNS)
     balanced = _balanced_accuracy(found[found["metric"] == "sensitivity"])
     return pd.concat([found[:1], balanced, found[1:]], ignore_index=True)
-
-
-_PROPORTION_COLUMNS = ["metric", "class", "n_correct", "n_images", "groups", "estimate", "low", "high", "interval"]
 
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #7f108534
 def _balanced_accuracy(sensitivities: pd.DataFrame) -> pd.DataFrame:

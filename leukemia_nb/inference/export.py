@@ -11,7 +11,7 @@ import io
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -294,9 +294,10 @@ def _threshold_and_cover(seen: dict[str, Any], temperature: float, constants: An
     return thresholds, {name: float(part.mean()) for name, part in covered.items()}
 
 # %% ../../nbs/06_inference/50_export.ipynb #ac9918c4
-def _originals(pairs: Pairs) -> Iterator[np.ndarray]:
-    "Prepared images, uint8 (S, S, 3), one after the other."
-    return (pairs.read(slice(place, place + 1))[0] for place in range(len(pairs)))
+def _fingerprints(*parts: Pairs) -> np.ndarray:
+    "Fingerprints of prepared images, read one after the other, float16 (n, 8, 8)."
+    images = (pairs.read(slice(place, place + 1))[0] for pairs in parts for place in range(len(pairs)))
+    return image_fingerprints(images)
 
 # %% ../../nbs/06_inference/50_export.ipynb #257fc731
 def export_model(
@@ -329,7 +330,6 @@ def export_model(
         raise ModelError(f"{file}: not written, the features given for training images are not those of {model.name}.")
     of_train = of_train or _run_exported(session, model, train)
     constants = fit_ood(of_train, train.labels, seen["val"], model.classes_, model.entry.input == "cells")
-    constants["fingerprints"] = np.concatenate([image_fingerprints(_originals(pairs)) for pairs in (train, val)])
     temperature, reason = _fit_safe_temperature(val.labels, seen["val"]["probabilities"], model.classes_)
     thresholds, coverage = _threshold_and_cover(seen, temperature, constants)
     n_correct = int((model.classes_[seen["test"]["probabilities"].argmax(axis=1)] == test.labels).sum())
@@ -338,5 +338,5 @@ def export_model(
     info = _describe_model(model, train, val, segmentation, card) | {"coverage": coverage, "test": tested}
     info |= {"calibration_images": {"n": len(val), "note": note}}
     info |= {"version": _weights_version(network), "temperature": temperature, "calibration": reason, "thresholds": thresholds}
-    info["sha256"] = write_model_file(file, network, info, constants)
+    info["sha256"] = write_model_file(file, network, info, constants | {"fingerprints": _fingerprints(train, val)})
     return info | {"difference": difference, "bytes": Path(file).stat().st_size}

@@ -52,6 +52,15 @@ def _class_folder(path: Path, folder: Path, classes: Sequence[str]) -> tuple[Pat
             return parent, label
     return (inside[-2], inside[-2].name) if len(inside) > 1 else (None, "")
 
+# %% ../../nbs/06_inference/70_external.ipynb #9fc1cbd3
+def _given_groups(
+    groups: str | os.PathLike, paths: Sequence[Path], places: Sequence[Path | None], folder: Path, log: Callable[[str], Any]
+) -> list[str]:
+    "Group of each image of a labelled folder, empty for none; places: the folders of their classes."
+    if groups == "parent":
+        return [path.parent.name if place not in (None, path.parent) else "" for path, place in zip(paths, places)]
+    return image_groups(groups, paths, folder, log) if groups else [""] * len(paths)
+
 # %% ../../nbs/06_inference/70_external.ipynb #96f8bc06
 def labelled_images(
     folder: str | os.PathLike,  # one folder of images per class, at any depth
@@ -69,12 +78,9 @@ def labelled_images(
     problems = dict(search.unreachable)
     paths = sorted([*search.paths, *problems])
     places = [_class_folder(path, folder, classes) for path in paths]
-    found = pd.DataFrame({"class": [label for _, label in places], "path": list(map(str, paths)), "group": ""})
+    found = pd.DataFrame({"class": [label for _, label in places], "path": list(map(str, paths))})
     found.insert(0, "pair", _name_pairs(found["class"], paths))
-    if groups == "parent":
-        found["group"] = [path.parent.name if place not in (None, path.parent) else "" for path, (place, _) in zip(paths, places)]
-    elif groups:
-        found["group"] = image_groups(groups, paths, folder, log)
+    found["group"] = _given_groups(groups, paths, [place for place, _ in places], folder, log)
     found["problem"] = [problems.get(path, "" if label else _outside(path)) for path, label in zip(paths, found["class"])]
     if not found["class"].isin(classes).any():
         there = ", ".join(sorted(set(found["class"]) - {""})) or "none"
@@ -84,7 +90,9 @@ def labelled_images(
         )
     return found
 
+# %% ../../nbs/06_inference/70_external.ipynb #50b1bb23
 def _outside(path: Path) -> str:
+    "The problem of an image without a label."
     return escape_text(f"{path}: lies in no folder of a class. Move it into one.")
 
 # %% ../../nbs/06_inference/70_external.ipynb #814b2c79
@@ -182,6 +190,9 @@ def read_evaluation(
         )
     return tables
 
+# %% ../../nbs/06_inference/70_external.ipynb #f1f633eb
+_REASONS = ("out of distribution", "low confidence", "no cells found")
+
 # %% ../../nbs/06_inference/70_external.ipynb #cf9eaa29
 def coverage_table(
     predictions: Mapping[str, DataFrame],  # model -> from read_evaluation
@@ -203,9 +214,6 @@ def coverage_table(
         reasons = {reason: int(part["abstain_reasons"].str.contains(reason).sum()) for reason in _REASONS}
         rows.append(row | {"n_errors": int(wrong.sum())} | reasons)
     return pd.DataFrame(rows)
-
-
-_REASONS = ("out of distribution", "low confidence", "no cells found")
 
 # %% ../../nbs/06_inference/70_external.ipynb #ead93cb6
 def error_gallery(

@@ -278,7 +278,7 @@ def _groups_of(paths: list[str], by: str) -> list[str]:
         return [os.path.dirname(path) or "." for path in paths]
     return [group or path for group, path in zip(image_groups(by, paths, log=_log), paths)]
 
-
+# %% ../../nbs/07_study/50_command_line.ipynb #4a59b5f1
 def _write_groups(out: Path, groups: list[str]) -> None:
     "Write the predictions of groups beside those of their images, and print a line for each."
     from leukemia_nb.data.files import read_table, write_table
