@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .. import __version__
+from ..data.classes import ClassMap, ClassMapError, folder_classes, named_classes, read_class_map
 from leukemia_nb.data.files import (
     DataFrame,
     escape_text,
@@ -25,69 +27,63 @@ from leukemia_nb.data.files import (
     write_table,
 )
 from ..data.images import ImageError, read_image
-from leukemia_nb.data.manifest import (
-    _name_pairs,
-    check_not_inside,
-    class_of,
-    mark_conflicting_labels,
-    merge_groups,
-    search_images,
-)
+from ..data.manifest import _name_pairs, check_not_inside, mark_conflicting_labels, merge_groups, search_images
 from ..data.near_duplicates import group_images, image_fingerprints, similar_fingerprints
 from ..evaluation.predictions import model_title, take_subset
 from ..evaluation.uncertainty import group_labels, korn_graubard_interval
 from .batch import PredictionTask, _still_holds, predict_files
 from .predictor import Predictor, data_uri, render_template
-from ..processing.splitting import image_groups
+from ..processing.splitting import image_groups, parent_groups
 
 # %% auto #0
 __all__ = ['labelled_images', 'predict_labelled', 'read_evaluation', 'coverage_table', 'error_gallery']
 
 # %% ../../nbs/06_inference/70_external.ipynb #9f45dd44
-def _class_folder(path: Path, folder: Path, classes: Sequence[str]) -> tuple[Path | None, str]:
-    "The folder that gives an image its class, and the class; None and empty for an image outside of any."
-    inside = [parent for parent in path.parents if parent == folder or folder in parent.parents]
-    for parent in inside:
-        if label := parent.name if parent.name in classes else class_of(parent.name):
-            return parent, label
-    return (inside[-2], inside[-2].name) if len(inside) > 1 else (None, "")
-
-# %% ../../nbs/06_inference/70_external.ipynb #9fc1cbd3
-def _given_groups(
-    groups: str | os.PathLike, paths: Sequence[Path], places: Sequence[Path | None], folder: Path, log: Callable[[str], Any]
-) -> list[str]:
-    "Group of each image of a labelled folder, empty for none; places: the folders of their classes."
-    if groups == "parent":
-        return [path.parent.name if place not in (None, path.parent) else "" for path, place in zip(paths, places)]
-    return image_groups(groups, paths, folder, log) if groups else [""] * len(paths)
+def _class_map(paths: Sequence[Path], folder: Path, classes: Sequence[str], file: str | os.PathLike) -> ClassMap:
+    "Which folders mean a class of the models, by a class map or by their names, and which mean another class."
+    known, others = read_class_map(file) if file else named_classes(classes), dict[str, Sequence[str]]()
+    try:
+        others = dict(folder_classes(paths, folder).folders)
+    except ClassMapError:
+        pass  # one folder: its name means a class that is known, or the folder has none
+    taken = {*map(known.class_of, [name for names in others.values() for name in names])} - {None}
+    new = {label: names for label, names in others.items() if known.class_of(label) is None and label not in taken}
+    return replace(known, folders=new | dict(known.folders))
 
 # %% ../../nbs/06_inference/70_external.ipynb #96f8bc06
 def labelled_images(
     folder: str | os.PathLike,  # one folder of images per class, at any depth
     classes: Sequence[str],  # class names of the models
     groups: str | os.PathLike = "",  # CSV with path and group, or "parent": the folders inside the class folders
+    class_map: str | os.PathLike = "",  # TOML file that says which folders mean which class; empty: by their names
     exclude: str | os.PathLike = "",  # a folder that is left out where it lies in the other
     log: Callable[[str], Any] = print,  # gets lines: what was found and left out
 ) -> DataFrame:  # pair, class, path, group, problem; one row for each image that was found
-    "Images and their labels. Raises `ImageError` without an image of a known class, `SplitError` for unusable groups."
+    "Images and their labels. Raises `ImageError` without an image of a known class, `SplitError`, `ClassMapError`."
     import pandas as pd
 
     folder = Path(folder).absolute()
     search = search_images(folder, exclude)
     log(search.summary())
     problems = dict(search.unreachable)
-    paths = sorted([*search.paths, *problems])
-    places = [_class_folder(path, folder, classes) for path in paths]
-    found = pd.DataFrame({"class": [label for _, label in places], "path": list(map(str, paths))})
+    every = sorted([*search.paths, *problems])
+    meant = _class_map(search.paths, folder, classes, class_map)
+    labels = {path: meant.class_of_path(path / "inside" if path in problems else path, folder) for path in every}
+    paths = [path for path in every if labels[path] != ""]  # empty: left out by the class map
+    if left_out := len(every) - len(paths):
+        log(f"{left_out} in folders that the class map leaves out")
+    found = pd.DataFrame({"class": [labels[path] or "" for path in paths], "path": list(map(str, paths))})
     found.insert(0, "pair", _name_pairs(found["class"], paths))
-    found["group"] = _given_groups(groups, paths, [place for place, _ in places], folder, log)
-    found["problem"] = [problems.get(path, "" if label else _outside(path)) for path, label in zip(paths, found["class"])]
+    found["problem"] = [problems.get(path, "" if labels[path] else _outside(path)) for path in paths]
     if not found["class"].isin(classes).any():
         there = ", ".join(sorted(set(found["class"]) - {""})) or "none"
         raise ImageError(
-            f"{folder}: no image in a folder of a class that the model knows ({', '.join(classes)}); folders: {there}. "
-            "Name the folders after the classes; for images without labels: leukemia_nb predict."
+            f"{folder}: no image in a folder of a class that the model knows ({', '.join(classes)}); classes here: {there}. "
+            "Name the folders after the classes, or use a class map; for images without labels: leukemia_nb predict."
         )
+    found["group"] = parent_groups(paths, folder, meant, log) if groups == "parent" else ""
+    if groups and groups != "parent":
+        found["group"] = image_groups(groups, paths, folder, log)
     return found
 
 # %% ../../nbs/06_inference/70_external.ipynb #50b1bb23

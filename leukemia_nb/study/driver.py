@@ -115,7 +115,7 @@ def _make_step(
 
     (name,), key = _fill(entry["name"], names), _placeholder(entry["name"])
     parameters = entry.get("parameters", {}) | {setting: getattr(settings, setting) for setting in entry.get("settings", [])}
-    parameters |= {"models": list(settings.models)} if "models" in parameters else {}
+    parameters = {key: list(value) if isinstance(value, tuple) else value for key, value in parameters.items()}  # for papermill
     parameters |= {key: names[key][0]} if key else {}
     parameters |= {"settings": settings.settings_of(names[key][0])} if entry.get("model_settings") else {}
     writes = [*entry["writes"], *([] if settings.data else entry.get("writes_synthetic", []))]
@@ -435,13 +435,15 @@ def run_study(
 ) -> Run:
     "Run what of a study is not up to date. Raises StudyError, ClusterError, and what `check_study` raises before any step."
     run = Run(Path(folder).resolve() if cluster else Path(folder))
-    check_study(settings, run)
+    found = check_study(settings, run)
     steps = study_steps(settings)
     again, wanted = _select_steps(steps, redo), with_dependencies(steps, until)
     with _locked(run), parallel(n_jobs, cluster) as workers:
         _wait_for_workers(run)
         mark_output_folder(run.folder)
         run.write_json(asdict(settings) | {"versions": _versions()}, "study.json")
+        for line in found:
+            log(line)
         for model in settings.models:
             if not MODELS[model].exporter:
                 log(f"export-{model}: skipped, its entry in MODELS names no exporter.")
