@@ -8,6 +8,7 @@ __all__ = ['KINDS', 'paste_cells', 'make_composites', 'cue_conflict_rates', 'cue
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #e2921551
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from os import PathLike
 
 import cv2
 import numpy as np
@@ -211,6 +212,7 @@ def make_composites(
     kinds: Sequence[str] = ("mixed_next",),  # keys of KINDS
     seed: int = 0,  # of donors and inpainting
     n_backgrounds: int = 1,  # Mixed-Next: backgrounds of other classes for each image
+    file: str | PathLike | None = None,  # .npy file for the composites, which need not fit into memory then
 ) -> tuple[np.ndarray, pd.DataFrame]:  # uint8 (m, H, W, 3), n per kind; kind, row, donor, foreground, other_cue
     "Composites, the class of their cells (foreground) and of background, colours or bar (other_cue). Raises ValueError."
     labels = np.asarray(labels, dtype=str)
@@ -219,8 +221,8 @@ def make_composites(
         raise ValueError(f"unknown kind '{unknown[0]}': choose among {', '.join(KINDS)}.")
     if len(labels) != len(images):
         raise ValueError(f"{len(images)} images but {len(labels)} labels.")
-    random, made, rows = np.random.default_rng(seed), [], []
-    others, same = _donors(labels, random, n_backgrounds)
+    others, same = _donors(labels, np.random.default_rng(seed), n_backgrounds)
+    rows = []
 
     @cache
     def background(i: int) -> np.ndarray:
@@ -235,10 +237,13 @@ def make_composites(
             donors = others if kind == "mixed_next" else [found[:1] for found in others]
         for row, found in enumerate(donors):
             for donor in found:
-                made.append(_composite(kind, images, cells, row, donor, background, seed + row))
                 foreground, other = "" if kind == "only_bg" else labels[row], "" if kind == "only_fg" else labels[donor]
                 rows.append((kind, row, donor, foreground, other))
-    return np.stack(made), pd.DataFrame(rows, columns=["kind", "row", "donor", "foreground", "other_cue"])
+    shape = (len(rows), *np.shape(images)[1:])
+    made = np.empty(shape, np.uint8) if file is None else np.lib.format.open_memmap(file, "w+", np.uint8, shape)
+    for place, (kind, row, donor, *_) in enumerate(rows):
+        made[place] = _composite(kind, images, cells, row, donor, background, seed + row)
+    return made, pd.DataFrame(rows, columns=["kind", "row", "donor", "foreground", "other_cue"])
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #7b41045f
 def _donors(labels: np.ndarray, random: np.random.Generator, n: int) -> tuple[list[list[int]], list[list[int]]]:
