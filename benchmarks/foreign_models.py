@@ -78,6 +78,7 @@ def keras_mobilenet(work: Path) -> None:
     head.compile("adam", "categorical_crossentropy", metrics=["accuracy"])
     head.fit(features, np.concatenate([y for _, y in batches]), epochs=20, verbose=2)
     whole = keras.Model(base.input, head(base.output, training=False))
+    whole(np.zeros((1, 160, 160, 3), np.float32))  # Keras exports only what was called
     whole.export(work / "keras_mobilenet.onnx", format="onnx", verbose=False)
     write_settings(work / "keras_mobilenet.toml", range="-1-1", classes=CLASSES)
 

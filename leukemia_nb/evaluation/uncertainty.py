@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLOPPER_PEARSON', 'clopper_pearson', 'format_proportion', 'Interval', 'korn_graubard_interval', 'group_labels',
-           'two_way_interval', 'difference_interval', 'cluster_bootstrap', 'compare_model_pairs',
+           'two_way_interval', 'difference_interval', 'format_difference', 'cluster_bootstrap', 'compare_model_pairs',
            'significance_sentence', 'difference_figure']
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #cf09af81
@@ -146,6 +146,16 @@ def difference_interval(
     difference = one - other
     below, above = np.hypot(one - low, other_high - other), np.hypot(high - one, other - other_low)
     return float(difference), float(difference - below), float(difference + above)
+
+
+def format_difference(
+    difference: float,  # of two proportions
+    low: float,  # lower bound of the 95 % interval
+    high: float,  # upper bound
+) -> str:
+    "A difference of proportions as `+12.5 percentage points (95 % CI +4.0 to +21.3)`."
+    one, *bounds = (f"{100 * value:+.1f}".replace("-", "−") for value in (difference, low, high))
+    return f"{one} percentage points (95 % CI {' to '.join(bounds)})"
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #fcab5620
 def cluster_bootstrap(

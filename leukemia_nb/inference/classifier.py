@@ -165,7 +165,9 @@ def _open_keras(file: str, threads: int | None) -> _Network:
         model = keras.saving.load_model(file, compile=False)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"{file}: Keras cannot open it in safe mode ({reason}). Export it: model.export('x.onnx', 'onnx').") from None
+        raise ModelError(
+            f"{file}: Keras cannot open it in safe mode ({reason}). Export it: model.export('x.onnx', 'onnx')."
+        ) from None
     if isinstance(model.input_shape, list) or len(model.input_shape) != 4:
         raise ModelError(f"{file}: takes {model.input_shape}; an image classifier takes one batch of images.")
     names = {type(layer).__name__ for layer in model._flatten_layers()}
@@ -270,6 +272,8 @@ def _probabilities(values: np.ndarray, output: str) -> np.ndarray:
 # %% ../../nbs/06_inference/70_classifier.ipynb #9ee502cc
 class FileClassifier:
     "A classifier from a file: `classes_`, `predict_proba`, `image_size`, `settings`, `assumptions`, `kind`."
+
+    channels = ("original",)  # what the audit shows it of each image
 
     def __init__(
         self,

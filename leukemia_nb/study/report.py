@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..data.files import atomic_path
+from ..data.files import atomic_path, read_json
 from .cards import render
 from .driver import _section_steps
 
@@ -36,13 +36,17 @@ def _section_cells(notebook: Any) -> Iterator[Any]:
 def report_notebook(
     folder: str | os.PathLike,  # run folder
 ) -> Any:  # nbformat's NotebookNode
-    "The executed notebooks of a run that are sections of the report as one, between the summary and how to reproduce it."
+    "The executed notebooks of a study or an audit that are sections of the report, between the summary and how to reproduce it."
     import nbformat
 
-    executed = [Path(folder) / "notebooks" / f"{step}.ipynb" for step in _section_steps()]
+    audit = "model_file" in read_json(Path(folder, "study.json"))
+    executed = [Path(folder) / "notebooks" / f"{step}.ipynb" for step in _section_steps("audit" if audit else "step")]
     sections = [nbformat.read(path, 4) for path in executed if path.is_file()]
     cells = [cell for section in sections for cell in _section_cells(section)]
-    first, last = (nbformat.v4.new_markdown_cell(render(f"{name}.md.j2", folder), id=name) for name in ("summary", "reproduce"))
+    first, last = (
+        nbformat.v4.new_markdown_cell(render(f"{name}.md.j2", folder), id=name)
+        for name in ("audit_summary" if audit else "summary", "reproduce")
+    )
     notebook = nbformat.v4.new_notebook(cells=[first, *cells, last])
     titles = [
         title for cell in notebook.cells if cell.cell_type == "markdown" for title in re.findall(r"^## (.+)$", cell.source, re.M)
