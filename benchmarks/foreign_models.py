@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT / "shared" if (ROOT / "shared").exists() else ROOT.parent / "shared"
@@ -115,7 +116,16 @@ def torch_mobilenet(work: Path) -> None:
 def yolo(work: Path) -> None:
     "YOLOv8n-cls of ImageNet, fine-tuned by the command line of ultralytics; the file is its own best.pt."
     command = ["yolo", "classify", "train", f"data={work / 'images'}", f"model={SHARED / 'weights/yolov8n-cls.pt'}", "imgsz=128"]
-    command += ["epochs=3", "batch=32", "workers=0", "device=cpu", f"project={work}", "name=yolo_run", "exist_ok=True", "plots=False"]
+    command += [
+        "epochs=3",
+        "batch=32",
+        "workers=0",
+        "device=cpu",
+        f"project={work}",
+        "name=yolo_run",
+        "exist_ok=True",
+        "plots=False",
+    ]
     subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:], "val=False"], check=True, cwd=work)
     shutil.copy(work / "yolo_run/weights/last.pt", work / "yolo.pt")
 
@@ -147,10 +157,43 @@ def train(work: Path, only: list[str]) -> None:
         print(f"{name}: {seconds:.0f} CPU seconds", flush=True)
 
 
+def audit(work: Path, only: list[str]) -> None:
+    "`leukemia_nb audit` of each model on its test images, in intervals that count overlapping fields of view as one."
+    fields = pd.read_csv(SHARED / "data/taleqani_fields.csv").rename(columns={"file": "path", "overlap_group": "group"})
+    fields[fields["path"].str.split("/").str[0].isin(CLASSES)][["path", "group"]].to_csv(work / "groups.csv", index=False)
+    for name in only:
+        out = work / "audits" / name
+        command = [
+            sys.executable,
+            "-m",
+            "leukemia_nb",
+            "audit",
+            work / "images/test",
+            "--model",
+            work / FILES[name],
+            "--out",
+            out,
+        ]
+        options = ["--images", "150", "--groups", work / "groups.csv", *(["--allow-pickle"] if name == "yolo" else [])]
+        subprocess.run([*map(str, [*command, *options])], check=True, cwd=ROOT)
+        found = json.loads((out / "audit.json").read_text())
+        result = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"models": {}}
+        measures = {key: found[key] for key in ("rates", "differences", "lowest_under_corruption", "saliency", "scale_bars")}
+        described = {
+            "recipe": RECIPES[name].__doc__,
+            "kind": Path(FILES[name]).suffix,
+            **json.loads((work / f"{name}.json").read_text()),
+        }
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+        described |= {"commit": commit, "images": found["images"], "chance": found["chance"], **measures}
+        result["models"][name] = described
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["train", "audit"])
     parser.add_argument("--work", type=Path, required=True, help="folder for the images' links, the models and the audits")
     parser.add_argument("--only", nargs="*", default=list(RECIPES), choices=list(RECIPES))
     asked = parser.parse_args()
-    train(asked.work.resolve(), asked.only)
+    {"train": train, "audit": audit}[asked.stage](asked.work.resolve(), asked.only)

@@ -17,6 +17,7 @@ from ..data.images import ImageError
 from ..data.manifest import FOUR_CLASSES, ClassSelection, class_of, search_images, select_classes
 from ..inference.classifier import FileClassifier, ModelSettings, open_classifier
 from ..models.interface import ModelError
+from ..processing.splitting import read_groups
 from .driver import STEPS, Step, _make_step, run_steps
 from .report import build_report
 from .settings import Run, StudyError, _check_run_folder
@@ -95,7 +96,10 @@ def audit_settings(
     "Settings of an audit with all that is found in the model file and the folder. Raises ModelError, ImageError."
     data, file = os.path.abspath(data), os.path.abspath(model_file)
     model, selection = open_classifier(file, settings, allow_pickle), labelled_images(data, exclude)
-    outputs, known, notes = match_classes(model, _folder_names(selection))
+    folders = _folder_names(selection)
+    outputs, known, notes = match_classes(model, folders)
+    renamed = [f"{label} = {folders[label]}" for label in known if label != folders[label]]
+    notes = (*notes, *([f"classes and their folders: {', '.join(renamed)}"] if renamed else []))
     classifier = {"file": file, "settings": asdict(replace(model.settings, classes=outputs)), "allow_pickle": allow_pickle}
     name = unique_names([Path(file).stem])[0]
     assumed = tuple(f"assumed: {note}" for note in model.assumptions)
@@ -117,6 +121,8 @@ def _check_audit(settings: AuditSettings, run: Run) -> None:
     _check_run_folder([settings.data], run)
     if (run.folder / "study.json").is_file() and "model_file" not in run.json("study.json"):
         raise OutputError(f"{run.folder}: is the run folder of a study. Choose another folder with --out.")
+    if settings.groups:
+        read_groups(settings.groups)
     if settings.audit_images < 2 * len(settings.classes):
         raise StudyError(
             f"{pluralise(settings.audit_images, 'image')} for {len(settings.classes)} classes: take at least two of each."
