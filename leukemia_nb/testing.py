@@ -148,17 +148,14 @@ def dummy_classifier_file(
     "Write an ONNX classifier of the mean colour of the image. Needs `onnx`."
     import onnx.parser
 
+    from leukemia_nb.inference.predictor import render_template
+
     drawn = [[make_smear(name, seed, 192, 256).image / 255 for seed in range(smears)] for name in classes]
     colours = np.array(drawn).mean(axis=(2, 3))  # (k, smears, 3)
     means, variance = colours.mean(axis=1), colours.var(axis=1).mean()
     weights, bias = 2 * means.T / variance, -(means**2).sum(axis=1) / variance
-    arrays = {"weights": ", ".join(map(str, weights.ravel())), "bias": ", ".join(map(str, bias))}
-    text = f"""<ir_version: 8, opset_import: ["" : 18]>
-    colours (float[n, 3, {size}, {size}] images) => (float[n, {len(classes)}] logits)
-    <int64[2] axes = {{2, 3}}, float[3, {len(classes)}] weights = {{{arrays["weights"]}}}, float[{len(classes)}] bias = {{{arrays["bias"]}}}> {{
-        means = ReduceMean<keepdims=0>(images, axes)
-        products = MatMul(means, weights)
-        logits = Add(products, bias) }}"""
+    arrays = {"weights": weights.ravel().tolist(), "bias": bias.tolist()}
+    text = render_template("dummy_classifier.j2", k=len(classes), size=size, **arrays)
     onnx.save(onnx.parser.parse_model(text), os.fspath(path))
     return Path(path)
 

@@ -39,12 +39,10 @@ class ModelSettings:
     crop_pct: float = 1.0  # side of the central part that the network sees: 0.875 for Resize(256), CenterCrop(224)
 
     def __post_init__(self) -> None:
+        _convert_settings(self)
         for name, allowed in _ALLOWED.items():
             if (value := getattr(self, name)) and value not in allowed:
                 raise ModelError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")
-        for name in ("classes", "image_size", "mean", "std"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, int | float | str) else tuple(value))
         if not 0 < self.crop_pct <= 1:
             raise ModelError(f"crop_pct is {self.crop_pct}; it must be above 0 and at most 1.")
         if self.std and min(self.std) <= 0:
@@ -59,11 +57,24 @@ _ALLOWED = {
     "crop_mode": ("squash", "center"),
 }
 
+
+def _convert_settings(settings: ModelSettings) -> None:
+    "Texts of the command line, such as 0.5,0.5,0.5, and lists of TOML as what the fields hold. Raises ModelError."
+    kinds: dict[str, type] = {"classes": str, "image_size": int, "mean": float, "std": float}
+    for name, kind in (kinds | {"crop_pct": float}).items():
+        value = getattr(settings, name)
+        several = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        try:
+            found = tuple(kind(each.strip() if isinstance(each, str) else each) for each in several)
+        except (TypeError, ValueError):
+            raise ModelError(f"{name} is {value!r}; it must be a number, or several, separated by commas.") from None
+        object.__setattr__(settings, name, found if name in kinds else found[0])
+
 # %% ../../nbs/06_inference/70_classifier.ipynb #aa7a9e08
 def read_model_settings(
     file: str | os.PathLike,  # the model file
     toml: str | os.PathLike | None = None,  # TOML file with settings; None: the one beside the model, if there is one
-    **given: Any,  # settings that override the file's; empty ones do not
+    given: Sequence[str] = (),  # settings that override the file's, as "range=0-1"
 ) -> ModelSettings:
     "Settings of a model file. Raises ModelError for a file that is not there, cannot be read, or has an unknown entry."
     path, known = Path(toml or Path(file).with_suffix(".toml")), [field.name for field in fields(ModelSettings)]
@@ -73,12 +84,10 @@ def read_model_settings(
             found = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ModelError(f"{path}: cannot be read as TOML ({error}). Correct it, or give the settings as options.") from None
+    found |= {name.strip(): value.strip() for name, _, value in (text.partition("=") for text in given)}
     if unknown := sorted(set(found) - set(known)):
-        raise ModelError(f"{path}: unknown entry {unknown[0]!r}; there are {', '.join(known)}.")
-    try:
-        return ModelSettings(**found | {name: value for name, value in given.items() if value})
-    except TypeError as error:
-        raise ModelError(f"{path}: an entry is of the wrong kind ({error}).") from None
+        raise ModelError(f"{file}: there is no setting {unknown[0]!r} of a model; there are {', '.join(known)}.")
+    return ModelSettings(**found)
 
 # %% ../../nbs/06_inference/70_classifier.ipynb #7903e839
 class _Network(NamedTuple):
@@ -216,14 +225,12 @@ def _complete(network: _Network, given: ModelSettings, file: str) -> tuple[Model
         notes.append(f"pixel range {settings.range}, by the mean that is given")
     if not settings.range:
         raise ModelError(
-            f"{file}: it does not say which pixel values it takes. Give --range 0-255, 0-1 (ToTensor, division by 255) or "
-            "-1-1 (preprocess_input of MobileNetV2), with --mean and --std where it was trained with them, or a TOML file beside it."
+            f"{file}: it does not say which pixel values it takes. Give --model-setting range=0-255, range=0-1 (ToTensor, "
+            "division by 255) or range=-1-1 (preprocess_input of MobileNetV2), with mean and std where it was trained with them."
         )
-    for name, usual in (("channel_order", "RGB"), ("crop_mode", "squash")):
-        if not getattr(settings, name):
-            notes.append(f"{name} {usual}")
-            settings = replace(settings, **{name: usual})
-    return settings, notes
+    usual: dict[str, Any] = {"channel_order": "RGB", "crop_mode": "squash"}
+    usual = {name: value for name, value in usual.items() if not getattr(settings, name)}
+    return replace(settings, **usual), notes + [f"{name} {value}" for name, value in usual.items()]
 
 
 def _complete_shape(network: _Network, settings: ModelSettings, file: str) -> ModelSettings:
@@ -232,13 +239,13 @@ def _complete_shape(network: _Network, settings: ModelSettings, file: str) -> Mo
     places = {"NCHW": shape[0] in (1, 3), "NHWC": shape[2] in (1, 3)}
     layout = settings.layout or "".join(name for name, fits in places.items() if fits)
     if layout not in places:
-        raise ModelError(f"{file}: takes {list(network.shape)}: channels are not found. Give --layout NCHW or NHWC.")
+        raise ModelError(f"{file}: takes {list(network.shape)}: channels are not found. Give --model-setting layout=NCHW or NHWC.")
     sides = shape[1:] if layout == "NCHW" else shape[:2]
     if fixed := all(isinstance(side, int) for side in sides):
         if settings.image_size and tuple(sides) != _sides(settings.image_size):
             raise ModelError(f"{file}: takes images of {sides[0]}x{sides[1]} pixels, not {settings.image_size}.")
     elif not settings.image_size:
-        raise ModelError(f"{file}: takes images of any size. Give --image-size, the size that it was trained with.")
+        raise ModelError(f"{file}: takes images of any size. Give the size that it was trained with: --model-setting image_size=224.")
     return replace(settings, layout=layout, image_size=tuple(sides) if fixed else _sides(settings.image_size))
 
 
@@ -255,7 +262,7 @@ def _find_output(values: np.ndarray, file: str) -> str:
         return "logits"
     if values.shape[1] == 1:
         return "sigmoid"
-    raise ModelError(f"{file}: its outputs lie between 0 and 1 and do not sum to 1. Give --output sigmoid or --output logits.")
+    raise ModelError(f"{file}: its outputs lie between 0 and 1 and do not sum to 1. Give --model-setting output=sigmoid or logits.")
 
 
 def _probabilities(values: np.ndarray, output: str) -> np.ndarray:
@@ -289,10 +296,7 @@ class FileClassifier:
         outputs = self._outputs(noise)
         if not self.settings.output:
             self.settings = replace(self.settings, output=_find_output(outputs, file))
-        names, k = self.settings.classes, max(2, outputs.shape[1])
-        if names and len(names) != k:
-            raise ModelError(f"{file}: has {k} classes, and {len(names)} class names were given: {', '.join(names)}.")
-        self.classes_ = np.array(names or [f"class {i}" for i in range(k)])
+        self.classes_ = _class_names(self.settings.classes, max(2, outputs.shape[1]), file)
 
     def predict_proba(
         self,
@@ -306,7 +310,7 @@ class FileClassifier:
 
     def _outputs(self, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
         if not self._network.shape:
-            return self._network.run(images)
+            return self._network.run(np.asarray(images))
         batch, found = self._network.shape[0] if isinstance(self._network.shape[0], int) else 16, []
         for start in range(0, len(images), batch):
             part = np.stack([_input(image, self.settings, self._network.dtype) for image in images[start : start + batch]])
@@ -319,6 +323,13 @@ class FileClassifier:
         return {"file": self.file, "kind": self.kind, **asdict(self.settings), "assumptions": self.assumptions}
 
 # %% ../../nbs/06_inference/70_classifier.ipynb #da486b9b
+def _class_names(names: tuple[str, ...], k: int, file: str) -> np.ndarray:
+    "Names of k classes. Raises ModelError where others are given."
+    if names and len(names) != k:
+        raise ModelError(f"{file}: has {k} classes, and {len(names)} class names were given: {', '.join(names)}.")
+    return np.array(names or [f"class {i}" for i in range(k)])
+
+
 def _input(image: np.ndarray, settings: ModelSettings, dtype: str) -> np.ndarray:
     "An image uint8 (H, W, 3) as the network takes it."
     image = central_square(image) if settings.crop_mode == "center" else image

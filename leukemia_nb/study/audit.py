@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import OutputError, pluralise, unique_names
-from ..data.images import ImageError
 from ..data.manifest import FOUR_CLASSES, ClassSelection, class_of, search_images, select_classes
 from ..inference.classifier import FileClassifier, ModelSettings, open_classifier
 from ..models.interface import ModelError
@@ -71,12 +70,12 @@ def match_classes(
         outputs, notes = tuple(folders), [f"classes of the outputs are the folders in alphabetical order: {listed}"]
     else:
         raise ModelError(
-            f"{model.file}: has {k} classes and names none, and the folders are {listed}. Give --classes in its order."
+            f"{model.file}: has {k} classes and names none, and the folders are {listed}. Give them in its order: --model-setting classes=A,B,C."
         )
     known = tuple(label for label in folders if label in outputs)
     if len(known) < 2:
         raise ModelError(
-            f"{model.file}: knows {', '.join(outputs)}, the folders are {listed}: at least two must agree. Give --classes."
+            f"{model.file}: knows {', '.join(outputs)}, the folders are {listed}: at least two must agree. Give --model-setting classes=A,B,C."
         )
     if unknown := [name for label, name in folders.items() if label not in outputs]:
         notes.append(f"images of {', '.join(unknown)} are left out: the model does not know this class")
@@ -103,6 +102,7 @@ def audit_settings(
     classifier = {"file": file, "settings": asdict(replace(model.settings, classes=outputs)), "allow_pickle": allow_pickle}
     name = unique_names([Path(file).stem])[0]
     assumed = tuple(f"assumed: {note}" for note in model.assumptions)
+    more["groups"] = os.path.abspath(more["groups"]) if more.get("groups") else ""
     return AuditSettings(
         data,
         file,
@@ -129,7 +129,9 @@ def _check_audit(settings: AuditSettings, run: Run) -> None:
         )
 
 # %% ../../nbs/07_study/45_audit.ipynb #ff2eec3e
-def audit_steps(settings: AuditSettings) -> list[Step]:
+def audit_steps(
+    settings: AuditSettings,  # of the audit
+) -> list[Step]:
     "The steps of an audit: images, composites, predictions, tables and figures."
     steps: list[Step] = []
     for entry in STEPS["audit"]:

@@ -323,14 +323,6 @@ def _compare(
         raise typer.Exit(1)
 
 # %% ../../nbs/07_study/50_command_line.ipynb #af87baa4
-def _numbers(text: str | None) -> list[float]:
-    "Numbers separated by commas."
-    try:
-        return [float(each) for each in (text or "").split(",") if each.strip()]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no list of numbers, such as 0.485,0.456,0.406.") from None
-
-
 def _check_cells(name: str) -> str:
     "Refuse an unknown way to find cells."
     return name if name == "cells" else str(_check_method(name))
@@ -342,19 +334,14 @@ def _audit(
     model: Annotated[Path, Option(help="Classifier: .onnx, .keras, .h5, a .pt of ultralytics, or RUN/exported/NAME.onnx.")],
     out: Annotated[Path | None, Option(help="Folder for report.html, audit.json, tables.  [default: audits/NAME]")] = None,
     images: Annotated[int, Option(help="Images, as many of each class.", min=4)] = 150,
-    classes: Annotated[str | None, Option(help="Class names in the order of the outputs, separated by commas.")] = None,
-    range_: Annotated[str | None, Option("--range", help="Pixel values that go in: 0-255, 0-1 or -1-1.")] = None,
-    mean: Annotated[str | None, Option(help="Subtracted from the channels, in units of --range: 0.485,0.456,0.406.")] = None,
-    std: Annotated[str | None, Option(help="By which the channels are divided: 0.229,0.224,0.225.")] = None,
-    layout: Annotated[str | None, Option(help="NCHW (PyTorch) or NHWC (Keras).")] = None,
-    channel_order: Annotated[str | None, Option(help="RGB or BGR (OpenCV).")] = None,
-    output: Annotated[str | None, Option(help="probabilities, logits or sigmoid.")] = None,
-    image_size: Annotated[int | None, Option(help="Side of the images, where the model takes any.", min=16)] = None,
-    crop_mode: Annotated[str | None, Option(help="squash: the whole image; center: its central square.")] = None,
-    crop_pct: Annotated[
-        float | None, Option(help="Part of the side that is seen: 0.875 for Resize(256), CenterCrop(224).")
+    model_setting: Annotated[
+        list[str] | None,
+        Option(
+            help="How the model takes images, as range=0-1; repeatable. classes, image_size, layout (NCHW, NHWC), range (0-255, "
+            "0-1, -1-1), mean, std, channel_order (RGB, BGR), output (probabilities, logits, sigmoid), crop_mode (squash, "
+            "center), crop_pct.  [default: found in the file, or in NAME.toml beside it]"
+        ),
     ] = None,
-    settings: Annotated[Path | None, Option(help="TOML file with these.  [default: NAME.toml beside the model]")] = None,
     allow_pickle: Annotated[
         bool, Option("--allow-pickle", help="Open a .pt, which can execute code of whoever made it.")
     ] = False,
@@ -372,17 +359,9 @@ def _audit(
     from leukemia_nb.inference.classifier import read_model_settings
     from leukemia_nb.study.audit import audit_settings, run_audit
 
-    given = {"classes": [name.strip() for name in (classes or "").split(",") if name.strip()], "range": range_, "layout": layout}
-    given |= {"mean": _numbers(mean), "std": _numbers(std), "channel_order": channel_order, "output": output}
-    given |= {"image_size": [image_size] if image_size else [], "crop_mode": crop_mode, "crop_pct": crop_pct}
-    of_model, where = read_model_settings(model, settings, **given), out or Path("audits", model.stem)
-    more = {
-        "audit_images": images,
-        "groups": os.path.abspath(groups) if groups else "",
-        "segmentation": segmentation,
-        "seed": seed,
-    }
-    wanted = audit_settings(data, model, of_model, allow_pickle, where, **more)
+    where, more = out or Path("audits", model.stem), {"audit_images": images, "segmentation": segmentation, "seed": seed}
+    of_model = read_model_settings(model, given=model_setting or [])
+    wanted = audit_settings(data, model, of_model, allow_pickle, where, groups=groups, **more)
     run_audit(wanted, where, redo or [], _echo)
     _echo(f"report: {where / 'report.html'}")
 

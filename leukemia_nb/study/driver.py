@@ -444,7 +444,7 @@ def run_study(
     run_steps(study_steps(settings), run, asdict(settings), n_jobs, redo, log, until, cluster, lines)
     return run
 
-
+# %% ../../nbs/07_study/20_driver.ipynb #03aae0c3
 def run_steps(
     steps: Sequence[Step],  # in an order in which they can run
     run: Run,  # where
