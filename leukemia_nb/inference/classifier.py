@@ -73,13 +73,12 @@ def _convert_settings(settings: ModelSettings) -> None:
 # %% ../../nbs/06_inference/70_classifier.ipynb #aa7a9e08
 def read_model_settings(
     file: str | os.PathLike,  # the model file
-    toml: str | os.PathLike | None = None,  # TOML file with settings; None: the one beside the model, if there is one
     given: Sequence[str] = (),  # settings that override the file's, as "range=0-1"
 ) -> ModelSettings:
-    "Settings of a model file. Raises ModelError for a file that is not there, cannot be read, or has an unknown entry."
-    path, known = Path(toml or Path(file).with_suffix(".toml")), [field.name for field in fields(ModelSettings)]
+    "Settings of a model file, of the TOML file beside it and those given. Raises ModelError for what cannot be read or is unknown."
+    path, known = Path(file).with_suffix(".toml"), [field.name for field in fields(ModelSettings)]
     found: dict[str, Any] = {}
-    if toml or path.is_file():
+    if path.is_file():
         try:
             found = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -239,13 +238,17 @@ def _complete_shape(network: _Network, settings: ModelSettings, file: str) -> Mo
     places = {"NCHW": shape[0] in (1, 3), "NHWC": shape[2] in (1, 3)}
     layout = settings.layout or "".join(name for name, fits in places.items() if fits)
     if layout not in places:
-        raise ModelError(f"{file}: takes {list(network.shape)}: channels are not found. Give --model-setting layout=NCHW or NHWC.")
+        raise ModelError(
+            f"{file}: takes {list(network.shape)}: channels are not found. Give --model-setting layout=NCHW or NHWC."
+        )
     sides = shape[1:] if layout == "NCHW" else shape[:2]
     if fixed := all(isinstance(side, int) for side in sides):
         if settings.image_size and tuple(sides) != _sides(settings.image_size):
             raise ModelError(f"{file}: takes images of {sides[0]}x{sides[1]} pixels, not {settings.image_size}.")
     elif not settings.image_size:
-        raise ModelError(f"{file}: takes images of any size. Give the size that it was trained with: --model-setting image_size=224.")
+        raise ModelError(
+            f"{file}: takes images of any size. Give the size that it was trained with: --model-setting image_size=224."
+        )
     return replace(settings, layout=layout, image_size=tuple(sides) if fixed else _sides(settings.image_size))
 
 
@@ -262,7 +265,9 @@ def _find_output(values: np.ndarray, file: str) -> str:
         return "logits"
     if values.shape[1] == 1:
         return "sigmoid"
-    raise ModelError(f"{file}: its outputs lie between 0 and 1 and do not sum to 1. Give --model-setting output=sigmoid or logits.")
+    raise ModelError(
+        f"{file}: its outputs lie between 0 and 1 and do not sum to 1. Give --model-setting output=sigmoid or logits."
+    )
 
 
 def _probabilities(values: np.ndarray, output: str) -> np.ndarray:
