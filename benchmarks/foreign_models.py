@@ -1,12 +1,12 @@
-"""Audit classifiers built after other people's published recipes on this data set, written anew.
+"""Audit classifiers built as public notebooks on this data set build them, written anew.
 
     nice -n 10 python benchmarks/foreign_models.py train --work FOLDER [--only NAME]
     nice -n 10 python benchmarks/foreign_models.py audit --work FOLDER [--only NAME]
 
-They are re-implementations of common recipes at a reduced size, not the authors' models, and none of their code or weights is used.
-Every recipe splits the images at random, as most public notebooks do, so near-duplicates of test images are in training:
-80 % for training, the rest for the test, from which the audit draws. `train` leaves four model files in FOLDER, each in the format
-that such a notebook leaves, with a TOML beside it where the file does not say how it wants its pixels; `audit` runs
+They are our re-implementations of what such notebooks have in common, at a reduced size, not anybody's models: none of their
+code or weights is used. Each splits the images at random, as most such notebooks do, so near-duplicates of test images are in
+training: 80 % for training, the rest for the test, from which the audit draws. `train` leaves four model files in FOLDER, each in
+the format that such a notebook leaves, with a TOML beside it where the file does not say how it wants its pixels; `audit` runs
 `leukemia_nb audit` on each and writes benchmarks/results/foreign_models.json, a model at a time.
 """
 
@@ -51,7 +51,7 @@ def keras_data(work: Path, size: int):
 
 
 def keras_cnn(work: Path) -> None:
-    "The plain convolutional network of many Kaggle notebooks: pixels divided by 255 in the model, four convolutions, two dense layers."
+    "Plain CNN, Keras (.keras): rescaling inside, four convolutions with pooling, two dense layers, from random weights."
     import keras
     from keras import layers
 
@@ -67,7 +67,7 @@ def keras_cnn(work: Path) -> None:
 
 
 def keras_mobilenet(work: Path) -> None:
-    "Transfer learning: MobileNetV2 of ImageNet frozen, one dense layer on its averaged features, as ONNX; pixels between -1 and 1 go in."
+    "Transfer learning, Keras (ONNX): MobileNetV2 of ImageNet frozen, one dense layer on its averaged features, pixels -1 to 1."
     import keras
 
     keras.utils.set_random_seed(0)
@@ -85,7 +85,7 @@ def keras_mobilenet(work: Path) -> None:
 
 
 def torch_mobilenet(work: Path) -> None:
-    "torchvision's MobileNetV3-small from random weights, normalised with ImageNet's mean and deviation, logits, by torch.onnx.export."
+    "MobileNetV3-small, torchvision (ONNX): random weights, ImageNet's mean and standard deviation, logits."
     import torch
     from torchvision import datasets, models
     from torchvision.transforms import v2
@@ -114,7 +114,7 @@ def torch_mobilenet(work: Path) -> None:
 
 
 def yolo(work: Path) -> None:
-    "YOLOv8n-cls of ImageNet, fine-tuned by the command line of ultralytics; the file is its own best.pt."
+    "YOLOv8n-cls, ultralytics (.pt): ImageNet weights, fine-tuned by its command line for three epochs."
     command = ["yolo", "classify", "train", f"data={work / 'images'}", f"model={SHARED / 'weights/yolov8n-cls.pt'}", "imgsz=128"]
     command += [
         "epochs=3",
@@ -130,7 +130,7 @@ def yolo(work: Path) -> None:
     shutil.copy(work / "yolo_run/weights/last.pt", work / "yolo.pt")
 
 
-RECIPES: dict[str, Callable[[Path], None]] = {
+BUILDERS: dict[str, Callable[[Path], None]] = {
     "keras_cnn": keras_cnn,
     "keras_mobilenet": keras_mobilenet,
     "torch_mobilenet": torch_mobilenet,
@@ -145,12 +145,13 @@ def write_settings(file: Path, **settings) -> None:
 
 
 def train(work: Path, only: list[str]) -> None:
-    "Each recipe in a process of its own: two frameworks in one process abort it."
+    "Each model in a process of its own: two frameworks in one process abort it."
     split_images(work)
     for name in only:
         began = os.times()
-        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import pathlib, foreign_models as f; f.{name}(pathlib.Path({str(work)!r}))"
-        subprocess.run([sys.executable, "-c", code], check=True)
+        code = "import pathlib, sys; sys.path.insert(0, sys.argv[1]); import foreign_models as f; "
+        code += "f.BUILDERS[sys.argv[2]](pathlib.Path(sys.argv[3]))"
+        subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), name, str(work)], check=True)
         ended = os.times()
         seconds = ended.children_user + ended.children_system - began.children_user - began.children_system
         (work / f"{name}.json").write_text(json.dumps({"cpu_seconds": round(seconds), "at": time.strftime("%Y-%m-%d")}))
@@ -180,7 +181,7 @@ def audit(work: Path, only: list[str]) -> None:
         result = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"models": {}}
         measures = {key: found[key] for key in ("rates", "differences", "lowest_under_corruption", "saliency", "scale_bars")}
         described = {
-            "recipe": RECIPES[name].__doc__,
+            "description": BUILDERS[name].__doc__,
             "kind": Path(FILES[name]).suffix,
             **json.loads((work / f"{name}.json").read_text()),
         }
@@ -194,6 +195,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["train", "audit"])
     parser.add_argument("--work", type=Path, required=True, help="folder for the images' links, the models and the audits")
-    parser.add_argument("--only", nargs="*", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--only", nargs="*", default=list(BUILDERS), choices=list(BUILDERS))
     asked = parser.parse_args()
     {"train": train, "audit": audit}[asked.stage](asked.work.resolve(), asked.only)

@@ -136,7 +136,7 @@ def two_way_interval(
     n_effective = min(float(len(values)), mean * (1 - mean) / variance) if variance > 0 else float(n_groups)
     return _effective_interval(values, int(n_groups), n_effective, confidence_level, "Clopper-Pearson (two-way clusters)")
 
-# %% ../../nbs/04_evaluation/20_uncertainty.ipynb #55d31004
+# %% ../../nbs/04_evaluation/20_uncertainty.ipynb #1589fe07
 def difference_interval(
     first: Sequence[float],  # estimate, lower and upper bound of a proportion
     second: Sequence[float],  # of the one that is subtracted
@@ -147,7 +147,7 @@ def difference_interval(
     below, above = np.hypot(one - low, other_high - other), np.hypot(high - one, other - other_low)
     return float(difference), float(difference - below), float(difference + above)
 
-
+# %% ../../nbs/04_evaluation/20_uncertainty.ipynb #29b19304
 def format_difference(
     difference: float,  # of two proportions
     low: float,  # lower bound of the 95 % interval

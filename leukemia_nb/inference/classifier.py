@@ -20,9 +20,31 @@ from .model_file import _read_content, _start_session
 from ..models.interface import ModelError
 
 # %% auto #0
-__all__ = ['ModelSettings', 'read_model_settings', 'FileClassifier', 'open_classifier']
+__all__ = ['ModelSettings', 'read_model_settings', 'central_square', 'FileClassifier', 'open_classifier']
 
-# %% ../../nbs/06_inference/70_classifier.ipynb #e67b1a0c
+# %% ../../nbs/06_inference/70_classifier.ipynb #d1a7c855
+_ALLOWED = {
+    "layout": ("NCHW", "NHWC"),
+    "range": ("0-255", "0-1", "-1-1"),
+    "channel_order": ("RGB", "BGR"),
+    "output": ("probabilities", "logits", "sigmoid"),
+    "crop_mode": ("squash", "center"),
+}
+
+# %% ../../nbs/06_inference/70_classifier.ipynb #894c8a64
+def _convert_settings(settings: ModelSettings) -> None:
+    "Texts of the command line, such as 0.5,0.5,0.5, and lists of TOML as what the fields hold. Raises ModelError."
+    kinds: dict[str, type] = {"classes": str, "image_size": int, "mean": float, "std": float}
+    for name, kind in (kinds | {"crop_pct": float}).items():
+        value = getattr(settings, name)
+        several = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        try:
+            found = tuple(kind(each.strip() if isinstance(each, str) else each) for each in several)
+        except (TypeError, ValueError):
+            raise ModelError(f"{name} is {value!r}; it must be a number, or several, separated by commas.") from None
+        object.__setattr__(settings, name, found if name in kinds else found[0])
+
+# %% ../../nbs/06_inference/70_classifier.ipynb #26cc3217
 @dataclass(frozen=True)
 class ModelSettings:
     "How a classifier takes images and gives classes; what is empty is looked for in the file."
@@ -48,34 +70,12 @@ class ModelSettings:
         if self.std and min(self.std) <= 0:
             raise ModelError(f"std is {self.std}; each must be above 0.")
 
-
-_ALLOWED = {
-    "layout": ("NCHW", "NHWC"),
-    "range": ("0-255", "0-1", "-1-1"),
-    "channel_order": ("RGB", "BGR"),
-    "output": ("probabilities", "logits", "sigmoid"),
-    "crop_mode": ("squash", "center"),
-}
-
-
-def _convert_settings(settings: ModelSettings) -> None:
-    "Texts of the command line, such as 0.5,0.5,0.5, and lists of TOML as what the fields hold. Raises ModelError."
-    kinds: dict[str, type] = {"classes": str, "image_size": int, "mean": float, "std": float}
-    for name, kind in (kinds | {"crop_pct": float}).items():
-        value = getattr(settings, name)
-        several = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-        try:
-            found = tuple(kind(each.strip() if isinstance(each, str) else each) for each in several)
-        except (TypeError, ValueError):
-            raise ModelError(f"{name} is {value!r}; it must be a number, or several, separated by commas.") from None
-        object.__setattr__(settings, name, found if name in kinds else found[0])
-
 # %% ../../nbs/06_inference/70_classifier.ipynb #aa7a9e08
 def read_model_settings(
     file: str | os.PathLike,  # the model file
     given: Sequence[str] = (),  # settings that override the file's, as "range=0-1"
 ) -> ModelSettings:
-    "Settings of a model file, of the TOML file beside it and those given. Raises ModelError for what cannot be read or is unknown."
+    "Settings of a model file: of the TOML file beside it, and those given. Raises ModelError for unknown ones."
     path, known = Path(file).with_suffix(".toml"), [field.name for field in fields(ModelSettings)]
     found: dict[str, Any] = {}
     if path.is_file():
@@ -98,10 +98,10 @@ class _Network(NamedTuple):
     found: Mapping[str, Any] = {}  # settings that the file tells
     dtype: str = "float32"  # of the input
 
-# %% ../../nbs/06_inference/70_classifier.ipynb #93b265b5
+# %% ../../nbs/06_inference/70_classifier.ipynb #92205879
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64", "tensor(uint8)": "uint8"}
 
-
+# %% ../../nbs/06_inference/70_classifier.ipynb #12a9179a
 def _open_onnx(file: str, threads: int | None) -> _Network:
     _read_content(file)  # refuses what is no file of a possible size
     session = _start_session(file, file, threads)
@@ -125,10 +125,10 @@ def _open_onnx(file: str, threads: int | None) -> _Network:
         _DTYPES[first.type],
     )
 
-
+# %% ../../nbs/06_inference/70_classifier.ipynb #bcaa4a47
 _YOLO = {"range": "0-1", "layout": "NCHW", "channel_order": "RGB", "output": "probabilities", "crop_mode": "center"}
 
-
+# %% ../../nbs/06_inference/70_classifier.ipynb #ee86069c
 def _open_own(file: str, threads: int | None) -> _Network:
     from leukemia_nb.inference.predictor import Predictor
 
@@ -161,10 +161,10 @@ def _range_in_graph(file: str, name: str) -> str:
         return "0-1" if node.op_type == "Sub" and 0.1 < value < 1 else ""
     return ""
 
-# %% ../../nbs/06_inference/70_classifier.ipynb #75664c48
+# %% ../../nbs/06_inference/70_classifier.ipynb #093376f8
 _RESCALES = ("Rescaling", "Normalization", "TrueDivide", "Subtract")
 
-
+# %% ../../nbs/06_inference/70_classifier.ipynb #8d3cfcc8
 def _open_keras(file: str, threads: int | None) -> _Network:
     from leukemia_nb.models.transfer import import_keras
 
@@ -182,7 +182,7 @@ def _open_keras(file: str, threads: int | None) -> _Network:
     found = {"range": "0-255"} if names & set(_RESCALES) else {}
     return _Network(lambda batch: np.asarray(model.predict_on_batch(batch)), "Keras", model.input_shape, found)
 
-# %% ../../nbs/06_inference/70_classifier.ipynb #95f10b43
+# %% ../../nbs/06_inference/70_classifier.ipynb #bfa82f85
 def _open_yolo(file: str, threads: int | None) -> _Network:
     from leukemia_nb.models.yolo import import_ultralytics
 
@@ -208,10 +208,10 @@ def _open_yolo(file: str, threads: int | None) -> _Network:
     sides = (size, size) if isinstance(size, int) else tuple(size)
     return _Network(run, "ultralytics", (None, 3, *sides), _YOLO | {"classes": names})
 
-
+# %% ../../nbs/06_inference/70_classifier.ipynb #a5f72ddc
 _OPENERS = {".onnx": _open_onnx, ".keras": _open_keras, ".h5": _open_keras, ".pt": _open_yolo}
 
-# %% ../../nbs/06_inference/70_classifier.ipynb #a48a34b8
+# %% ../../nbs/06_inference/70_classifier.ipynb #ca6d4e37
 def _complete(network: _Network, given: ModelSettings, file: str) -> tuple[ModelSettings, list[str]]:
     "All settings of a network but its output, and the assumptions among them. Raises ModelError."
     told = {name: value for name, value in network.found.items() if not getattr(given, name)}
@@ -231,7 +231,7 @@ def _complete(network: _Network, given: ModelSettings, file: str) -> tuple[Model
     usual = {name: value for name, value in usual.items() if not getattr(settings, name)}
     return replace(settings, **usual), notes + [f"{name} {value}" for name, value in usual.items()]
 
-
+# %% ../../nbs/06_inference/70_classifier.ipynb #587bf25c
 def _complete_shape(network: _Network, settings: ModelSettings, file: str) -> ModelSettings:
     "Settings with layout and size. Raises ModelError."
     _, *shape = network.shape
@@ -251,11 +251,11 @@ def _complete_shape(network: _Network, settings: ModelSettings, file: str) -> Mo
         )
     return replace(settings, layout=layout, image_size=tuple(sides) if fixed else _sides(settings.image_size))
 
-
+# %% ../../nbs/06_inference/70_classifier.ipynb #77586c04
 def _sides(size: tuple[int, ...]) -> tuple[int, ...]:
     return size * 2 if len(size) == 1 else size
 
-# %% ../../nbs/06_inference/70_classifier.ipynb #b43df090
+# %% ../../nbs/06_inference/70_classifier.ipynb #c0392d5c
 def _find_output(values: np.ndarray, file: str) -> str:
     "Kind of outputs (n, k). Raises ModelError where two would fit."
     inside = bool(((values >= 0) & (values <= 1)).all())
@@ -269,7 +269,7 @@ def _find_output(values: np.ndarray, file: str) -> str:
         f"{file}: its outputs lie between 0 and 1 and do not sum to 1. Give --model-setting output=sigmoid or logits."
     )
 
-
+# %% ../../nbs/06_inference/70_classifier.ipynb #0fb8e539
 def _probabilities(values: np.ndarray, output: str) -> np.ndarray:
     "Outputs (n, k) as probabilities; one output is that of the second of two classes."
     from scipy.special import expit, softmax
@@ -280,6 +280,37 @@ def _probabilities(values: np.ndarray, output: str) -> np.ndarray:
         return np.hstack([1 - second, second])
     found = softmax(values, axis=1) if output == "logits" else values
     return found / found.sum(axis=1, keepdims=True)
+
+# %% ../../nbs/06_inference/70_classifier.ipynb #1e4b4550
+def central_square(
+    image: np.ndarray,  # (H, W, 3)
+) -> np.ndarray:  # (S, S, 3), S the shorter side
+    "The central square of an image."
+    side = min(image.shape[:2])
+    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+    return image[top : top + side, left : left + side]
+
+# %% ../../nbs/06_inference/70_classifier.ipynb #54e366fe
+def _class_names(names: tuple[str, ...], k: int, file: str) -> np.ndarray:
+    "Names of k classes. Raises ModelError where others are given."
+    if names and len(names) != k:
+        raise ModelError(f"{file}: has {k} classes, and {len(names)} class names were given: {', '.join(names)}.")
+    return np.array(names or [f"class {i}" for i in range(k)])
+
+# %% ../../nbs/06_inference/70_classifier.ipynb #9ada9466
+def _input(image: np.ndarray, settings: ModelSettings, dtype: str) -> np.ndarray:
+    "An image uint8 (H, W, 3) as the network takes it."
+    image = central_square(image) if settings.crop_mode == "center" else image
+    height, width = (round(side * settings.crop_pct) for side in image.shape[:2])
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    image, sides = image[top : top + height, left : left + width], settings.image_size
+    shrinks = image.shape[0] >= sides[0] and image.shape[1] >= sides[1]
+    if image.shape[:2] != sides:
+        image = cv2.resize(image, sides[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    image = image[..., ::-1] if settings.channel_order == "BGR" else image
+    scale, offset = {"0-255": (1.0, 0.0), "0-1": (255.0, 0.0), "-1-1": (127.5, 1.0)}[settings.range]
+    values = (image / scale - offset - (settings.mean or 0.0)) / (settings.std or 1.0)
+    return np.ascontiguousarray(values.transpose(2, 0, 1) if settings.layout == "NCHW" else values).astype(dtype)
 
 # %% ../../nbs/06_inference/70_classifier.ipynb #9ee502cc
 class FileClassifier:
@@ -327,41 +358,10 @@ class FileClassifier:
         "What is known of the model, for a report."
         return {"file": self.file, "kind": self.kind, **asdict(self.settings), "assumptions": self.assumptions}
 
-# %% ../../nbs/06_inference/70_classifier.ipynb #da486b9b
-def _class_names(names: tuple[str, ...], k: int, file: str) -> np.ndarray:
-    "Names of k classes. Raises ModelError where others are given."
-    if names and len(names) != k:
-        raise ModelError(f"{file}: has {k} classes, and {len(names)} class names were given: {', '.join(names)}.")
-    return np.array(names or [f"class {i}" for i in range(k)])
-
-
-def _input(image: np.ndarray, settings: ModelSettings, dtype: str) -> np.ndarray:
-    "An image uint8 (H, W, 3) as the network takes it."
-    image = central_square(image) if settings.crop_mode == "center" else image
-    height, width = (round(side * settings.crop_pct) for side in image.shape[:2])
-    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
-    image, sides = image[top : top + height, left : left + width], settings.image_size
-    shrinks = image.shape[0] >= sides[0] and image.shape[1] >= sides[1]
-    if image.shape[:2] != sides:
-        image = cv2.resize(image, sides[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    image = image[..., ::-1] if settings.channel_order == "BGR" else image
-    scale, offset = {"0-255": (1.0, 0.0), "0-1": (255.0, 0.0), "-1-1": (127.5, 1.0)}[settings.range]
-    values = (image / scale - offset - (settings.mean or 0.0)) / (settings.std or 1.0)
-    return np.ascontiguousarray(values.transpose(2, 0, 1) if settings.layout == "NCHW" else values).astype(dtype)
-
-
-def central_square(
-    image: np.ndarray,  # (H, W, 3)
-) -> np.ndarray:  # (S, S, 3), S the shorter side
-    "The central square of an image."
-    side = min(image.shape[:2])
-    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-    return image[top : top + side, left : left + side]
-
 # %% ../../nbs/06_inference/70_classifier.ipynb #d647633c
 def open_classifier(
     file: str | os.PathLike,  # .onnx, .keras, .h5, or .pt of ultralytics
-    settings: ModelSettings | Mapping[str, Any] = ModelSettings(),  # noqa: B008  # what is known of it, as from read_model_settings
+    settings: ModelSettings | Mapping[str, Any] | None = None,  # what is known of it, as from read_model_settings
     allow_pickle: bool = False,  # open a .pt file, which can execute code of whoever made it
     threads: int | None = None,  # of ONNX Runtime; None: as many as there are cores
 ) -> FileClassifier:
@@ -377,5 +377,5 @@ def open_classifier(
             f"{path}: a .pt file is a pickle, and opening it can execute code of whoever made it. Export it as ONNX "
             "(yolo export format=onnx) where you trust it, or give --allow-pickle if you trust its source."
         )
-    settings = settings if isinstance(settings, ModelSettings) else ModelSettings(**settings)
+    settings = settings if isinstance(settings, ModelSettings) else ModelSettings(**settings or {})
     return FileClassifier(path, _OPENERS[suffix](path, threads), settings)

@@ -40,7 +40,7 @@ class AuditSettings:
     groups: str = ""  # CSV with columns path and group (patient, slide), joined with near-duplicates
     seed: int = 0  # of the sample, the donors and the inpainting
 
-# %% ../../nbs/07_study/45_audit.ipynb #fab60623
+# %% ../../nbs/07_study/45_audit.ipynb #8389389b
 def labelled_images(
     data: str | os.PathLike,  # folder with one folder of images per class
     exclude: str | os.PathLike = "",  # a folder that is left out
@@ -48,7 +48,7 @@ def labelled_images(
     "Images of all classes that the folders name. Raises ImageError."
     return select_classes(search_images(data, exclude), FOUR_CLASSES)
 
-
+# %% ../../nbs/07_study/45_audit.ipynb #f06f57c6
 def _folder_names(selection: ClassSelection) -> dict[str, str]:
     "Class -> name of the folder above its images, in alphabetical order of the folders."
     names: dict[str, str] = {}
@@ -57,7 +57,7 @@ def _folder_names(selection: ClassSelection) -> dict[str, str]:
         names.setdefault(above[-1] if above else path.parent.name, label)
     return {label: name for name, label in sorted(names.items())}
 
-
+# %% ../../nbs/07_study/45_audit.ipynb #7957fdb4
 def match_classes(
     model: FileClassifier,  # opened
     folders: Mapping[str, str],  # class -> name of its folder, in alphabetical order of the folders
@@ -70,12 +70,14 @@ def match_classes(
         outputs, notes = tuple(folders), [f"classes of the outputs are the folders in alphabetical order: {listed}"]
     else:
         raise ModelError(
-            f"{model.file}: has {k} classes and names none, and the folders are {listed}. Give them in its order: --model-setting classes=A,B,C."
+            f"{model.file}: has {k} classes and names none, and the folders are {listed}. "
+            "Give them in its order: --model-setting classes=A,B,C."
         )
     known = tuple(label for label in folders if label in outputs)
     if len(known) < 2:
         raise ModelError(
-            f"{model.file}: knows {', '.join(outputs)}, the folders are {listed}: at least two must agree. Give --model-setting classes=A,B,C."
+            f"{model.file}: knows {', '.join(outputs)}, the folders are {listed}: at least two must agree. "
+            "Give its classes: --model-setting classes=A,B,C."
         )
     if unknown := [name for label, name in folders.items() if label not in outputs]:
         notes.append(f"images of {', '.join(unknown)} are left out: the model does not know this class")
@@ -83,11 +85,11 @@ def match_classes(
         notes.append(f"no images of {', '.join(only)}: the model may still predict it")
     return outputs, known, tuple(notes)
 
-# %% ../../nbs/07_study/45_audit.ipynb #1a047553
+# %% ../../nbs/07_study/45_audit.ipynb #f5933ae7
 def audit_settings(
     data: str | os.PathLike,  # folder with one folder of images per class
     model_file: str | os.PathLike,  # the classifier
-    settings: ModelSettings = ModelSettings(),  # noqa: B008  # of it, from read_model_settings
+    settings: ModelSettings | None = None,  # of it, from read_model_settings
     allow_pickle: bool = False,  # open a .pt file, which can execute code
     exclude: str | os.PathLike = "",  # a folder that is left out of the search for images
     **more: Any,  # further fields of AuditSettings
@@ -115,7 +117,7 @@ def audit_settings(
         **more,
     )
 
-
+# %% ../../nbs/07_study/45_audit.ipynb #ba608a88
 def _check_audit(settings: AuditSettings, run: Run) -> None:
     "Raise ImageError, OutputError, StudyError for an audit that would fail."
     _check_run_folder([settings.data], run)

@@ -337,9 +337,8 @@ def _audit(
     model_setting: Annotated[
         list[str] | None,
         Option(
-            help="How the model takes images, as range=0-1; repeatable. classes, image_size, layout (NCHW, NHWC), range (0-255, "
-            "0-1, -1-1), mean, std, channel_order (RGB, BGR), output (probabilities, logits, sigmoid), crop_mode (squash, "
-            "center), crop_pct.  [default: found in the file, or in NAME.toml beside it]"
+            help="How the model takes images, as range=0-1; repeatable: classes, image_size, layout, range, mean, std, "
+            "channel_order, output, crop_mode, crop_pct.  [default: found in the file, or in NAME.toml beside it]"
         ),
     ] = None,
     allow_pickle: Annotated[
