@@ -6,6 +6,7 @@
 __all__ = ['CLASS_COLOURS', 'GREY', 'PALE', 'class_colours', 'plot_style', 'styled', 'blank_figure', 'panel_grid']
 
 # %% ../nbs/00_shared/20_plotting.ipynb #167d922c
+from colorsys import hls_to_rgb
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import wraps
@@ -22,15 +23,18 @@ else:  # matplotlib is loaded when something is drawn; the names are for annotat
 
 # %% ../nbs/00_shared/20_plotting.ipynb #576e3c08
 CLASS_COLOURS = {"Normal": "#4477AA", "Early Pre-B": "#66AABB", "Pre-B": "#D69A1E", "Pro-B": "#AA3377"}
-_MODEL_COLOURS = ("#332288", "#44AA99", "#DDAA33", "#CC6677", "#117733", "#66BBDD", "#882255", "#777777")
+_OTHER_COLOURS = ("#332288", "#44AA99", "#DDAA33", "#CC6677", "#117733", "#66BBDD", "#882255", "#777777")
 GREY, PALE = "#7A8793", "#E3E8EC"
 
 
 def class_colours(
     classes: Sequence[str],  # class names
-) -> list[str]:  # one colour for each
-    "Colour of each class; a class that the project does not define takes one of eight others."
-    spare = iter(_MODEL_COLOURS * (1 + len(classes) // len(_MODEL_COLOURS)))
+) -> list[str]:  # one colour for each, all different
+    "Colour of each class; classes that the project does not define take eight others, and more than eight a colour wheel."
+    others = [name for name in classes if name not in CLASS_COLOURS]
+    wheel = (hls_to_rgb(0.618 * place % 1, (0.36, 0.52, 0.66)[place % 3], 0.55) for place in range(len(others)))
+    more = ["#" + "".join(f"{round(255 * part):02X}" for part in colour) for colour in wheel]
+    spare = iter(_OTHER_COLOURS if len(others) <= len(_OTHER_COLOURS) else more)
     return [CLASS_COLOURS.get(name) or next(spare) for name in classes]
 
 # %% ../nbs/00_shared/20_plotting.ipynb #1d6beb65
@@ -80,10 +84,11 @@ def panel_grid(
     n: int,  # panels
     size: tuple[float, float],  # width and height of one, in inches
     margin: tuple[float, float] = (0.0, 0.0),  # of the figure, beside and above the panels
+    most: int = 4,  # panels side by side
     **settings: Any,  # for plt.subplots, such as sharey=True
 ) -> tuple["Figure", np.ndarray]:  # figure and its axes (rows, columns), those beyond n removed
-    "Panels, at most four side by side."
-    across = min(4, max(1, n))
+    "Panels in rows."
+    across = min(most, max(1, n))
     down = -(-n // across)
     figure, axes = blank_figure(down, across, (size[0] * across + margin[0], size[1] * down + margin[1]), **settings)
     for axis in axes.flat[n:]:

@@ -10,6 +10,7 @@ import onnx.parser
 import pytest
 from typer.testing import CliRunner
 
+from leukemia_nb.data.classes import FOUR_CLASSES, named_classes
 from leukemia_nb.data.synthetic import write_smears
 from leukemia_nb.errors import LeukemiaError
 from leukemia_nb.inference.classifier import ModelSettings, open_classifier, read_model_settings
@@ -144,10 +145,12 @@ def test_classes_of_model_and_folders(folder, tmp_path):
     for name in ("Benign", "Pre"):
         shutil.copytree(folder / "images" / {"Benign": "Normal", "Pre": "Pre-B"}[name], images / name)
     model = open_classifier(folder / "colours.onnx", {"range": "0-1", "classes": ("Normal", "Early", "Pre")})
-    outputs, known, notes = match_classes(model, {"Normal": "Benign", "Pre-B": "Pre", "Pro-B": "Pro"})
+    outputs, known, notes = match_classes(
+        model, {"Normal": "Benign", "Pre-B": "Pre", "Pro-B": "Pro"}, named_classes(FOUR_CLASSES)
+    )
     assert outputs == ("Normal", "Early Pre-B", "Pre-B") and known == ("Normal", "Pre-B")
     assert any("Pro are left out" in note for note in notes) and any("no images of Early" in note for note in notes)
-    assert len(labelled_images(images).rows) == 10
+    assert len(labelled_images(images)[0].rows) == 10
     with pytest.raises(ModelError, match="has 3 classes and names none, and the folders are Benign, Pre"):
         audit_settings(images, folder / "colours.onnx", ModelSettings(range="0-1"))
 

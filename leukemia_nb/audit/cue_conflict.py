@@ -335,10 +335,11 @@ def rate_differences(
 def cue_conflict_figure(
     rates: pd.DataFrame,  # from cue_conflict_rates, with the column title (of the model)
     kinds: Mapping[str, str],  # key of KINDS -> title of its panel
+    width: float = 1.9,  # of a panel, inches
 ) -> "Figure":
     "Predictions that follow the foreground, the other cue or neither: one panel per kind, one bar per model."
     colours, titles = {"foreground": "#0072B2", "other cue": "#D55E00", "neither": "#BBBBBB"}, rates["title"].unique()
-    figure, axes = blank_figure(1, len(kinds), (1.4 + 1.9 * len(kinds), 1.3 + 0.25 * len(titles)), sharey=True)
+    figure, axes = blank_figure(1, len(kinds), (1.4 + width * len(kinds), 1.3 + 0.25 * len(titles)), sharey=True)
     for axis, (kind, panel) in zip(axes[0], kinds.items()):
         shown = rates[rates["kind"] == kind].pivot(index="title", columns="cue", values="proportion")
         shown = shown.rename(columns={"other_cue": "other cue"})

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..data.classes import CLASSES
 from leukemia_nb.evaluation.predictions import (
     PredictionsError,
     classes_of,
@@ -102,7 +103,7 @@ def compare_models(
     subset: str = "test",  # rows to use
     weights_source: Mapping[str, str] | None = None,  # model name -> origin of its initial weights
 ) -> pd.DataFrame:  # one row per model, in the order given
-    "Accuracy with its exact 95 % interval beside the original study's, and summary metrics. Raises `PredictionsError`."
+    "Accuracy, exact 95 % interval, summary metrics, for its classes the original study's. Raises `PredictionsError`."
     if not predictions:
         raise PredictionsError("no predictions to compare. Train a model first.")
     rows = []
@@ -112,7 +113,8 @@ def compare_models(
         low, high = clopper_pearson(n_correct, images)
         row = {"model": name, "title": model_title(name), "n_correct": n_correct, "n_images": images}
         row |= {"accuracy": n_correct / images, "low": low, "high": high}
-        row |= {"original_study_accuracy": ORIGINAL_ACCURACY.get(name, np.nan)} | _summary_metrics(part)
+        original = ORIGINAL_ACCURACY.get(name, np.nan) if set(classes_of(part)) == set(CLASSES) else np.nan
+        row |= {"original_study_accuracy": original} | _summary_metrics(part)
         rows.append(row | {"weights": (weights_source or {}).get(name, "")})
     return pd.DataFrame(rows)
 
@@ -143,8 +145,11 @@ def readable_comparison(
         }
         for row in comparison.itertuples()
     ]
-    table = pd.DataFrame(rows)
-    return table if table["Note"].any() else table.drop(columns="Note")
+    empty = [
+        ("Note", not comparison["constant_class"].any()),
+        ("Original study", comparison["original_study_accuracy"].isna().all()),
+    ]
+    return pd.DataFrame(rows).drop(columns=[name for name, drop in empty if drop])
 
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #848020bb
 def grouped_accuracy(
@@ -267,15 +272,18 @@ def confusion_figure(
     "Confusion matrix of every model, rows true classes, columns predicted classes."
     import seaborn as sns
 
-    figure, axes = panel_grid(len(predictions), (2.25, 2.6), (0.6, 0.0), sharey=True)
-    style = {"vmin": 0, "vmax": 1, "cmap": "Blues", "fmt": "", "cbar": False, "square": True, "linewidths": 1.5}
+    many = max(len(classes_of(table)) for table in predictions.values()) - 6
+    side, font, gap = (2.25, 8.0, 1.5) if many <= 0 else (2.25 + 0.22 * many, 6.5, 0.5)
+    figure, axes = panel_grid(len(predictions), (side, side + 0.35), (0.6, 0.0), most=4 if many <= 0 else 2, sharey=True)
+    style = {"vmin": 0, "vmax": 1, "cmap": "Blues", "fmt": "", "cbar": False, "square": True, "linewidths": gap}
+    style |= {"annot_kws": {"fontsize": font + 1}, "xticklabels": True, "yticklabels": True}
     for axis, (name, table) in zip(axes.flat, predictions.items()):
         counts = confusion_table(take_subset(table, subset))
         proportions = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
         sns.heatmap(proportions, annot=counts.astype(str).where(counts > 0, ""), ax=axis, **style)
         axis.set(title=model_title(name), ylabel="true class" if axis in axes[:, 0] else "", xlabel="predicted class")
-        axis.tick_params(length=0, labelsize=8)
-        axis.tick_params(axis="x", rotation=0 if len(counts) < 4 else 30)
+        axis.tick_params(length=0, labelsize=font)
+        axis.tick_params(axis="x", rotation=0 if len(counts) < 4 else 30 if many <= 0 else 90)
         axis.tick_params(axis="y", rotation=0)
     return figure
 
@@ -284,6 +292,7 @@ def confusion_figure(
 def roc_figure(
     predictions: Mapping[str, pd.DataFrame],  # model name -> predictions
     subset: str = "test",  # rows to use
+    negative: str = "",  # class without the disease: of two classes, only the other's curve is drawn
 ) -> "Figure":
     "One-vs-rest ROC curves, one panel per model with its mean area. Raises `PredictionsError`."
     from sklearn.metrics import roc_curve
@@ -292,13 +301,14 @@ def roc_figure(
         false, true, _ = roc_curve(truth, score, drop_intermediate=False)
         return {"1 − specificity": false, "sensitivity": true}
 
-    return _curve_panels(predictions, subset, points, _roc_auc, "AUC", "default")
+    return _curve_panels(predictions, subset, negative, points, _roc_auc, "AUC", "default")
 
 
 @styled
 def precision_recall_figure(
     predictions: Mapping[str, pd.DataFrame],  # model name -> predictions
     subset: str = "test",  # rows to use
+    negative: str = "",  # class without the disease: of two classes, only the other's curve is drawn
 ) -> "Figure":
     "One-vs-rest precision-recall curves, one panel per model with its mean average precision. Raises `PredictionsError`."
     from sklearn.metrics import precision_recall_curve
@@ -307,24 +317,32 @@ def precision_recall_figure(
         precision, recall, _ = precision_recall_curve(truth, score)
         return {"recall": recall, "precision": precision}
 
-    return _curve_panels(predictions, subset, points, _average_precision, "AP", "steps-post")
+    return _curve_panels(predictions, subset, negative, points, _average_precision, "AP", "steps-post")
 
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #2140b054
 def _curve_panels(
-    predictions: Mapping[str, pd.DataFrame], subset: str, points: Callable, area: Callable, short: str, drawstyle: str
+    predictions: Mapping[str, pd.DataFrame],
+    subset: str,
+    negative: str,
+    points: Callable,
+    area: Callable,
+    short: str,
+    drawstyle: str,
 ) -> "Figure":
     import seaborn as sns
 
-    parts, labels = [], list(dict.fromkeys(label for table in predictions.values() for label in classes_of(table)))
+    parts, labels = [], list(dict.fromkeys(label for table in predictions.values() for label in _drawn(table, negative)))
     for name, table in predictions.items():
         part = take_subset(table, subset)
-        panel = f"{model_title(name)}\n{short} {area(part).mean():.3f}"
-        for label in classes_of(part):
+        panel = f"{model_title(name)}\n{short} {area(part)[_drawn(part, negative)].mean():.3f}"
+        for label in _drawn(part, negative):
             curve = pd.DataFrame(points(part["class"] == label, part[f"p_{label}"]))
             parts.append(curve.assign(panel=panel, **{"class": label}))
     curves = pd.concat(parts, ignore_index=True)
-    style: dict[str, Any] = {"hue": "class", "style": "class", "palette": class_colours(labels), "drawstyle": drawstyle}
-    style |= {"col": "panel", "col_wrap": min(4, len(predictions)), "height": 2.1, "facet_kws": {"xlim": (0, 1), "ylim": (0, 1)}}
+    most, height, look = (4, 2.1, "class") if len(labels) <= 6 else (2, 3.4, None)
+    style: dict[str, Any] = {"hue": "class", "style": look, "palette": class_colours(labels), "drawstyle": drawstyle}
+    style |= {"col": "panel", "col_wrap": min(most, len(predictions)), "height": height}
+    style["facet_kws"] = {"xlim": (0, 1), "ylim": (0, 1)}
     x, y, *_ = curves.columns
     grid = sns.relplot(curves, x=x, y=y, kind="line", estimator=None, sort=False, clip_on=False, **style)
     grid.set_titles("{col_name}", fontsize=8)
@@ -332,3 +350,9 @@ def _curve_panels(
         axis.set_aspect("equal")
         axis.grid(color=PALE)
     return grid.figure
+
+
+def _drawn(table: pd.DataFrame, negative: str) -> list[str]:
+    "Classes whose curves are drawn: all, or of two the one that is not the negative."
+    classes = classes_of(table)
+    return [name for name in classes if name != negative] if len(classes) == 2 else classes

@@ -32,7 +32,8 @@ from leukemia_nb.data.files import (
     report_write_errors,
 )
 from ..data.images import ImageError, read_image, write_image
-from ..data.manifest import ImageSearch, check_not_inside, check_folder, class_of, search_images
+from ..data.classes import class_of
+from ..data.manifest import ImageSearch, check_not_inside, check_folder, search_images
 from ..data.processes import ClusterError, die_with_parent
 from .predictor import Predictor, describe_failure, overlay, prediction_columns, saliency
 from ..models.interface import MODELS, ModelError
@@ -310,9 +311,8 @@ def _compare_models(paths: Sequence[str], models: Sequence[str | os.PathLike], l
     import pandas as pd
 
     paths, predictors = list(dict.fromkeys(paths)), open_predictors(models, log)
-    classes = {str(name) for predictor in predictors for name in predictor.classes_}
-    labels = [class_of(Path(path).parent.name) or "" for path in paths]
-    known = [label if label in classes else "" for label in labels]
+    classes = list(dict.fromkeys(str(name) for predictor in predictors for name in predictor.classes_))
+    known = [class_of(Path(path).parent.name, classes) or "" for path in paths]
     compared = pd.DataFrame({"image": list(map(escape_text, paths)), "path": paths, "true label": known, "problem": ""})
     for predictor in predictors:
         table, title = predictor.report(paths).table, predictor.info["title"]

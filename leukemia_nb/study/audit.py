@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import OutputError, pluralise, unique_names
-from ..data.manifest import FOUR_CLASSES, ClassSelection, class_of, search_images, select_classes
+from ..data.classes import ClassMap
+from ..data.manifest import ClassSelection, resolve_classes, search_images, select_classes
 from ..inference.classifier import FileClassifier, ModelSettings, open_classifier
 from ..models.interface import ModelError
 from ..processing.splitting import read_groups
@@ -37,6 +38,7 @@ class AuditSettings:
     image_size: int = 224  # side of the prepared images, pixels; at least what the model takes
     crop_mode: str = "squash"  # "squash": the whole image is audited; "center": its central square
     segmentation: str = "cells"  # what finds the white blood cells: "cells" (the study's), or a key of SEGMENTATION_METHODS
+    class_map: str = ""  # TOML file of classes and their folders; empty: the built-in map, else the names of the folders
     groups: str = ""  # CSV with columns path and group (patient, slide), joined with near-duplicates
     seed: int = 0  # of the sample, the donors and the inpainting
 
@@ -44,28 +46,33 @@ class AuditSettings:
 def labelled_images(
     data: str | os.PathLike,  # folder with one folder of images per class
     exclude: str | os.PathLike = "",  # a folder that is left out
-) -> ClassSelection:
-    "Images of all classes that the folders name. Raises ImageError."
-    return select_classes(search_images(data, exclude), FOUR_CLASSES)
+    class_map: str | os.PathLike = "",  # TOML file of classes and their folders; empty: the built-in map, else the folders' names
+) -> tuple[ClassSelection, ClassMap]:
+    "Images of all classes that the folders mean, and the map that says which. Raises ImageError, ClassMapError."
+    search = search_images(data, exclude)
+    found = resolve_classes(search, class_map)
+    found = found.select(tuple(found.folders))  # also those that a study leaves out
+    return select_classes(search, found), found
 
 # %% ../../nbs/07_study/45_audit.ipynb #f06f57c6
-def _folder_names(selection: ClassSelection) -> dict[str, str]:
-    "Class -> name of the folder above its images, in alphabetical order of the folders."
+def _folder_names(selection: ClassSelection, class_map: ClassMap) -> dict[str, str]:
+    "Class -> name of the folder of its images, in alphabetical order of the folders."
     names: dict[str, str] = {}
     for path, label in selection.rows:
-        above = [part for part in path.relative_to(selection.search.folder).parts[:-1] if class_of(part) == label]
-        names.setdefault(above[-1] if above else path.parent.name, label)
+        if above := class_map.class_folder(path, selection.search.folder):
+            names.setdefault(above.name, label)
     return {label: name for name, label in sorted(names.items())}
 
 # %% ../../nbs/07_study/45_audit.ipynb #7957fdb4
 def match_classes(
     model: FileClassifier,  # opened
     folders: Mapping[str, str],  # class -> name of its folder, in alphabetical order of the folders
+    class_map: ClassMap,  # which says what a name means
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:  # classes of the outputs; those with images; notes
     "Compare the classes of a model with those of a folder. Raises ModelError where they do not fit."
     listed, k = ", ".join(folders.values()), len(model.classes_)
     if model.settings.classes:
-        outputs, notes = tuple(class_of(name) or name for name in model.classes_), list[str]()
+        outputs, notes = tuple(class_map.class_of(name) or name for name in model.classes_), list[str]()
     elif len(folders) == k:
         outputs, notes = tuple(folders), [f"classes of the outputs are the folders in alphabetical order: {listed}"]
     else:
@@ -92,13 +99,14 @@ def audit_settings(
     settings: ModelSettings | None = None,  # of it, from read_model_settings
     allow_pickle: bool = False,  # open a .pt file, which can execute code
     exclude: str | os.PathLike = "",  # a folder that is left out of the search for images
+    class_map: str | os.PathLike = "",  # TOML file of classes and their folders
     **more: Any,  # further fields of AuditSettings
 ) -> AuditSettings:
     "Settings of an audit with all that is found in the model file and the folder. Raises ModelError, ImageError."
     data, file = os.path.abspath(data), os.path.abspath(model_file)
-    model, selection = open_classifier(file, settings, allow_pickle), labelled_images(data, exclude)
-    folders = _folder_names(selection)
-    outputs, known, notes = match_classes(model, folders)
+    model, (selection, found) = open_classifier(file, settings, allow_pickle), labelled_images(data, exclude, class_map)
+    folders = _folder_names(selection, found)
+    outputs, known, notes = match_classes(model, folders, found)
     renamed = [f"{label} = {folders[label]}" for label in known if label != folders[label]]
     notes = (*notes, *([f"classes and their folders: {', '.join(renamed)}"] if renamed else []))
     classifier = {"file": file, "settings": asdict(replace(model.settings, classes=outputs)), "allow_pickle": allow_pickle}
@@ -114,6 +122,7 @@ def audit_settings(
         (*notes, *assumed),
         image_size=max(224, model.image_size),
         crop_mode=model.settings.crop_mode,
+        class_map=os.path.abspath(class_map) if class_map else "",
         **more,
     )
 

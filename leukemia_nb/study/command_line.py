@@ -155,9 +155,21 @@ def _check_path(text: str | None) -> str | None:
     return text
 
 
+def _names(text: str | None) -> tuple[str, ...]:
+    "Names separated by commas."
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
 _Images = Annotated[list[str], Argument(help="Images, folders searched with their subfolders, or 'patterns/*.png'.")]
 _Jobs = Annotated[int, Option(help="Processes, each of which takes a part of the images.", min=1)]
-_Classes = Annotated[int, Option(help="3, or 4 with early Pre-B.", min=3, max=4)]
+_Classes = Annotated[
+    str | None,
+    Option(help="Class names, separated by commas.  [default: Normal,Pre-B,Pro-B, or the folder names]", callback=_check_path),
+]
+_ClassMap = Annotated[
+    str | None,
+    Option(help="TOML file: which folder names mean which class, to rename, merge or leave out.", callback=_check_path),
+]
 _Cluster = Annotated[str, Option(help="Address of a Dask scheduler, tcp://host:8786, on a shared file system.")]
 _Method = Annotated[str, Option("--segmentation", help="kmeans, nucleus, or a method that you added.", callback=_check_method)]
 
@@ -166,22 +178,22 @@ _Method = Annotated[str, Option("--segmentation", help="kmeans, nucleus, or a me
 def _synth(
     out: Annotated[Path, Argument(help="Folder to write into: one folder of images per class, and truth/ with the cells.")],
     per_class: Annotated[int, Option(help="Images of each class.", min=1)] = 20,
-    classes: _Classes = 3,
+    classes: _Classes = None,
     height: Annotated[int, Option(help="Height in pixels.", min=64)] = 768,
     width: Annotated[int, Option(help="Width in pixels.", min=64)] = 1024,
     seed: Annotated[int, Option(help="The same seed gives the same images.", min=0)] = 0,
 ) -> None:
     "Write synthetic blood smears with the true cell masks beside them."
     from leukemia_nb.data.files import OutputError, check_output, file_lock, is_output_folder, pluralise
+    from leukemia_nb.data.classes import CLASSES
     from leukemia_nb.data.manifest import find_images
     from leukemia_nb.data.synthetic import write_smears
-    from leukemia_nb.study.settings import class_names
 
     check_output(out, folder=True)
     if is_output_folder(out):
         raise OutputError(f"{out}: holds results, so no search would take its images for data. Choose another folder.")
     with file_lock(out):
-        table = write_smears(out, per_class, classes=class_names(classes), seed=seed, height=height, width=width)
+        table = write_smears(out, per_class, _names(classes) or CLASSES, seed, height, width)
     before = len(find_images(out)) - len(table)
     more = f"; {pluralise(before, 'other image')} lay there before" if before > 0 else ""
     _echo(f"{pluralise(len(table), 'smear')} in {out}{more}")
@@ -210,17 +222,19 @@ def _segment(
 def _prepare(
     data: Annotated[Path, Argument(help="Folder with one folder of images per class.", exists=True)],
     out: Annotated[Path, Option(help="Folder for manifest.csv, pairs.csv and the prepared images.")] = Path("prepared"),
-    classes: _Classes = 3,
+    classes: _Classes = None,
+    class_map: _ClassMap = None,
     size: Annotated[int, Option(help="Side of the prepared images in pixels.", min=16)] = 224,
     segmentation: _Method = "kmeans",
     n_jobs: _Jobs = 1,
 ) -> None:
     "Turn a folder of images into pairs: each image and its mask image, resized."
     from leukemia_nb.data.files import pluralise
+    from leukemia_nb.data.manifest import resolve_classes, search_images
     from leukemia_nb.processing.dataset import prepare_folder
-    from leukemia_nb.study.settings import class_names
 
-    pairs = prepare_folder(data, out, class_names(classes), size, segmentation, n_jobs, _log)
+    found = resolve_classes(search_images(data, out), class_map or "", _names(classes))
+    pairs = prepare_folder(data, out, found, size, segmentation, n_jobs, _log)
     flagged, bad = int((pairs.mask_flag != "").sum()), int((pairs.problem != "").sum())
     _echo(
         f"{pluralise(len(pairs) - bad, 'pair')} in {out}, {flagged} flagged; {pluralise(bad, 'image')} with problems in pairs.csv"
@@ -344,6 +358,7 @@ def _audit(
     allow_pickle: Annotated[
         bool, Option("--allow-pickle", help="Open a .pt, which can execute code of whoever made it.")
     ] = False,
+    class_map: Annotated[str, Option(help="TOML file of classes and their folders.")] = "",
     groups: Annotated[str, Option(help="CSV (path, group) of patients or slides, joined with near-duplicates.")] = "",
     segmentation: Annotated[
         str, Option(help="What finds the cells: cells (as in the study), kmeans, nucleus, or yours.", callback=_check_cells)
@@ -360,7 +375,7 @@ def _audit(
 
     where, more = out or Path("audits", model.stem), {"audit_images": images, "segmentation": segmentation, "seed": seed}
     of_model = read_model_settings(model, given=model_setting or [])
-    wanted = audit_settings(data, model, of_model, allow_pickle, where, groups=groups, **more)
+    wanted = audit_settings(data, model, of_model, allow_pickle, where, class_map, groups=groups, **more)
     run_audit(wanted, where, redo or [], _echo)
     _echo(f"report: {where / 'report.html'}")
 
@@ -371,7 +386,8 @@ def _study(
         str | None, Option(help="One folder of images per class, or 'kaggle'.  [default: synthetic smears]", callback=_check_path)
     ] = None,
     run: Annotated[Path | None, Option(help="Run folder.  [default: runs/<name of the data folder>]")] = None,
-    classes: _Classes = 3,
+    classes: _Classes = None,
+    class_map: _ClassMap = None,
     models: Annotated[str | None, Option(help="Models to train, separated by commas.  [default: all]")] = None,
     weights: Annotated[
         str | None,
@@ -389,8 +405,9 @@ def _study(
         int | None, Option(help="Side of the images, pixels.  [default: 224; 96 without --data]", min=32)
     ] = None,
     segmentation: _Method = "kmeans",
-    split: Annotated[str | None, Option(help="random: image-level; grouped: group-disjoint.  [default: random]")] = None,
+    split: Annotated[str | None, Option(help="random: by image; grouped: group-disjoint; folders: as given.  [random]")] = None,
     groups: Annotated[str | None, Option(help="CSV (path, group), joined with near-duplicates.", callback=_check_path)] = None,
+    groups_from: Annotated[str | None, Option(help="parent: folders below the classes are groups.")] = None,
     split_file: Annotated[str | None, Option(help="split.csv of an earlier study.", callback=_check_path)] = None,
     new_images: Annotated[str | None, Option(help="Folder of new images to predict.", callback=_check_path)] = None,
     per_class: Annotated[int | None, Option(help="Synthetic smears of each class, without --data.", min=20)] = None,
@@ -417,8 +434,7 @@ def _run_study(options: dict[str, Any], run: Path | None, cluster: str, redo: li
     where = run or Path("runs", Path(data).resolve().name if data else "synthetic")
     if data == "kaggle":
         options["data"] = str(fetch_kaggle())
-    if "models" in options:
-        options["models"] = tuple(name.strip() for name in options["models"].split(",") if name.strip())
+    options |= {name: _names(options[name]) for name in ("models", "classes") if name in options}
     options["model_settings"] = tuple(options.pop("model_setting", ()))
     settings = replace(StudySettings() if data else SYNTHETIC_STUDY, **options)
     heading = [f"{pluralise(len(study_steps(settings)), 'step')} into {where}; each that is finished is kept."]

@@ -438,10 +438,10 @@ def run_study(
 ) -> Run:
     "Run what of a study is not up to date. Raises StudyError, ClusterError, and what `check_study` raises before any step."
     run = Run(Path(folder).resolve() if cluster else Path(folder))
-    check_study(settings, run)
+    found = check_study(settings, run)
     skipped = [model for model in settings.models if not MODELS[model].exporter]
-    lines = [f"export-{model}: skipped, its entry in MODELS names no exporter." for model in skipped]
-    run_steps(study_steps(settings), run, asdict(settings), n_jobs, redo, log, until, cluster, lines)
+    found += [f"export-{model}: skipped, its entry in MODELS names no exporter." for model in skipped]
+    run_steps(study_steps(settings), run, asdict(settings), n_jobs, redo, log, until, cluster, found)
     return run
 
 # %% ../../nbs/07_study/20_driver.ipynb #03aae0c3
