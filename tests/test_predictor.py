@@ -214,6 +214,17 @@ def test_distance_by_hand():
         fit_mahalanobis(values * np.inf, np.repeat(["a", "b"], 4))
 
 
+def test_features_that_do_not_vary_have_a_message():
+    labels, value = np.repeat(["a", "b"], 10), np.float32(0.1)
+    for values in (np.full((20, 8), value), np.zeros((20, 8), np.float32), np.repeat([[value] * 8, [2 * value] * 8], 10, axis=0)):
+        for standardise in (False, True):
+            with pytest.raises(ModelError, match="the same throughout each class"):
+                fit_mahalanobis(values, labels, standardise)
+    copies = np.random.default_rng(0).normal(size=(80, 3))
+    copies[:40] = copies[0]  # a class of copies of one image shares the covariance of the others
+    assert np.isfinite(fit_mahalanobis(copies, np.repeat([0, 1], 40), by_class=True)["whitening"]).all()
+
+
 def test_distance_to_the_predicted_class_by_hand():
     """Class a varies along x, class b along y; a small class has the covariance of all."""
     a, b = np.array([[-2.0, 0], [2, 0], [0, 1], [0, -1]] * 4), np.array([[0.0, -2], [0, 2], [1, 0], [-1, 0]] * 4) + [10, 0]

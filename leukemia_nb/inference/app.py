@@ -135,7 +135,8 @@ def _saliency_map(model: Predictor, image: np.ndarray, cells: np.ndarray) -> dic
     heat = saliency(model, image)[0]
     mask = cv2.resize((cells > 0).astype(np.uint8), heat.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0
     energy, area, _ = energy_pointing_game(heat, mask)
-    text = f"{energy:.0%} on the cells, {area:.0%} by chance" if heat.any() else "no part alone changes the prediction"
+    text = f"{energy:.0%} on the cells, {area:.0%} by chance" if mask.any() else "no white blood cell was found"
+    text = text if heat.any() else "no part alone changes the prediction"
     return {"title": escape_text(model.info["title"]), "source": data_uri(overlay(image, heat), 480), "text": text}
 
 # %% ../../nbs/06_inference/60_app.ipynb #970d8f71

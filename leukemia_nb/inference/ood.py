@@ -47,7 +47,7 @@ def fit_mahalanobis(
     max_components: int = 96,  # principal components kept
     by_class: bool = False,  # a covariance for each class: whitening (k, r, r)
 ) -> dict[str, np.ndarray]:  # float32: mean (d,), scale (d,), axes (d, r), whitening (r, r), centroids (k, r), residual ()
-    "Fit the constants of `mahalanobis_distance`. Needs scikit-learn. Raises ModelError for values that are not finite."
+    "Fit the constants of `mahalanobis_distance`. Needs scikit-learn. Raises ModelError for values that are not finite or do not vary."
     from scipy.linalg import eigh
 
     if not np.isfinite(values).all():
@@ -61,7 +61,12 @@ def fit_mahalanobis(
     scores = centred @ axes
     names, index = np.unique(labels, return_inverse=True)
     centroids = np.stack([scores[index == i].mean(axis=0) for i in range(len(names))])
-    whitening = _whitening(scores - centroids[index], index if by_class else None)
+    residuals = scores - centroids[index]
+    if np.abs(residuals).max() <= 1e-9 * np.abs(mean / scale).max():
+        raise ModelError(
+            "features of the training images are the same throughout each class. Train the model again, with a lower learning_rate."
+        )
+    whitening = _whitening(residuals, index if by_class else None)
     centroids = np.stack([centroid @ whitening[i if by_class else 0] for i, centroid in enumerate(centroids)])
     variance, kept = (centred**2).sum(axis=1).mean(), (scores**2).sum(axis=1).mean()
     residual = max(variance - kept, variance / 1000, 1e-12)  # a floor above the rounding errors of float32
@@ -71,11 +76,12 @@ def fit_mahalanobis(
 
 
 def _whitening(residuals: np.ndarray, index: np.ndarray | None) -> np.ndarray:
-    "Whitening matrices (k, r, r) of residuals (n, r): one, or one for each class of `index` (n,), shared by small classes."
+    "Whitening matrices (k, r, r) of residuals (n, r): one, or one for each class of `index` (n,), shared by small or constant classes."
     from sklearn.covariance import LedoitWolf
 
     parts = [residuals] if index is None else [residuals[index == i] for i in range(index.max() + 1)]
-    parts = [part if len(part) > 2 * residuals.shape[1] else residuals for part in parts]
+    limit = 1e-9 * residuals.std()  # a class of copies of one image
+    parts = [part if len(part) > 2 * residuals.shape[1] and part.std() > limit else residuals for part in parts]
     return np.stack([np.linalg.cholesky(LedoitWolf(assume_centered=True).fit(part).precision_) for part in parts])
 
 # %% ../../nbs/06_inference/10_ood.ipynb #5eac3ff9
