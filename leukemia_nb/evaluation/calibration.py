@@ -66,7 +66,8 @@ def null_calibration_errors(
 ) -> np.ndarray:  # float (n_resamples,)
     "ECE of a calibrated model with the same confidences, by resampling which predictions are correct, those of a group together."
     confidence, rng = probabilities_of(table).max(axis=1), np.random.default_rng(seed)
-    place, group = np.ceil(confidence * n_bins - 1e-9).astype(int), pd.factorize(np.array(group_labels(table["pair"], groups)))[0]
+    place = np.ceil(confidence * n_bins - 1e-9).astype(int)
+    group = np.arange(len(place)) if groups is None else pd.factorize(np.array(group_labels(table["pair"], groups)))[0]
     n_groups = group.max() + 1
     draws = (np.bincount(place, (rng.random(n_groups)[group] < confidence) - confidence) for _ in range(n_resamples))
     return np.array([np.abs(gaps).sum() / len(place) for gaps in draws])

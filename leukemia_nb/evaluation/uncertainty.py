@@ -265,6 +265,10 @@ def readable_model_pairs(
         columns[name] = found[column].map(lambda p: _p_text(p).removeprefix("= "))
     return pd.DataFrame(columns)
 
+
+def _p_text(p: float) -> str:
+    return f"= {p:.3f}" if p >= 0.001 else "< 0.001"
+
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #2c38acf4
 def significance_sentence(
     table: pd.DataFrame,  # from compare_model_pairs
@@ -298,10 +302,6 @@ def _discordant_range(table: pd.DataFrame, name: str) -> str:
     counts = mine["only_first_correct"] + mine["only_second_correct"]
     numbers = f"{counts.min()}" if counts.nunique() == 1 else f"{counts.min()} to {counts.max()}"
     return f"{numbers} discordant images, adjusted p {_p_text(mine['p_holm'].max())} at most"
-
-
-def _p_text(p: float) -> str:
-    return f"= {p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def _power_sentence(table: pd.DataFrame) -> str:
