@@ -18,7 +18,7 @@ from leukemia_nb.data.classes import (
     subset_of,
     write_class_map,
 )
-from leukemia_nb.data.files import read_table
+from leukemia_nb.data.files import read_table, write_table
 from leukemia_nb.data.manifest import ImageError, ImageSearch, resolve_classes, search_images, select_classes
 from leukemia_nb.data.synthetic import write_smears
 from leukemia_nb.evaluation.metrics import (
@@ -104,6 +104,14 @@ def test_the_built_in_map_has_the_fourth_class_as_an_option(tmp_path):
     assert used.class_of("Early") == "" and used.class_of("[Malignant] Pro-B") == "Pro-B"
 
 
+def test_class_names_that_are_numbers_stay_text(tmp_path):
+    table = pd.DataFrame({"class": ["0", "1"], "foreground": ["0", None], "predicted": ["01", "NA"]})
+    write_table(tmp_path / "table.csv", table)
+    found = read_table(tmp_path / "table.csv")
+    assert found["class"].tolist() == ["0", "1"] and found["predicted"].tolist() == ["01", "NA"]
+    assert found["foreground"][0] == "0" and pd.isna(found["foreground"][1])
+
+
 def test_names_of_folders_are_compared_without_case_and_dashes_but_with_plus():
     signs = named_classes(["CD19", "CD19+"])
     assert signs.class_of("cd-19") == "CD19" and signs.class_of("[CD19+]") == "CD19+" and signs.class_of("CD20") is None
@@ -149,8 +157,12 @@ KAGGLE = ["Benign/1.png", "Early/1.png", "Pre/1.png", "Pro/1.png"]
         (KAGGLE, CLASSES, "left out, of class Early Pre-B = Early (1)"),
         ([*KAGGLE, "unsorted/2.png", "3.png"], CLASSES, "left out, in folders of no class = no folder (1), unsorted (1)"),
         (["Benign/1.png", "[Malignant] Pre-B/1.png"], ("Normal", "Pre-B"), "Pre-B = [Malignant] Pre-B (1)"),
-        (["Benign/1.png", "Malignant/1.png"], ("Benign", "Malignant"), "since the built-in class map knows only Normal:"),
-        (["normal/1.png", "pre/1.png", "other/1.png"], ("normal", "other", "pre"), "knows only Normal, Pre-B:"),
+        (["Benign/1.png", "Malignant/1.png"], ("Benign", "Malignant"), "(of the built-in classes only Normal found):"),
+        (
+            ["normal/1.png", "pre/1.png", "other/1.png"],
+            ("normal", "other", "pre"),
+            "(of the built-in classes only Normal, Pre-B found):",
+        ),
     ],
 )
 def test_mixed_names_are_taken_as_a_whole_and_said(tmp_path, names, classes, line):
@@ -222,7 +234,8 @@ def test_check_study_says_what_was_taken_for_what(smears, tmp_path):
         ({"classes": ("Normal",)}, "at least two classes, and classes names only Normal"),
         ({"classes": ("A", "a")}, "named twice"),
         ({"class_map": "/no/such.toml"}, "class_map is not there"),
-        ({"split": "folders"}, "for images in folders of your own"),
+        ({"class_map": __file__}, "for images of your own"),
+        ({"split": "folders"}, "for images of your own"),
         ({"groups_from": "name"}, "groups_from is 'name'; it must be one of parent"),
     ],
 )

@@ -178,7 +178,7 @@ def test_record_holds_what_a_pair_was_made_from(prepared):
     table, folder = prepared
     row = table[table["problem"] == ""].iloc[0]
     record = json.loads((folder / "records" / f"{row['pair']}.json").read_text())
-    assert record["provenance"] == {"sha256": row["sha256"], "size": SIZE, "segmentation": "kmeans", "version": 3}
+    assert record["provenance"] == {"sha256": row["sha256"], "size": SIZE, "segmentation": "kmeans", "version": 4}
     assert set(record["files"]) == set(_pair_files(row["pair"]).values())
 
 

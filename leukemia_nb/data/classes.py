@@ -38,10 +38,11 @@ def _checked_names(classes: Sequence[str], source: str = "classes") -> tuple[str
     if isinstance(classes, str | int) or not all(isinstance(name, str) for name in classes):
         raise ClassMapError(f"{source} is {classes!r}: a list of class names is expected, such as Normal, Pre-B, Pro-B.")
     for name in classes:
-        if not re.fullmatch(r'[^/\\<>:"|?*\x00-\x1f]{1,80}', name) or name.startswith(".") or name != name.strip(". "):
+        plain = re.fullmatch(r'[^/\\<>:"|?*\x00-\x1f]{1,80}', name) and name == name.strip(". ")
+        if not plain or not _compared(name):
             raise ClassMapError(f"{source}: {name!r} cannot be the name of a class, since it is none of a folder. Rename it.")
-    if len({name.lower() for name in classes}) < len(classes):
-        raise ClassMapError(f"{source}: a class is named twice: {', '.join(classes)}.")
+    if len(set(map(_compared, classes))) < len(classes):
+        raise ClassMapError(f"{source}: a class is named twice (case, spaces and dashes aside): {', '.join(classes)}.")
     return tuple(classes)
 
 # %% ../../nbs/01_data/25_classes.ipynb #9cd83fee

@@ -271,7 +271,7 @@ def resolve_classes(
         return named_classes([label for label in FOUR_CLASSES if label in known])
     found = folder_classes(search.paths, search.folder)
     if partly := ", ".join(sorted(filter(None, known))):
-        found = replace(found, source=f"{found.source}, since the built-in class map knows only {partly}")
+        found = replace(found, source=f"{found.source} (of the built-in classes only {partly} found)")
     return found.select(classes) if classes else found
 
 # %% ../../nbs/01_data/30_manifest.ipynb #598c064a

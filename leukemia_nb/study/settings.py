@@ -179,8 +179,8 @@ def _check_settings(settings: StudySettings) -> None:
             raise StudyError(f"a study needs at least two classes, and classes names only {settings.classes[0]}.")
     except ClassMapError as error:
         raise StudyError(str(error)) from None
-    if not settings.data and (settings.groups_from or settings.split == "folders"):
-        raise StudyError("groups_from and split folders are for images in folders of your own. Name them with --data.")
+    if not settings.data and (settings.class_map or settings.groups_from or settings.split == "folders"):
+        raise StudyError("class_map, groups_from and split folders are for images of your own. Name their folder with --data.")
     try:
         smallest = smallest_class(settings.train_size, settings.test_size)
     except ValueError as error:
