@@ -27,7 +27,7 @@ from ..data.near_duplicates import pairs_without_near_duplicates
 from ..errors import LeukemiaError
 from ..evaluation.calibration import calibration_pairs
 from ..evaluation.predictions import classes_of, model_title, predicted_labels, read_all_predictions, take_subset
-from ..evaluation.uncertainty import clopper_pearson, format_proportion, significance_sentence
+from ..evaluation.uncertainty import clopper_pearson, format_difference, format_proportion, significance_sentence
 from ..models.interface import MODELS
 from .driver import study_steps
 from .settings import StudySettings
@@ -238,7 +238,7 @@ def _environment(run: _Results) -> Any:
 
     loader = FileSystemLoader(str(files("leukemia_nb") / "templates"))
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"md": markdown_text, "percent": format_proportion, "digest": set_sha256}
+    environment.filters |= {"md": markdown_text, "percent": format_proportion, "points": format_difference, "digest": set_sha256}
     environment.filters["model_title"] = lambda model: markdown_text(model_title(model))
     environment.filters["without_status"] = lambda text: _split_status(text.strip())[1]
     environment.globals |= {"run": run, "registry": MODELS, "kinds": KINDS, "significance_sentence": significance_sentence}

@@ -212,7 +212,7 @@ def check_study(
     for model in settings.models:
         _check_model(settings, model)
     _check_weights(settings)
-    _check_run_folder(settings, run)
+    _check_run_folder([settings.data, settings.new_images], run)
     lines: list[str] = []
     classes = named_classes(settings.classes or CLASSES) if not settings.data else _find_classes(settings, run)
     images = _check_images(settings, run, classes, lines) if settings.data else []
@@ -269,9 +269,9 @@ def _check_weights(settings: StudySettings) -> None:
         raise StudyError(f"weights local: LEUKEMIA_NB_WEIGHTS {found}. Put weight files there, or choose --weights random.")
 
 # %% ../../nbs/07_study/18_settings.ipynb #ddf632bb
-def _check_run_folder(settings: StudySettings, run: Run) -> None:
+def _check_run_folder(folders: Sequence[str], run: Run) -> None:
     "Raise ImageError, OutputError or StudyError for a run folder in which images lie that are no study's."
-    for folder in filter(None, (settings.data, settings.new_images)):
+    for folder in filter(None, folders):
         check_folder(folder)
         check_not_inside(folder, run.folder)
     if is_output_folder(run.folder) or (run.folder / "study.json").is_file() or not run.folder.is_dir():
