@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMOKE', 'EXAMPLE', 'dummy_dataset', 'dummy_predictions', 'dummy_model_file', 'dummy_classifier_file', 'dummy_run',
-           'smoke_run', 'example_audit']
+           'dummy_evaluation', 'smoke_run', 'example_audit']
 
 # %% ../nbs/00_shared/30_testing.ipynb #d2a50001
 import json
@@ -21,7 +21,7 @@ import pandas as pd
 from filelock import FileLock
 
 from .data.files import read_table, write_table
-from .data.near_duplicates import leakage_report
+from .data.near_duplicates import image_fingerprints, leakage_report
 from .data.synthetic import make_smear
 from .evaluation.calibration import calibration_table
 from .evaluation.metrics import ORIGINAL_ACCURACY, class_table, compare_models, grouped_accuracy
@@ -134,7 +134,7 @@ def dummy_model_file(
         "statistics": image_statistics(np.stack([each.square for each in prepared if each.square is not None])),
     }
     seen["probabilities"] = np.repeat(np.eye(len(classes)), smears, axis=0)
-    constants = fit_ood(seen, labels, seen, classes)
+    constants = fit_ood(seen, labels, seen, classes) | {"fingerprints": image_fingerprints(drawn)}
     write_model_file(path, _dummy_network(kind, size, means / scale, scale), info, constants)
     return Path(path)
 
@@ -249,6 +249,27 @@ def dummy_run(
         record = {"step": step, "seconds": 12.5 * (i + 1), "began": f"2026-01-01T10:0{i}:00"}
         (folder / "steps" / f"{step}.json").write_text(json.dumps(record))
     return folder
+
+# %% ../nbs/00_shared/30_testing.ipynb #0cbc645d
+def dummy_evaluation(
+    folder: str | Path,  # empty folder
+    per_class: int = 12,  # images of each class
+) -> Path:  # folder of the predictions, for the notebook 50_evaluate
+    "A labelled folder of synthetic smears, `hospital`, and the predictions of two dummy models for it."
+    from leukemia_nb.data.images import write_image
+    from leukemia_nb.inference.external import labelled_images, predict_labelled
+
+    folder = Path(folder)
+    models = [dummy_model_file(folder / "models" / f"dummy_{kind}.onnx", kind) for kind in ("image", "cells")]
+    for number, label in enumerate(np.repeat(["Normal", "Early Pre-B", "Pre-B", "Pro-B"], per_class)):
+        patient = folder / "hospital" / label / f"patient {number // 2 + 1}"
+        write_image(patient / f"{number:03}.png", make_smear(str(label), 900 + number, 192, 256).image)
+    first = folder / "hospital" / "Normal" / "patient 1"
+    write_image(first / "known.png", make_smear("Normal", 0, 192, 256).image)
+    (first / "cut off.png").write_bytes((first / "000.png").read_bytes()[:1000])
+    images = labelled_images(folder / "hospital", ["Normal", "Pre-B", "Pro-B"], "parent", log=lambda line: None)
+    predict_labelled(images, models, folder / "evaluation")
+    return folder / "evaluation"
 
 # %% ../nbs/00_shared/30_testing.ipynb #31d2e652
 SMOKE = StudySettings(

@@ -275,7 +275,7 @@ def test_a_single_class_in_test():
         lambda t: roc_figure({"yolo11": t}),
         lambda t: precision_recall_figure({"a": t}),
     ):
-        with pytest.raises(PredictionsError, match="no image of Normal, Pro-B"):
+        with pytest.raises(PredictionsError, match="images of Pre-B only"):
             refuses(table)
     assert readable_comparison(compare_models({"yolo11": table})).loc[0, "ROC-AUC"] == "–"
     with pytest.raises(PredictionsError, match="no predictions to compare"):

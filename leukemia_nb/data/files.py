@@ -349,7 +349,7 @@ class TableError(LeukemiaError, OSError):
 # %% ../../nbs/01_data/10_files.ipynb #541d664f
 _TEXT = (
     *("pair", "class", "path", "sha256", "problem", "flip", "flag"),
-    *("mask_flag", "subset", "group", "original", "segmented", "cells"),
+    *("mask_flag", "subset", "group", "given_group", "original", "segmented", "cells"),
 )
 _CLASS_NAMES = (
     "predicted",

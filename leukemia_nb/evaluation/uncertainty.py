@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLOPPER_PEARSON', 'clopper_pearson', 'format_proportion', 'Interval', 'korn_graubard_interval', 'group_labels',
            'two_way_interval', 'difference_interval', 'format_difference', 'cluster_bootstrap', 'compare_model_pairs',
-           'significance_sentence', 'difference_figure']
+           'readable_model_pairs', 'significance_sentence', 'difference_figure']
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #cf09af81
 from collections.abc import Iterable, Mapping, Sequence
@@ -246,6 +246,18 @@ def _sign_flip_test(difference: np.ndarray, groups: Sequence[str], seed: int) ->
     options = {"n_resamples": 9999, "batch": max(1, min(2000, 4_000_000 // len(sums))), "rng": np.random.default_rng(seed)}
     found = permutation_test((sums,), np.sum, permutation_type="samples", vectorized=True, **options)
     return float(found.pvalue)
+
+# %% ../../nbs/04_evaluation/20_uncertainty.ipynb #b5ccc482
+def readable_model_pairs(
+    table: pd.DataFrame,  # from compare_model_pairs
+) -> pd.DataFrame:  # text
+    "Discordant images and p values of each model pair for reading; model pairs without discordant images are left out."
+    found = table[table["only_first_correct"] + table["only_second_correct"] > 0]
+    columns = {"Model": found["first"].map(model_title), "Other model": found["second"].map(model_title)}
+    columns |= {"Only the model correct": found["only_first_correct"], "Only the other correct": found["only_second_correct"]}
+    for name, column in (("p", "p"), ("p, Holm-adjusted", "p_holm")):
+        columns[name] = found[column].map(lambda p: _p_text(p).removeprefix("= "))
+    return pd.DataFrame(columns)
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #2c38acf4
 def significance_sentence(

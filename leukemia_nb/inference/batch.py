@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from leukemia_nb.data.files import (
     DataFrame,
     OutputError,
@@ -39,8 +41,8 @@ from .predictor import Predictor, describe_failure, overlay, prediction_columns,
 from ..models.interface import MODELS, ModelError
 
 # %% auto #0
-__all__ = ['find_inputs', 'PredictionTask', 'unfinished_file', 'predict_files', 'exported_models', 'open_predictors',
-           'format_comparison', 'compare_files']
+__all__ = ['find_inputs', 'PredictionTask', 'unfinished_file', 'predict_files', 'predictions_by_group', 'exported_models',
+           'open_predictors', 'format_comparison', 'compare_files']
 
 # %% ../../nbs/06_inference/40_batch.ipynb #9a752a31
 def find_inputs(
@@ -271,6 +273,25 @@ def predict_files(
             hint = f"Predictions so far are kept in {unfinished}: the same command resumes from there." if outputs else ""
             raise type(error)(f"{error} {hint}".strip()) from error
     return len(kept)
+
+# %% ../../nbs/06_inference/40_batch.ipynb #81c592d1
+def predictions_by_group(
+    table: DataFrame,  # of predict_files, one row per image
+    groups: Sequence[str],  # folder or patient of each row
+) -> DataFrame:  # group, predicted, p_<class>, confidence, n_images, n_predicted, n_agree, n_abstained, n_unreadable
+    "Mean probability and its class for each group of images, in order of appearance."
+    import pandas as pd
+
+    columns, rows = [name for name in table if name.startswith("p_")], []
+    names = np.array([name.removeprefix("p_") for name in columns])
+    for group, part in table.groupby(list(groups), sort=False):
+        used = part[~part["abstains"].astype(bool)]
+        mean, read = used[columns].astype(float).mean(), part["confidence"].notna()
+        predicted = str(names[mean.argmax()]) if len(used) else ""
+        row = {"group": group, "predicted": predicted, **mean.round(6), "confidence": mean.max(), "n_images": len(part)}
+        row |= {"n_predicted": len(used), "n_agree": int((used["predicted"] == predicted).sum())}
+        rows.append(row | {"n_abstained": int(read.sum()) - len(used), "n_unreadable": int((~read).sum())})
+    return pd.DataFrame(rows).round({"confidence": 6})
 
 # %% ../../nbs/06_inference/40_batch.ipynb #3fe6a331
 def exported_models(

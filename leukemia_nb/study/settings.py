@@ -84,6 +84,11 @@ class Run:
         "Write a JSON file of the run, whole or not at all."
         write_json(self.path(*parts), content)
 
+    def save_figure(self, figure: Any, name: str) -> Any:
+        "Save a figure of the run as figures/<name>.png, and return it to be shown."
+        figure.savefig(self.path("figures", f"{name}.png"), bbox_inches="tight")
+        return figure
+
     @property
     def class_map(self) -> ClassMap:
         "Which folders were taken for which class. Raises StudyError where the images are not prepared yet."
