@@ -85,7 +85,7 @@ def segment_folder(
     progress: bool = True,  # show a bar
     log: Callable[[str], object] | None = None,  # gets a line: how many images were found, how many left out, why
 ) -> pd.DataFrame:  # path, width, height, n_cells, cell_fraction, flag, mask, overlay, labels, geojson, problem; a row per image
-    "Segment every image of a folder, but for those finished; write qc.csv and cells.csv. Raises `ImageError`, and as `run_tasks`."
+    "Segment every image but for those finished; write qc.csv and cells.csv. Raises `ImageError`, and as `run_tasks`."
     root, table_file, cell_file = Path(images), Path(out) / "qc.csv", Path(out) / "cells.csv"
     search = ImageSearch(root, [root]) if root.is_file() else search_images(root)
     if log and root.is_dir():

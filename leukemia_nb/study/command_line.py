@@ -190,18 +190,21 @@ def _synth(
 @app.command("segment")
 def _segment(
     images: Annotated[Path, Argument(help="An image, or a folder searched with its subfolders.", exists=True)],
-    out: Annotated[Path, Option(help="Folder for masks/, overlays/, records/ and qc.csv.")] = Path("segmented"),
+    out: Annotated[Path, Option(help="Folder for masks/, overlays/, labels/, geojson/, qc.csv and cells.csv.")] = Path(
+        "segmented"
+    ),
     segmentation: _Method = "kmeans",
     n_jobs: _Jobs = 1,
 ) -> None:
-    "Segment the white blood cells of images: masks, overlays and a quality-control table."
+    "Segment the white blood cells of images: masks, overlays, label images, GeoJSON for QuPath, tables of images and cells."
     from leukemia_nb.data.files import pluralise
     from leukemia_nb.processing.quality_control import segment_folder
 
     table = segment_folder(images, out, segmentation, n_jobs=n_jobs, log=_log)
     bad, flagged = int((table.problem != "").sum()), int((table.flag != "").sum())
     found = f"{pluralise(len(table) - bad, 'image')} segmented into {out}"
-    _echo(f"{found}; {pluralise(flagged, 'flagged mask')} and {bad} unreadable in qc.csv")
+    cells = f"{pluralise(int(table.n_cells.sum()), 'cell')} in cells.csv"
+    _echo(f"{found}; {cells}; {pluralise(flagged, 'flagged mask')} and {bad} unreadable in qc.csv")
     if bad:
         raise typer.Exit(1)
 
@@ -235,6 +238,9 @@ def _predict(
     json: Annotated[Path | None, Option(help="JSON file for the predictions.")] = None,
     overlays: Annotated[Path | None, Option(help="Folder for images with cells outlined.")] = None,
     saliency: Annotated[bool, Option(help="With --overlays: also saliency maps (slow).")] = False,
+    cells: Annotated[
+        Path | None, Option(help="Folder for cells.csv, a row per white blood cell, labels/ and geojson/ for QuPath.")
+    ] = None,
     batch_size: Annotated[int, Option(help="Images in memory at a time, in each process.", min=1)] = 32,
     n_jobs: _Jobs = 1,
     cluster: _Cluster = "",
@@ -250,9 +256,10 @@ def _predict(
     if saliency and not overlays:
         raise typer.BadParameter("--saliency needs a folder: --overlays FOLDER")
     place: Any = os.path.abspath if cluster else str  # workers are started in a folder of their own
-    task = PredictionTask(place(model), place(overlays) if overlays else "", saliency)
+    folders = [place(folder) if folder else "" for folder in (overlays, cells)]
+    task = PredictionTask(place(model), folders[0], saliency, cells=folders[1])
     about = task.predictor().info
-    inputs, found = find_inputs(images, overlays or "")
+    inputs, found = find_inputs(images, overlays or cells or "")
     outcomes = _predict_inputs(list(map(place, inputs)), task, out, json, batch_size, n_jobs, cluster)
     summary = "; ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
     _log(f"{found}\n{summary}. {describe_calibration(about)} Research use only.".lstrip())
