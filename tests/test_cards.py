@@ -93,9 +93,30 @@ def test_first_lines_are_yaml_with_the_fields_of_hugging_face(run):
     result = fields["model-index"][0]["results"][0]
     assert fields["license"] == "agpl-3.0" and fields["library_name"] == "ultralytics"
     assert result["dataset"]["split"] == "test"
-    assert result["metrics"][0] == {"type": "accuracy", "value": 1.0, "name": "111 of 111"}
+    assert result["metrics"][0] == {"type": "accuracy", "value": 1.0, "name": "Accuracy 100.0 % (95 % CI 96.7–100.0; 111/111)"}
+    table = read_table(run / "metrics" / "models.csv").set_index("model").loc["yolo12"]
+    values = {each["type"]: each["value"] for each in result["metrics"]}
+    assert values == {"accuracy": table["accuracy"], "balanced_accuracy": table["balanced_accuracy"]} | {
+        "f1": table["macro_f1"],
+        "roc_auc": table["auc"],
+    }
+    assert set(fields["metrics"]) == set(values)
+    alone = fields["model-index"][0]["results"][1]
+    assert alone["dataset"]["config"] == "without near-duplicates in training" and "71/71" in alone["metrics"][0]["name"]
     other = yaml.safe_load(model_card(run, "mobilenet_v2").split("---")[1])
     assert (other["license"], other["library_name"]) == ("other", "keras")
+
+
+def test_hugging_faces_own_library_reads_the_card(run):
+    """Required fields of the documented schema; and their library, where it is installed."""
+    content = model_card(run, "mobilenet_v2")
+    for result in yaml.safe_load(content.split("---")[1])["model-index"][0]["results"]:
+        assert {"type"} <= result["task"].keys() and {"type", "name"} <= result["dataset"].keys()
+        assert all({"type", "value"} <= metric.keys() and isinstance(metric["value"], float) for metric in result["metrics"])
+    hub = pytest.importorskip("huggingface_hub")
+    data = hub.ModelCard(content).data
+    found = [(each.metric_type, each.metric_value, each.dataset_config) for each in data.eval_results]
+    assert data.pipeline_tag == data.eval_results[0].task_type == "image-classification" and len(found) == len(set(found)) == 5
 
 
 def test_licences(run):
