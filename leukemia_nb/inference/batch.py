@@ -40,8 +40,8 @@ from ..plotting import class_colours
 from ..processing.measurements import write_cell_table, write_cells
 
 # %% auto #0
-__all__ = ['find_inputs', 'PredictionTask', 'unfinished_file', 'predict_files', 'exported_models', 'open_predictors',
-           'format_comparison', 'compare_files']
+__all__ = ['find_inputs', 'PredictionTask', 'unfinished_file', 'prediction_outcome', 'predict_files', 'exported_models',
+           'open_predictors', 'format_comparison', 'compare_files']
 
 # %% ../../nbs/06_inference/40_batch.ipynb #9a752a31
 def find_inputs(
@@ -267,6 +267,17 @@ def _write_cell_table(task: PredictionTask, rows: Sequence[dict[str, Any]]) -> N
     model = task.predictor()
     whole = ((row["path"], task.image_files(row)["geojson"]) for row in rows if not row["problem"])
     write_cell_table(Path(task.cells, "cells.csv"), whole, model.info["classes"] if model.judges_cells else ())
+
+# %% ../../nbs/06_inference/40_batch.ipynb #e71f5c4a
+def prediction_outcome(
+    row: dict[str, Any],  # a prediction
+) -> str:  # predicted, abstained, not read, or without overlay: predicted, but a file of it could not be written
+    "How the prediction of one image ended."
+    if not row["predicted"]:
+        return "not read"
+    if row["problem"]:
+        return "without overlay"
+    return "abstained" if row["abstains"] else "predicted"
 
 # %% ../../nbs/06_inference/40_batch.ipynb #651a7b0f
 def predict_files(

@@ -274,14 +274,14 @@ def _predict_inputs(
     from tqdm import tqdm
 
     from leukemia_nb.data.files import pluralise
-    from leukemia_nb.inference.batch import predict_files, unfinished_file
+    from leukemia_nb.inference.batch import predict_files, prediction_outcome, unfinished_file
     from leukemia_nb.inference.predictor import format_row
     from leukemia_nb.study.cluster import parallel
 
     to_file, outcomes = bool(out or json), Counter({"predicted": 0, "abstained": 0, "not read": 0})
 
     def log(rows: list[dict[str, Any]]) -> None:
-        outcomes.update(map(_outcome, rows))
+        outcomes.update(map(prediction_outcome, rows))
         bar.update(len(rows))
         for row in rows if not to_file else ():
             _echo(format_row(row))
@@ -297,15 +297,6 @@ def _predict_inputs(
         kept = f" ({resumed} of them before)" if resumed else ""
         _echo(f"{pluralise(len(paths), 'image')} in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
     return outcomes
-
-# %% ../../nbs/07_study/50_command_line.ipynb #c71a57a5
-def _outcome(row: dict[str, Any]) -> str:
-    "How the prediction of one image ended."
-    if not row["predicted"]:
-        return "not read"
-    if row["problem"]:
-        return "without overlay"
-    return "abstained" if row["abstains"] else "predicted"
 
 # %% ../../nbs/07_study/50_command_line.ipynb #68660101
 @app.command("compare")
