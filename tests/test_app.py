@@ -26,6 +26,7 @@ from conftest import ROOT
 from leukemia_nb.data.images import ImageError, write_image
 from leukemia_nb.data.synthetic import make_smear
 from leukemia_nb.inference import app
+from leukemia_nb.inference.batch import exported_models
 from leukemia_nb.inference.predictor import find_image_cells
 from leukemia_nb.testing import dummy_model_file
 
@@ -519,10 +520,8 @@ def test_in_a_browser_several_images_make_a_gallery(browser, run, files):
     wait_for(lambda: browser.count(".app-gallery figure") == len(names))
     assert browser.count(".app-image") == 0 and browser.count(".app-gallery img") == 2
     link = browser.value("document.querySelector('.app-csv').outerHTML")
-    assert download(link) == command(*names, "--model", run / "exported/image.onnx", cwd=files)
-    select = (
-        """(([...document.querySelectorAll(".app-folder select")].find(e => [...e.options].some(o => o.text == "not read"))))"""
-    )
+    assert download(link) == command(*names, "--model", exported_models(run)[0], cwd=files)
+    select = """(([...document.querySelectorAll(".app-folder select")].find(e => [...e.options].some(o => o.text.startsWith("not")))))"""
     browser.value(f"{select}.selectedIndex = 3; {select}.dispatchEvent(new Event('change', {{bubbles: true}}))")
     wait_for(lambda: browser.count(".app-gallery figure") == 1)
     assert "letter.png" in browser.text(".app-gallery") and browser.value("document.documentElement.scrollWidth") <= 1280

@@ -211,13 +211,7 @@ class App(_Layout):
 
     def receive_files(self, uploads: Sequence[tuple[str, bytes | memoryview | None, float]]) -> None:
         "Files have arrived, name, content and megabytes of each: show one; show several in the gallery."
-        self.gallery.clear()
-        if len(uploads) == 1:
-            self.receive(*uploads[0])
-        elif not self.models:
-            self.clear(f"{len(uploads)} images: without models the page shows one at a time.")
-        else:
-            _receive_several(self, uploads)
+        _receive_files(self, uploads)
 
     def receive(self, name: str, content: bytes | memoryview | None, megabytes: float = 0.0) -> None:
         "A file has arrived: show it, or say what is wrong with it."
@@ -246,8 +240,15 @@ class App(_Layout):
         _explain(self)
 
 # %% ../../nbs/06_inference/60_app.ipynb #42866c6b
-def _receive_several(app: App, uploads: Sequence[tuple[str, bytes | memoryview | None, float]]) -> None:
-    "Show several files in the gallery; name those that are too large."
+def _receive_files(app: App, uploads: Sequence[tuple[str, bytes | memoryview | None, float]]) -> None:
+    "See `App.receive_files`. Those that are too large are named."
+    app.gallery.clear()
+    if len(uploads) == 1:
+        app.receive(*uploads[0])
+        return
+    if not app.models:
+        app.clear(f"{len(uploads)} images: without models the page shows one at a time.")
+        return
     whole = [(name, content) for name, content, _ in uploads if content is not None and len(content) <= _MAX_UPLOAD * 1e6]
     names = Counter(name for name, *_ in uploads) - Counter(name for name, _ in whole)
     app.clear(f"Left out, over the limit of {_MAX_UPLOAD} MB: {', '.join(names)}." if names else "")

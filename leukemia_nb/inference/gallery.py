@@ -59,7 +59,7 @@ class _GalleryLayout:
             Dropdown(options=titles, description="Model"),
             Text(description="Folder", placeholder="/path/to/images"),
         )
-        self.button = Button(description="Predict the folder").add_class("app-go")
+        self.button = Button(description="Predict the folder").add_class("app-predict")
         self.predicted = Dropdown(options=[_ALL], description="Class")
         self.outcome = Dropdown(options=_OUTCOMES, description="Outcome")
         self.order = Dropdown(options=_ORDERS, description="Order")
