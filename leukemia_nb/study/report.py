@@ -19,9 +19,9 @@ from .driver import _section_steps
 
 # %% ../../nbs/07_study/40_report.ipynb #f0aa831c
 def _section_cells(notebook: Any) -> Iterator[Any]:
-    "Cells of an executed notebook as the report shows them."
+    "Cells of an executed notebook as the report shows them; those with the tag site are for the published page alone."
     for cell in notebook.cells:
-        if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
+        if {"parameters", "injected-parameters", "site"} & set(cell.metadata.get("tags", [])):
             continue
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"^#(?=#* )", "##", cell.source, flags=re.M)
