@@ -1,9 +1,11 @@
 # Two commands do everything: `make study` and `make test`. Both install what they need into .venv first.
 #   make study                      the study on synthetic smears, nothing downloaded but packages
 #   make study DATA=folder          the study on your images (DATA=kaggle fetches the public set)
+#   make study DATA=folder CLASS_MAP=file.toml      which folder names mean which class
 #   make study DATA=folder ARGS='--weights local'   any option of `leukemia_nb study`
 SHELL := /bin/bash
 DATA ?=
+CLASS_MAP ?=
 ARGS ?=
 RUN ?= runs/synthetic
 JOBS ?= 2
@@ -45,7 +47,7 @@ lock:  ## resolve all packages again, within the ranges of settings.ini; needs u
 	  --output-file requirements.lock
 
 study: install  ## run the whole study; DATA=folder for your images, DATA=kaggle for the public set
-	$(PY) -m leukemia_nb study --n-jobs $(JOBS) $(if $(DATA),--data "$(DATA)") $(if $(filter file,$(origin RUN)),,--run "$(RUN)") $(ARGS)
+	$(PY) -m leukemia_nb study --n-jobs $(JOBS) $(if $(DATA),--data "$(DATA)") $(if $(CLASS_MAP),--class-map "$(CLASS_MAP)") $(if $(filter file,$(origin RUN)),,--run "$(RUN)") $(ARGS)
 
 test: install lint notebooks  ## lint, types, every notebook, every test
 	$(PY) -m pytest -q -n $(JOBS) --dist loadfile --timeout 1800 --durations 15 tests

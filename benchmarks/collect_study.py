@@ -32,6 +32,7 @@ TABLES = (
     "metrics/reporting_items.csv",
     "metrics/cue_conflict.csv",
     "metrics/cue_conflict_by_classes.csv",
+    "metrics/new_images.csv",
     "metrics/robustness.csv",
     "leakage.csv",
 )

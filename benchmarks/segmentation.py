@@ -1,8 +1,13 @@
 """Speed and quality of segmentation, measured side by side in one run: writes benchmarks/results/segmentation.json.
 
 Ratios and quality on real images where ../shared/data is (LEUKEMIA_NB_SHARED names another place), otherwise on smears.
+
+    python benchmarks/segmentation.py [PART ...]
+
+With the names of parts, such as mask_flags, only these are measured anew.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -20,12 +25,14 @@ import numpy as np
 from scipy.ndimage import find_objects
 
 from leukemia_nb.data.images import read_image
+from leukemia_nb.evaluation.uncertainty import clopper_pearson
 from leukemia_nb.processing.cells import count_quality, find_cells, label_cells
 from leukemia_nb.processing.segmentation import (
     SEGMENTATION_METHODS,
     a_channel,
     cluster_mask,
     apply_mask,
+    check_mask,
     original_study_mask,
     kmeans_mask,
     mask_quality,
@@ -171,6 +178,29 @@ def expert_masks() -> dict:
     return report
 
 
+def mask_flags() -> dict:
+    "K-means masks of wbc_masks that `check_mask` flags beside the second method's; the limit was chosen on odd numbers."
+    report, halves = {}, {1: "odd, development", 0: "even, held back"}
+    for path in sorted((DATA / "wbc_masks").glob("*.bmp")):
+        image, truth = read_image(path), cv2.imread(str(path.with_suffix(".png")), 0) > 0
+        mask = segment(image, "kmeans")
+        kind = "failed" if mask_quality(mask, truth)["iou"] < 0.7 else "good"
+        counts = report.setdefault(halves[int(path.stem) % 2], {}).setdefault(kind, {"n": 0, "flagged": 0, "flagged_by_size": 0})
+        flags = check_mask(mask, segment(image, "nucleus")), check_mask(mask)
+        for key, more in zip(counts, (1, bool(flags[0]), bool(flags[1]))):
+            counts[key] += more
+    for counts in (counts for kinds in report.values() for counts in kinds.values()):
+        counts["low"], counts["high"] = clopper_pearson(counts["flagged"], counts["n"])
+    return report | {"fields": {folder.name: field_flags(folder) for folder in sorted((DATA / "taleqani").iterdir())}}
+
+
+def field_flags(folder: Path) -> dict:
+    "How many masks of whole fields are flagged, of which no truth is known; every eighth image."
+    images = [read_image(path) for path in sorted(folder.glob("*.jpg"))[::8]]
+    flags = [check_mask(segment(image, "kmeans"), segment(image, "nucleus")) for image in images]
+    return {"n": len(flags), "flagged": sum(map(bool, flags))}
+
+
 def boxes() -> dict:
     """White cells of bccd found, and labels that fit no box of one: by box IoU >= 0.5, and by the centre of a label in the box.
 
@@ -261,6 +291,9 @@ def scale_bars(per_class: int = 30) -> dict:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", help="only these parts")
+    parts = parser.parse_args().parts
     real = (DATA / "taleqani").is_dir()
     images = (
         [
@@ -278,6 +311,7 @@ if __name__ == "__main__":
             "agreement_with_kmeans_taleqani_224": lambda: agreement(every[::25]),
             "agreement_with_kmeans_wbc_masks": lambda: agreement(sorted((DATA / "wbc_masks").glob("*.bmp"))[::3]),
             "wbc_masks": expert_masks,
+            "mask_flags": mask_flags,
             "scale_bar_corner": scale_bars,
             "bccd": boxes,
         }
@@ -285,6 +319,8 @@ if __name__ == "__main__":
     result = {"machine": machine(), "images": "real" if real else "synthetic"}
     target = ROOT / "benchmarks/results/segmentation.json"
     target.parent.mkdir(exist_ok=True)
+    if parts:
+        result, tasks = json.loads(target.read_text()), {name: tasks[name] for name in parts}
     for name, task in tasks.items():
         result[name] = task()
         print(json.dumps({name: result[name]}, indent=1, default=float), flush=True)

@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from leukemia_nb.data import near_duplicates as leakage
-from leukemia_nb.data.manifest import CLASSES, class_of, merge_groups
+from leukemia_nb.data.classes import CLASSES, class_of
+from leukemia_nb.data.manifest import merge_groups
 from leukemia_nb.data.files import atomic_path, file_sha256
 
 GROUPED_BY = "near-duplicates of find_near_duplicates, joined with the listed groups of taleqani_fields.csv"

@@ -24,7 +24,7 @@ from leukemia_nb.audit.baselines import (
     _texture_features,
 )
 from leukemia_nb.data.images import read_image, scale_bar_corner
-from leukemia_nb.data.manifest import class_of
+from leukemia_nb.data.classes import class_of
 from leukemia_nb.data.synthetic import make_smear
 from leukemia_nb.evaluation.cross_validation import cross_validated_accuracy
 from leukemia_nb.evaluation.metrics import accuracy_figure, compare_models

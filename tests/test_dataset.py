@@ -16,7 +16,7 @@ from hypothesis.extra.numpy import arrays
 from leukemia_nb.data.files import OutputError, TableError, read_table
 from leukemia_nb.data.images import ImageError, read_image, resize_square, write_image
 from leukemia_nb.data.manifest import build_manifest
-from leukemia_nb.data.synthetic import write_smears
+from leukemia_nb.data.synthetic import make_smear, write_smears
 from leukemia_nb.processing import dataset
 from leukemia_nb.processing.cells import FEATURE_NAMES, find_cells
 from leukemia_nb.processing.dataset import (
@@ -29,9 +29,10 @@ from leukemia_nb.processing.dataset import (
     _pixel_hash,
     prepare_folder,
     prepare_pairs,
+    save_pair,
     write_dataset,
 )
-from leukemia_nb.processing.segmentation import apply_mask, segment
+from leukemia_nb.processing.segmentation import SEGMENTATION_METHODS, apply_mask, segment
 
 SIZE = 64
 
@@ -64,6 +65,19 @@ def split(prepared):
 def written(prepared, split, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "dataset"
     return write_dataset(split, prepared[1], folder, seed=3), folder
+
+
+def test_masks_of_kmeans_are_compared_with_the_second_method(tmp_path):
+    smear = make_smear("Pre-B", 0, 192, 256).image
+    red = np.full_like(smear, (215, 170, 190))  # a field without white blood cells: k-means makes two clusters of nothing
+    red[40:120, 60:150] = (225, 150, 175)
+    flags = {
+        (name, method): save_pair(image, name, tmp_path, 96, method)["mask_flag"]
+        for name, image in {"Pre-B/smear": smear, "Pre-B/red": red}.items()
+        for method in SEGMENTATION_METHODS
+    }
+    assert flags["Pre-B/smear", "kmeans"] == ""
+    assert "IoU with the other method" in flags["Pre-B/red", "kmeans"] and "IoU" not in flags["Pre-B/red", "nucleus"]
 
 
 def test_pixels_are_segment_mask_resize_in_that_order(prepared):
@@ -164,7 +178,7 @@ def test_record_holds_what_a_pair_was_made_from(prepared):
     table, folder = prepared
     row = table[table["problem"] == ""].iloc[0]
     record = json.loads((folder / "records" / f"{row['pair']}.json").read_text())
-    assert record["provenance"] == {"sha256": row["sha256"], "size": SIZE, "segmentation": "kmeans", "version": 3}
+    assert record["provenance"] == {"sha256": row["sha256"], "size": SIZE, "segmentation": "kmeans", "version": 4}
     assert set(record["files"]) == set(_pair_files(row["pair"]).values())
 
 

@@ -68,6 +68,15 @@ def test_an_image_without_cells_has_no_features_and_lends_no_mask():
         region_features([empty])
 
 
+def test_a_cell_that_fills_its_window_has_no_rim():
+    """As in images of single cells: nothing of the outline is inside of the window."""
+    image = np.full((224, 224, 3), (235, 205, 215), np.uint8)
+    cv2.circle(image, (112, 112), 60, (110, 60, 160), -1)
+    grain = np.random.default_rng(0).normal(0, 6, (2, 224, 224, 1))
+    found = region_features(list((image + grain).clip(0, 255).astype(np.uint8)))
+    assert found["cells"].any(axis=1).all() and not found["rim"].any() and np.isfinite(found["background"]).all()
+
+
 def test_saved_cells_of_pairs_are_used(tmp_path):
     folder = dummy_dataset(tmp_path / "dataset", per_class=4, size=224, classes=("Normal", "Pre-B"))
     pairs = Pairs(folder)

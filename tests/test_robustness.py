@@ -225,11 +225,11 @@ def test_figures_have_a_panel_a_corruption(sample):
 
 
 def test_clean_images_stand_once_beside_the_corrupted(sample):
-    table = robustness_predictions(Brightest(), *sample, {"hue": (10,), "blur": (2, 1)})
+    table = robustness_predictions(Brightest(), *sample, {"hue": (10,), "blur": (2, 1), "jpeg": (20,)})
     found = clean_and_corrupted(table)
-    assert found["images"].tolist() == ["clean"] * 10 + ["corrupted"] * 30
+    assert found["images"].tolist() == ["clean"] * 10 + ["corrupted"] * 40
     assert (found[found["images"] == "clean"]["severity"] == 0).all() and found["pair"].nunique() == 10
-    assert set(zip(found["corruption"][10:], found["severity"][10:])) == {("hue", 10), ("blur", 1), ("blur", 2)}
+    assert set(zip(found["corruption"][10:], found["severity"][10:])) == {("hue", 10), ("blur", 1), ("blur", 2), ("jpeg", 20)}
 
 
 def test_the_table_says_whether_confidence_gives_the_errors_away(sample):

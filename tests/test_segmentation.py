@@ -239,6 +239,16 @@ def test_limits_of_the_flags():
     assert check_mask(mask) == "covers 61% of the image; one component of 45%"
 
 
+def test_masks_on_which_two_methods_disagree_are_flagged():
+    mask, other = np.zeros((100, 100), bool), np.zeros((100, 100), bool)
+    mask[:, :60] = other[:, :42] = True
+    assert check_mask(mask, other) == ""  # IoU 42 / 60, and no limit of size applies
+    other[0, 41] = False
+    assert check_mask(mask, other) == "IoU with the other method 0.70"
+    assert check_mask(mask, ~mask) == check_mask(mask, np.zeros_like(mask)) == "IoU with the other method 0.00"
+    assert check_mask(np.zeros_like(mask), other) == "empty"
+
+
 def test_steps_end_in_the_masked_image(smears):
     image = smears[1].image
     steps = segmentation_steps(image)

@@ -418,7 +418,7 @@ def test_copies_under_two_classes_get_a_problem_that_names_the_other():
 
 def test_real_images(shared_data):
     from leukemia_nb.data.files import file_sha256
-    from leukemia_nb.data.manifest import class_of
+    from leukemia_nb.data.classes import class_of
 
     table = pd.read_csv(shared_data / "taleqani_fields.csv").rename(columns={"file": "path", "overlap_group": "field"})
     table["class"] = [class_of(Path(path).parts[0]) for path in table["path"]]

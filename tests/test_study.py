@@ -13,6 +13,7 @@ import zlib
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -22,6 +23,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from leukemia_nb.data.classes import FOUR_CLASSES
 from leukemia_nb.data.files import mark_output_folder
 from leukemia_nb.data.synthetic import write_smears
 from leukemia_nb.models.interface import MODELS
@@ -40,7 +42,7 @@ from leukemia_nb.study.driver import (
     study_steps,
     with_dependencies,
 )
-from leukemia_nb.study.settings import Run, StudyError, StudySettings
+from leukemia_nb.study.settings import Run, StudyError, StudySettings, check_study
 from leukemia_nb.testing import SMOKE
 
 ALL_MODELS = ("efficientnet_b0", "mobilenet_v2", "nasnet_mobile", "dual_channel", "yolov8", "yolo11", "yolo12", "cells")
@@ -244,7 +246,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path):
     [
         ({"models": ("resnet",)}, "unknown model resnet"),
         ({"data": "/no/such"}, "data is not there"),
-        ({"classes": 5}, "classes is 5"),
+        ({"classes": 5}, "classes is 5: a list of class names is expected"),
         ({"model_settings": ("yolov8=5",)}, "model:setting=value"),
         ({"weights": "coco"}, "weights is 'coco'"),
         ({"train_size": 0.9, "test_size": 0.1}, "their sum below 1"),
@@ -338,7 +340,7 @@ def test_a_changed_setting_of_one_model_retrains_that_model_alone(smoke_study):
 
 @pytest.mark.slow
 def test_four_classes_and_the_grouped_split_go_through_every_step(tmp_path):
-    settings = replace(SMOKE, classes=4, split="grouped", models=("mobilenet_v2", "cells"), cv_repeats=1)
+    settings = replace(SMOKE, classes=FOUR_CLASSES, split="grouped", models=("mobilenet_v2", "cells"), cv_repeats=1)
     run = run_study(settings, tmp_path / "run", n_jobs=2)
     four = ["Early Pre-B", "Normal", "Pre-B", "Pro-B"]  # sorted, as ImageFolder and scikit-learn order classes
     predictions = run.table("predictions", "cells.csv")
@@ -520,14 +522,18 @@ def test_a_study_inside_its_data_does_not_read_itself_and_litter_redoes_nothing(
         (("--new-images", "bad"), "none of its 1 image can be read"),
         (("--new-images", "file.csv"), "is a file"),
         (("--data", "file.csv"), "is a file"),
-        (("--data", "one"), "class Normal has 1 image"),
+        (("--data", "one"), "only in folder Normal, and a study needs two classes"),
+        (("--data", "images", "--classes", "4"), "classes names only 4"),
+        (("--data", "images", "--class-map", "file.csv"), "no valid TOML"),
+        (("--data", "images", "--groups-from", "parent"), "no folders below those of the classes"),
+        (("--data", "images", "--split", "folders"), "in no folder train, val or test"),
         (("--data", "empty"), "no images in it"),
         (("--groups", "file.csv"), "path"),
         (("--data", "images", "--groups", "others.csv"), "none of its 1 path"),
         (("--split-file", "file.csv"), "not a split"),
         (("--split-file", "empty"), "Is a directory"),
         (("--data", "images", "--split-file", "split.csv"), "is of other images"),
-        (("--classes", "4", "--split-file", "split.csv"), "Early Pre-B"),
+        (("--classes", "Normal,Early Pre-B,Pre-B,Pro-B", "--split-file", "split.csv"), "Early Pre-B"),
         (("--models", "yolov8", "--image-size", "50"), "not a multiple of 32"),
         (("--models", ""), "no model is named"),
         (("--models", "cells,cells"), "more than once"),
@@ -561,6 +567,20 @@ def test_what_can_be_known_is_said_before_the_first_step(images, tmp_path, monke
     error = CliRunner().invoke(app, ["study", *arguments, *models, *where]).exception
     assert message in _explanation(error) and len(str(error).splitlines()) == 1, error
     assert sorted(tmp_path.rglob("*")) == before  # nothing was begun
+
+
+def test_the_room_on_the_disk_is_estimated_from_images_size_and_models(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+
+    def estimate(**settings):
+        with pytest.raises(StudyError, match="Free some space") as caught:
+            check_study(replace(SMOKE, models=("cells",), **settings), Run(tmp_path / "run"))
+        return float(re.search(r"about ([\d.]+) GB", str(caught.value))[1])
+
+    small, many, large = estimate(per_class=1000), estimate(per_class=4000), estimate(per_class=1000, image_size=448)
+    smear = 3 * 288 * 384 / 2
+    assert many - small == pytest.approx(9000 * (3 * SMOKE.image_size**2 + smear) / 1e9, abs=0.02)
+    assert large - small == pytest.approx(3000 * 3 * (448**2 - SMOKE.image_size**2) / 1e9, rel=0.1)
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from leukemia_nb.data import synthetic
-from leukemia_nb.data.manifest import CLASSES, FOUR_CLASSES, build_manifest
+from leukemia_nb.data.classes import CLASSES, FOUR_CLASSES
+from leukemia_nb.data.manifest import build_manifest
 from leukemia_nb.data.files import mark_output_folder
 from leukemia_nb.data.images import read_image
 from leukemia_nb.data.synthetic import _CELL_KINDS, _SITE_OF_CLASS, _SITES, make_smear, write_smears
@@ -216,9 +217,20 @@ def test_write_smears(tmp_path):
 
 
 def test_write_smears_refuses_before_it_writes(tmp_path):
-    with pytest.raises(ValueError, match="'Post-B' is no class"):
-        write_smears(tmp_path, 2, classes=("Normal", "Post-B"))
+    with pytest.raises(ValueError, match="'Post/B' cannot be the name of a class"):
+        write_smears(tmp_path, 2, classes=("Normal", "Post/B"))
     assert not list(tmp_path.iterdir())
+
+
+def test_smears_of_any_classes(tmp_path):
+    """Twenty classes are twenty folders of different images; the three classes of the study are not changed by others."""
+    names = [f"kind {place}" for place in range(17)]
+    table = write_smears(tmp_path / "many", 1, classes=[*names, *CLASSES], height=32, width=48)
+    three = write_smears(tmp_path / "three", 1, height=32, width=48)
+    assert list(table["class"]) == [*names, *CLASSES] and table["seed"].is_unique
+    assert len({read_image(tmp_path / "many" / path).tobytes() for path in table["path"]}) == 20
+    for name in three["path"]:
+        assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "many" / name).read_bytes()
 
 
 def test_sets_of_two_seeds_share_no_image(tmp_path):

@@ -62,9 +62,8 @@ def _rims(masks: np.ndarray) -> np.ndarray:
 
 def _measure(crops: np.ndarray, masks: np.ndarray) -> np.ndarray:
     "Mean and standard deviation of the features over cells or patches, float32 (78,); 0 without any."
-    if not len(crops):
-        return np.zeros(2 * len(FEATURE_NAMES), np.float32)
-    features = np.stack([cell_features(crop, mask) for crop, mask in zip(crops, masks)])
+    measured = [cell_features(crop, mask) for crop, mask in zip(crops, masks) if mask.any()]  # a cell larger than S has no rim
+    features = np.stack(measured or [np.zeros(len(FEATURE_NAMES), np.float32)])
     return np.concatenate([features.mean(axis=0), features.std(axis=0)])
 
 # %% ../../nbs/05_audit/15_patches.ipynb #9e23302c

@@ -349,8 +349,16 @@ class TableError(LeukemiaError, OSError):
 # %% ../../nbs/01_data/10_files.ipynb #541d664f
 _TEXT = (
     *("pair", "class", "path", "sha256", "problem", "flip", "flag"),
-    *("mask_flag", "subset", "group", "original", "segmented", "cells"),
+    *("mask_flag", "subset", "group", "given_group", "original", "segmented", "cells"),
 )
+_CLASS_NAMES = (
+    "predicted",
+    "foreground",
+    "other_cue",
+    "explained",
+    "constant_class",
+    "majority_prediction",
+)  # also where "0", "1"
 
 # %% ../../nbs/01_data/10_files.ipynb #20a78dd5
 def read_table(
@@ -359,9 +367,11 @@ def read_table(
     "Read a table that `write_table` wrote. Raises `TableError` for one that is damaged, MemoryError where it does not fit."
     import pandas as pd
 
-    text = {name: str for name in _TEXT}
+    text = dict.fromkeys(_TEXT, str)
     try:
-        table = pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
+        table = pd.read_csv(
+            path, dtype=text | dict.fromkeys(_CLASS_NAMES, str), keep_default_na=False, na_values=[""], encoding="utf-8-sig"
+        )
     except FileNotFoundError:
         raise TableError(f"{path}: not there. Run the step that writes it.") from None
     except ValueError as error:

@@ -6,17 +6,16 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
-import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from .classes import CLASSES, FOUR_CLASSES, ClassMap, folder_classes, named_classes, read_class_map
 from leukemia_nb.data.files import (
     DataFrame,
     _OUTPUT_MARKER,
@@ -31,27 +30,9 @@ from leukemia_nb.data.files import (
 from .images import SUFFIXES, ImageError, read_image
 
 # %% auto #0
-__all__ = ['CLASSES', 'FOUR_CLASSES', 'NO_IMAGES', 'class_of', 'ImageSearch', 'check_folder', 'check_not_inside', 'search_images',
-           'find_images', 'merge_groups', 'mark_conflicting_labels', 'ClassSelection', 'select_classes',
-           'build_manifest', 'check_manifest', 'fetch_kaggle']
-
-# %% ../../nbs/01_data/30_manifest.ipynb #1499df4b
-CLASSES = ("Normal", "Pre-B", "Pro-B")
-FOUR_CLASSES = ("Normal", "Early Pre-B", "Pre-B", "Pro-B")
-
-_FOLDER_NAMES = {
-    **dict.fromkeys(("normal", "benign", "hematogone", "hematogones"), "Normal"),
-    **dict.fromkeys(("early", "earlypre", "earlypreb"), "Early Pre-B"),
-    **dict.fromkeys(("pre", "preb"), "Pre-B"),
-    **dict.fromkeys(("pro", "prob"), "Pro-B"),
-}
-
-# %% ../../nbs/01_data/30_manifest.ipynb #49895644
-def class_of(
-    folder_name: str,  # name of one folder, such as [Malignant] Pre-B
-) -> str | None:  # one of FOUR_CLASSES, or None
-    "Class that a folder's name means, or None."
-    return _FOLDER_NAMES.get(re.sub(r"malignant|[\W_]", "", unicodedata.normalize("NFKC", folder_name).lower()))
+__all__ = ['NO_IMAGES', 'ImageSearch', 'check_folder', 'check_not_inside', 'search_images', 'find_images', 'merge_groups',
+           'mark_conflicting_labels', 'resolve_classes', 'ClassSelection', 'select_classes', 'build_manifest',
+           'check_manifest', 'fetch_kaggle']
 
 # %% ../../nbs/01_data/30_manifest.ipynb #e0da1ff4
 _IGNORED_FOLDERS = ("truth", "segmented", "masks")  # folders, in any case
@@ -202,12 +183,6 @@ def find_images(
     "The images that `search_images` finds."
     return search_images(folder, exclude).paths
 
-# %% ../../nbs/01_data/30_manifest.ipynb #decade01
-def _class_of_path(path: Path, folder: Path) -> str | None:
-    "Class of the nearest folder above an image, up to `folder` itself, whose name means one."
-    names = [parent.name for parent in path.parents if parent == folder or folder in parent.parents]
-    return next((found for found in map(class_of, names) if found), None)
-
 # %% ../../nbs/01_data/30_manifest.ipynb #678e64e6
 _COLUMNS = ("pair", "class", "path", "sha256", "width", "height", "problem")
 
@@ -278,6 +253,27 @@ def mark_conflicting_labels(
             table.loc[rows.index, "problem"] = [escape_text(f"{path}: {what}") for path in rows["path"]]
     return table.drop(columns="_copies")
 
+# %% ../../nbs/01_data/30_manifest.ipynb #fe308b56
+def resolve_classes(
+    search: ImageSearch,  # of search_images
+    class_map: str | os.PathLike = "",  # TOML file; empty: the built-in map where it fits, else the names of the folders
+    classes: Sequence[str] = (),  # names of those to be selected; empty: all
+) -> ClassMap:
+    "Which folders mean which class. Raises `ClassMapError`."
+    if class_map:
+        found = read_class_map(class_map)
+        return found.select(classes) if classes else found
+    places, built_in = [*search.paths, *(path / "inside" for path, _ in search.unreachable)], named_classes(CLASSES)
+    known = {built_in.class_of_path(path, search.folder) for path in places}
+    if set(classes or CLASSES) <= (set(FOUR_CLASSES) if classes else known) or not search.paths:
+        return named_classes(classes) if classes else built_in
+    if not classes and None not in known and len(known) > 1:
+        return named_classes([label for label in FOUR_CLASSES if label in known])
+    found = folder_classes(search.paths, search.folder)
+    if partly := ", ".join(sorted(filter(None, known))):
+        found = replace(found, source=f"{found.source} (of the built-in classes only {partly} found)")
+    return found.select(classes) if classes else found
+
 # %% ../../nbs/01_data/30_manifest.ipynb #598c064a
 @dataclass
 class ClassSelection:
@@ -286,35 +282,56 @@ class ClassSelection:
     search: ImageSearch  # with only these images
     rows: list[tuple[Path, str]]  # path and class; also of what was not reached
     unknown: list[str]  # folders of no class
+    classes: str  # one line: which folders were taken for which class, and which were left out
 
 # %% ../../nbs/01_data/30_manifest.ipynb #0dd72185
 def select_classes(
     search: ImageSearch,  # of search_images
-    classes: Sequence[str],  # some of FOUR_CLASSES
+    classes: Sequence[str] | ClassMap,  # names of classes, or their class map
 ) -> ClassSelection:
     "The images of some classes; others are left out, as are second links to an image. Raises `ImageError` without any."
-    labels = {path: _class_of_path(path, search.folder) for path in search.paths}
+    class_map = classes if isinstance(classes, ClassMap) else named_classes(classes)
+    labels = {path: class_map.class_of_path(path, search.folder) for path in search.paths}
     seen, paths, left_out = set(), [], list(search.left_out)
     for path in sorted(labels, key=lambda path: (path.is_symlink(), path)):
         label, real = labels[path], (os.path.realpath(path), labels[path])
-        if label not in classes:
-            left_out.append((path, f"of class {label}" if label else "in folders of no class"))
+        if label not in class_map.classes:
+            left_out.append((path, f"of class {label}" if label else f"in {_NO_CLASS[label]}"))
         elif real in seen:
             left_out.append((path, "linked twice"))
         else:
             seen.add(real)
             paths.append(path)
-    places = {path: _class_of_path(path / "inside", search.folder) for path, _ in search.unreachable}
-    unreachable = [(path, problem) for path, problem in search.unreachable if places[path] in (None, *classes)]
+    places = {path: class_map.class_of_path(path / "inside", search.folder) for path, _ in search.unreachable}
+    unreachable = [(path, problem) for path, problem in search.unreachable if places[path] in (None, *class_map.classes)]
     rows = sorted([(path, labels[path] or "") for path in paths] + [(path, places[path] or "") for path, _ in unreachable])
     unknown = sorted({path.parent.relative_to(search.folder).as_posix() for path, label in labels.items() if label is None})
-    selection = ClassSelection(ImageSearch(search.folder, sorted(paths), sorted(left_out), unreachable), rows, unknown)
+    found = ImageSearch(search.folder, sorted(paths), sorted(left_out), unreachable)
+    selection = ClassSelection(found, rows, unknown, _describe_classes(class_map, labels, search.folder))
     if not paths:
-        raise ImageError(_nothing_found(selection, classes))
+        raise ImageError(_nothing_found(selection, class_map))
     return selection
 
+
+_NO_CLASS = {None: "folders of no class", "": "folders that the class map leaves out"}
+
+# %% ../../nbs/01_data/30_manifest.ipynb #d670bb77
+def _describe_classes(class_map: ClassMap, labels: Mapping[Path, str | None], folder: Path) -> str:
+    "One line: the folders of each class with their images, and those left out."
+    folders: dict[str | None, Counter[str]] = {}
+    for path, label in labels.items():
+        above = class_map.class_folder(path, folder) or path.parent
+        folders.setdefault(label, Counter())[above.name if above != folder or label else "no folder"] += 1
+    texts = []
+    for label in [*class_map.classes, *(other for other in folders if other not in class_map.classes)]:
+        names = [f"{each} ({n})" for each, n in folders.get(label, Counter()).most_common()]
+        what = f"of class {label}" if label else f"in {_NO_CLASS[label]}"
+        name = label if label in class_map.classes else f"left out, {what}"
+        texts.append(f"{name} = {_listing(names, 8) or 'no folder'}")
+    return escape_text(f"classes by the {class_map.source}: {'; '.join(texts)}")
+
 # %% ../../nbs/01_data/30_manifest.ipynb #3586416d
-def _nothing_found(selection: ClassSelection, classes: Sequence[str]) -> str:
+def _nothing_found(selection: ClassSelection, class_map: ClassMap) -> str:
     "Why there is no manifest, and what to do."
     search, unknown = selection.search, selection.unknown
     if search.unreachable:
@@ -323,17 +340,18 @@ def _nothing_found(selection: ClassSelection, classes: Sequence[str]) -> str:
     if not others:
         more = f" {search.summary()}." if search.left_out else ""
         return f"{search.folder}: no images in it ({', '.join(SUFFIXES)}). Check the path.{more}"
-    found = f"{pluralise(others, 'image')}, but in no folder of the classes {', '.join(classes)}"
+    found = f"{pluralise(others, 'image')}, but in no folder of the classes {', '.join(class_map.classes)}"
     names = f" (found: {', '.join(unknown[:8])})" if unknown else ""
-    return f"{search.folder}: {found}{names}. Sort them into folders named after the classes, such as Benign, Pre, Pro."
+    remedy = "Sort them into folders named after the classes, such as Benign, Pre, Pro, or write a class map"
+    return f"{search.folder}: {found}{names}. {remedy}."
 
 # %% ../../nbs/01_data/30_manifest.ipynb #9f2c57f6
 def build_manifest(
     folder: str | os.PathLike,  # holds a folder for each class, at any depth
-    classes: Sequence[str] = CLASSES,  # some of FOUR_CLASSES; others are left out
+    classes: Sequence[str] | ClassMap = CLASSES,  # names of classes, or their class map; others are left out
     n_jobs: int = 1,  # images opened side by side, in threads
     exclude: str | os.PathLike = "",  # a folder that is left out where it lies in the other
-    log: Callable[[str], object] | None = None,  # gets a line: found, left out, why; None: warn of unknown folders
+    log: Callable[[str], object] | None = None,  # gets lines: found, left out, why; classes; None: warnings
 ) -> DataFrame:  # pair, class, path, sha256, width, height, problem; path absolute; width and height upright, 0 where unreadable
     "Open every image once and describe it in a row. Raises `ImageError` where there is nothing to describe."
     import pandas as pd
@@ -344,6 +362,7 @@ def build_manifest(
     selection = select_classes(search_images(folder, exclude), classes)
     if log:
         log(selection.search.summary())
+        log(selection.classes)
     elif selection.unknown:
         warnings.warn(f"{folder}: images in {', '.join(selection.unknown)} left out: no class has that name", stacklevel=2)
     unreachable, (paths, labels) = dict(selection.search.unreachable), zip(*selection.rows)

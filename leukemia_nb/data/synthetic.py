@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from .manifest import CLASSES, FOUR_CLASSES
+from .classes import CLASSES, FOUR_CLASSES, named_classes
 from .files import write_table
 from .images import write_image
 
@@ -345,7 +345,7 @@ def make_smear(
 def write_smears(
     folder: str | os.PathLike,  # made where it is missing; images of the same names are replaced
     per_class: int,  # images of each class
-    classes: Sequence[str] = CLASSES,  # some of FOUR_CLASSES
+    classes: Sequence[str] = CLASSES,  # names; cells and site of a class not in FOUR_CLASSES are those of one in it, by its place
     seed: int = 0,  # same seed, same files
     height: int = 768,
     width: int = 1024,  # in pixels
@@ -353,13 +353,13 @@ def write_smears(
 ) -> pd.DataFrame:  # class, path, truth, cells, site, seed; paths below the folder
     "Write smears as folder/<class>/<class>_001.png and their label images (16 bit) below folder/truth, named alike."
     folder, rows = Path(folder), []
-    if unknown := set(classes) - set(_CELL_KINDS):
-        raise ValueError(f"{unknown.pop()!r} is no class; choose from {', '.join(_CELL_KINDS)}")
-    wanted = [(label, number) for label in classes for number in range(1, per_class + 1)]
+    wanted = [(label, number) for label in named_classes(classes).classes for number in range(1, per_class + 1)]
     for label, number in tqdm(wanted, desc="synthetic smears", disable=None):
         name = f"{label}/{label}_{number:03}.png"
-        own_seed = (seed * len(FOUR_CLASSES) + FOUR_CLASSES.index(label)) * 100_000 + number
-        drawn = make_smear(label, own_seed, height, width, spurious_correlation)
+        turn, place = divmod(FOUR_CLASSES.index(label) if label in FOUR_CLASSES else list(classes).index(label) + 4, 4)
+        own_seed = (seed * len(FOUR_CLASSES) + place) * 100_000 + number + turn * 10**16
+        site = _choose_site(FOUR_CLASSES[(place + turn) % 4], own_seed, spurious_correlation)
+        drawn = make_smear(FOUR_CLASSES[place], own_seed, height, width, site=site)
         write_image(folder / name, drawn.image)
         write_image(folder / "truth" / name, drawn.cells.astype(np.uint16))
         rows.append((label, name, f"truth/{name}", int(drawn.cells.max()), drawn.site, own_seed))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['expected_calibration_error', 'null_calibration_errors', 'calibration_pairs', 'fit_temperature', 'calibration_table',
-           'calibration_sentence', 'reliability_figure', 'risk_coverage', 'augrc', 'selective_table',
-           'risk_coverage_figure']
+           'calibration_sentence', 'readable_calibration', 'reliability_figure', 'risk_coverage', 'augrc',
+           'selective_table', 'readable_selective', 'risk_coverage_figure']
 
 # %% ../../nbs/04_evaluation/40_calibration.ipynb #8a178aeb
 from collections.abc import Mapping
@@ -153,6 +153,29 @@ def calibration_sentence(
     test = f"Consistency resampling of {table['n_images'].iloc[0]} images, one-sided, p not adjusted for the number of models"
     return ". ".join([*parts, test]) + "."
 
+# %% ../../nbs/04_evaluation/40_calibration.ipynb #af177ab9
+_READABLE = {
+    "title": "Model",
+    "n_images": "Images",
+    "accuracy": "Accuracy",
+    "confidence": "Mean confidence",
+    "ece": "ECE",
+    "ece_null": "ECE if calibrated, mean",
+    "ece_null_95": "95th percentile",
+    "ece_p": "p",
+    "brier": "Brier score",
+    "temperature": "Temperature",
+    "scaled_ece": "ECE, scaled",
+    "scaled_brier": "Brier score, scaled",
+}
+
+# %% ../../nbs/04_evaluation/40_calibration.ipynb #0ead9485
+def readable_calibration(
+    table: pd.DataFrame,  # from calibration_table
+) -> pd.DataFrame:  # numbers
+    "The columns of a calibration table that are read, with headings."
+    return table.reindex(columns=list(_READABLE)).rename(columns=_READABLE).dropna(axis="columns", how="all")
+
 # %% ../../nbs/04_evaluation/40_calibration.ipynb #d467c1b6
 @styled
 def reliability_figure(
@@ -211,6 +234,15 @@ def selective_table(
             row |= {"n_images": risk.n, "n_errors": int(wrong.sum()), "risk": risk.estimate, "low": risk.low, "high": risk.high}
             rows.append(row | {"augrc": augrc(part), "augrc_optimal": risk.estimate**2 / 2, "augrc_random": risk.estimate / 2})
     return pd.DataFrame(rows)
+
+# %% ../../nbs/04_evaluation/40_calibration.ipynb #437ecac0
+def readable_selective(
+    table: pd.DataFrame,  # from selective_table
+) -> pd.DataFrame:  # numbers
+    "The columns of a table of selective prediction that are read, with headings."
+    columns = {"title": "Model", "n_images": "Images", "n_errors": "Errors", "augrc": "AUGRC"}
+    columns |= {"augrc_optimal": "if errors have the lowest confidence", "augrc_random": "if confidence is uninformative"}
+    return table[list(columns)].rename(columns=columns)
 
 # %% ../../nbs/04_evaluation/40_calibration.ipynb #884435da
 @styled

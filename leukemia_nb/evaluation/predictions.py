@@ -19,7 +19,8 @@ import pandas as pd
 
 from ..data.files import restore_cell, write_table
 from ..data.images import ImageError, read_image
-from ..data.manifest import class_of, find_images
+from ..data.classes import class_of
+from ..data.manifest import find_images
 from ..errors import LeukemiaError
 from ..models.interface import MODELS
 from ..plotting import GREY, Figure, panel_grid, styled
@@ -181,9 +182,8 @@ def predict_new_images(
             values.append(np.asarray(model.predict_proba(list(images.values())), float))
     if not names:
         raise PredictionsError(f"{os.fspath(folder)}: no image that can be read.")
-    labels = [class_of(name.parent.name) if name.parent.name else None for name in names]
     pairs = pd.DataFrame({"pair": [name.as_posix() for name in names], "subset": "new"})
-    pairs["class"] = [label if label in classes else "" for label in labels]
+    pairs["class"] = [class_of(name.parent.name, classes) or "" for name in names]
     return predictions_table(pairs, np.concatenate(values), classes)
 
 

@@ -107,6 +107,9 @@ def _headline(rows: Sequence[dict[str, Any]]) -> tuple[str, str]:
     return f"{who} {name}", f"{', '.join(abstaining)}." if abstaining else "None abstains."
 
 # %% ../../nbs/06_inference/60_app.ipynb #0284cf00
+_MOST_COLUMNS = 6
+
+
 def _predictions_html(rows: Sequence[dict[str, Any]], titles: Sequence[str], classes: Sequence[str]) -> str:
     "A block of HTML: probabilities of each model as bars, one column per class, and its confidence."
     lines = [
@@ -119,7 +122,10 @@ def _predictions_html(rows: Sequence[dict[str, Any]], titles: Sequence[str], cla
         for row, title in zip(rows, titles)
     ]
     words, sentence = _headline(rows)
-    coloured = list(zip(classes, class_colours(classes)))
+    highest = {c: max((row.get(f"p_{c}") or 0 for row in rows), default=0) for c in classes}
+    shown = sorted(classes, key=lambda c: -highest[c])[:_MOST_COLUMNS]
+    sentence += f" The {_MOST_COLUMNS} most probable of {len(classes)} classes:" if len(shown) < len(classes) else ""
+    coloured = [(c, colour) for c, colour in zip(classes, class_colours(classes)) if c in shown]
     return render_template("app_predictions.html.j2", rows=lines, classes=coloured, headline=words, sentence=sentence)
 
 # %% ../../nbs/06_inference/60_app.ipynb #d59ea978

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from leukemia_nb.data.files import (
     DataFrame,
     OutputError,
@@ -32,7 +34,8 @@ from leukemia_nb.data.files import (
     report_write_errors,
 )
 from ..data.images import ImageError, read_image, write_image
-from ..data.manifest import ImageSearch, check_not_inside, check_folder, class_of, search_images
+from ..data.classes import class_of
+from ..data.manifest import ImageSearch, check_not_inside, check_folder, search_images
 from ..data.processes import ClusterError, die_with_parent
 from .predictor import Predictor, describe_failure, overlay, predict_cells, prediction_columns, saliency
 from ..models.interface import MODELS, ModelError
@@ -40,8 +43,8 @@ from ..plotting import class_colours
 from ..processing.measurements import write_cell_table, write_cells
 
 # %% auto #0
-__all__ = ['find_inputs', 'PredictionTask', 'unfinished_file', 'prediction_outcome', 'predict_files', 'exported_models',
-           'open_predictors', 'format_comparison', 'compare_files']
+__all__ = ['find_inputs', 'PredictionTask', 'unfinished_file', 'prediction_outcome', 'predict_files', 'predictions_by_group',
+           'exported_models', 'open_predictors', 'format_comparison', 'compare_files']
 
 # %% ../../nbs/06_inference/40_batch.ipynb #9a752a31
 def find_inputs(
@@ -314,6 +317,25 @@ def predict_files(
             raise type(error)(f"{error} {hint}".strip()) from error
     return len(kept)
 
+# %% ../../nbs/06_inference/40_batch.ipynb #81c592d1
+def predictions_by_group(
+    table: DataFrame,  # of predict_files, one row per image
+    groups: Sequence[str],  # folder or patient of each row
+) -> DataFrame:  # group, predicted, p_<class>, confidence, n_images, n_predicted, n_agree, n_abstained, n_unreadable
+    "Mean probability and its class for each group of images, in order of appearance."
+    import pandas as pd
+
+    columns, rows = [name for name in table if name.startswith("p_")], []
+    names = np.array([name.removeprefix("p_") for name in columns])
+    for group, part in table.groupby(list(groups), sort=False):
+        used = part[~part["abstains"].astype(bool)]
+        mean, read = used[columns].astype(float).mean(), part["confidence"].notna()
+        predicted = str(names[mean.argmax()]) if len(used) else ""
+        row = {"group": group, "predicted": predicted, **mean.round(6), "confidence": mean.max(), "n_images": len(part)}
+        row |= {"n_predicted": len(used), "n_agree": int((used["predicted"] == predicted).sum())}
+        rows.append(row | {"n_abstained": int(read.sum()) - len(used), "n_unreadable": int((~read).sum())})
+    return pd.DataFrame(rows).round({"confidence": 6})
+
 # %% ../../nbs/06_inference/40_batch.ipynb #3fe6a331
 def exported_models(
     run: str | os.PathLike,  # a study's run folder
@@ -353,9 +375,8 @@ def _compare_models(paths: Sequence[str], models: Sequence[str | os.PathLike], l
     import pandas as pd
 
     paths, predictors = list(dict.fromkeys(paths)), open_predictors(models, log)
-    classes = {str(name) for predictor in predictors for name in predictor.classes_}
-    labels = [class_of(Path(path).parent.name) or "" for path in paths]
-    known = [label if label in classes else "" for label in labels]
+    classes = list(dict.fromkeys(str(name) for predictor in predictors for name in predictor.classes_))
+    known = [class_of(Path(path).parent.name, classes) or "" for path in paths]
     compared = pd.DataFrame({"image": list(map(escape_text, paths)), "path": paths, "true label": known, "problem": ""})
     for predictor in predictors:
         table, title = predictor.report(paths).table, predictor.info["title"]

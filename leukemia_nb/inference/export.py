@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..data.files import file_sha256, set_sha256
+from ..data.near_duplicates import image_fingerprints
+from ..evaluation.uncertainty import clopper_pearson
 from .model_file import write_model_file
 from .ood import fit_ood, ood_distance
 from .predictor import calibrate, prepare_images, run_network
@@ -292,6 +294,12 @@ def _threshold_and_cover(seen: dict[str, Any], temperature: float, constants: An
     covered = {name: _accepts(confidence[name], distance[name], thresholds) & cells[name] for name in seen}
     return thresholds, {name: float(part.mean()) for name, part in covered.items()}
 
+# %% ../../nbs/06_inference/50_export.ipynb #ac9918c4
+def _fingerprints(*parts: Pairs) -> np.ndarray:
+    "Fingerprints of prepared images, read one after the other, float16 (n, 8, 8)."
+    images = (pairs.read(slice(place, place + 1))[0] for pairs in parts for place in range(len(pairs)))
+    return image_fingerprints(images)
+
 # %% ../../nbs/06_inference/50_export.ipynb #257fc731
 def export_model(
     model: ImageClassifier,  # trained
@@ -303,13 +311,12 @@ def export_model(
     segmentation: str = "kmeans",  # method of the study
     card: str = "",  # model card, Markdown
     of_train: Mapping[str, np.ndarray] | None = None,  # features (n, d) and statistics (n, 15) of train; None: computed
+    every_val: Pairs | None = None,  # all validation images, for the fingerprints; None: val
     note: str = "",  # why near-duplicates of training images are in val, from calibration_pairs
     network: ModelProto | None = None,  # from export_network; None: exported here, from the framework
     expected: np.ndarray | None = None,  # probabilities (n, k) of test by the framework; None: predicted here
 ) -> dict[str, Any]:  # the description in the file, and difference, bytes
     "Write a model file. Raises ModelError where its probabilities (or features) differ by 1e-4 (1e-3) from those expected."
-    from leukemia_nb.evaluation.uncertainty import clopper_pearson
-
     network = network or export_network(model)
     session = _open_network(network)
     seen = {name: _run_exported(session, model, pairs, count=True) for name, pairs in (("val", val), ("test", test))}
@@ -331,5 +338,5 @@ def export_model(
     info = _describe_model(model, train, val, segmentation, card) | {"coverage": coverage, "test": tested}
     info |= {"calibration_images": {"n": len(val), "note": note}}
     info |= {"version": _weights_version(network), "temperature": temperature, "calibration": reason, "thresholds": thresholds}
-    info["sha256"] = write_model_file(file, network, info, constants)
+    info["sha256"] = write_model_file(file, network, info, constants | {"fingerprints": _fingerprints(train, every_val or val)})
     return info | {"difference": difference, "bytes": Path(file).stat().st_size}

@@ -147,7 +147,7 @@ def _read_content(file: str | os.PathLike) -> bytes:
         raise ModelError(f"{file}: cannot be read: {error.strerror}. Check the path of the model file.") from None
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #69817f77
-def _start_session(content: bytes, file: str | os.PathLike, threads: int | None) -> InferenceSession:
+def _start_session(content: bytes | str, file: str | os.PathLike, threads: int | None) -> InferenceSession:
     "The network on the processor, without messages of its own. Raises ModelError."
     import onnxruntime
 

@@ -20,7 +20,8 @@ import pandas as pd
 
 from ..data.files import _output_folder, atomic_path, check_output, read_table, unique_names, write_table
 from ..data.images import ImageError, resize_square
-from ..data.manifest import CLASSES, build_manifest, check_not_inside, check_manifest, search_images
+from ..data.classes import CLASSES, ClassMap, named_classes, write_class_map
+from ..data.manifest import build_manifest, check_not_inside, check_manifest, search_images
 from ..data.processes import image_row, run_tasks
 from .cells import cell_table, find_cells
 from .segmentation import apply_mask, check_mask, segment
@@ -95,18 +96,20 @@ def save_pair(
     folder: str | os.PathLike,  # the prepared folder
     size: int = 224,  # side of the saved images, pixels
     segmentation: str = "kmeans",  # method, one of SEGMENTATION_METHODS
-) -> dict[str, Any]:  # mask, bool (H, W) at the image's own size; n_cells; files: SHA-256 by path
+) -> dict[str, Any]:  # mask, bool (H, W) at the image's own size; mask_flag; n_cells; files: SHA-256 by path
     "Segment, mask, resize, find the cells and save. Raises `OutputError`."
     mask = segment(image, segmentation)
     original = resize_square(image, size)
     cells = find_cells(original).astype(np.uint16)
     saved = {"original": original, "segmented": resize_square(apply_mask(image, mask), size), "cells": cells}
+    small = cv2.resize(mask.view(np.uint8), cells.shape, interpolation=cv2.INTER_NEAREST_EXACT) > 0
+    flag = check_mask(mask) if segmentation == "nucleus" else check_mask(small, cells > 0)
     names = _pair_files(pair)
     files = {names[channel]: _save_png(Path(folder) / names[channel], saved[channel]) for channel in _CHANNELS}
-    return {"mask": mask, "n_cells": int(cells.max()), "files": files}
+    return {"mask": mask, "mask_flag": flag, "n_cells": int(cells.max()), "files": files}
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #1933c80e
-_VERSION = 3  # grows when the pixels or columns that these steps make change, so that older pairs are made again
+_VERSION = 4  # grows when the pixels or columns that these steps make change, so that older pairs are made again
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #3e1f80c7
 def _prepare_pair(row: dict, folder: Path, size: int, segmentation: str, images: Path) -> dict:
@@ -115,7 +118,7 @@ def _prepare_pair(row: dict, folder: Path, size: int, segmentation: str, images:
     def make(image: np.ndarray) -> tuple[dict, dict[str, str]]:
         saved = save_pair(image, row["pair"], folder, size, segmentation)
         found = {"pixels": _pixel_hash(image), "mask_fraction": round(float(saved["mask"].mean()), 5)}
-        found |= {"n_cells": saved["n_cells"], "mask_flag": check_mask(saved["mask"])}
+        found |= {"n_cells": saved["n_cells"], "mask_flag": saved["mask_flag"]}
         return files | found, saved["files"]
 
     files = _pair_files(row["pair"])
@@ -168,20 +171,22 @@ def _cell_tables(pairs: pd.DataFrame, folder: Path, n_jobs: int | None, at_once:
 def prepare_folder(
     data: str | os.PathLike,  # one folder of images per class
     out: str | os.PathLike,  # folder to be written
-    classes: Sequence[str] = CLASSES,  # class names
+    classes: Sequence[str] | ClassMap = CLASSES,  # class names, or their class map
     size: int = 224,  # side of the prepared images, pixels
     segmentation: str = "kmeans",  # method, one of SEGMENTATION_METHODS
     n_jobs: int | None = None,  # worker processes
-    log: Callable[[str], object] | None = None,  # gets a line: found, left out, why
+    log: Callable[[str], object] | None = None,  # gets lines: found, left out, why; classes
 ) -> pd.DataFrame:  # the pairs table
-    "Write manifest.csv, prepared/, pairs.csv and cell_features.csv. Raises `ImageError`, `OutputError`, `ClusterError`."
+    "Write class_map.toml and tables beside prepared/. Raises `ImageError`, `OutputError`, `ClusterError`."
     out = Path(out)
     check_output(out, folder=True)
     if not (Path(data) / "truth" / "smears.csv").is_file():  # synthetic smears are data wherever they lie
         check_not_inside(search_images(data).paths, out)
-    manifest = build_manifest(data, classes, exclude=out, log=log)
-    check_manifest(manifest, minimum=1, classes=classes)
+    class_map = classes if isinstance(classes, ClassMap) else named_classes(classes)
+    manifest = build_manifest(data, class_map, exclude=out, log=log)
+    check_manifest(manifest, minimum=1, classes=class_map.classes)
     with _output_folder(out / "pairs.csv"):
+        write_class_map(out / "class_map.toml", class_map)
         write_table(out / "manifest.csv", manifest)
         pairs = prepare_pairs(manifest, out / "prepared", size, segmentation, n_jobs)
         good = pairs[pairs["problem"] == ""]

@@ -217,21 +217,25 @@ def mask_quality(
 
 # %% ../../nbs/02_processing/10_segmentation.ipynb #1329afee
 _MAX_COVER, _MIN_COVER, _MAX_BORDER, _MAX_COMPONENT = 0.6, 0.002, 0.5, 0.4  # proportions of image, image, border, image
+_MIN_AGREEMENT = 0.7  # IoU with the mask of another method; see benchmarks/segmentation.py
 
 # %% ../../nbs/02_processing/10_segmentation.ipynb #d989b00a
 def check_mask(
     mask: np.ndarray,  # bool (H, W)
+    other: np.ndarray | None = None,  # bool (H, W), the mask of another method; None: there is none
 ) -> str:  # empty, or what is suspicious, joined by "; "
-    "Flags of a mask: empty, too small, too large, along the border, one very large component."
+    "Flags of a mask: empty, too small; unlike the other one, or else too large, along the border, one very large component."
     cover = float(mask.mean()) if mask.size else 0.0
     if not cover:
         return "empty"
-    edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean()
-    largest = _connected(mask)[1][1:, cv2.CC_STAT_AREA].max() / mask.size
-    flags = {
-        f"covers {cover:.0%} of the image": cover > _MAX_COVER,
-        f"covers {cover:.2%} of the image": cover < _MIN_COVER,
-        f"covers {edge:.0%} of the border": edge > _MAX_BORDER,
-        f"one component of {largest:.0%}": largest > _MAX_COMPONENT,
-    }
+    flags = {f"covers {cover:.2%} of the image": cover < _MIN_COVER}
+    if other is not None:
+        agreement = float((mask & other).sum() / (mask | other).sum())
+        flags[f"IoU with the other method {agreement:.2f}"] = agreement < _MIN_AGREEMENT
+    else:
+        edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean()
+        largest = _connected(mask)[1][1:, cv2.CC_STAT_AREA].max() / mask.size
+        flags[f"covers {cover:.0%} of the image"] = cover > _MAX_COVER
+        flags[f"covers {edge:.0%} of the border"] = edge > _MAX_BORDER
+        flags[f"one component of {largest:.0%}"] = largest > _MAX_COMPONENT
     return "; ".join(text for text, suspicious in flags.items() if suspicious)

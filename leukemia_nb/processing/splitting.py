@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SplitError', 'smallest_class', 'usable_pairs', 'check_split', 'split_pairs', 'stratified_sample', 'read_groups',
-           'image_groups', 'read_split']
+           'image_groups', 'parent_groups', 'folder_subsets', 'folder_split', 'read_split']
 
 # %% ../../nbs/02_processing/40_splitting.ipynb #62feb711
 import bisect
@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.files import _listing, pluralise, restore_cell, escape_text
+from ..data.classes import ClassMap, subset_of
 from ..data.manifest import mark_conflicting_labels, merge_groups
 from .dataset import _SUBSETS
 from ..errors import LeukemiaError
@@ -372,6 +373,57 @@ def _log_unmatched(path: str | os.PathLike, alone: Sequence, rows: Sequence, ren
     ):
         if len(names):
             log(f"{path}: {pluralise(len(names), what)} {rest}: {_listing(names, 3)}")
+
+# %% ../../nbs/02_processing/40_splitting.ipynb #60c61cc9
+def parent_groups(
+    images: Sequence[str | os.PathLike],  # paths of the images
+    data: str | os.PathLike,  # folder of the images
+    class_map: ClassMap,  # which folders mean which class
+    log: Callable[[str], object] = warnings.warn,  # gets lines: the groups, images without one, names below two classes
+) -> list[str]:  # group of each image; empty where it lies in the class folder itself
+    "Groups of images by the folders that they lie in below the class folder. Raises `SplitError` where there are none."
+    root, groups, classes = Path(data).absolute(), [], dict[str, set[str]]()
+    for path in (Path(os.path.abspath(image)) for image in images):
+        above = class_map.class_folder(path, root) or path.parent
+        groups.append(path.parent.relative_to(above).as_posix().removeprefix("."))
+        classes.setdefault(groups[-1], set()).add(class_map.class_of(above.name) or "")
+    named = sorted({group for group in groups if group})
+    if not named:
+        raise SplitError(f"{data}: no folders below those of the classes, so none can be groups. Leave out --groups-from parent.")
+    log(f"{pluralise(len(named), 'group')} by the folders below those of the classes: {_listing(named, 3)}")
+    if alone := groups.count(""):
+        log(f"{pluralise(alone, 'image')} in no folder below that of the class, each a group of its own")
+    if shared := [group for group in named if len(classes[group]) > 1]:
+        log(f"{pluralise(len(shared), 'folder')} of the same name below several classes, each one group: {_listing(shared, 3)}")
+    return groups
+
+# %% ../../nbs/02_processing/40_splitting.ipynb #6ea7e368
+def folder_subsets(
+    images: Sequence[str | os.PathLike],  # paths of the images
+    data: str | os.PathLike,  # folder of the images
+) -> list[str]:  # train, val or test; empty for an image in no such folder
+    "Subset of each image, by the folders above it."
+    root = Path(data).absolute()
+    above = ([folder.name for folder in Path(os.path.abspath(image)).parents if root in folder.parents] for image in images)
+    return [next(filter(None, map(subset_of, names)), "") for names in above]
+
+
+def folder_split(
+    pairs: pd.DataFrame,  # pair, class, path; sha256 and pixels where there are such
+    data: str | os.PathLike,  # folder of the images, at which paths may start
+) -> pd.DataFrame:  # the same with the subset
+    "The split that the folders of the images make. Raises `SplitError` for an image outside of them, and as `check_split`."
+    split = pairs.assign(subset=folder_subsets([Path(data, path) for path in pairs["path"]], data))
+    if len(outside := split["path"][split["subset"] == ""]):
+        raise SplitError(
+            f"{data}: {pluralise(len(outside), 'image')} in no folder train, val or test: {_listing(map(str, outside), 2)}. "
+            "Move them into such folders, or leave out --split folders."
+        )
+    try:
+        check_split(split)
+    except SplitError as error:
+        raise SplitError(f"{data}: its folders make no split: {error} Or leave out --split folders.") from None
+    return split
 
 # %% ../../nbs/02_processing/40_splitting.ipynb #2a97dfd6
 def read_split(

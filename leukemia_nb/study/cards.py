@@ -22,12 +22,13 @@ import pandas as pd
 
 from ..audit.baselines import BACKGROUND_ONLY, BASELINES
 from ..audit.cue_conflict import KINDS
+from ..data.classes import ClassMap, named_classes, read_class_map
 from ..data.files import atomic_path, escape_text, file_sha256, read_json, read_table, set_sha256, write_json
 from ..data.near_duplicates import pairs_without_near_duplicates
 from ..errors import LeukemiaError
 from ..evaluation.calibration import calibration_pairs
 from ..evaluation.predictions import classes_of, model_title, predicted_labels, read_all_predictions, take_subset
-from ..evaluation.uncertainty import clopper_pearson, format_proportion, significance_sentence
+from ..evaluation.uncertainty import clopper_pearson, format_difference, format_proportion, significance_sentence
 from ..models.interface import MODELS
 from .driver import study_steps
 from .settings import StudySettings
@@ -162,6 +163,13 @@ class _Study(_Tables):
 class _Models(_Study):
     "Training and predictions of the models of a run."
 
+    @cached_property
+    def class_map(self) -> ClassMap:
+        "The class map of the run; where it has none, the classes of its split in the built-in map."
+        if (path := self.folder / "class_map.toml").is_file():
+            return read_class_map(path)
+        return named_classes(sorted(self.table("split.csv")["class"].unique()) if self.has("split.csv") else ())
+
     def best_epoch(self, model: str) -> int | None:
         "The epoch whose weights were kept; None without epochs."
         return self.json("models", model, "model.json").get("best_epoch")
@@ -231,13 +239,12 @@ def _environment(run: _Results) -> Any:
 
     loader = FileSystemLoader(str(files("leukemia_nb") / "templates"))
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"md": markdown_text, "percent": format_proportion, "digest": set_sha256}
+    environment.filters |= {"md": markdown_text, "percent": format_proportion, "points": format_difference, "digest": set_sha256}
     environment.filters["model_title"] = lambda model: markdown_text(model_title(model))
     environment.filters["without_status"] = lambda text: _split_status(text.strip())[1]
     environment.globals |= {"run": run, "registry": MODELS, "kinds": KINDS, "significance_sentence": significance_sentence}
     environment.globals |= {"proportion": _proportion, "interval": _interval, "clopper_pearson": clopper_pearson, "part": _part}
     environment.globals["file_sha256"] = file_sha256
-    environment.globals["descriptions"] = _read_toml("datasets.toml")["classes"]
     return environment
 
 # %% ../../nbs/07_study/30_cards.ipynb #70101c00

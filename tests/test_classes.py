@@ -1,0 +1,304 @@
+"""Any classes: class maps, names of folders, given splits, groups from folders, two and twenty classes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from leukemia_nb.data.classes import (
+    CLASSES,
+    FOUR_CLASSES,
+    ClassMapError,
+    class_of,
+    folder_classes,
+    named_classes,
+    read_class_map,
+    subset_of,
+    write_class_map,
+)
+from leukemia_nb.data.files import read_table, write_table
+from leukemia_nb.data.manifest import ImageError, ImageSearch, resolve_classes, search_images, select_classes
+from leukemia_nb.data.synthetic import write_smears
+from leukemia_nb.evaluation.metrics import (
+    class_table,
+    compare_models,
+    confusion_figure,
+    precision_recall_figure,
+    readable_comparison,
+    roc_figure,
+)
+from leukemia_nb.plotting import class_colours
+from leukemia_nb.processing.splitting import SplitError, folder_split, folder_subsets, parent_groups
+from leukemia_nb.study.command_line import app
+from leukemia_nb.study.settings import Run, StudyError, StudySettings, check_study
+from leukemia_nb.testing import dummy_predictions
+
+TWO = '[classes.Benign]\nfolders = ["Benign"]\n[classes.Malignant]\nfolders = ["Pre", "Pro-B"]\n'
+
+
+def touched(folder: Path, *names: str) -> ImageSearch:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return search_images(folder)
+
+
+# --- class maps
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("classes = 3", "classes in the file is 3; it must be a table"),
+        ("[classes", "no valid TOML"),
+        ("", "names 0 classes, and at least two are needed"),
+        ('[classes.A]\nfolders = ["a"]', "names 1 classes"),
+        ("[classes.A]\n[classes.B]\nfolders=['b']", "class A has no folders. Expected is"),
+        ("[classes.A]\nfolders = []\n[classes.B]\nfolders=['b']", "class A has no folders"),
+        ("[classes.A]\nfolders = 'a'\n[classes.B]\nfolders=['b']", "folders in class A is 'a'; it must be a list"),
+        ("[classes.A]\nfolders = [1]\n[classes.B]\nfolders=['b']", "must be a list of folder names"),
+        ("[classes.A]\nfolders = ['x/a']\n[classes.B]\nfolders=['b']", "is a path. Give the name of the one folder"),
+        ("[classes.A]\nfolder = ['a']\n[classes.B]\nfolders=['b']", "unknown key 'folder' in class A; the keys are folders"),
+        ("exclud = []\n" + TWO, "unknown key 'exclud' in the file"),
+        (TWO.replace('"Pre"', '"be_nign"'), "'be_nign' stands in class Benign and class Malignant"),
+        ("exclude = ['PRO B']\n" + TWO, "stands in class Malignant and exclude"),
+        ("negative = 'Normal'\n" + TWO, "negative is 'Normal', which is none of its classes: Benign, Malignant"),
+        (TWO.replace("classes.Benign", "classes.'a/b'"), "'a/b' cannot be the name of a class"),
+        (TWO.replace("classes.Benign", "classes.malignant"), "a class is named twice"),
+        ("classes = {A = 1}", "class A is no table"),
+    ],
+)
+def test_a_bad_class_map_is_one_clear_message(tmp_path, text, message):
+    path = tmp_path / "map.toml"
+    path.write_text(text)
+    with pytest.raises(ClassMapError) as error:
+        read_class_map(path)
+    assert message in str(error.value) and "map.toml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_class_map_that_is_not_there():
+    with pytest.raises(ClassMapError, match=r"nowhere.toml: cannot be read: No such file"):
+        read_class_map("nowhere.toml")
+
+
+def test_a_class_map_is_read_back_as_it_was_written(tmp_path):
+    odd = 'quotes " and \\ and ü'
+    text = TWO.replace("folders = [", f"description = '''{odd}'''\nfolders = [", 1)
+    (tmp_path / "map.toml").write_text('negative = "Benign"\nexclude = ["Blurred"]\n' + text, encoding="utf-8")
+    first = read_class_map(tmp_path / "map.toml")
+    write_class_map(tmp_path / "again.toml", first)
+    again = read_class_map(tmp_path / "again.toml")
+    for name in ("classes", "folders", "descriptions", "negative", "exclude"):
+        assert getattr(again, name) == getattr(first, name)
+    assert first.descriptions == {"Benign": odd} and first.class_of("blurred") == ""
+
+
+def test_the_built_in_map_has_the_fourth_class_as_an_option(tmp_path):
+    built_in = read_class_map()
+    assert built_in.classes == CLASSES and tuple(built_in.folders) == FOUR_CLASSES and built_in.negative == "Normal"
+    assert built_in.select(["Pre-B", "Pro-B"]).negative == ""
+    write_class_map(tmp_path / "used.toml", built_in)
+    used = read_class_map(tmp_path / "used.toml")
+    assert used.class_of("Early") == "" and used.class_of("[Malignant] Pro-B") == "Pro-B"
+
+
+def test_class_names_that_are_numbers_stay_text(tmp_path):
+    table = pd.DataFrame({"class": ["0", "1"], "foreground": ["0", None], "predicted": ["01", "NA"]})
+    write_table(tmp_path / "table.csv", table)
+    found = read_table(tmp_path / "table.csv")
+    assert found["class"].tolist() == ["0", "1"] and found["predicted"].tolist() == ["01", "NA"]
+    assert found["foreground"][0] == "0" and pd.isna(found["foreground"][1])
+
+
+def test_names_of_folders_are_compared_without_case_and_dashes_but_with_plus():
+    signs = named_classes(["CD19", "CD19+"])
+    assert signs.class_of("cd-19") == "CD19" and signs.class_of("[CD19+]") == "CD19+" and signs.class_of("CD20") is None
+    assert class_of("Benign", ["Normal", "ALL"]) == "Normal" and class_of("Pre", ["Normal", "ALL"]) is None
+
+
+# --- classes by the names of the folders
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (["all/1.png", "hem/2.png"], ("all", "hem")),
+        (["C/fold_0/all/1.png", "C/fold_0/hem/2.png", "C/fold_1/all/3.png"], ("all", "hem")),
+        (["train/a/1.png", "valid/a/2.png", "Testing_set/b/3.png", "test/c/4.png"], ("a", "b", "c")),
+        (["a/P1/1.png", "a/P2/2.png", "b/P1/S3/3.png"], ("a", "b")),
+        (["set/images/a/1.png", "set/images/b/2.png", "set/readme.png"], ("a", "b")),
+        (["train/Lymph Node/1.png", "test/lymph_node/2.png", "test/b/1.png"], ("Lymph Node", "b")),
+    ],
+)
+def test_layouts_in_circulation(tmp_path, names, classes):
+    search = touched(tmp_path, *names)
+    found = resolve_classes(search)
+    assert found.classes == classes
+    labels = [found.class_of_path(path, tmp_path) for path in search.paths if len(path.relative_to(tmp_path).parts) > 2]
+    assert None not in labels
+
+
+def test_folders_of_one_class_or_none_are_no_study(tmp_path):
+    touched(tmp_path, "a/1.png", "a/2.png")
+    with pytest.raises(ClassMapError, match="only in folder a, and a study needs two classes"):
+        folder_classes(search_images(tmp_path).paths, tmp_path)
+    with pytest.raises(ClassMapError, match="in no folder of a class"):
+        folder_classes([tmp_path / "1.png"], tmp_path)
+
+
+KAGGLE = ["Benign/1.png", "Early/1.png", "Pre/1.png", "Pro/1.png"]
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "line"),
+    [
+        (KAGGLE, CLASSES, "left out, of class Early Pre-B = Early (1)"),
+        ([*KAGGLE, "unsorted/2.png", "3.png"], CLASSES, "left out, in folders of no class = no folder (1), unsorted (1)"),
+        (["Benign/1.png", "[Malignant] Pre-B/1.png"], ("Normal", "Pre-B"), "Pre-B = [Malignant] Pre-B (1)"),
+        (["Benign/1.png", "Malignant/1.png"], ("Benign", "Malignant"), "(of the built-in classes only Normal found):"),
+        (
+            ["normal/1.png", "pre/1.png", "other/1.png"],
+            ("normal", "other", "pre"),
+            "(of the built-in classes only Normal, Pre-B found):",
+        ),
+    ],
+)
+def test_mixed_names_are_taken_as_a_whole_and_said(tmp_path, names, classes, line):
+    search = touched(tmp_path, *names)
+    found = resolve_classes(search)
+    assert found.classes == classes and line in select_classes(search, found).classes
+
+
+def test_classes_that_are_named_are_taken_or_refused(tmp_path):
+    search = touched(tmp_path, *KAGGLE, "other/2.png")
+    assert resolve_classes(search, classes=FOUR_CLASSES).classes == FOUR_CLASSES
+    chosen = resolve_classes(search, classes=("other", "Benign"))
+    assert chosen.classes == ("other", "Benign") and "of class Pre = Pre (1)" in select_classes(search, chosen).classes
+    with pytest.raises(ClassMapError, match="there is no class 'Normal', 'B'; the classes are Benign, Early, Pre, Pro, other"):
+        resolve_classes(search, classes=("Normal", "B"))
+    (tmp_path / "map.toml").write_text("exclude = ['Early']\n" + TWO)
+    merged = resolve_classes(search, tmp_path / "map.toml")
+    line = select_classes(search, merged).classes
+    assert "Benign = Benign (1); Malignant = Pre (1); left out" in line
+    assert "left out, in folders that the class map leaves out = Early (1)" in line and "of no class = Pro (1), other (1)" in line
+
+
+def test_subsets_by_their_names():
+    assert [subset_of(name) for name in ("TRAIN", "valid", "Validation Set", "testing_data", "contest", "trainer", "")] == [
+        *("train", "val", "val", "test"),
+        *("", "", ""),
+    ]
+
+
+# --- what a study says and does with them
+
+
+@pytest.fixture(scope="module")
+def smears(tmp_path_factory) -> Path:
+    """Four images of three classes with other names, of two patients each, in given subsets."""
+    folder = tmp_path_factory.mktemp("classes") / "smears"
+    names = ("blast", "lymphocyte", "monocyte")
+    for seed, subset in enumerate(("train", "valid", "test")):
+        write_smears(folder / subset, 4, names, seed=seed, height=48, width=64)
+        for name in names:
+            for file in sorted((folder / subset / name).iterdir()):
+                patient = f"{subset}{int(file.stem[-1]) % 2}"
+                (folder / subset / name / patient).mkdir(exist_ok=True)
+                file.rename(folder / subset / name / patient / file.name)
+        for extra in (folder / subset / "truth").rglob("*"):
+            extra.unlink() if extra.is_file() else None
+    return folder
+
+
+def test_check_study_says_what_was_taken_for_what(smears, tmp_path):
+    settings = StudySettings(data=str(smears), models=("cells",), weights="random", train_size=0.6, test_size=0.2)
+    lines = check_study(settings, Run(tmp_path / "run"))
+    assert lines[0].startswith("classes by the names of the folders: blast = blast (12); lymphocyte = ")
+    assert "train (12), " in lines[1] and "--split folders takes them as they are" in lines[1] and len(lines) == 2
+    lines = check_study(replace(settings, split="folders", groups_from="parent"), Run(tmp_path / "run"))
+    assert "6 groups by the folders below" in lines[1] and "6 folders of the same name below several classes" in lines[2]
+    with pytest.raises(ImageError, match=r"class blast has 12 images, and the split needs 20.*--class-map"):
+        check_study(replace(settings, train_size=0.85, test_size=0.05), Run(tmp_path / "run"))
+    with pytest.raises(StudyError, match="audit_images is 2, fewer than the 3 classes"):
+        check_study(replace(settings, audit_images=2), Run(tmp_path / "run"))
+    with pytest.raises(SplitError, match="in no folder train, val or test"):
+        check_study(replace(settings, data=str(smears / "train"), split="folders"), Run(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"classes": "Normal"}, "a list of class names is expected"),
+        ({"classes": ("Normal",)}, "at least two classes, and classes names only Normal"),
+        ({"classes": ("A", "a")}, "named twice"),
+        ({"class_map": "/no/such.toml"}, "class_map is not there"),
+        ({"class_map": __file__}, "for images of your own"),
+        ({"split": "folders"}, "for images of your own"),
+        ({"groups_from": "name"}, "groups_from is 'name'; it must be one of parent"),
+    ],
+)
+def test_settings_that_cannot_be(bad, message):
+    with pytest.raises(StudyError, match=message):
+        StudySettings(**bad)
+
+
+def test_prepare_merges_and_leaves_out_by_a_class_map(smears, tmp_path):
+    path = tmp_path / "map.toml"
+    path.write_text('exclude = ["monocyte"]\n' + TWO.replace('"Benign"', '"Lymphocyte"').replace('"Pre"', '"blast"'))
+    arguments = ["prepare", str(smears / "train"), "--out", str(tmp_path / "out"), "--size", "32", "--class-map", str(path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0 and "left out, in folders that the class map leaves out = monocyte (4)" in result.output
+    assert dict(read_table(tmp_path / "out/manifest.csv")["class"].value_counts()) == {"Benign": 4, "Malignant": 4}
+    assert read_class_map(tmp_path / "out/class_map.toml").classes == ("Benign", "Malignant")
+    result = CliRunner().invoke(app, [*arguments, "--classes", "Malignant,Normal"])
+    assert isinstance(result.exception, ClassMapError) and "there is no class 'Normal'" in str(result.exception)
+
+
+def test_groups_are_the_folders_below_the_class(tmp_path):
+    lines: list[str] = []
+    images = [
+        tmp_path / name for name in ("fold_0/all/P1/1.png", "fold_1/all/P1/2.png", "fold_0/hem/P2/s/3.png", "fold_0/hem/4.png")
+    ]
+    found = named_classes(["all", "hem"])
+    assert parent_groups(images, tmp_path, found, lines.append) == ["P1", "P1", "P2/s", ""]
+    assert len(lines) == 2 and "1 image in no folder below that of the class" in lines[1]
+    with pytest.raises(SplitError, match="Leave out --groups-from parent"):
+        parent_groups(images[-1:], tmp_path, found, lines.append)
+
+
+def test_a_given_split_is_taken_or_refused(tmp_path):
+    names = [f"{subset}/{label}/x.png" for subset in ("Training", "val", "test") for label in "ab"]
+    table = pd.DataFrame({"pair": names, "path": names, "class": list("ab") * 3, "sha256": list("uvwxyz")})
+    assert list(folder_split(table, tmp_path)["subset"]) == ["train", "train", "val", "val", "test", "test"]
+    assert folder_subsets([tmp_path / "a/train/P1/1.png", "/elsewhere/train/1.png"], tmp_path) == ["train", ""]
+    with pytest.raises(SplitError, match="same file in several subsets.*leave out --split folders"):
+        folder_split(table.assign(sha256=list("uvuxyz")), tmp_path)
+    with pytest.raises(SplitError, match="class a has no images for val"):
+        folder_split(table.drop(2), tmp_path)
+
+
+# --- two and twenty classes
+
+
+@pytest.mark.parametrize("n", [2, 20])
+def test_tables_and_figures_of_two_and_twenty_classes(n):
+    names = [f"class {place:02}" for place in range(n)]
+    predictions = {
+        model: dummy_predictions(accuracy, per_class=[6] * n, classes=names, seed=seed)
+        for seed, (model, accuracy) in enumerate([("mobilenet_v2", 0.8), ("cells", 0.6)])
+    }
+    assert len(set(class_colours(names))) == n
+    assert list(class_table(predictions["cells"])["class"]) == names
+    comparison = compare_models(predictions)
+    assert comparison["auc"].between(0.5, 1).all() and "Original study" not in readable_comparison(comparison)
+    ticks = [text.get_text() for text in confusion_figure(predictions).axes[0].get_yticklabels()]
+    assert ticks == names
+    for draw in (roc_figure, precision_recall_figure):
+        assert n_curves(draw(predictions)) == n
+        assert n_curves(draw(predictions, negative=names[0])) == (1 if n == 2 else n)
+
+
+def n_curves(figure) -> int:
+    return sum(len(line.get_xdata()) > 1 for line in figure.axes[0].lines)

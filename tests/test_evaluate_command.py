@@ -1,0 +1,211 @@
+"""`evaluate` and `predict --by`: every image is a row, labels and groups are kept apart, finished predictions stay."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from leukemia_nb.data.files import read_table
+from leukemia_nb.data.images import ImageError, read_image, write_image
+from leukemia_nb.data.near_duplicates import image_fingerprints, similar_fingerprints
+from leukemia_nb.data.synthetic import make_smear
+from leukemia_nb.evaluation.metrics import proportions_table
+from leukemia_nb.evaluation.uncertainty import clopper_pearson
+from leukemia_nb.inference import batch
+from leukemia_nb.inference.batch import predictions_by_group
+from leukemia_nb.inference.external import coverage_table, error_gallery, labelled_images, predict_labelled, read_evaluation
+from leukemia_nb.inference.model_file import open_model_file, write_model_file
+from leukemia_nb.study.command_line import app
+from leukemia_nb.testing import dummy_evaluation, dummy_predictions
+
+CLASSES = ("Normal", "Pre-B", "Pro-B")
+
+
+def silent(line):
+    pass
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    dummy_evaluation(folder, per_class=4)
+    return folder
+
+
+def test_the_whole_command(place, tmp_path):
+    models = [word for model in sorted((place / "models").glob("*.onnx")) for word in ("--model", model)]
+    out = tmp_path / "out"
+    done = run("evaluate", place / "hospital", *models, "--groups-from", "parent", "--out", out)
+    assert done.exit_code == 0, done.output
+    results, metrics = read_table(out / "results.csv"), json.loads((out / "metrics.json").read_text())
+    assert len(results) == len(list((place / "hospital").rglob("*.png"))) == 4 * 4 + 2
+    assert results.loc[results["problem"] != "", "pair"].tolist() == ["Normal/cut off"]
+    assert {row["n_images"] for row in metrics["proportions"] if row["metric"] == "accuracy"} == {13}
+    assert all(row["n_seen"] == 1 for row in metrics["seen"])
+    assert {row["class"] for row in metrics["unknown_classes"]} == {"Early Pre-B"}
+    assert sum(row["n_images"] for row in metrics["unknown_classes"]) == 2 * 4
+    assert {row["interval"] for row in metrics["proportions"] if row["metric"] == "accuracy"} == {"Korn-Graubard (ICC = 1)"}
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "has seen 1 of the 13 images" in page and "<script src" not in page and 'href="http' not in page.split("<main>")[0]
+    before = (out / "steps/evaluate.json").read_text()
+    assert run("evaluate", place / "hospital", *models, "--groups-from", "parent", "--out", out).exit_code == 0
+    assert (out / "steps/evaluate.json").read_text() == before, "what is up to date is not executed again"
+
+
+def test_finished_predictions_are_kept_until_something_changes(place, tmp_path, monkeypatch):
+    folder, model = tmp_path / "hospital", sorted((place / "models").glob("*.onnx"))[0]
+    shutil.copytree(place / "hospital", folder)
+    images, calls = labelled_images(folder, CLASSES, log=silent), []
+    predict = batch._predict_batch
+    monkeypatch.setattr(batch, "_predict_batch", lambda task, paths: calls.extend(paths) or predict(task, paths))
+    predict_labelled(images, [model], tmp_path / "out")
+    assert len(calls) == len(images)
+    predict_labelled(images, [model], tmp_path / "out")
+    assert len(calls) == len(images), "also with an image that cannot be read"
+    write_image(images["path"][0], make_smear("Pro-B", 5, 96, 128).image)
+    predict_labelled(images, [model], tmp_path / "out")
+    assert len(calls) == 2 * len(images)
+
+
+def test_classes_are_folders_and_none_is_lost(tmp_path):
+    smear = make_smear("Normal", 1, 96, 128).image
+    names = ["Benign/1.png", "set/[Malignant] Pre-B/p 1/2.png", "hairy cells/p 1/3.png", "loose.png"]
+    for number, name in enumerate(names):
+        write_image(tmp_path / name, np.roll(smear, 9 * number, axis=1))
+    found = labelled_images(tmp_path, CLASSES, "parent", log=silent).set_index("path")
+    labels = {Path(path).name: (row["class"], row["group"]) for path, row in found.iterrows()}
+    assert labels == {"1.png": ("Normal", ""), "2.png": ("Pre-B", "p 1"), "3.png": ("hairy cells", "p 1"), "loose.png": ("", "")}
+    assert "lies in no folder of a class" in found["problem"][found["class"] == ""].item()
+    with pytest.raises(
+        ImageError,
+        match="no image in a folder of a class that the model knows .all, hem.; classes here: Benign, hairy cells, set",
+    ):
+        labelled_images(tmp_path, ["all", "hem"], log=silent)
+
+
+def test_copies_are_one_group_and_no_image_has_two_classes(place, tmp_path):
+    model = sorted((place / "models").glob("*.onnx"))[0]
+    for number, label in enumerate(CLASSES):
+        write_image(tmp_path / "in" / label / "1.png", make_smear(label, 40 + number, 192, 256).image)
+    image = read_image(tmp_path / "in/Normal/1.png")
+    write_image(tmp_path / "in/Normal/flipped.jpg", np.ascontiguousarray(image[:, ::-1]))
+    shutil.copy(tmp_path / "in/Pre-B/1.png", tmp_path / "in/Pro-B/again.png")
+    images = predict_labelled(labelled_images(tmp_path / "in", CLASSES, log=silent), [model], tmp_path / "out").set_index("pair")
+    assert images.loc["Normal/1", "group"] == images.loc["Normal/flipped", "group"]
+    assert images.index[images["problem"] != ""].tolist() == ["Pre-B/1", "Pro-B/again"]
+    (table,) = read_evaluation(tmp_path / "out").values()
+    assert table["subset"].value_counts().to_dict() == {"test": 3, "problem": 2}
+
+
+def test_files_without_fingerprints_open_and_say_so(place, tmp_path):
+    import onnx
+
+    file = sorted((place / "models").glob("*.onnx"))[0]
+    opened = open_model_file(file)
+    constants = {name: value for name, value in opened.constants.items() if name != "fingerprints"}
+    network = onnx.load(file)
+    write_model_file(tmp_path / "old.onnx", network, {k: v for k, v in opened.info.items() if k != "sha256"}, constants)
+    images = labelled_images(place / "hospital", CLASSES, log=silent)
+    predict_labelled(images, [tmp_path / "old.onnx"], tmp_path / "out")
+    assert json.loads((tmp_path / "out/models.json").read_text())["models"][0]["fingerprints"] == 0
+    (table,) = read_evaluation(tmp_path / "out").values()
+    assert not table["seen"].any()
+
+
+@pytest.mark.parametrize("change", ["resized", "compressed", "flipped", "turned", "same"])
+def test_fingerprints_find_copies_and_nothing_else(change, tmp_path):
+    import cv2
+
+    known = [make_smear(label, seed, 192, 256).image for seed, label in enumerate(CLASSES * 5)]
+    image = known[4]
+    changed = {
+        "resized": cv2.resize(image, (512, 384)),
+        "compressed": cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 30])[1], 1),
+        "flipped": image[::-1],
+        "turned": np.rot90(image),
+        "same": image,
+    }[change]
+    found = similar_fingerprints(image_fingerprints([*known, np.ascontiguousarray(changed)]))
+    assert found[["a", "b"]].to_numpy().tolist() == [[4, len(known)]]
+    assert similar_fingerprints(image_fingerprints([np.zeros((32, 32, 3), np.uint8)] * 2)).empty, "flat images are like nothing"
+
+
+def test_proportions_by_group_and_by_image():
+    table = dummy_predictions(0.9)
+    alone, grouped = proportions_table(table), proportions_table(table, {pair: pair[:-1] for pair in table["pair"]})
+    accuracy = alone.iloc[0]
+    assert (accuracy["low"], accuracy["high"]) == pytest.approx(clopper_pearson(accuracy["n_correct"], accuracy["n_images"]))
+    assert (grouped["high"] - grouped["low"] >= alone["high"] - alone["low"] - 1e-9).all() and (
+        grouped["groups"] < alone["groups"]
+    ).all()
+    one = proportions_table(table[table["class"] == "Pre-B"]).set_index(["metric", "class"])
+    assert one["estimate"].isna().sum() == 2 + 1 == (one["n_images"] == 0).sum()
+    row = one.loc[("balanced accuracy", "")]
+    assert row[["estimate", "low", "high"]].tolist() == pytest.approx(
+        one.loc[("sensitivity", "Pre-B"), ["estimate", "low", "high"]].tolist()
+    )
+
+
+def test_a_group_is_predicted_from_the_images_that_are_accepted():
+    table = pd.DataFrame(
+        {
+            "predicted": ["A", "A", "B", "B", ""],
+            "p_A": [0.9, 0.7, 0.4, 0.1, np.nan],
+            "p_B": [0.1, 0.3, 0.6, 0.9, np.nan],
+            "confidence": [0.9, 0.7, 0.6, 0.9, np.nan],
+            "abstains": [False, False, False, True, True],
+        }
+    )
+    found = predictions_by_group(table, ["one", "one", "one", "two", "one"]).set_index("group")
+    assert found.loc["one", ["predicted", "n_images", "n_predicted", "n_agree", "n_abstained", "n_unreadable"]].tolist() == [
+        *("A", 4, 3, 2, 0, 1)
+    ]
+    assert found.loc["one", "confidence"] == pytest.approx(2 / 3, abs=1e-6)
+    assert found.loc["two", ["predicted", "n_abstained"]].tolist() == ["", 1]
+
+
+def test_predict_by_folder(place, tmp_path):
+    model = sorted((place / "models").glob("*.onnx"))[0]
+    done = run("predict", place / "hospital", "--model", model, "--out", tmp_path / "p.csv", "--by", "folder")
+    assert done.exit_code == 1, "an image is cut off"
+    found, table = read_table(tmp_path / "p_by_group.csv"), read_table(tmp_path / "p.csv")
+    assert found["n_images"].sum() == len(table) and found["n_unreadable"].sum() == 1
+    assert set(found["group"]) == {os.path.dirname(path) for path in table["path"]}
+    assert "--by needs a table" in run("predict", place / "hospital", "--model", model, "--by", "folder").output
+    listed = tmp_path / "patients.csv"
+    pd.DataFrame({"path": table["path"][:6], "patient": ["x", "y"] * 3}).to_csv(listed, index=False)
+    run("predict", place / "hospital", "--model", model, "--out", tmp_path / "q.csv", "--by", listed)
+    assert {"x", "y"} < set(read_table(tmp_path / "q_by_group.csv")["group"])
+
+
+def test_coverage_counts_only_known_classes(place):
+    predictions = read_evaluation(place / "evaluation")
+    row = coverage_table(predictions).iloc[0]
+    assert row["n_images"] == 13 and row["n_accepted"] == round(row["coverage"] * 13)
+    page = error_gallery({"m": next(iter(predictions.values())).assign(predicted="Pro-B", confidence=0.5)}, max_images=2)
+    assert page.count("<figure>") == 2 and "more misclassified images" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "there is no such folder"),
+        (["{place}/hospital", "--groups-from", "slide"], "--groups-from parent"),
+        (["{place}/models"], "no image in a folder of a class"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_words(arguments, message, place, tmp_path):
+    model = sorted((place / "models").glob("*.onnx"))[0]
+    given = [word.format(place=place) for word in arguments]
+    done = run("evaluate", *given, "--model", model, "--out", tmp_path / "out")
+    text = done.output + str(done.exception)
+    assert done.exit_code and message in " ".join(text.split()) and not (tmp_path / "out").exists()
