@@ -219,6 +219,24 @@ def test_an_overlay_that_fails_is_an_error_of_its_row(paths, model, tmp_path, mo
     assert "ZeroDivisionError" in row["problem"] and row["predicted"]
 
 
+def test_the_cells_of_a_folder(place, paths, model, tmp_path):
+    """One row per counted cell, in the order of the images; resumed like the predictions; nothing of an unreadable image."""
+    (tmp_path / "broken.png").write_bytes(b"")
+    task, given = PredictionTask(str(model), cells=str(tmp_path / "cells")), [*paths, str(tmp_path / "broken.png")]
+    with pytest.raises(KeyboardInterrupt):
+        predict_files(given, task, tmp_path / "a.csv", log=interrupt)
+    assert predict_files(given, task, tmp_path / "a.csv") == 1
+    table, cells = table_of(tmp_path / "a.csv"), table_of(tmp_path / "cells/cells.csv")
+    counted = [path for row in table.itertuples() if row.predicted for path in [row.path] * int(float(row.n_cells))]
+    assert cells["path"].tolist() == counted and "p_Normal" not in cells
+    assert len(list(tmp_path.glob("cells/labels/*.png"))) == len(list(tmp_path.glob("cells/geojson/*.geojson"))) == len(paths)
+    whole = (tmp_path / "cells/cells.csv").read_bytes()
+    command = ("predict", *given, "--model", model, "--cells", tmp_path / "cells", "--n-jobs", 2)
+    assert call(*command)[0] == 1 and (tmp_path / "cells/cells.csv").read_bytes() == whole
+    status, _, error = call("predict", *paths, "--model", model, "--cells", place / "smears")
+    assert status == 1 and "holds the images that are read" in error
+
+
 # What may be written
 
 

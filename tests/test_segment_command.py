@@ -221,7 +221,7 @@ def test_any_error_on_one_image_is_its_row(tmp_path, drawn, monkeypatch, trouble
     segment_folder(tmp_path / "in", tmp_path / "out", progress=False)
     table = table_of(tmp_path / "out").set_index("path")
     assert (table.problem != "").tolist() == [False, True, False] and "in/b.png: " in table.problem["b.png"]
-    assert "\n" not in table.problem["b.png"] and len(list((tmp_path / "out").rglob("*.png"))) == 4
+    assert "\n" not in table.problem["b.png"] and len(list((tmp_path / "out").rglob("*.png"))) == 6
 
 
 def test_a_full_disk_keeps_what_is_done_and_the_same_command_goes_on(tmp_path, drawn):
