@@ -126,7 +126,8 @@ def _write_image_files(task: PredictionTask, row: dict[str, Any]) -> None:
     model, image, files = task.predictor(), read_image(row["path"]), task.image_files(row)
     for kind in ("cells", "saliency"):
         if kind in files:
-            write_image(files[kind], overlay(image, saliency(model, image)[0] if kind == "saliency" else None))
+            heat = saliency(model, image)[0] if kind == "saliency" else None
+            write_image(files[kind], overlay(image, heat, model.image_size))
     if task.cells:
         classes = model.info["classes"]
         table, found, nuclei = predict_cells(model, image)
