@@ -78,6 +78,22 @@ def test_saved_and_loaded(trained, test_pairs, tmp_path):
     assert again.extract_features(test_pairs).shape == (6, 256) and again.weights_source_ == "random initialisation"
 
 
+def test_its_own_files_open_as_classifiers_of_any_origin(trained, test_pairs, tmp_path):
+    from leukemia_nb.inference.classifier import open_classifier
+
+    trained.save(tmp_path / "model")
+    images, order = test_pairs.read(slice(None)), list(trained.network_.names.values())
+    with pytest.raises(ModelError, match="can execute code"):
+        open_classifier(tmp_path / "model/best.pt")
+    opened = [open_classifier(tmp_path / "model/best.pt", allow_pickle=True)]
+    again = type(trained.network_)(tmp_path / "model/best.pt")  # exported beside its file
+    opened.append(open_classifier(again.export(format="onnx", imgsz=32, verbose=False)))
+    for model in opened:
+        assert model.classes_.tolist() == order and model.settings.range == "0-1" and model.settings.crop_mode == "center"
+        found = model.predict_proba(images)[:, [order.index(name) for name in trained.classes_]]
+        np.testing.assert_allclose(found, trained.predict_proba(images), atol=2e-4)
+
+
 def test_the_dataset_folder_is_left_as_it_was(trained, dataset):
     assert sorted(path.name for path in (dataset / "original").iterdir()) == ["test", "train", "val"]
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLOPPER_PEARSON', 'clopper_pearson', 'format_proportion', 'Interval', 'korn_graubard_interval', 'group_labels',
-           'two_way_interval', 'cluster_bootstrap', 'compare_model_pairs', 'readable_model_pairs',
-           'significance_sentence', 'difference_figure']
+           'two_way_interval', 'difference_interval', 'format_difference', 'cluster_bootstrap', 'compare_model_pairs',
+           'readable_model_pairs', 'significance_sentence', 'difference_figure']
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #cf09af81
 from collections.abc import Iterable, Mapping, Sequence
@@ -135,6 +135,27 @@ def two_way_interval(
     variance = (squares[0] + squares[1] - squares[2]) / len(values) ** 2
     n_effective = min(float(len(values)), mean * (1 - mean) / variance) if variance > 0 else float(n_groups)
     return _effective_interval(values, int(n_groups), n_effective, confidence_level, "Clopper-Pearson (two-way clusters)")
+
+# %% ../../nbs/04_evaluation/20_uncertainty.ipynb #1589fe07
+def difference_interval(
+    first: Sequence[float],  # estimate, lower and upper bound of a proportion
+    second: Sequence[float],  # of the one that is subtracted
+) -> tuple[float, float, float]:  # difference with its lower and upper bound
+    "Difference of two proportions with an interval from those of both (Zou and Donner 2008)."
+    (one, low, high), (other, other_low, other_high) = first, second
+    difference = one - other
+    below, above = np.hypot(one - low, other_high - other), np.hypot(high - one, other - other_low)
+    return float(difference), float(difference - below), float(difference + above)
+
+# %% ../../nbs/04_evaluation/20_uncertainty.ipynb #29b19304
+def format_difference(
+    difference: float,  # of two proportions
+    low: float,  # lower bound of the 95 % interval
+    high: float,  # upper bound
+) -> str:
+    "A difference of proportions as `+12.5 percentage points (95 % CI +4.0 to +21.3)`."
+    one, *bounds = (f"{100 * value:+.1f}".replace("-", "−") for value in (difference, low, high))
+    return f"{one} percentage points (95 % CI {' to '.join(bounds)})"
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #fcab5620
 def cluster_bootstrap(

@@ -13,16 +13,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..data.files import atomic_path
+from ..data.files import atomic_path, read_json
 from .cards import render
 from .driver import STEPS, Step, _kernel_variables, _section_steps, run_step
 from .settings import Run
 
 # %% ../../nbs/07_study/40_report.ipynb #f0aa831c
 def _section_cells(notebook: Any, level: int = 2) -> Iterator[Any]:
-    "Cells of an executed notebook as the report shows them; its title becomes a heading of this level."
+    "Cells of an executed notebook as the report shows them, without those tagged site; its title is a heading of this level."
     for cell in notebook.cells:
-        if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
+        if {"parameters", "injected-parameters", "site"} & set(cell.metadata.get("tags", [])):
             continue
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"^#(?=#* )", level * "#", cell.source, flags=re.M)
@@ -38,14 +38,16 @@ def report_notebook(
     folder: str | os.PathLike,  # run folder
     only: str = "",  # one executed notebook that is the whole report; empty: those of a study, between summary and reproduction
 ) -> Any:  # nbformat's NotebookNode
-    "The executed notebooks of a run that are sections of the report as one."
+    "The executed notebooks of a study or an audit that are sections of the report, or the one that is named, as one notebook."
     import nbformat
 
-    executed = [Path(folder) / "notebooks" / f"{step}.ipynb" for step in ([only] if only else _section_steps())]
+    audit = not only and "model_file" in read_json(Path(folder, "study.json"))
+    steps = [only] if only else _section_steps("audit" if audit else "step")
+    executed = [Path(folder) / "notebooks" / f"{step}.ipynb" for step in steps]
     sections = [nbformat.read(path, 4) for path in executed if path.is_file()]
     cells = [cell for section in sections for cell in _section_cells(section, 1 if only else 2)]
     if not only:
-        texts = {name: render(f"{name}.md.j2", folder) for name in ("summary", "reproduce")}
+        texts = {name: render(f"{name}.md.j2", folder) for name in ("audit_summary" if audit else "summary", "reproduce")}
         first, last = (nbformat.v4.new_markdown_cell(text, id=name) for name, text in texts.items())
         cells = [first, *cells, last]
     notebook = nbformat.v4.new_notebook(cells=cells)

@@ -156,7 +156,7 @@ def _model_setting(text: str) -> tuple[str, str, Any]:
 
 
 _PATHS = ("data", "new_images", "groups", "split_file", "class_map")
-_MINIMUM = {"image_size": 32, "n_jobs": 1, "seed": 0, "epochs": 1, "batch_size": 1}
+_MINIMUM = {"image_size": 32, "n_jobs": 1, "seed": 0, "epochs": 1, "batch_size": 1, "cv_repeats": 1}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "split": ("random", "grouped", "folders"),
     "groups_from": ("", "parent"),
@@ -188,6 +188,8 @@ def _check_settings(settings: StudySettings) -> None:
     for name, minimum in (_MINIMUM | {"per_class": smallest}).items():
         if (value := getattr(settings, name)) is not None and value < minimum:
             raise StudyError(f"{name} is {value}; it must be at least {minimum}.")
+    if not 0 <= settings.spurious_correlation <= 1:
+        raise StudyError(f"spurious_correlation is {settings.spurious_correlation}; it is a proportion, 0 to 1.")
     if not settings.models:
         raise StudyError(f"no model is named; the models are {', '.join(MODELS)}.")
     if unknown := [model for model in settings.models if model not in MODELS]:
@@ -212,7 +214,7 @@ def check_study(
     for model in settings.models:
         _check_model(settings, model)
     _check_weights(settings)
-    _check_run_folder(settings, run)
+    _check_run_folder([settings.data, settings.new_images], run)
     lines: list[str] = []
     classes = named_classes(settings.classes or CLASSES) if not settings.data else _find_classes(settings, run)
     images = _check_images(settings, run, classes, lines) if settings.data else []
@@ -269,9 +271,9 @@ def _check_weights(settings: StudySettings) -> None:
         raise StudyError(f"weights local: LEUKEMIA_NB_WEIGHTS {found}. Put weight files there, or choose --weights random.")
 
 # %% ../../nbs/07_study/18_settings.ipynb #ddf632bb
-def _check_run_folder(settings: StudySettings, run: Run) -> None:
+def _check_run_folder(folders: Sequence[str], run: Run) -> None:
     "Raise ImageError, OutputError or StudyError for a run folder in which images lie that are no study's."
-    for folder in filter(None, (settings.data, settings.new_images)):
+    for folder in filter(None, folders):
         check_folder(folder)
         check_not_inside(folder, run.folder)
     if is_output_folder(run.folder) or (run.folder / "study.json").is_file() or not run.folder.is_dir():
