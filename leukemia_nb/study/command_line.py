@@ -432,7 +432,9 @@ def _evaluate(
     from leukemia_nb.inference.external import labelled_images, predict_labelled
     from leukemia_nb.inference.predictor import Predictor
     from leukemia_nb.study.report import run_command
+    from leukemia_nb.study.settings import _check_installed
 
+    _check_installed("the report")
     if groups_from not in (None, "parent") or (groups and groups_from):
         raise typer.BadParameter("groups come from a file (--groups FILE.csv) or from folders (--groups-from parent).")
     classes = dict.fromkeys(str(name) for file in model for name in Predictor(file).classes_)
