@@ -187,6 +187,7 @@ def test_classes_that_are_named_are_taken_or_refused(tmp_path):
     assert resolve_classes(search, classes=FOUR_CLASSES).classes == FOUR_CLASSES
     chosen = resolve_classes(search, classes=("other", "Benign"))
     assert chosen.classes == ("other", "Benign") and "of class Pre = Pre (1)" in select_classes(search, chosen).classes
+    assert select_classes(search, chosen).classes.startswith("classes by the names of the folders: other = other (1)")
     with pytest.raises(ClassMapError, match="there is no class 'Normal', 'B'; the classes are Benign, Early, Pre, Pro, other"):
         resolve_classes(search, classes=("Normal", "B"))
     (tmp_path / "map.toml").write_text("exclude = ['Early']\n" + TWO)

@@ -472,7 +472,7 @@ def _study(
         int | None, Option(help="Side of the images, pixels.  [default: 224; 96 without --data]", min=32)
     ] = None,
     segmentation: _Method = "kmeans",
-    split: Annotated[str | None, Option(help="random: by image; grouped: group-disjoint; folders: as given.  [random]")] = None,
+    split: Annotated[str | None, Option(help="random, grouped (group-disjoint), folders (given).  [default: random]")] = None,
     groups: Annotated[str | None, Option(help="CSV (path, group), joined with near-duplicates.", callback=_check_path)] = None,
     groups_from: Annotated[str | None, Option(help="parent: folders below the classes are groups.")] = None,
     split_file: Annotated[str | None, Option(help="split.csv of an earlier study.", callback=_check_path)] = None,
