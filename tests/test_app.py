@@ -62,6 +62,12 @@ def receive(page, file):
     page.receive(file.name, file.read_bytes())
 
 
+def test_a_cell_that_vanishes_in_a_narrow_image_does_not_end_the_page():
+    cells = np.zeros((16, 40), np.int32)
+    cells[2:6, 3:9], cells[8:12, 20:30] = 1, 3  # number 2 is gone where the labels are scaled down
+    assert "2 white blood cells found" in app._image_html("narrow.png", np.zeros((16, 40, 3), np.uint8), cells)
+
+
 def test_an_image_is_shown_with_cells_and_predictions(page, files):
     receive(page, files / "smear.png")
     image, cells = page.shown

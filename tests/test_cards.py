@@ -266,6 +266,10 @@ def test_the_split_is_described_as_it_was(run):
     assert "image-level split" in state(run, "division") and "images and exact copies" in state(run, "disjoint")
     (run / "study.json").write_text(json.dumps(study | {"split": "grouped"}))
     assert "no group is in two subsets" in state(run, "division") and "groups of near-duplicates" in state(run, "disjoint")
+    (run / "study.json").write_text(json.dumps(study | {"split": "grouped", "groups_from": "parent"}))
+    assert "near-duplicates joined with the folders below those of the classes" in state(run, "division")
+    (run / "study.json").write_text(json.dumps(study | {"split": "folders"}))
+    assert "in which the images were given" in state(run, "division")
     (run / "study.json").write_text(json.dumps(study | {"split_file": "a.csv"}))
     assert "earlier study" in state(run, "division")
 

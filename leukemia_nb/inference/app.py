@@ -68,7 +68,7 @@ def read_upload(
 # %% ../../nbs/06_inference/60_app.ipynb #5fa4bbab
 def _image_html(name: str, image: np.ndarray, cells: np.ndarray) -> str:
     "A <figure> of an image, uint8 (H, W, 3) RGB, with its white blood cells, labels (H, W), outlined and counted."
-    outlines = [_outline(cells == label) for label in range(1, int(cells.max(initial=0)) + 1)]
+    outlines = [_outline(cells == label) for label in np.unique(cells[cells > 0])]  # at this size a label may be gone
     found = f"{pluralise(len(outlines), 'white blood cell')} found" if outlines else "No white blood cells found"
     fraction, (height, width) = (cells > 0).mean(), cells.shape
     page = dict(name=escape_text(name), source=data_uri(image, 1400), found=found, outlines=outlines, cell_fraction=fraction)
@@ -136,8 +136,10 @@ def _saliency_map(model: Predictor, image: np.ndarray, cells: np.ndarray) -> dic
     heat = saliency(model, image)[0]
     mask = cv2.resize((cells > 0).astype(np.uint8), heat.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0
     energy, area, _ = energy_pointing_game(heat, mask)
-    text = f"{energy:.0%} on the cells, {area:.0%} by chance" if heat.any() else "no part alone changes the prediction"
-    return {"title": escape_text(model.info["title"]), "source": data_uri(overlay(image, heat), 480), "text": text}
+    text = f"{energy:.0%} on the cells, {area:.0%} by chance" if mask.any() else "no cells found"
+    text = text if heat.any() else "no part alone changes the prediction"
+    source = data_uri(overlay(image, heat, model.image_size), 480)
+    return {"title": escape_text(model.info["title"]), "source": source, "text": text}
 
 # %% ../../nbs/06_inference/60_app.ipynb #970d8f71
 def _drop_zone(receive: Callable[[Sequence[tuple[str, bytes | memoryview | None, float]]], Any]) -> Widget:

@@ -34,7 +34,7 @@ from leukemia_nb.data.files import (
     report_write_errors,
 )
 from ..data.images import ImageError, read_image, write_image
-from ..data.classes import class_of
+from ..data.classes import named_classes, read_class_map
 from ..data.manifest import ImageSearch, check_not_inside, check_folder, search_images
 from ..data.processes import ClusterError, die_with_parent
 from .predictor import Predictor, describe_failure, overlay, predict_cells, prediction_columns, saliency
@@ -74,7 +74,7 @@ def _matches(pattern: str) -> list[str]:
 # %% ../../nbs/06_inference/40_batch.ipynb #a3cb290f
 def _search(given: str, matches: Sequence[str], exclude: str | os.PathLike) -> ImageSearch:
     "Files, and images in folders; none of a folder that leukemia_nb wrote."
-    whole = ImageSearch(Path(given))
+    found: dict[str, dict[Any, None]] = {"paths": {}, "left_out": {}, "unreachable": {}}  # as ordered sets
     for match in map(Path, matches):
         part = ImageSearch(match, [match])
         try:
@@ -82,10 +82,9 @@ def _search(given: str, matches: Sequence[str], exclude: str | os.PathLike) -> I
             part = search_images(match, exclude) if match.is_dir() else part
         except ImageError:
             part = ImageSearch(match, left_out=[(match, "written by leukemia_nb")])
-        for name in ("paths", "left_out", "unreachable"):
-            known = getattr(whole, name)
-            known.extend(each for each in getattr(part, name) if each not in known)
-    return whole
+        for name, known in found.items():
+            known.update(dict.fromkeys(getattr(part, name)))
+    return ImageSearch(Path(given), *map(list, found.values()))
 
 # %% ../../nbs/06_inference/40_batch.ipynb #ac59acf5
 @dataclass(frozen=True)
@@ -127,7 +126,8 @@ def _write_image_files(task: PredictionTask, row: dict[str, Any]) -> None:
     model, image, files = task.predictor(), read_image(row["path"]), task.image_files(row)
     for kind in ("cells", "saliency"):
         if kind in files:
-            write_image(files[kind], overlay(image, saliency(model, image)[0] if kind == "saliency" else None))
+            heat = saliency(model, image)[0] if kind == "saliency" else None
+            write_image(files[kind], overlay(image, heat, model.image_size))
     if task.cells:
         classes = model.info["classes"]
         table, found, nuclei = predict_cells(model, image)
@@ -370,13 +370,18 @@ def open_predictors(
     return opened
 
 # %% ../../nbs/06_inference/40_batch.ipynb #746300a0
-def _compare_models(paths: Sequence[str], models: Sequence[str | os.PathLike], log: Callable[[str], Any]) -> DataFrame:
+def _compare_models(
+    paths: Sequence[str], models: Sequence[str | os.PathLike], log: Callable[[str], Any], class_map: str | os.PathLike = ""
+) -> DataFrame:
     "Predictions of model files for new images. Raises ImageError where no image can be read, ModelError where no model can be."
     import pandas as pd
 
     paths, predictors = list(dict.fromkeys(paths)), open_predictors(models, log)
     classes = list(dict.fromkeys(str(name) for predictor in predictors for name in predictor.classes_))
-    known = [class_of(Path(path).parent.name, classes) or "" for path in paths]
+    means = read_class_map(class_map) if os.path.isfile(class_map) else named_classes(classes)
+    files = [Path(path).absolute() for path in paths]
+    above = Path(os.path.commonpath([file.parent for file in files])).parent
+    known = [label if (label := means.class_of_path(file, above)) in classes else "" for file in files]
     compared = pd.DataFrame({"image": list(map(escape_text, paths)), "path": paths, "true label": known, "problem": ""})
     for predictor in predictors:
         table, title = predictor.report(paths).table, predictor.info["title"]
@@ -420,7 +425,7 @@ def compare_files(
         check_output(out / name)
     check_not_inside(paths, out)
     with file_lock(out):
-        table = _compare_models(paths, models, log)
+        table = _compare_models(paths, models, log, Path(run, "class_map.toml"))
         mark_output_folder(out)
         write_table(out / "comparison.csv", table, excel=True)
         with atomic_path(out / "comparison.png") as temporary:

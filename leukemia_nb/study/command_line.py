@@ -171,9 +171,7 @@ _ClassMap = Annotated[
     str | None,
     Option(help="TOML file: which folder names mean which class, to rename, merge or leave out.", callback=_check_path),
 ]
-_Cells = Annotated[
-    Path | None, Option(help="Folder for cells.csv, a row per white blood cell, labels/ and geojson/ for QuPath.")
-]
+_Cells = Annotated[Path | None, Option(help="Folder for cells.csv, a row per white blood cell, labels/ and geojson/ for QuPath.")]
 _Cluster = Annotated[str, Option(help="Address of a Dask scheduler, tcp://host:8786, on a shared file system.")]
 _Method = Annotated[str, Option("--segmentation", help="kmeans, nucleus, or a method that you added.", callback=_check_method)]
 
@@ -389,8 +387,8 @@ def _audit(
     allow_pickle: Annotated[
         bool, Option("--allow-pickle", help="Open a .pt, which can execute code of whoever made it.")
     ] = False,
-    class_map: Annotated[str, Option(help="TOML file of classes and their folders.")] = "",
-    groups: Annotated[str, Option(help="CSV (path, group) of patients or slides, joined with near-duplicates.")] = "",
+    class_map: _ClassMap = None,
+    groups: Annotated[str | None, Option(help="CSV (path, group) of patients or slides.", callback=_check_path)] = None,
     segmentation: Annotated[
         str, Option(help="What finds the cells: cells (as in the study), kmeans, nucleus, or yours.", callback=_check_cells)
     ] = "cells",
@@ -406,7 +404,7 @@ def _audit(
 
     where, more = out or Path("audits", model.stem), {"audit_images": images, "segmentation": segmentation, "seed": seed}
     of_model = read_model_settings(model, given=model_setting or [])
-    wanted = audit_settings(data, model, of_model, allow_pickle, where, class_map, groups=groups, **more)
+    wanted = audit_settings(data, model, of_model, allow_pickle, where, class_map or "", groups=groups or "", **more)
     run_audit(wanted, where, redo or [], _echo)
     _echo(f"report: {where / 'report.html'}")
 
