@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,8 @@ __all__ = ['labelled_images', 'predict_labelled', 'read_evaluation', 'coverage_t
 def _class_map(paths: Sequence[Path], folder: Path, classes: Sequence[str], file: str | os.PathLike) -> ClassMap:
     "Which folders mean a class of the models, by a class map or by their names, and which mean another class."
     known, others = read_class_map(file) if file else named_classes(classes), dict[str, Sequence[str]]()
-    try:
+    with suppress(ClassMapError):  # one folder: its name means a class that is known, or the folder has none
         others = dict(folder_classes(paths, folder).folders)
-    except ClassMapError:
-        pass  # one folder: its name means a class that is known, or the folder has none
     taken = {*map(known.class_of, [name for names in others.values() for name in names])} - {None}
     new = {label: names for label, names in others.items() if known.class_of(label) is None and label not in taken}
     return replace(known, folders=new | dict(known.folders))

@@ -38,12 +38,13 @@ def report_notebook(
     folder: str | os.PathLike,  # run folder
     only: str = "",  # one executed notebook that is the whole report; empty: those of a study, between summary and reproduction
 ) -> Any:  # nbformat's NotebookNode
-    "The executed notebooks of a study or an audit that are sections of the report as one."
+    "The executed notebooks of a study or an audit that are sections of the report, or the one that is named, as one notebook."
     import nbformat
 
-    audit = "model_file" in read_json(Path(folder, "study.json"))
-    executed = [only] if only else _section_steps("audit" if audit else "step")
-    sections = [nbformat.read(path, 4) for step in executed if (path := Path(folder) / "notebooks" / f"{step}.ipynb").is_file()]
+    audit = not only and "model_file" in read_json(Path(folder, "study.json"))
+    steps = [only] if only else _section_steps("audit" if audit else "step")
+    executed = [Path(folder) / "notebooks" / f"{step}.ipynb" for step in steps]
+    sections = [nbformat.read(path, 4) for path in executed if path.is_file()]
     cells = [cell for section in sections for cell in _section_cells(section, 1 if only else 2)]
     if not only:
         texts = {name: render(f"{name}.md.j2", folder) for name in ("audit_summary" if audit else "summary", "reproduce")}
