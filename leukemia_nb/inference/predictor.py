@@ -438,7 +438,7 @@ def _to_image_size(labels: np.ndarray, image: np.ndarray) -> np.ndarray:
 def overlay(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
     heat: np.ndarray | None = None,  # float (S, S), 0..1: a saliency map laid over the image in grey
-    size: int = SIDE,  # side of the prepared image on which the cells are found, a model's `image_size`
+    size: int = SIDE,  # side of the prepared image on which the cells are found, a model's image_size
 ) -> np.ndarray:  # uint8 (H, W, 3) RGB
     "The image with its white blood cells outlined, and with a saliency map, if that is given."
     (height, width), cells = image.shape[:2], find_image_cells(image, size)
