@@ -365,42 +365,6 @@ def _compare(
     if problems:
         raise typer.Exit(1)
 
-# %% ../../nbs/07_study/50_command_line.ipynb #1bed872d
-@app.command("evaluate")
-def _evaluate(
-    folder: Annotated[Path, Argument(help="Labelled images: one folder per class, searched with its subfolders.")],
-    model: Annotated[list[Path], Option(help="Model file that a study exported; repeatable.")],
-    out: Annotated[Path, Option(help="Folder for report.html, metrics.json, results.csv and more.")] = Path("evaluation"),
-    groups: Annotated[str | None, Option(help="CSV (path, group) of patients or slides.", callback=_check_path)] = None,
-    groups_from: Annotated[
-        str | None, Option(help="parent: the folders inside the class folders are patients or slides.", callback=_check_path)
-    ] = None,
-    class_map: _ClassMap = None,
-    batch_size: _BatchSize = 32,
-    n_jobs: _Jobs = 1,
-) -> None:
-    """External validation: models on labelled images from elsewhere, with intervals, paired tests and a report.
-
-    For research use only. Run a command that was stopped again to resume it.
-    """
-    from tqdm import tqdm
-
-    from leukemia_nb.data.files import pluralise
-    from leukemia_nb.inference.external import labelled_images, predict_labelled
-    from leukemia_nb.inference.predictor import Predictor
-    from leukemia_nb.study.report import run_command
-
-    if groups_from not in (None, "parent") or (groups and groups_from):
-        raise typer.BadParameter("groups come from a file (--groups FILE.csv) or from folders (--groups-from parent).")
-    classes = dict.fromkeys(str(name) for file in model for name in Predictor(file).classes_)
-    images = labelled_images(folder, list(classes), groups or groups_from or "", class_map or "", out, _log)
-    with tqdm(total=len(images) * len(model), unit="image") as bar:
-        images = predict_labelled(images, model, out, batch_size, n_jobs, lambda rows: bar.update(len(rows)))
-    for problem in filter(None, images["problem"]):
-        _log(problem)
-    _echo(f"{pluralise(len(images), 'image')}, {pluralise(len(model), 'model')}: {run_command('evaluate', out)}")
-    _log("Research use only.")
-
 # %% ../../nbs/07_study/50_command_line.ipynb #af87baa4
 def _check_cells(name: str) -> str:
     "Refuse an unknown way to find cells."
@@ -443,6 +407,42 @@ def _audit(
     wanted = audit_settings(data, model, of_model, allow_pickle, where, class_map or "", groups=groups or "", **more)
     run_audit(wanted, where, redo or [], _echo)
     _echo(f"report: {where / 'report.html'}")
+
+# %% ../../nbs/07_study/50_command_line.ipynb #1bed872d
+@app.command("evaluate")
+def _evaluate(
+    folder: Annotated[Path, Argument(help="Labelled images: one folder per class, searched with its subfolders.")],
+    model: Annotated[list[Path], Option(help="Model file that a study exported; repeatable.")],
+    out: Annotated[Path, Option(help="Folder for report.html, metrics.json, results.csv and more.")] = Path("evaluation"),
+    groups: Annotated[str | None, Option(help="CSV (path, group) of patients or slides.", callback=_check_path)] = None,
+    groups_from: Annotated[
+        str | None, Option(help="parent: the folders inside the class folders are patients or slides.", callback=_check_path)
+    ] = None,
+    class_map: _ClassMap = None,
+    batch_size: _BatchSize = 32,
+    n_jobs: _Jobs = 1,
+) -> None:
+    """External validation: models on labelled images from elsewhere, with intervals, paired tests and a report.
+
+    For research use only. Run a command that was stopped again to resume it.
+    """
+    from tqdm import tqdm
+
+    from leukemia_nb.data.files import pluralise
+    from leukemia_nb.inference.external import labelled_images, predict_labelled
+    from leukemia_nb.inference.predictor import Predictor
+    from leukemia_nb.study.report import run_command
+
+    if groups_from not in (None, "parent") or (groups and groups_from):
+        raise typer.BadParameter("groups come from a file (--groups FILE.csv) or from folders (--groups-from parent).")
+    classes = dict.fromkeys(str(name) for file in model for name in Predictor(file).classes_)
+    images = labelled_images(folder, list(classes), groups or groups_from or "", class_map or "", out, _log)
+    with tqdm(total=len(images) * len(model), unit="image") as bar:
+        images = predict_labelled(images, model, out, batch_size, n_jobs, lambda rows: bar.update(len(rows)))
+    for problem in filter(None, images["problem"]):
+        _log(problem)
+    _echo(f"{pluralise(len(images), 'image')}, {pluralise(len(model), 'model')}: {run_command('evaluate', out)}")
+    _log("Research use only.")
 
 # %% ../../nbs/07_study/50_command_line.ipynb #49cd1875
 @app.command("study")
