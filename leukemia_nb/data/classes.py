@@ -40,7 +40,9 @@ def _checked_names(classes: Sequence[str], source: str = "classes") -> tuple[str
     for name in classes:
         plain = re.fullmatch(r'[^/\\<>:"|?*\x00-\x1f\ud800-\udfff]{1,80}', name) and name == name.strip(". ")
         if not plain or not _compared(name):
-            raise ClassMapError(f"{source}: {name!r} cannot be the name of a class, since some systems or tables refuse it. Rename it.")
+            raise ClassMapError(
+                f"{source}: {name!r} cannot be the name of a class, since some systems or tables refuse it. Rename it."
+            )
     if len(set(map(_compared, classes))) < len(classes):
         raise ClassMapError(f"{source}: a class is named twice (case, spaces and dashes aside): {', '.join(classes)}.")
     return tuple(classes)
@@ -211,6 +213,22 @@ def subset_of(
     match = _SUBSET.fullmatch(_compared(folder_name))
     return ("train", "val", "test")[(match.lastindex or 1) - 1] if match else ""
 
+# %% ../../nbs/01_data/25_classes.ipynb #e2f1a7c5
+def _check_not_patients(whole: Sequence[Sequence[str]], parts: Sequence[Sequence[str]], folder: Path) -> None:
+    "Raise `ClassMapError` where the topmost folders of `parts` rather mean patients: below one class, or around the classes."
+    remedy = "Name the classes (--classes), or say which folders mean them (--class-map)."
+    known = {next(filter(None, map(_BUILT_IN.class_of, reversed(part))), "") for part in whole}
+    if len(known) == 1 and "" not in known:
+        raise ClassMapError(f"{folder}: all images lie below one class, {known.pop()}, and a study needs two. Add them. {remedy}")
+    below: dict[str, set[str]] = {}
+    for part in filter(None, parts):
+        inner = [name for name in part[1:] if not _is_subset(name)]
+        below.setdefault(_compared(part[0]), set()).add(inner[0] if inner else "")
+    names = set[str]().union(*below.values())
+    if "" not in names and len(names) > 1 and (len(names) < len(below) or all(each == names for each in below.values())):
+        found = f"the same folders ({', '.join(sorted(names)[:3])}) lie in {', '.join(sorted(below)[:3])}"
+        raise ClassMapError(f"{folder}: {found}: which are the classes, and which patients or slides? {remedy}")
+
 # %% ../../nbs/01_data/25_classes.ipynb #0772da7e
 def folder_classes(
     paths: Iterable[Path],  # images
@@ -238,22 +256,6 @@ def folder_classes(
     if check:
         _check_not_patients([path.relative_to(folder).parts[:-1] for path in paths], parts, folder)
     return ClassMap(_checked_names(sorted(folders), str(folder)), folders, source="names of the folders")
-
-
-def _check_not_patients(whole: Sequence[Sequence[str]], parts: Sequence[Sequence[str]], folder: Path) -> None:
-    "Raise `ClassMapError` where the topmost folders of `parts` rather mean patients: below one class, or around the classes."
-    remedy = "Name the classes (--classes), or say which folders mean them (--class-map)."
-    known = {next(filter(None, map(_BUILT_IN.class_of, reversed(part))), "") for part in whole}
-    if len(known) == 1 and "" not in known:
-        raise ClassMapError(f"{folder}: all images lie below one class, {known.pop()}, and a study needs two. Add them. {remedy}")
-    below: dict[str, set[str]] = {}
-    for part in filter(None, parts):
-        inner = [name for name in part[1:] if not _is_subset(name)]
-        below.setdefault(_compared(part[0]), set()).add(inner[0] if inner else "")
-    names = set[str]().union(*below.values())
-    if "" not in names and len(names) > 1 and (len(names) < len(below) or all(each == names for each in below.values())):
-        found = f"the same folders ({', '.join(sorted(names)[:3])}) lie in {', '.join(sorted(below)[:3])}"
-        raise ClassMapError(f"{folder}: {found}: which are the classes, and which patients or slides? {remedy}")
 
 
 def _is_subset(folder_name: str) -> bool:
