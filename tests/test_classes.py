@@ -141,6 +141,17 @@ def test_layouts_in_circulation(tmp_path, names, classes):
     assert None not in labels
 
 
+PBC = ("basophil", "eosinophil", "erythroblast", "ig", "lymphocyte", "monocyte", "neutrophil", "platelet")
+AML = tuple("BAS EBO EOS KSC LYA LYT MMZ MOB MON MYB MYO NGB NGS PMB PMO".split())
+
+
+@pytest.mark.parametrize("names", [PBC, AML])
+def test_public_sets_of_eight_and_fifteen_classes(tmp_path, names):
+    search = touched(tmp_path, *(f"set/{name}/{name}_{number}.jpg" for name in names for number in range(2)))
+    found = resolve_classes(search)
+    assert found.classes == names and {label for _, label in select_classes(search, found).rows} == set(names)
+
+
 def test_folders_of_one_class_or_none_are_no_study(tmp_path):
     touched(tmp_path, "a/1.png", "a/2.png")
     with pytest.raises(ClassMapError, match="only in folder a, and a study needs two classes"):

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from leukemia_nb.data.images import write_image
+from leukemia_nb.data.classes import ClassMap
 from leukemia_nb.evaluation.calibration import (
     augrc,
     _brier_score,
@@ -551,6 +552,15 @@ def test_new_images(folder_of_images, batch):
         "somewhere/Snap_3é.png": "",
     }
     np.testing.assert_allclose(table.set_index("pair")["p_Pro-B"]["Pro/Snap_1é.png"], 200 / 255, atol=1e-6)
+
+
+def test_new_images_have_the_class_of_the_nearest_folder_that_means_one(folder_of_images):
+    write_image(folder_of_images / "Pro" / "slide 1" / "a.png", np.zeros((16, 16, 3), np.uint8))
+    labels = predict_new_images(ByBrightness(), folder_of_images).set_index("pair")["class"]
+    assert labels["Pro/slide 1/a.png"] == "Pro-B"
+    own = ClassMap(("Normal", "Pro-B"), {"Normal": ["somewhere"], "Pro-B": ["slide-1"]})
+    labels = predict_new_images(ByBrightness(), folder_of_images, class_map=own).set_index("pair")["class"]
+    assert labels[labels != ""].to_dict() == {"Pro/slide 1/a.png": "Pro-B", "somewhere/Snap_3é.png": "Normal"}
 
 
 def test_no_image_that_can_be_read(tmp_path):

@@ -30,7 +30,7 @@ from leukemia_nb.inference.predictor import (
     saliency,
 )
 from leukemia_nb.models.interface import ModelError
-from leukemia_nb.processing.segmentation import apply_mask, check_mask, segment
+from leukemia_nb.processing.segmentation import apply_mask, check_mask, draw_outlines, segment
 from leukemia_nb.testing import dummy_model_file
 
 CLASSES = ["Normal", "Pre-B", "Pro-B"]
@@ -463,6 +463,8 @@ def test_overlays_and_saliency(place, paths):
     assert drawn.shape == image.shape and (drawn == (0, 205, 90)).all(axis=2).any()
     assert heat.shape == (1, 224, 224) and heat.min() >= 0 and heat.max() <= 1
     assert overlay(image, heat[0]).shape == image.shape
+    small = draw_outlines(image, find_image_cells(image, 64), (0, 205, 90), max(1, round(max(image.shape) / 220)))
+    assert (overlay(image, size=64) == small).all() and (overlay(image, size=64) != drawn).any()
 
 
 def test_the_predict_path_loads_nothing_heavy(file, paths):

@@ -247,6 +247,11 @@ def _sign_flip_test(difference: np.ndarray, groups: Sequence[str], seed: int) ->
     found = permutation_test((sums,), np.sum, permutation_type="samples", vectorized=True, **options)
     return float(found.pvalue)
 
+# %% ../../nbs/04_evaluation/20_uncertainty.ipynb #ff9a097c
+def _p_text(p: float) -> str:
+    "A p value with its sign."
+    return f"= {p:.3f}" if p >= 0.001 else "< 0.001"
+
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #b5ccc482
 def readable_model_pairs(
     table: pd.DataFrame,  # from compare_model_pairs
@@ -292,10 +297,6 @@ def _discordant_range(table: pd.DataFrame, name: str) -> str:
     counts = mine["only_first_correct"] + mine["only_second_correct"]
     numbers = f"{counts.min()}" if counts.nunique() == 1 else f"{counts.min()} to {counts.max()}"
     return f"{numbers} discordant images, adjusted p {_p_text(mine['p_holm'].max())} at most"
-
-
-def _p_text(p: float) -> str:
-    return f"= {p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def _power_sentence(table: pd.DataFrame) -> str:

@@ -15,8 +15,8 @@ from ..data.images import resize_square, scale_bar_corner
 from .segmentation import _check_rgb, _connected, _smallest_area, a_channel, otsu_threshold
 
 # %% auto #0
-__all__ = ['SIDE', 'FEATURE_NAMES', 'label_cells', 'typical_area', 'find_cells', 'count_cells', 'count_quality', 'cell_crops',
-           'cell_features', 'cell_table']
+__all__ = ['SIDE', 'FEATURE_NAMES', 'label_cells', 'typical_area', 'find_cells_and_nuclei', 'find_cells', 'count_cells',
+           'count_quality', 'cell_crops', 'cell_features', 'cell_table']
 
 # %% ../../nbs/02_processing/15_cells.ipynb #5741240b
 def _whiten_background(image: np.ndarray) -> np.ndarray:
@@ -266,24 +266,34 @@ def _smooth_outlines(
     return smooth
 
 # %% ../../nbs/02_processing/15_cells.ipynb #a1193745
+def find_cells_and_nuclei(
+    image: np.ndarray,  # uint8 (H, W, 3) RGB
+    min_area: float = 500,  # smallest nucleus, in pixels of a 1024x768 image
+    opening: float = 0.45,  # tails and bridges thinner than this many radii of a nucleus are cut
+) -> tuple[np.ndarray, np.ndarray]:  # int32 (H, W) each, 0 background; the nuclei of a cell have its number
+    "Label images of the white blood cells, as `find_cells`, and of their nuclei."
+    _check_rgb(image)
+    if image.ndim == 2:
+        return np.zeros(image.shape, np.int32), np.zeros(image.shape, np.int32)
+    white = cv2.medianBlur(_whiten_background(np.ascontiguousarray(image)), 3)
+    nuclei = _find_nuclei(white, min_area)
+    if not nuclei.any():
+        return nuclei, nuclei
+    cells = _grow_cells(white, nuclei)
+    size = max(3, round(opening * (typical_area(nuclei) / np.pi) ** 0.5)) | 1
+    ellipse = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
+    cells[cv2.morphologyEx((cells > 0).view(np.uint8), cv2.MORPH_OPEN, ellipse) == 0] = 0
+    cells = _smooth_outlines(_join_lobes(cells, nuclei))
+    return cells, np.where(nuclei > 0, cells, 0)
+
+# %% ../../nbs/02_processing/15_cells.ipynb #d614dfcc
 def find_cells(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
     min_area: float = 500,  # smallest nucleus, in pixels of a 1024x768 image
     opening: float = 0.45,  # tails and bridges thinner than this many radii of a nucleus are cut
 ) -> np.ndarray:  # int32 (H, W), 0 background, 1..n cells
     "Label image of the white blood cells: grown from their nuclei, touching cells separated, lobed nuclei in one cell."
-    _check_rgb(image)
-    if image.ndim == 2:
-        return np.zeros(image.shape, np.int32)
-    white = cv2.medianBlur(_whiten_background(np.ascontiguousarray(image)), 3)
-    nuclei = _find_nuclei(white, min_area)
-    if not nuclei.any():
-        return nuclei
-    cells = _grow_cells(white, nuclei)
-    size = max(3, round(opening * (typical_area(nuclei) / np.pi) ** 0.5)) | 1
-    ellipse = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
-    cells[cv2.morphologyEx((cells > 0).view(np.uint8), cv2.MORPH_OPEN, ellipse) == 0] = 0
-    return _smooth_outlines(_join_lobes(cells, nuclei))
+    return find_cells_and_nuclei(image, min_area, opening)[0]
 
 # %% ../../nbs/02_processing/15_cells.ipynb #3a227ad2
 def count_cells(
