@@ -282,8 +282,11 @@ def test_check_study_says_what_was_taken_for_what(smears, tmp_path):
         check_study(replace(settings, train_size=0.85, test_size=0.05), Run(tmp_path / "run"))
     with pytest.raises(StudyError, match="audit_images is 2, fewer than the 3 classes"):
         check_study(replace(settings, audit_images=2), Run(tmp_path / "run"))
+    part = replace(settings, data=str(smears / "train"), split="folders")
+    with pytest.raises(ClassMapError, match="which are the classes, and which patients"):  # two folders in each of three
+        check_study(part, Run(tmp_path / "run"))
     with pytest.raises(SplitError, match="in no folder train, val or test"):
-        check_study(replace(settings, data=str(smears / "train"), split="folders"), Run(tmp_path / "run"))
+        check_study(replace(part, classes=("blast", "lymphocyte", "monocyte")), Run(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,8 @@ def _check_not_patients(whole: Sequence[Sequence[str]], parts: Sequence[Sequence
         inner = [name for name in part[1:] if not _is_subset(name)]
         below.setdefault(_compared(part[0]), set()).add(inner[0] if inner else "")
     names = set[str]().union(*below.values())
-    if "" not in names and len(names) > 1 and (len(names) < len(below) or all(each == names for each in below.values())):
+    fewer = len(names) < len(below) or (len(names) == len(below) and all(each == names for each in below.values()))
+    if "" not in names and len(names) > 1 and fewer:  # classes are fewer than patients
         found = f"the same folders ({', '.join(sorted(names)[:3])}) lie in {', '.join(sorted(below)[:3])}"
         raise ClassMapError(f"{folder}: {found}: which are the classes, and which patients or slides? {remedy}")
 
