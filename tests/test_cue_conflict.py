@@ -15,6 +15,7 @@ from leukemia_nb.audit.cue_conflict import (
     _inpaint_background,
     make_composites,
     paste_cells,
+    rate_differences,
     _removal_mask,
 )
 from leukemia_nb.data.images import read_image, resize_square
@@ -211,7 +212,9 @@ def red_letters(colour: tuple[int, int, int], size: int = 224) -> np.ndarray:
         (red_letters((215, 25, 35), 262), 128),  # 262 / 75 = 3.49: an ellipse of 3
         (red_letters((215, 25, 35), 263), 184),  # 3.51: an ellipse of 5
         (scale_bar((129,) * 3, (255,) * 3)[0], 14 * 30),  # dark enough to be ink
-        (scale_bar((130,) * 3, (255,) * 3)[0], 0),
+        (scale_bar((189,) * 3, (255,) * 3)[0], 14 * 30),  # grey, as thin lines of a reduced image are
+        (scale_bar((190,) * 3, (255,) * 3)[0], 0),
+        (scale_bar((130, 130, 142), (255,) * 3)[0], 0),  # too pale for ink, and not grey
         (scale_bar((10,) * 3, (239,) * 3)[0], 14 * 30),  # white enough to grow to the edge of the label
         (scale_bar((10,) * 3, (238,) * 3)[0], 7 * 20),  # the box of the ink alone
         (scale_bar((10,) * 3, (226,) * 3)[0], 7 * 20),
@@ -335,3 +338,47 @@ def test_removal_reaches_as_far_in_an_image_of_twice_the_size(fields):
         image[pale] = (166, 140, 186)
         removed = _removal_mask(image, cells)[46 * unit, 52 * unit :]
         assert 0.03 < removed.argmin() / side < 0.12, (side, removed.argmin() / side)
+
+
+def test_images_without_what_is_moved_are_no_evidence(fields):
+    """Every other image has no cells: a model of the cells, wrong where there are none, follows them throughout."""
+    images, cells, labels = (np.concatenate([part, part]) for part in fields)
+    cells = np.where((np.arange(6) % 2 == 0)[:, None, None], 0, cells)
+    made, table = make_composites(images, cells, labels, kinds=list(KINDS), seed=4)
+    without = table["row"] % 2 == 0
+    bars = table["kind"].isin(["no_scale_bar", "other_scale_bar"])
+    assert not table.loc[without & ~bars & (table["kind"] != "original"), "usable"].any()
+    assert table.loc[bars | (table["kind"] == "original") | (table["kind"] == "mixed_next") & ~without, "usable"].all()
+    colours = table[table["kind"].isin(["cell_colour", "cell_colour_same"]) & ~without]
+    assert (colours["usable"] == (colours["donor"] % 2 == 1)).all()  # a donor without cells has no colours of cells
+    for row in table[~table["usable"]].itertuples():
+        np.testing.assert_array_equal(made[row.Index], images[row.row])
+    predicted = np.where(without, table["other_cue"], table["foreground"])
+    rates = cue_conflict_rates(table, predicted).set_index(["kind", "cue"])
+    assert rates.loc[("mixed_next", "foreground"), ["n_images", "count", "proportion"]].tolist() == [3, 3, 1]
+    old = cue_conflict_rates(table.drop(columns="usable"), predicted).set_index(["kind", "cue"])  # a table of an earlier run
+    assert old.loc[("mixed_next", "foreground"), ["n_images", "count"]].tolist() == [6, 3]
+
+
+def test_a_kind_without_usable_composites_has_no_rate(fields):
+    images, cells, labels = fields
+    kinds = ["original", "only_fg", "mixed_next", "mixed_same", "no_scale_bar", "other_scale_bar"]
+    full = np.ones_like(cells)  # images that are all cells have no background
+    _, table = make_composites(images // 2, full, labels, kinds=kinds, n_backgrounds=2)  # darkened: no scale bar is found
+    assert table.groupby("kind")["usable"].sum().drop("original").eq(0).all()
+    rates = cue_conflict_rates(table, table["foreground"]).set_index(["kind", "cue"])
+    others = rates.query("kind != 'original'")
+    assert rates.query("kind == 'original'")["n_images"].eq(3).all() and others["n_images"].eq(0).all()
+    assert others["proportion"].isna().all() and ("worst_background", "foreground") in others.index
+    assert rate_differences(rates.reset_index()).empty
+
+
+@pytest.mark.parametrize("size", [96, 160, 224])
+@pytest.mark.parametrize("site", "ABCD")
+def test_scale_bars_of_synthetic_smears_are_found_at_any_size(size, site):
+    images = [resize_square(make_smear("Normal", seed, 288, 384, site=site).image, size) for seed in range(3)]
+    made, table = make_composites(images, np.zeros((3, size, size), int), ["Normal", "Pre-B", "Pro-B"], ["no_scale_bar"])
+    assert table["usable"].all()
+    assert not make_composites(made, np.zeros((3, size, size), int), ["Normal", "Pre-B", "Pro-B"], ["no_scale_bar"])[1][
+        "usable"
+    ].any()

@@ -447,6 +447,22 @@ def test_the_test_of_calibration_keeps_its_level_and_finds_over_confidence(ten):
     assert "Not distinguishable from calibrated at this number of images: YOLO11 (0.140" in text
 
 
+def test_the_test_of_calibration_keeps_its_level_with_groups():
+    """Calibrated models whose images come in groups of five with one outcome; without the groups most are rejected."""
+    rng, rejected, groups = np.random.default_rng(1), {"given": 0, "not": 0}, {f"t{i}": i // 5 for i in range(200)}
+    for _ in range(40):
+        confidence = rng.uniform(0.5, 1, 40)
+        labels = np.repeat(np.where(rng.random(40) < confidence, "Normal", "Pro-B"), 5)
+        table = two_classes(labels, np.repeat(confidence, 5)).assign(pair=list(groups))
+        for name, of in {"given": groups, "not": None}.items():
+            found = calibration_table({"yolo11": table}, groups=of)
+            rejected[name] += found["ece_p"].item() < 0.05
+            assert found["groups"].item() == (40 if of else 200)
+            assert ("200 images in 40 groups, each correct" in calibration_sentence(found)) == bool(of)
+    assert rejected["given"] <= 6 and rejected["not"] > 25
+    assert "of 200 images, one-sided" in calibration_sentence(found.drop(columns="groups"))  # of an earlier run
+
+
 def test_temperature_and_thresholds_are_chosen_without_near_duplicates():
     """Of 80 validation images 20 have one in training: 60 are enough, 59 are not, and a class must not be lost."""
     split = pd.DataFrame({"pair": [f"p{i}" for i in range(100)], "subset": ["train"] * 20 + ["val"] * 80})
@@ -639,3 +655,13 @@ def test_points_of_the_training_curves_by_hand():
     assert (loss.get_lines()[-1].get_xdata(), loss.get_lines()[-1].get_ydata()) == ([2], [0.7])  # the epoch that was kept
     assert accuracy.get_lines()[-1].get_ydata() == [0.6]
     assert accuracy.get_ylim() == (0, 1.04) and loss.get_ylim()[0] == 0
+
+
+def test_images_without_a_true_class_are_not_wrong():
+    table = two_classes(["Normal"] * 4, [0.9] * 4, "new")
+    table.loc[1:, "class"] = ""
+    row = compare_models({"yolo11": table}, "new").iloc[0]
+    assert (row["n_correct"], row["n_images"], row["accuracy"]) == (1, 1, 1)
+    assert calibration_table({"yolo11": table}, "new")["n_images"].item() == 1
+    with pytest.raises(PredictionsError, match="no image of subset 'new' has a true class"):
+        compare_models({"yolo11": table[1:]}, "new")

@@ -197,6 +197,14 @@ def test_report_counts_near_duplicates_in_train_only():
     assert leakage.pairs_without_near_duplicates(split, "val") == {"e"}
 
 
+@pytest.mark.parametrize("missing", ["", None, float("nan")])
+def test_an_empty_group_is_none(missing):
+    split = pd.DataFrame({"pair": list("abcd"), "subset": ["train", "train", "test", "test"]})
+    split["group"] = pd.Series([missing, "x", missing, "x"], dtype=object)
+    assert leakage.leakage_report(split)["near_duplicates"].tolist() == [1]
+    assert leakage.pairs_without_near_duplicates(split) == {"c"}
+
+
 def test_report_separates_direct_pairs_from_those_by_way_of_a_third_image():
     split = pd.DataFrame({"pair": list("abcde"), "subset": ["train", "test", "test", "val", "test"]})
     pairs = pd.DataFrame({"a": ["b", "b", "d"], "b": ["a", "c", "e"]})  # c is tied to a through b alone

@@ -146,7 +146,7 @@ def test_flat_map_is_chance_and_the_rim_belongs_to_the_cell():
 def test_undefined_is_not_zero():
     assert np.isnan(energy_pointing_game(np.zeros((8, 8)), np.ones((8, 8), bool))[0])
     energy, area, ratio = energy_pointing_game(np.ones((8, 8)), np.zeros((8, 8), bool))
-    assert (energy, area) == (0, 0) and np.isnan(ratio)
+    assert np.isnan(energy) and area == 0 and np.isnan(ratio)
     with pytest.raises(ValueError, match=r"heatmap \(8, 8\) and mask \(9, 8\) differ in size"):
         energy_pointing_game(np.ones((8, 8)), np.ones((9, 8), bool))
 
@@ -250,6 +250,13 @@ def test_table_and_summary_by_hand(red_corner):
     assert checked[["head_randomised", "all_randomised"]].tolist() == pytest.approx([0.3, -0.1])
     alike = saliency_summary({"a": table.assign(pair=["x", "y"])}, groups={"x": 1, "y": 1}).iloc[0]
     assert alike["energy_inside"] == 0.5 and np.isnan(alike["low"]) and np.isnan(alike["high"])  # one group: no interval
+    bare = table.assign(energy_inside=[np.nan, 0.0], area_inside=0.0)  # no cells; 0 in tables of earlier runs
+    row, seen = (saliency_summary({"a": part}).iloc[0] for part in (pd.concat([table, bare], ignore_index=True), table))
+    assert (row["n_images"], row["without_cells"], row["empty_maps"]) == (4, 2, 0)
+    assert (
+        row[["energy_inside", "area_inside", "ratio", "low"]].tolist()
+        == seen[["energy_inside", "area_inside", "ratio", "low"]].tolist()
+    )
     none = saliency_summary({"a": table.assign(energy_inside=np.nan)}).iloc[0]
     assert none["empty_maps"] == 2 and np.isnan(none["energy_inside"]) and np.isnan(none["ratio"])
 

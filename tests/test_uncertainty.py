@@ -337,6 +337,28 @@ def test_a_pair_without_a_group_is_its_own():
     labels = group_labels(pairs, {"a": 1, "b": 1, "d": 2})
     assert labels[0] == labels[1] and len(set(labels)) == 3
     assert len(set(group_labels(pairs, None))) == len(set(group_labels(pairs, {}))) == 4
+    assert len(set(group_labels(pairs, {"a": "", "b": "", "c": float("nan"), "1": None}))) == 4
+    assert len(set(group_labels(pairs, {"a": "", "b": "", "c": 0, "1": 0}))) == 3  # 0 is the name of a group
+
+
+def test_few_clusters_that_agree_do_not_narrow_the_interval():
+    values, rows = np.tile(np.arange(100) < 50, 2), np.repeat([0, 1], 100)
+    for wrong in ([], [50]):  # clusters that agree exactly, and but for one image
+        found = two_way_interval(values ^ np.isin(np.arange(200), wrong), rows, np.arange(200))
+        assert (found.low, found.high) == pytest.approx((0.09, 0.91), abs=0.01)
+    one = two_way_interval(values, np.zeros(200), np.arange(200))
+    assert (one.low, one.high) == pytest.approx((0, 1), abs=1e-9)
+
+
+@pytest.mark.parametrize(("clusters", "images"), [(2, 100), (3, 60), (6, 30)])
+def test_coverage_with_few_clusters(clusters, images):
+    random, truth, covered = np.random.default_rng(0), 0.669, 0
+    for _ in range(200):
+        rates = 1 / (1 + np.exp(-(np.log(7 / 3) + random.normal(size=clusters))))
+        values = random.random((clusters, images)) < rates[:, None]
+        found = two_way_interval(values.ravel(), np.repeat(range(clusters), images), np.arange(clusters * images))
+        covered += found.low <= truth <= found.high
+    assert covered / 200 > 0.91  # standard error 0.015
 
 
 def test_interval_of_crossed_groups_by_hand():

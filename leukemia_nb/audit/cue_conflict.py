@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.images import scale_bar_corner
-from ..evaluation.uncertainty import difference_interval, korn_graubard_interval, two_way_interval
+from ..evaluation.uncertainty import Interval, difference_interval, korn_graubard_interval, two_way_interval
 from ..plotting import Figure, blank_figure, styled
 from ..processing.cells import find_cells
 from ..processing.colour import colour_statistics, reinhard_transfer
@@ -29,10 +29,13 @@ def _find_scale_bar(image: np.ndarray) -> np.ndarray:
     pixels = image[corner].astype(np.int16)
     red, green, blue = np.moveaxis(pixels, -1, 0)
     letters = (red - green > 50) & (red - blue > 25)
-    label = _white_label(pixels.max(axis=2), pixels.min(axis=2), image.shape)
+    extremes, is_red = (pixels.max(axis=2), pixels.min(axis=2)), 0.004 < letters.mean() < 0.2
+    label = _white_label(*extremes, image.shape)
+    if label is None and not is_red:
+        label = _white_label(*extremes, image.shape, ink=190, grey=12)  # thin lines of a reduced image are grey
     if label is not None:
         mask[corner] = label
-    elif 0.004 < letters.mean() < 0.2:
+    elif is_red:
         mask[corner] = cv2.dilate(letters.astype(np.uint8), _ellipse(image.shape[0] / 75)) > 0
     return mask
 
@@ -42,9 +45,11 @@ def _ellipse(size: float) -> np.ndarray:
     return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
 
 
-def _white_label(brightest: np.ndarray, darkest: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
-    "The box of black letters on white, grown as long as what it takes in is white."
-    inked = np.argwhere((brightest < 130) & (brightest - darkest < 45))
+def _white_label(
+    brightest: np.ndarray, darkest: np.ndarray, shape: tuple[int, ...], ink: int = 130, grey: int = 45
+) -> np.ndarray | None:
+    "The box of letters darker than `ink`, with channels apart by less than `grey`, on white; grown as long as it takes in white."
+    inked = np.argwhere((brightest < ink) & (brightest - darkest < grey))
     if len(inked) < 6:
         return None
     (top, left), (bottom, right) = inked.min(axis=0), inked.max(axis=0) + 1
@@ -214,11 +219,10 @@ def make_composites(
     seed: int = 0,  # of donors and inpainting
     n_backgrounds: int = 1,  # Mixed-Next: backgrounds of other classes for each image
     file: str | PathLike | None = None,  # .npy file for the composites, which need not fit into memory then
-) -> tuple[np.ndarray, pd.DataFrame]:  # uint8 (m, H, W, 3), n per kind; kind, row, donor, foreground, other_cue
+) -> tuple[np.ndarray, pd.DataFrame]:  # uint8 (m, H, W, 3), n per kind; kind, row, donor, foreground, other_cue, usable
     "Composites, the class of their cells (foreground) and of background, colours or bar (other_cue). Raises ValueError."
     labels = np.asarray(labels, dtype=str)
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown:
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise ValueError(f"unknown kind '{unknown[0]}': choose among {', '.join(KINDS)}.")
     if len(labels) != len(images):
         raise ValueError(f"{len(images)} images but {len(labels)} labels.")
@@ -226,8 +230,9 @@ def make_composites(
     rows = []
 
     @cache
-    def background(i: int) -> np.ndarray:
-        return _inpaint_background(images[i], _removal_mask(images[i], cells[i]), _find_scale_bar(images[i]), seed + i)
+    def background(i: int) -> np.ndarray | None:
+        hole, bar = _removal_mask(images[i], cells[i]), _find_scale_bar(images[i])
+        return None if (hole | bar).all() else _inpaint_background(images[i], hole, bar, seed + i)
 
     for kind in kinds:
         if kind in ("original", "only_fg", "only_bg", "no_scale_bar"):
@@ -236,15 +241,16 @@ def make_composites(
             donors = same
         else:
             donors = others if kind == "mixed_next" else [found[:1] for found in others]
-        for row, found in enumerate(donors):
-            for donor in found:
-                foreground, other = "" if kind == "only_bg" else labels[row], "" if kind == "only_fg" else labels[donor]
-                rows.append((kind, row, donor, foreground, other))
+        for row, donor in ((row, donor) for row, found in enumerate(donors) for donor in found):
+            foreground, other = "" if kind == "only_bg" else labels[row], "" if kind == "only_fg" else labels[donor]
+            rows.append((kind, row, donor, foreground, other))
     shape = (len(rows), *np.shape(images)[1:])
     made = np.empty(shape, np.uint8) if file is None else np.lib.format.open_memmap(file, "w+", np.uint8, shape)
+    table = pd.DataFrame(rows, columns=["kind", "row", "donor", "foreground", "other_cue"]).assign(usable=True)
     for place, (kind, row, donor, *_) in enumerate(rows):
-        made[place] = _composite(kind, images, cells, row, donor, background, seed + row)
-    return made, pd.DataFrame(rows, columns=["kind", "row", "donor", "foreground", "other_cue"])
+        composite = _composite(kind, images, cells, row, donor, background, seed + row)
+        made[place], table.loc[place, "usable"] = (images[row], False) if composite is None else (composite, True)
+    return made, table
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #7b41045f
 def _donors(labels: np.ndarray, random: np.random.Generator, n: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -263,30 +269,35 @@ def _donors(labels: np.ndarray, random: np.random.Generator, n: int) -> tuple[li
 
 
 def _composite(
-    kind: str, images: np.ndarray, cells: np.ndarray, row: int, donor: int, background: Callable[[int], np.ndarray], seed: int
-) -> np.ndarray:
+    kind: str, images: np.ndarray, cells: np.ndarray, row: int, donor: int, empty: Callable[[int], np.ndarray | None], seed: int
+) -> np.ndarray | None:
+    "A composite, or None where an image lacks what is moved or shown: cells, background, a scale bar, a donor of its class."
     image, mask, donor_mask = images[row], cells[row] > 0, cells[donor] > 0
     if kind == "original":
-        return image.copy()
+        return image
+    if kind in ("no_scale_bar", "other_scale_bar"):
+        if not _find_scale_bar(images[donor]).any():
+            return None
+        erased = _erase_scale_bar(image, seed)
+        return erased if kind == "no_scale_bar" else _copy_scale_bar(erased, images[donor])
+    if not (mask & ~_find_scale_bar(image)).any() or mask.all():
+        return None
     if kind == "only_fg":
         return apply_mask(image, mask)
-    if kind == "only_bg":
-        return background(row)
-    if kind in ("mixed_next", "mixed_same"):
-        return paste_cells(image, mask, background(donor))
-    if kind == "no_scale_bar":
-        return _erase_scale_bar(image, seed)
-    if kind == "other_scale_bar":
-        return _copy_scale_bar(_erase_scale_bar(image, seed), images[donor])
+    if kind in ("only_bg", "mixed_next", "mixed_same"):
+        below = empty(donor)
+        return below if below is None or kind == "only_bg" else paste_cells(image, mask, below)
+    if row == donor:
+        return None
     if kind in ("colour_transfer", "colour_same"):
         return _transfer_colours(image, images[donor])
     if kind == "background_colour":
         mask, donor_mask = ~mask, ~donor_mask
-    return _transfer_colours(image, images[donor], mask, donor_mask) if mask.any() and donor_mask.any() else image.copy()
+    return _transfer_colours(image, images[donor], mask, donor_mask) if donor_mask.any() else None
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #90c896be
 def cue_conflict_rates(
-    table: pd.DataFrame,  # columns kind, foreground, other_cue, as from make_composites
+    table: pd.DataFrame,  # columns kind, row, donor, foreground, other_cue, as from make_composites; usable: the rows that count
     predicted: Sequence[str] | np.ndarray,  # class name for each row
     groups: Sequence[object] | None = None,  # group of near-duplicates of each row; None: each its own
 ) -> pd.DataFrame:  # one row per kind and cue (foreground, other_cue, neither): n_images, count, proportion, low, high, interval
@@ -294,21 +305,27 @@ def cue_conflict_rates(
     predicted = np.asarray(predicted, dtype=str)
     if len(predicted) != len(table):
         raise ValueError(f"{len(table)} images but {len(predicted)} predictions.")
+    usable = table["usable"].astype(bool) if "usable" in table else pd.Series(True, table.index)
     follows = pd.DataFrame({"foreground": predicted == table["foreground"]}, index=table.index)
     follows["other_cue"] = (predicted == table["other_cue"]) & ~follows["foreground"]
     follows["neither"] = ~follows.any(axis=1)
     group = np.asarray(range(table[["row", "donor"]].to_numpy().max() + 1) if groups is None else groups)
-    rows = []
+    rows, none = [], Interval(np.nan, np.nan, np.nan, 0, 0, 0.0, "")
     for kind, part in table.groupby("kind", sort=False):
+        several, part = kind == "mixed_next" and part["row"].duplicated().any(), part[usable[part.index]]
         foregrounds, others = group[part["row"]], group[part["donor"]]
         for cue in follows:
-            found = two_way_interval(follows.loc[part.index, cue], foregrounds, others)
+            found = two_way_interval(follows.loc[part.index, cue], foregrounds, others) if len(part) else none
             rows.append((kind, cue, found))
-        if kind == "mixed_next" and part["row"].duplicated().any():
+        if several:
             every = follows.loc[part.index, "foreground"].groupby(part["row"].to_numpy()).all()
-            rows.append(("worst_background", "foreground", korn_graubard_interval(every, group[every.index])))
+            found = korn_graubard_interval(every, group[every.index]) if len(every) else none
+            rows.append(("worst_background", "foreground", found))
     columns = ["kind", "cue", "n_images", "count", "proportion", "low", "high", "interval"]
-    made = [(kind, cue, at.n, round(at.estimate * at.n), at.estimate, at.low, at.high, at.method) for kind, cue, at in rows]
+    made = [
+        (kind, cue, at.n, round(at.estimate * at.n) if at.n else 0, at.estimate, at.low, at.high, at.method)
+        for kind, cue, at in rows
+    ]
     return pd.DataFrame(made, columns=columns)
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #9fa5c495
@@ -324,8 +341,8 @@ DIFFERENCES: dict[str, tuple[str, str, str]] = {
 def rate_differences(
     rates: pd.DataFrame,  # from cue_conflict_rates
 ) -> pd.DataFrame:  # name, title, difference, low, high
-    "Differences of foreground rates with 95 % intervals, of the kinds that are there."
-    at = rates[rates["cue"] == "foreground"].set_index("kind")[["proportion", "low", "high"]]
+    "Differences of foreground rates with 95 % intervals, of the kinds that have usable composites."
+    at = rates[(rates["cue"] == "foreground") & (rates["n_images"] > 0)].set_index("kind")[["proportion", "low", "high"]]
     pairs = {name: entry for name, entry in DIFFERENCES.items() if {*entry[:2]} <= set(at.index)}
     rows = [(name, title, *difference_interval(at.loc[first], at.loc[second])) for name, (first, second, title) in pairs.items()]
     return pd.DataFrame(rows, columns=["name", "title", "difference", "low", "high"])

@@ -175,13 +175,13 @@ def energy_pointing_game(
     heatmap: np.ndarray,  # float (H, W), not negative
     mask: np.ndarray,  # bool or int labels (H, W) of the same size: cells
     margin: float = 0.02,  # rim around the cells, in shorter sides of the image
-) -> tuple[float, float, float]:  # energy inside, area inside (chance), their ratio; NaN for an empty map or no cells
+) -> tuple[float, float, float]:  # energy inside, area inside (chance), their ratio; energy and ratio NaN: empty map or no cells
     "Proportion of a heatmap's energy inside the cells, beside that of a flat map. Raises ValueError."
     if heatmap.shape != mask.shape:
         raise ValueError(f"heatmap {heatmap.shape} and mask {mask.shape} differ in size.")
     inside, total = _widen_cells(mask, margin), float(heatmap.sum(dtype=np.float64))
     area = float(inside.mean())
-    energy = float(heatmap[inside].sum(dtype=np.float64)) / total if total > 0 else np.nan
+    energy = float(heatmap[inside].sum(dtype=np.float64)) / total if total > 0 and area > 0 else np.nan
     return energy, area, energy / area if area > 0 else np.nan
 
 # %% ../../nbs/05_audit/40_saliency.ipynb #f3a752e1
@@ -292,13 +292,14 @@ def saliency_summary(
     seed: int = 0,  # of the bootstrap
     groups: Mapping[str, object] | None = None,  # pair -> group of near-duplicates; None: each image its own
 ) -> pd.DataFrame:  # one row per model
-    "Mean energy inside the cells with its 95 % interval, both chance levels, and correlations after randomisation."
+    "Mean energy inside the cells with its 95 % interval, both chance levels, of maps that are not empty, where there are cells."
     rows: list[dict[str, Any]] = []
     for name, table in tables.items():
-        valid = table[np.isfinite(table["energy_inside"])]
+        with_cells = table["area_inside"] > 0
+        valid = table[np.isfinite(table["energy_inside"]) & with_cells]
         group = np.arange(len(valid)) if groups is None else group_labels(valid["pair"], groups)
         row: dict[str, Any] = {"model": name, "title": model_title(name), "n_images": len(table)}
-        row["empty_maps"] = len(table) - len(valid)
+        row |= {"without_cells": int((~with_cells).sum()), "empty_maps": int(with_cells.sum()) - len(valid)}
         row |= valid[["energy_inside", "area_inside", "centre_bias", "original_channel"]].mean().to_dict()
         row |= {"low": np.nan, "high": np.nan, "interval": ""}
         if len(set(group)) > 1:

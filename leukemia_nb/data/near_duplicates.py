@@ -419,15 +419,21 @@ def find_near_duplicates(
     return pd.concat([table for table in found if len(table)] or found[:1]).drop_duplicates(["a", "b"]).reset_index(drop=True)
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #a9cb3ec9
+def _in_training(split: pd.DataFrame) -> pd.Series:
+    "Whether the group of each row has an image in train, bool; a missing or empty group has none."
+    named = split["group"].notna() & (split["group"].astype(str) != "")
+    return named & split["group"].isin(split.loc[split["subset"] == "train", "group"])
+
+
 def leakage_report(
-    split: pd.DataFrame,  # pair, subset (train and others), group
+    split: pd.DataFrame,  # pair, subset (train and others), group; a missing or empty group: none
     pairs: pd.DataFrame | None = None,  # near-duplicates found: a and b, as the split names them
 ) -> pd.DataFrame:  # subset, n_images, near_duplicates, proportion; directly, with pairs
     "How many images of each other subset have a near-duplicate in train, by group."
-    train, rows = split[split["subset"] == "train"], []
+    train, in_training, rows = split[split["subset"] == "train"], _in_training(split), list[dict]()
     for name in pd.unique(split["subset"][split["subset"] != "train"]):
         part = split[split["subset"] == name]
-        found = int(part["group"].isin(train["group"]).sum())
+        found = int(in_training[split["subset"] == name].sum())
         row = {"subset": name, "n_images": len(part), "near_duplicates": found, "proportion": found / len(part)}
         if pairs is not None:
             ways = pd.concat([pairs[["a", "b"]], pairs[["b", "a"]].set_axis(["a", "b"], axis=1)])
@@ -437,9 +443,8 @@ def leakage_report(
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #168a2cac
 def pairs_without_near_duplicates(
-    split: pd.DataFrame,  # pair, subset, group
+    split: pd.DataFrame,  # pair, subset, group; a missing or empty group: none
     subset: str = "test",  # rows to look at
 ) -> set[str]:  # names of pairs
     "Pairs of a subset without a near-duplicate in training, by group."
-    train = split.loc[split["subset"] == "train", "group"]
-    return set(split.loc[(split["subset"] == subset) & ~split["group"].isin(train), "pair"])
+    return set(split.loc[(split["subset"] == subset) & ~_in_training(split), "pair"])

@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..data.near_duplicates import pairs_without_near_duplicates
 from .predictions import classes_of, model_title, predicted_labels, probabilities_of, take_subset
-from .uncertainty import CLOPPER_PEARSON, clopper_pearson, korn_graubard_interval
+from .uncertainty import CLOPPER_PEARSON, clopper_pearson, group_labels, korn_graubard_interval
 from ..plotting import CLASS_COLOURS, GREY, Figure, panel_grid, styled
 
 # %% ../../nbs/04_evaluation/40_calibration.ipynb #d23718f5
@@ -62,11 +62,13 @@ def null_calibration_errors(
     n_bins: int = 15,  # bins of confidence of equal width
     n_resamples: int = 1000,  # draws of the outcomes
     seed: int = 0,  # of the draws
+    groups: Mapping[str, object] | None = None,  # pair -> group of near-duplicates, of which one draw decides; None: each its own
 ) -> np.ndarray:  # float (n_resamples,)
-    "ECE of a calibrated model with the same confidences, by resampling which predictions are correct."
+    "ECE of a calibrated model with the same confidences, by resampling which predictions are correct, those of a group together."
     confidence, rng = probabilities_of(table).max(axis=1), np.random.default_rng(seed)
-    place = np.ceil(confidence * n_bins - 1e-9).astype(int)
-    draws = (np.bincount(place, (rng.random(len(place)) < confidence) - confidence) for _ in range(n_resamples))
+    place, group = np.ceil(confidence * n_bins - 1e-9).astype(int), pd.factorize(np.array(group_labels(table["pair"], groups)))[0]
+    n_groups = group.max() + 1
+    draws = (np.bincount(place, (rng.random(n_groups)[group] < confidence) - confidence) for _ in range(n_resamples))
     return np.array([np.abs(gaps).sum() / len(place) for gaps in draws])
 
 # %% ../../nbs/04_evaluation/40_calibration.ipynb #a34e5448
@@ -115,25 +117,27 @@ def fit_temperature(
 def calibration_table(
     predictions: Mapping[str, pd.DataFrame],  # model name -> predictions with subsets val and test
     subset: str = "test",  # rows to evaluate
+    groups: Mapping[str, object] | None = None,  # pair -> group of near-duplicates; None: each image its own
 ) -> pd.DataFrame:  # one row per model
     "ECE beside its null distribution, Brier score, log loss; as scaled_…, after temperature scaling on the validation subset."
     rows = []
     for name, table in predictions.items():
         part = take_subset(table, subset)
         row: dict[str, Any] = {"model": name, "title": model_title(name), "n_images": len(part)}
+        row["groups"] = len(set(group_labels(part["pair"], groups)))
         row["accuracy"] = float((predicted_labels(part) == part["class"]).mean())
-        row |= _calibration_metrics(part)
+        row |= _calibration_metrics(part, groups)
         if (table["subset"] == "val").any():
             row["temperature"] = fit_temperature(table)
             row["note"] = "not determined by the validation subset" if np.isnan(row["temperature"]) else ""
-            row |= {} if row["note"] else _calibration_metrics(_scale_temperature(part, row["temperature"]), "scaled_")
+            row |= {} if row["note"] else _calibration_metrics(_scale_temperature(part, row["temperature"]), groups, "scaled_")
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _calibration_metrics(table: pd.DataFrame, prefix: str = "") -> dict[str, float]:
+def _calibration_metrics(table: pd.DataFrame, groups: Mapping[str, object] | None, prefix: str = "") -> dict[str, float]:
     "ECE with mean, 95th percentile and p value of its null distribution, and the other metrics."
-    ece, null = expected_calibration_error(table), null_calibration_errors(table)
+    ece, null = expected_calibration_error(table), null_calibration_errors(table, groups=groups)
     found = {"confidence": float(probabilities_of(table).max(axis=1).mean()), "ece": ece, "ece_null": float(null.mean())}
     found |= {"ece_null_95": float(np.quantile(null, 0.95)), "ece_p": float((1 + (null >= ece - 1e-9).sum()) / (1 + len(null)))}
     found |= {"brier": _brier_score(table), "log_loss": _log_loss(table)}
@@ -144,7 +148,7 @@ def calibration_sentence(
     table: pd.DataFrame,  # from calibration_table
     alpha: float = 0.05,  # p value below which a model is said not to be calibrated
 ) -> str:
-    "Which models have an ECE larger than that of a calibrated model, and which cannot be distinguished from one."
+    "Which models have an ECE larger than that of a calibrated model, which cannot be distinguished from one, and of how many groups."
     low = table["ece_p"] < alpha
     larger = [f"{row.title} ({row.ece:.3f}, p = {row.ece_p:.3f})" for row in table[low].itertuples()]
     within = [f"{row.title} ({row.ece:.3f}, p = {row.ece_p:.2f})" for row in table[~low].itertuples()]
@@ -152,7 +156,9 @@ def calibration_sentence(
         [f"The ECE is larger than that of a calibrated model with the same confidences: {', '.join(larger)}"] if larger else []
     )
     parts += [f"Not distinguishable from calibrated at this number of images: {', '.join(within)}"] if within else []
-    test = f"Consistency resampling of {table['n_images'].iloc[0]} images, one-sided, p not adjusted for the number of models"
+    n_images, n_groups = (int(table.get(name, table["n_images"]).iloc[0]) for name in ("n_images", "groups"))
+    images = f"{n_images} images" + (f" in {n_groups} groups, each correct or wrong as a whole" if n_groups < n_images else "")
+    test = f"Consistency resampling of {images}, one-sided, p not adjusted for the number of models"
     return ". ".join([*parts, test]) + "."
 
 # %% ../../nbs/04_evaluation/40_calibration.ipynb #af177ab9

@@ -151,10 +151,13 @@ def take_subset(
     table: pd.DataFrame,  # predictions
     subset: str = "test",  # train, val, test or new
 ) -> pd.DataFrame:  # its rows, numbered from 0
-    "Rows of one subset. Raises `PredictionsError` if there are none."
+    "Rows of one subset that have a true class. Raises `PredictionsError` if there are none."
     rows = table[table["subset"] == subset]
+    labelled = rows[rows["class"] != ""]
+    if len(labelled):
+        return labelled.reset_index(drop=True)
     if len(rows):
-        return rows.reset_index(drop=True)
+        raise PredictionsError(f"no image of subset {subset!r} has a true class, without which there is no metric.")
     raise PredictionsError(f"predictions have no subset {subset!r}, only {', '.join(sorted(set(table['subset'])))}.")
 
 # %% ../../nbs/04_evaluation/10_predictions.ipynb #6f11f978

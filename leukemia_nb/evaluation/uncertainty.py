@@ -84,17 +84,20 @@ def korn_graubard_interval(
 ) -> Interval:
     "A proportion with its Korn-Graubard interval for an ICC of 1; 0 to 1 for a single group. Raises ValueError."
     values, group = _grouped_values(values, groups)
-    return _effective_interval(values, int(group.max()) + 1, _effective_sample_size(group), confidence_level, _KORN_GRAUBARD)
+    n_groups, n_effective = int(group.max()) + 1, _effective_sample_size(group)
+    return _effective_interval(values, n_groups, n_effective, n_effective - 1, confidence_level, _KORN_GRAUBARD)
 
 
-def _effective_interval(values: np.ndarray, n_groups: int, n_effective: float, confidence_level: float, method: str) -> Interval:
-    "Clopper-Pearson interval on an effective sample size, with Korn and Graubard's degrees of freedom."
+def _effective_interval(
+    values: np.ndarray, n_groups: int, n_effective: float, degrees_of_freedom: float, confidence_level: float, method: str
+) -> Interval:
+    "Clopper-Pearson interval on an effective sample size whose variance is known with some degrees of freedom; 0 to 1 for none."
     from scipy.stats import beta, t
 
     if values.min() < 0 or values.max() > 1:
         raise ValueError("a proportion needs values between 0 and 1.")
     mean, n, tail = values.mean(), len(values), (1 - confidence_level) / 2
-    ratio = t.isf(tail, n - 1) / t.isf(tail, n_effective - 1) if n_effective > 1 else float(n == 1)
+    ratio = t.isf(tail, n - 1) / t.isf(tail, degrees_of_freedom) if degrees_of_freedom > 0 else float(n == 1)
     trials = max(1e-6, n_effective * ratio**2)
     correct = mean * trials
     low = beta.ppf(tail, correct, trials - correct + 1) if mean > 0 else 0.0
@@ -115,10 +118,11 @@ def _grouped_values(values: Sequence[float] | np.ndarray, groups: Sequence | np.
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #c672aa98
 def group_labels(
     pairs: Iterable[str],  # names of pairs
-    groups: Mapping[str, object] | None,  # pair -> group; None: no pair has one
+    groups: Mapping[str, object] | None,  # pair -> group, which may be missing (None, NaN) or empty; None: no pair has one
 ) -> list[str]:  # one per pair
-    "Group of each pair, in order; a pair without a group is a group of its own."
-    return [str((groups or {}).get(pair, f"alone:{pair}")) for pair in pairs]
+    "Group of each pair, in order; a pair without a group, or with an empty one, is a group of its own."
+    named = {pair: str(group) for pair, group in (groups or {}).items() if group is not None and not pd.isna(group)}
+    return [named.get(pair) or f"alone:{pair}" for pair in pairs]
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #a4c01e51
 def two_way_interval(
@@ -127,14 +131,16 @@ def two_way_interval(
     columns: Sequence | np.ndarray,  # (n,) group of the other part, such as the image of the background
     confidence_level: float = 0.95,  # nominal coverage probability of the interval
 ) -> Interval:
-    "A proportion with its interval where two kinds of groups cross. Raises ValueError."
+    "A proportion with its interval where two kinds of groups cross; 0 to 1 where one kind has a single group. Raises ValueError."
     (values, row), column = _grouped_values(values, rows), _grouped_values(values, columns)[1]
-    mean, n_groups = values.mean(), min(row.max(), column.max()) + 1
+    mean, n_groups = values.mean(), int(min(row.max(), column.max())) + 1
     both = row * (column.max() + 1) + column
     squares = [(np.bincount(group, values - mean) ** 2).sum() for group in (row, column, both)]
     variance = (squares[0] + squares[1] - squares[2]) / len(values) ** 2
-    n_effective = min(float(len(values)), mean * (1 - mean) / variance) if variance > 0 else float(n_groups)
-    return _effective_interval(values, int(n_groups), n_effective, confidence_level, "Clopper-Pearson (two-way clusters)")
+    spread = mean * (1 - mean)
+    n_effective = min(float(len(values)), spread / max(variance, 1e-12)) if spread > 0 else float(n_groups)
+    method = "Clopper-Pearson (two-way clusters)"
+    return _effective_interval(values, n_groups, n_effective, n_groups - 1, confidence_level, method)
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #1589fe07
 def difference_interval(
