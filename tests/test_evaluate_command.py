@@ -222,3 +222,13 @@ def test_a_class_map_renames_and_leaves_out(tmp_path):
     assert found["class"].tolist() == ["Normal", "Other", "Pro-B"] and "1 in folders that the class map leaves out" in lines
     with pytest.raises(SplitError, match="no folders below those of the classes"):
         labelled_images(tmp_path / "in", CLASSES, "parent", log=silent)
+
+
+def test_missing_packages_are_named_before_any_prediction(place, tmp_path, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "papermill" else find(name, *more))
+    model = sorted((place / "models").glob("*.onnx"))[0]
+    done = run("evaluate", place / "hospital", "--model", model, "--out", tmp_path / "out")
+    assert "not installed: papermill" in str(done.exception) and not (tmp_path / "out").exists()

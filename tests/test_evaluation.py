@@ -458,7 +458,8 @@ def test_temperature_and_thresholds_are_chosen_without_near_duplicates():
     assert len(pairs) == 80 and note.startswith("only 59 of 80 validation images have no near-duplicate in training: too few")
     assert calibration_pairs(split, 59)[1] == ""
     one_class = split.assign(**{"class": ["Normal"] * 40 + ["Pro-B"] * 60})
-    assert len(calibration_pairs(one_class, 10)[0]) == 80
+    pairs, note = calibration_pairs(one_class, 10)
+    assert len(pairs) == 80 and "too few" not in note and "have no near-duplicate in training: none of class" in note
     assert calibration_pairs(split.assign(group=range(100)), 500) == ([f"p{i}" for i in range(20, 100)], "")
 
 

@@ -214,6 +214,16 @@ def test_distance_by_hand():
         fit_mahalanobis(values * np.inf, np.repeat(["a", "b"], 4))
 
 
+@pytest.mark.parametrize("by_class", [False, True])
+def test_constant_features_are_an_error_and_those_of_one_class_are_not(by_class):
+    random, labels = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32), np.repeat(["a", "b"], 30)
+    for constant in (np.full_like(random, 0.1), np.where(labels == "a", 0.1, 0.7)[:, None] + 0 * random):
+        with pytest.raises(ModelError, match="of one class are all the same.*Train the model again"):
+            fit_mahalanobis(constant, labels, by_class=by_class)
+    half = np.where(labels[:, None] == "a", np.float32(0.3), random)
+    assert np.isfinite(mahalanobis_distance(half, fit_mahalanobis(half, labels, by_class=by_class))).all()
+
+
 def test_distance_to_the_predicted_class_by_hand():
     """Class a varies along x, class b along y; a small class has the covariance of all."""
     a, b = np.array([[-2.0, 0], [2, 0], [0, 1], [0, -1]] * 4), np.array([[0.0, -2], [0, 2], [1, 0], [-1, 0]] * 4) + [10, 0]

@@ -80,7 +80,9 @@ def calibration_pairs(
     if len(alone) == len(val) or (len(alone) >= minimum and set(alone["class"]) == set(val["class"])):
         return list(alone["pair"]), ""
     few = f"only {len(alone)} of {len(val)} validation images have no near-duplicate in training"
-    return list(val["pair"]), f"{few}: too few, so all are used, and coverage on new images will be lower"
+    lacking = ", ".join(sorted(set(val["class"]) - set(alone["class"])))
+    why = f"none of class {lacking}" if lacking and len(alone) >= minimum else "too few"
+    return list(val["pair"]), f"{few}: {why}, so all are used, and coverage on new images will be lower"
 
 # %% ../../nbs/04_evaluation/40_calibration.ipynb #1f1a1bba
 _TEMPERATURES = (0.05, 20.0)  # range of the search

@@ -72,16 +72,14 @@ def _components(mask: np.ndarray, min_solidity: float) -> Iterator[tuple[tuple[s
 # %% ../../nbs/02_processing/15_cells.ipynb #bae1da10
 def _h_maxima(mask: np.ndarray, depth: float) -> tuple[int, np.ndarray, np.ndarray]:
     "Number of h-maxima of one component's distance transform, the maxima numbered, and the distance; depth: h as a proportion."
+    from skimage.morphology import local_maxima, reconstruction
+
     padded = cv2.copyMakeBorder(mask.view(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT)
     distance = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
     distance = np.sqrt(np.rint(np.square(distance, dtype=np.float64)))  # exact: OpenCV's last bit differs from call to call
     distance = cv2.GaussianBlur(distance, (0, 0), max(0.5, 0.04 * distance.max())).astype(np.float32) * mask
-    level, maxima = distance * (1 - depth), np.zeros(mask.shape, bool)
-    for peak in np.flatnonzero((distance == cv2.dilate(distance, None)) & mask):
-        labels = cv2.connectedComponents((distance >= level.flat[peak]).view(np.uint8))[1]
-        around = labels == labels.flat[peak]
-        maxima |= around & (distance[around].max() == distance.flat[peak])  # unless it is the shoulder of a higher one
-    number, markers = cv2.connectedComponents(maxima.view(np.uint8))
+    lowered = reconstruction(distance * (1 - depth), distance, footprint=np.ones((3, 3)))
+    number, markers = cv2.connectedComponents((local_maxima(lowered, connectivity=2) & mask).view(np.uint8))
     return number - 1, markers, distance
 
 # %% ../../nbs/02_processing/15_cells.ipynb #64248c93
@@ -349,7 +347,7 @@ def _refine_mask(crop: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/02_processing/15_cells.ipynb #a32508ff
 def _usable_cells(image: np.ndarray, cells: np.ndarray) -> list[tuple[int, int, int]]:
-    "Label and centre (row, column) of cells large and red enough and not under the scale bar; whole ones if there are any."
+    "Label and centre (row, column) of cells that are large, red, in their window and not under the scale bar; whole ones if any."
     size, red = np.bincount(cells.ravel()), a_channel(image)
     labels = [label for label in range(1, len(size)) if size[label] >= 80]
     medians = np.array([np.median(red[cells == label]) for label in labels]).round().astype(np.uint8)
@@ -362,10 +360,12 @@ def _usable_cells(image: np.ndarray, cells: np.ndarray) -> list[tuple[int, int, 
     cut: list[tuple[int, int, int]] = []
     for label in labels:
         x, y, w, h = cv2.boundingRect((cells == label).astype(np.uint8))
-        if y + h > rows.start and x + w > columns.start:
+        row, column, half = (2 * y + h) // 2, (2 * x + w) // 2, _WINDOW // 2
+        near = cells[max(row - half, 0) : row + half, max(column - half, 0) : column + half] == label
+        if (y + h > rows.start and x + w > columns.start) or not near.any():  # a large crescent's window has nothing of it
             continue
         inside = x > 0 and y > 0 and x + w < SIDE and y + h < SIDE
-        (whole if inside else cut).append((label, (2 * y + h) // 2, (2 * x + w) // 2))
+        (whole if inside else cut).append((label, row, column))
     return whole or cut
 
 # %% ../../nbs/02_processing/15_cells.ipynb #6601965d

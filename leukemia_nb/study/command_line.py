@@ -432,7 +432,9 @@ def _evaluate(
     from leukemia_nb.inference.external import labelled_images, predict_labelled
     from leukemia_nb.inference.predictor import Predictor
     from leukemia_nb.study.report import run_command
+    from leukemia_nb.study.settings import _check_installed
 
+    _check_installed("the report")
     if groups_from not in (None, "parent") or (groups and groups_from):
         raise typer.BadParameter("groups come from a file (--groups FILE.csv) or from folders (--groups-from parent).")
     classes = dict.fromkeys(str(name) for file in model for name in Predictor(file).classes_)
@@ -470,7 +472,7 @@ def _study(
         int | None, Option(help="Side of the images, pixels.  [default: 224; 96 without --data]", min=32)
     ] = None,
     segmentation: _Method = "kmeans",
-    split: Annotated[str | None, Option(help="random: by image; grouped: group-disjoint; folders: as given.  [random]")] = None,
+    split: Annotated[str | None, Option(help="random, grouped (group-disjoint), folders (given).  [default: random]")] = None,
     groups: Annotated[str | None, Option(help="CSV (path, group), joined with near-duplicates.", callback=_check_path)] = None,
     groups_from: Annotated[str | None, Option(help="parent: folders below the classes are groups.")] = None,
     split_file: Annotated[str | None, Option(help="split.csv of an earlier study.", callback=_check_path)] = None,

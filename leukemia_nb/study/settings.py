@@ -232,14 +232,21 @@ def check_study(
     return lines
 
 # %% ../../nbs/07_study/18_settings.ipynb #ec401931
+_REPORT_PACKAGES = ("papermill", "nbformat", "nbconvert", "ipykernel", "sklearn", "seaborn", "jinja2")
+
+
 def _check_packages(settings: StudySettings) -> None:
     "Raise StudyError where libraries of the steps are not installed."
-    names = ["papermill", "nbformat", "nbconvert", "ipykernel", "sklearn", "seaborn", "jinja2", "tensorflow", "keras", "onnx"]
-    if any(MODELS[model].framework == "torch" for model in settings.models):
-        names += ["torch", "torchvision", "ultralytics"]
+    torch = any(MODELS[model].framework == "torch" for model in settings.models)
+    more = ("torch", "torchvision", "ultralytics") if torch else ()
+    _check_installed("a study", (*_REPORT_PACKAGES, "tensorflow", "keras", "onnx", *more))
+
+
+def _check_installed(what: str, names: Sequence[str] = _REPORT_PACKAGES) -> None:
+    "Raise StudyError where a package is not installed."
     if missing := [name for name in names if not importlib.util.find_spec(name)]:
         raise StudyError(
-            f"a study needs packages that are not installed: {', '.join(missing)}. Install them: "
+            f"{what} needs packages that are not installed: {', '.join(missing)}. Install them: "
             "pip install 'leukemia_nb[train]', or in a checkout: pip install '.[train]'."
         )
 
