@@ -214,7 +214,7 @@ def test_a_missing_overlay_is_made_again(paths, model, tmp_path):
 def test_an_overlay_that_fails_is_an_error_of_its_row(paths, model, tmp_path, monkeypatch):
     from leukemia_nb.inference import batch
 
-    monkeypatch.setattr(batch, "overlay", lambda image, heat: 1 / 0)
+    monkeypatch.setattr(batch, "overlay", lambda *_: 1 / 0)
     (row,) = _predict_batch(PredictionTask(str(model), str(tmp_path / "ov")), paths[:1])
     assert "ZeroDivisionError" in row["problem"] and row["predicted"]
 
