@@ -148,7 +148,7 @@ def calibration_sentence(
     table: pd.DataFrame,  # from calibration_table
     alpha: float = 0.05,  # p value below which a model is said not to be calibrated
 ) -> str:
-    "Which models have an ECE larger than that of a calibrated model, which cannot be distinguished from one, and of how many groups."
+    "Which models have an ECE larger than that of a calibrated model, which cannot be distinguished, and of how many groups."
     low = table["ece_p"] < alpha
     larger = [f"{row.title} ({row.ece:.3f}, p = {row.ece_p:.3f})" for row in table[low].itertuples()]
     within = [f"{row.title} ({row.ece:.3f}, p = {row.ece_p:.2f})" for row in table[~low].itertuples()]
