@@ -54,10 +54,8 @@ def _white_label(
         return None
     (top, left), (bottom, right) = inked.min(axis=0), inked.max(axis=0) + 1
     box = slice(top, bottom), slice(left, right)
-    if len(inked) <= dense * brightest[box].size:
-        return None
-    neutral = (brightest - darkest < 40)[box].mean()
-    if neutral <= 0.9 or (darkest[box] > 225).mean() <= 0.35 or right - left <= 0.04 * shape[1]:
+    neutral, is_dense = (brightest - darkest < 40)[box].mean(), len(inked) > dense * brightest[box].size
+    if not is_dense or neutral <= 0.9 or (darkest[box] > 225).mean() <= 0.35 or right - left <= 0.04 * shape[1]:
         return None
     white = darkest > 238
     for _ in range(round(shape[0] / 22)):
