@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['SMOKE', 'EXAMPLE', 'dummy_dataset', 'dummy_predictions', 'dummy_model_file', 'dummy_classifier_file', 'dummy_run',
-           'dummy_evaluation', 'smoke_run', 'example_audit']
+           'dummy_evaluation', 'smoke_run', 'example_audit', 'show_symbol']
 
 # %% ../nbs/00_shared/30_testing.ipynb #d2a50001
+import inspect
 import json
 import os
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -311,3 +313,18 @@ def example_audit(
         settings = audit_settings(cache / "smears", cache / "colours.onnx", ModelSettings(range="0-1"), audit_images=24)
         run_audit(settings, cache / "audit", until=until, log=lambda line: None)
         return str(shutil.copytree(cache / "audit", Path(tempfile.mkdtemp(), "audit")))
+
+# %% ../nbs/00_shared/30_testing.ipynb #ec06ae1e
+def show_symbol(
+    symbol: Any,  # function or class
+    name: str | None = None,  # shown instead of its own
+    title_level: int = 3,  # of its heading
+) -> Any:  # what a notebook displays
+    "nbdev's documentation of a symbol, with the fields of a class that inherits its `__init__`."
+    from nbdev.showdoc import BasicMarkdownRenderer
+
+    shown = BasicMarkdownRenderer(symbol, name=name, title_level=title_level)
+    if inspect.isclass(symbol) and "*args, **kwargs" in str(shown.dm):
+        first, *body = inspect.getsource(symbol).splitlines()
+        shown.dm = "\n".join([first, *(line for line in body if re.match(r" {4}\w+: ", line))])
+    return shown

@@ -1,5 +1,6 @@
-"""The page for one image: its handlers without a browser, its server, and the whole of it in a headless Chromium."""
+"""The page for images: its handlers without a browser, its server, and the whole of it in a headless Chromium."""
 
+import base64
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +26,7 @@ from conftest import ROOT
 from leukemia_nb.data.images import ImageError, write_image
 from leukemia_nb.data.synthetic import make_smear
 from leukemia_nb.inference import app
+from leukemia_nb.inference.batch import exported_models
 from leukemia_nb.inference.predictor import find_image_cells
 from leukemia_nb.testing import dummy_model_file
 
@@ -57,6 +60,12 @@ def page(run):
 
 def receive(page, file):
     page.receive(file.name, file.read_bytes())
+
+
+def test_a_cell_that_vanishes_in_a_narrow_image_does_not_end_the_page():
+    cells = np.zeros((16, 40), np.int32)
+    cells[2:6, 3:9], cells[8:12, 20:30] = 1, 3  # number 2 is gone where the labels are scaled down
+    assert "2 white blood cells found" in app._image_html("narrow.png", np.zeros((16, 40, 3), np.uint8), cells)
 
 
 def test_an_image_is_shown_with_cells_and_predictions(page, files):
@@ -178,6 +187,70 @@ def row(prediction, reasons=""):
 )
 def test_headlines(rows, headline):
     assert app._headline(rows) == headline
+
+
+def download(html):
+    """The file behind a download link."""
+    return base64.b64decode(re.search(r'href="data:text/csv;base64,([^"]*)"', html)[1])
+
+
+def command(*arguments, cwd=None):
+    """Predictions of `leukemia_nb predict` as the bytes of its table."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = [sys.executable, "-m", "leukemia_nb", "predict", *map(str, arguments), "--out", f"{folder}/a.csv"]
+        subprocess.run(program, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+        return Path(folder, "a.csv").read_bytes()
+
+
+def test_a_folder_has_the_commands_table_and_filters(page, run, files):
+    page.gallery.folder.value = str(files)
+    page.gallery.button.click()
+    assert page.gallery.csv == command(files, "--model", page.models[0].file) == download(page.gallery.shown.value)
+    assert "3 images found" in page.gallery.shown.value and page.gallery.shown.value.count("<figure") == 3
+    assert page.gallery.shown.value.count("<img") == 2 and "not an image" in page.gallery.shown.value
+    by_outcome = {}
+    for outcome in ("predicted", "abstained", "not read", "all"):
+        page.gallery.outcome.value = outcome
+        by_outcome[outcome] = page.gallery.shown.value.count("<figure")
+    assert by_outcome["not read"] == 1 and sum(by_outcome.values()) == 6 and by_outcome["all"] == 3
+    page.gallery.predicted.value = "Pro-B"
+    assert page.gallery.shown.value.count("<figure") == sum(row["predicted"] == "Pro-B" for row in page.gallery.rows)
+    assert page.gallery.predicted.options == ("all", *page.models[0].info["classes"])
+    page.gallery.predicted.value, page.gallery.order.value = "all", "least confident first"
+    confidences = [float(found) for found in re.findall(r"Confidence ([\d.]+)%", page.gallery.shown.value)]
+    assert confidences == sorted(confidences)
+    page.gallery.order.value = "by name"
+
+
+def test_several_uploads_have_the_commands_table_and_are_not_kept(page, files, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    names = sorted(file.name for file in files.iterdir())
+    page.show("one.png", make_smear("Pre-B", seed=3, height=96, width=128).image)
+    page.receive_files([(name, (files / name).read_bytes(), 0.0) for name in names] + [("slide.tif", None, 80.0)])
+    assert page.image.value == "" and "over the limit of 64 MB: slide.tif" in page.message.value
+    assert page.gallery.csv == command(*names, "--model", page.models[0].file, cwd=files)
+    assert "&lt;b&gt;ü &amp; &#34;.jpg" in page.gallery.shown.value and "<b>ü" not in page.gallery.shown.value
+    assert not list(tmp_path.iterdir())
+    page.receive_files([("smear.png", (files / "smear.png").read_bytes(), 0.0)])
+    assert page.gallery.rows == [] and page.gallery.shown.value == page.message.value == "" and page.image.value
+
+
+def test_uploads_of_one_name_and_names_with_folders_stay_apart(page, files):
+    content = (files / "smear.png").read_bytes()
+    page.receive_files([("../smear.png", content, 0.0), ("b\\smear.png", content, 0.0), ("/etc/x", b"nothing", 0.0)])
+    assert [row["path"] for row in page.gallery.rows] == ["smear.png", "smear-2.png", "x"]
+    assert page.gallery.rows[0]["sha256"] == page.gallery.rows[1]["sha256"] and "nothing" not in page.gallery.rows[2]["predicted"]
+
+
+def test_a_folder_that_cannot_be_predicted_is_named(page, run, tmp_path, monkeypatch):
+    for folder, message in (("/no/such", "/no/such: there is no such folder"), ("  ", "no name: there is no such folder")):
+        page.gallery.predict_folder(folder)
+        assert message in page.gallery.message.value and page.gallery.shown.value == ""
+    page.gallery.predict_folder(str(tmp_path))
+    assert "not predicted" in page.gallery.shown.value.lower() or page.gallery.message.value
+    monkeypatch.setattr("leukemia_nb.inference.gallery.predict_files", lambda *_, **__: 1 / 0)
+    page.gallery.predict_folder(str(tmp_path))
+    assert "the software failed (ZeroDivisionError" in page.gallery.message.value and page.gallery.rows == []
 
 
 def test_the_app_needs_no_framework_and_no_widgets_to_be_imported():
@@ -356,12 +429,12 @@ class Browser:
     def count(self, selector):
         return self.value(f"document.querySelectorAll({json.dumps(selector)}).length")
 
-    def choose(self, file):
-        """Choose a file and wait until the page is done with it."""
+    def choose(self, *files):
+        """Choose files and wait until the page is done with them."""
         root = self.send("DOM.getDocument")["root"]["nodeId"]
         node = self.send("DOM.querySelector", nodeId=root, selector=".app-drop input")["nodeId"]
-        self.send("DOM.setFileInputFiles", files=[str(file)], nodeId=node)
-        wait_for(lambda: self.text(".app-drop").startswith("Drop an image"))
+        self.send("DOM.setFileInputFiles", files=list(map(str, files)), nodeId=node)
+        wait_for(lambda: self.text(".app-drop").startswith("Drop images"))
 
     def width(self, width, height=900):
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
@@ -424,7 +497,7 @@ def test_in_a_browser_a_broken_file_is_named(browser, files):
     browser.choose(files / "letter.png")
     wait_for(lambda: "letter.png: not an image" in browser.text(".app-error"))
     wait_for(lambda: browser.count(".app-image") == browser.count(".app-line") == 0)
-    assert "Drop an image" in browser.text(".app-drop")
+    assert "Drop images" in browser.text(".app-drop")
 
 
 def test_in_a_browser_an_image_can_be_dropped_anywhere_and_a_huge_one_is_refused_there(browser):
@@ -445,6 +518,19 @@ def test_in_a_browser_a_large_file_arrives(browser, tmp_path):
     assert (tmp_path / "large.png").stat().st_size > 11e6
     browser.choose(tmp_path / "large.png")
     wait_for(lambda: "large.png, 2500 × 2000" in browser.text(".app-image"))
+
+
+def test_in_a_browser_several_images_make_a_gallery(browser, run, files):
+    names = sorted(file.name for file in files.iterdir())
+    browser.choose(*(files / name for name in names))
+    wait_for(lambda: browser.count(".app-gallery figure") == len(names))
+    assert browser.count(".app-image") == 0 and browser.count(".app-gallery img") == 2
+    link = browser.value("document.querySelector('.app-csv').outerHTML")
+    assert download(link) == command(*names, "--model", exported_models(run)[0], cwd=files)
+    select = """(([...document.querySelectorAll(".app-folder select")].find(e => [...e.options].some(o => o.text.startsWith("not")))))"""
+    browser.value(f"{select}.selectedIndex = 3; {select}.dispatchEvent(new Event('change', {{bubbles: true}}))")
+    wait_for(lambda: browser.count(".app-gallery figure") == 1)
+    assert "letter.png" in browser.text(".app-gallery") and browser.value("document.documentElement.scrollWidth") <= 1280
 
 
 @pytest.mark.parametrize("width", [360, 800, 1280])

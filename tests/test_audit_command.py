@@ -16,7 +16,7 @@ from leukemia_nb.errors import LeukemiaError
 from leukemia_nb.inference.classifier import ModelSettings, open_classifier, read_model_settings
 from leukemia_nb.inference.predictor import Predictor
 from leukemia_nb.models.interface import ModelError
-from leukemia_nb.study.audit import audit_settings, select_every_class, match_classes, run_audit
+from leukemia_nb.study.audit import audit_settings, select_all_classes, match_classes, run_audit
 from leukemia_nb.study.command_line import app
 from leukemia_nb.testing import dummy_classifier_file, dummy_model_file
 
@@ -150,7 +150,7 @@ def test_classes_of_model_and_folders(folder, tmp_path):
     )
     assert outputs == ("Normal", "Early Pre-B", "Pre-B") and known == ("Normal", "Pre-B")
     assert any("Pro are left out" in note for note in notes) and any("no images of Early" in note for note in notes)
-    assert len(select_every_class(images)[0].rows) == 10
+    assert len(select_all_classes(images)[0].rows) == 10
     with pytest.raises(ModelError, match="has 3 classes and names none, and the folders are Benign, Pre"):
         audit_settings(images, folder / "colours.onnx", ModelSettings(range="0-1"))
 

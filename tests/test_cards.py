@@ -4,17 +4,26 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import PurePosixPath
 
 import pandas as pd
 import pytest
 import yaml
 
-from leukemia_nb.data.files import read_table, write_table
+from leukemia_nb.data.files import file_sha256, read_json, read_table, write_table
 from leukemia_nb.models.interface import MODELS
-from leukemia_nb.study.cards import MissingResultError, _Results, model_card, render, reporting_items, write_cards
+from leukemia_nb.study.cards import (
+    MissingResultError,
+    _Results,
+    model_card,
+    render,
+    reporting_items,
+    write_cards,
+    write_croissant,
+)
 from leukemia_nb.study.driver import _section_steps
 from leukemia_nb.audit.saliency import saliency_summary
-from leukemia_nb.testing import dummy_run
+from leukemia_nb.testing import dummy_dataset, dummy_run
 
 STATEMENT = '{% import "statements.md.j2" as statements with context %}{% call part() %}{{ statements.'
 
@@ -93,9 +102,74 @@ def test_first_lines_are_yaml_with_the_fields_of_hugging_face(run):
     result = fields["model-index"][0]["results"][0]
     assert fields["license"] == "agpl-3.0" and fields["library_name"] == "ultralytics"
     assert result["dataset"]["split"] == "test"
-    assert result["metrics"][0] == {"type": "accuracy", "value": 1.0, "name": "111 of 111"}
+    assert result["metrics"][0] == {"type": "accuracy", "value": 1.0, "name": "Accuracy 100.0 % (95 % CI 96.7–100.0; 111/111)"}
+    table = read_table(run / "metrics" / "models.csv").set_index("model").loc["yolo12"]
+    values = {each["type"]: each["value"] for each in result["metrics"]}
+    assert values == {"accuracy": table["accuracy"], "balanced_accuracy": table["balanced_accuracy"]} | {
+        "f1": table["macro_f1"],
+        "roc_auc": table["auc"],
+    }
+    assert set(fields["metrics"]) == set(values)
+    alone = fields["model-index"][0]["results"][1]
+    assert alone["dataset"]["config"] == "without near-duplicates in training" and "71/71" in alone["metrics"][0]["name"]
     other = yaml.safe_load(model_card(run, "mobilenet_v2").split("---")[1])
     assert (other["license"], other["library_name"]) == ("other", "keras")
+
+
+def test_hugging_faces_own_library_reads_the_card(run):
+    """Required fields of the documented schema; and their library, where it is installed."""
+    content = model_card(run, "mobilenet_v2")
+    for result in yaml.safe_load(content.split("---")[1])["model-index"][0]["results"]:
+        assert {"type"} <= result["task"].keys() and {"type", "name"} <= result["dataset"].keys()
+        assert all({"type", "value"} <= metric.keys() and isinstance(metric["value"], float) for metric in result["metrics"])
+    hub = pytest.importorskip("huggingface_hub")
+    data = hub.ModelCard(content).data
+    found = [(each.metric_type, each.metric_value, each.dataset_config) for each in data.eval_results]
+    assert data.pipeline_tag == data.eval_results[0].task_type == "image-classification" and len(found) == len(set(found)) == 5
+
+
+@pytest.fixture
+def run_with_images(run):
+    """The run with a dataset folder as the step *split* writes it."""
+    (run / "dataset.csv").unlink()
+    table = read_table(f"{dummy_dataset(run / 'dataset', per_class=4, size=16)}.csv").drop_duplicates("pair")
+    split = table[["pair", "class", "subset"]].assign(path="a.png", sha256="0" * 64, group=range(len(table)))
+    write_table(run / "split.csv", split[["pair", "class", "path", "sha256", "subset", "group"]])
+    return run
+
+
+def test_croissant_describes_every_column_file_class_and_subset(run_with_images):
+    run = run_with_images
+    split, dataset = read_table(run / "split.csv"), read_table(run / "dataset.csv")
+    content = read_json(write_croissant(run))
+    sets = {each["name"]: each for each in content["recordSet"]}
+    for name, table in {"split": split, "dataset": dataset}.items():
+        assert [field["source"]["extract"]["column"] for field in sets[name]["field"]] == table.columns.tolist()
+    assert {each["classes/name"] for each in sets["classes"]["data"]} == set(split["class"])
+    assert {each["subsets/name"] for each in sets["subsets"]["data"]} == set(split["subset"])
+    files = {each["@id"]: each for each in content["distribution"]}
+    assert all(files[name]["sha256"] == file_sha256(run / files[name]["contentUrl"]) for name in ("split.csv", "dataset.csv"))
+    for channel in ("original", "segmented", "cells"):
+        paths = ("dataset/" + dataset[channel]).tolist()
+        assert all(PurePosixPath(path).match(files[f"{channel}-images"]["includes"]) for path in paths)
+        for field in sets[channel]["field"][2:]:
+            found = [re.match(field["source"]["transform"]["regex"], path)[1] for path in paths]
+            assert found == dataset[field["name"]].tolist()
+    assert (
+        content["conformsTo"] == "http://mlcommons.org/croissant/1.0"
+        and content["license"]
+        and "research only" in content["description"]
+    )
+
+
+def test_the_library_of_croissant_reads_tables_and_images(run_with_images):
+    croissant, run = pytest.importorskip("mlcroissant"), run_with_images
+    dataset = read_table(run / "dataset.csv")
+    loaded = croissant.Dataset(jsonld=str(write_croissant(run)))
+    assert not loaded.metadata.issues.errors
+    assert sum(1 for _ in loaded.records("split")) == len(read_table(run / "split.csv"))
+    records = [(each["original/subset"].decode(), each["original/class"].decode()) for each in loaded.records("original")]
+    assert sorted(records) == sorted(zip(dataset["subset"], dataset["class"]))
 
 
 def test_licences(run):
@@ -192,6 +266,10 @@ def test_the_split_is_described_as_it_was(run):
     assert "image-level split" in state(run, "division") and "images and exact copies" in state(run, "disjoint")
     (run / "study.json").write_text(json.dumps(study | {"split": "grouped"}))
     assert "no group is in two subsets" in state(run, "division") and "groups of near-duplicates" in state(run, "disjoint")
+    (run / "study.json").write_text(json.dumps(study | {"split": "grouped", "groups_from": "parent"}))
+    assert "near-duplicates joined with the folders below those of the classes" in state(run, "division")
+    (run / "study.json").write_text(json.dumps(study | {"split": "folders"}))
+    assert "in which the images were given" in state(run, "division")
     (run / "study.json").write_text(json.dumps(study | {"split_file": "a.csv"}))
     assert "earlier study" in state(run, "division")
 

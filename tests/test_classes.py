@@ -1,5 +1,6 @@
 """Any classes: class maps, names of folders, given splits, groups from folders, two and twenty classes."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from leukemia_nb.data.classes import (
     write_class_map,
 )
 from leukemia_nb.data.files import read_table, write_table
-from leukemia_nb.data.manifest import ImageError, ImageSearch, resolve_classes, search_images, select_classes
+from leukemia_nb.data.manifest import ImageError, ImageSearch, build_manifest, resolve_classes, search_images, select_classes
 from leukemia_nb.data.synthetic import write_smears
 from leukemia_nb.evaluation.metrics import (
     class_table,
@@ -140,12 +141,69 @@ def test_layouts_in_circulation(tmp_path, names, classes):
     assert None not in labels
 
 
+PBC = ("basophil", "eosinophil", "erythroblast", "ig", "lymphocyte", "monocyte", "neutrophil", "platelet")
+AML = tuple("BAS EBO EOS KSC LYA LYT MMZ MOB MON MYB MYO NGB NGS PMB PMO".split())
+
+
+@pytest.mark.parametrize("names", [PBC, AML])
+def test_public_sets_of_eight_and_fifteen_classes(tmp_path, names):
+    search = touched(tmp_path, *(f"set/{name}/{name}_{number}.jpg" for name in names for number in range(2)))
+    found = resolve_classes(search)
+    assert found.classes == names and {label for _, label in select_classes(search, found).rows} == set(names)
+
+
 def test_folders_of_one_class_or_none_are_no_study(tmp_path):
     touched(tmp_path, "a/1.png", "a/2.png")
     with pytest.raises(ClassMapError, match="only in folder a, and a study needs two classes"):
         folder_classes(search_images(tmp_path).paths, tmp_path)
     with pytest.raises(ClassMapError, match="in no folder of a class"):
         folder_classes([tmp_path / "1.png"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["Benign/P1/1.png", "Benign/P2/2.png"], "all images lie below one class, Normal"),
+        (["P1/Benign/1.png", "P2/Benign/2.png"], "all images lie below one class, Normal"),
+        (["P1/ALL/1.png", "P1/HC/2.png", "P2/ALL/3.png", "P2/HC/4.png"], r"the same folders \(ALL, HC\) lie in p1, p2"),
+        (["P1/ALL/1.png", "P2/train/HC/2.png", "P3/test/ALL/3.png"], r"the same folders \(ALL, HC\) lie in p1, p2, p3"),
+    ],
+)
+def test_patients_are_not_taken_for_classes(tmp_path, names, message):
+    search = touched(tmp_path, *names)
+    with pytest.raises(ClassMapError, match=f"{message}.*--class-map"):
+        resolve_classes(search)
+    top = sorted({Path(name).parts[0] for name in names})
+    if len(top) > 1:
+        assert resolve_classes(search, classes=top).classes == tuple(top)  # by the user's own word
+
+
+def test_the_data_folder_is_a_class_only_where_none_lies_in_it(tmp_path):
+    touched(
+        tmp_path, *(f"pro/{name}/x.png" for name in ("Benign", "Pre", "Pro", "Unsorted")), "pro/x.png", "alone/Pro/slide/x.png"
+    )
+    found = named_classes(CLASSES)
+    labels = {
+        name: found.class_of_path(tmp_path / "pro" / name, tmp_path / "pro") for name in ("Pre/x.png", "Unsorted/x.png", "x.png")
+    }
+    assert labels == {"Pre/x.png": "Pre-B", "Unsorted/x.png": None, "x.png": None}
+    folder = tmp_path / "alone/Pro"
+    assert found.class_of_path(folder / "slide/x.png", folder) == "Pro-B"
+    with pytest.warns(UserWarning, match="images in Unsorted left out"):
+        (tmp_path / "pro/x.png").unlink()
+        manifest = build_manifest(tmp_path / "pro")
+    assert set(manifest["class"]) == set(CLASSES) and len(manifest) == 3
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names that are no UTF-8")
+def test_a_class_whose_name_is_no_utf8_is_refused_and_a_spelling_is_not(tmp_path):
+    touched(tmp_path, os.fsdecode(b"ALL\xe9/1.png"), "HC/2.png")
+    with pytest.raises(ClassMapError, match="cannot be the name of a class.*Rename it"):
+        resolve_classes(search_images(tmp_path))
+    search = touched(tmp_path, "ALL/1.png", "ALL/2.png")
+    write_class_map(tmp_path / "map.toml", resolve_classes(search))
+    labels = [read_class_map(tmp_path / "map.toml").class_of_path(path, tmp_path) for path in search.paths]
+    assert labels.count("ALL") == 3 and labels.count("HC") == 1
 
 
 KAGGLE = ["Benign/1.png", "Early/1.png", "Pre/1.png", "Pro/1.png"]
@@ -176,6 +234,7 @@ def test_classes_that_are_named_are_taken_or_refused(tmp_path):
     assert resolve_classes(search, classes=FOUR_CLASSES).classes == FOUR_CLASSES
     chosen = resolve_classes(search, classes=("other", "Benign"))
     assert chosen.classes == ("other", "Benign") and "of class Pre = Pre (1)" in select_classes(search, chosen).classes
+    assert select_classes(search, chosen).classes.startswith("classes by the names of the folders: other = other (1)")
     with pytest.raises(ClassMapError, match="there is no class 'Normal', 'B'; the classes are Benign, Early, Pre, Pro, other"):
         resolve_classes(search, classes=("Normal", "B"))
     (tmp_path / "map.toml").write_text("exclude = ['Early']\n" + TWO)
@@ -223,8 +282,11 @@ def test_check_study_says_what_was_taken_for_what(smears, tmp_path):
         check_study(replace(settings, train_size=0.85, test_size=0.05), Run(tmp_path / "run"))
     with pytest.raises(StudyError, match="audit_images is 2, fewer than the 3 classes"):
         check_study(replace(settings, audit_images=2), Run(tmp_path / "run"))
+    part = replace(settings, data=str(smears / "train"), split="folders")
+    with pytest.raises(ClassMapError, match="which are the classes, and which patients"):  # two folders in each of three
+        check_study(part, Run(tmp_path / "run"))
     with pytest.raises(SplitError, match="in no folder train, val or test"):
-        check_study(replace(settings, data=str(smears / "train"), split="folders"), Run(tmp_path / "run"))
+        check_study(replace(part, classes=("blast", "lymphocyte", "monocyte")), Run(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -266,6 +328,14 @@ def test_groups_are_the_folders_below_the_class(tmp_path):
     assert len(lines) == 2 and "1 image in no folder below that of the class" in lines[1]
     with pytest.raises(SplitError, match="Leave out --groups-from parent"):
         parent_groups(images[-1:], tmp_path, found, lines.append)
+
+
+def test_a_subset_below_the_class_is_no_group(tmp_path):
+    names = ["all/train/P1/1.png", "all/test/P1/2.png", "hem/P2/val/3.png", "hem/fold_1/4.png"]
+    found, lines = named_classes(["all", "hem"]), list[str]()
+    assert parent_groups([tmp_path / name for name in names], tmp_path, found, lines.append) == ["P1", "P1", "P2", ""]
+    with pytest.raises(SplitError, match="Leave out --groups-from parent"):
+        parent_groups([tmp_path / "all/train/1.png", tmp_path / "hem/test/2.png"], tmp_path, found, lines.append)
 
 
 def test_a_given_split_is_taken_or_refused(tmp_path):

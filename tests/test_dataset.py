@@ -18,7 +18,8 @@ from leukemia_nb.data.images import ImageError, read_image, resize_square, write
 from leukemia_nb.data.manifest import build_manifest
 from leukemia_nb.data.synthetic import make_smear, write_smears
 from leukemia_nb.processing import dataset
-from leukemia_nb.processing.cells import FEATURE_NAMES, find_cells
+from leukemia_nb.inference.predictor import Predictor
+from leukemia_nb.processing.cells import FEATURE_NAMES, cell_table, find_cells
 from leukemia_nb.processing.dataset import (
     _FLIPS,
     _PAIR_COLUMNS,
@@ -33,6 +34,7 @@ from leukemia_nb.processing.dataset import (
     write_dataset,
 )
 from leukemia_nb.processing.segmentation import SEGMENTATION_METHODS, apply_mask, segment
+from leukemia_nb.testing import dummy_model_file
 
 SIZE = 64
 
@@ -194,6 +196,34 @@ def test_folder_is_prepared_for_later_steps(manifest, tmp_path):
     assert kept["pair"].tolist() == pairs["pair"].tolist() == read_table(tmp_path / "out/manifest.csv")["pair"].tolist()
     with pytest.raises(ImageError, match="was written by leukemia_nb"):
         prepare_folder(tmp_path / "out", tmp_path / "other")
+
+
+def test_a_cell_without_a_pixel_in_its_window_and_a_fault_in_one_image_do_not_end_the_run(tmp_path, monkeypatch):
+    """A large crescent has nothing at the centre of its bounding box; another fault costs the image, not the run."""
+    write_smears(tmp_path / "data", 1, height=224, width=224)
+    arc, random = np.full((224, 224, 3), (249, 249, 252), np.uint8), np.random.default_rng(0)
+    for centre in random.integers(224, size=(12, 2)):
+        cv2.circle(arc, centre.tolist(), 8, (217, 210, 229), -1)
+    cv2.ellipse(arc, (112, 112), (60, 60), 30, 0, 220, (112, 46, 186), 20)
+    write_image(tmp_path / "data/Pro-B/arc.png", cv2.GaussianBlur(arc, (0, 0), 0.8))
+    pairs = prepare_folder(tmp_path / "data", tmp_path / "out")
+    assert pairs.set_index("pair")["n_cells"]["Pro-B/arc"] and (pairs["problem"] == "").all()
+    predictor = Predictor(dummy_model_file(tmp_path / "m.onnx", kind="cells"))
+    assert predictor.report([tmp_path / "data/Pro-B/arc.png"]).rows[0]["problem"] == ""
+
+    faults = [FloatingPointError("of one image")]
+
+    def fail(image, cells):
+        if faults:
+            raise faults.pop()
+        return cell_table(image, cells)
+
+    monkeypatch.setattr(dataset, "cell_table", fail)
+    pairs = prepare_folder(tmp_path / "data", tmp_path / "again")
+    cells, bad = pd.read_csv(tmp_path / "again/cell_features.csv"), pairs[pairs["problem"] != ""]
+    assert len(bad) == 1 and "FloatingPointError: of one image" in bad["problem"].iloc[0]
+    assert set(cells["pair"]) <= set(pairs["pair"]) - set(bad["pair"]) and len(cells)
+    assert list(read_table(tmp_path / "again/pairs.csv")["problem"]) == list(pairs["problem"])
 
 
 @given(arrays(np.uint8, (3, 4, 3)), st.sampled_from(_FLIPS))

@@ -20,6 +20,7 @@ from leukemia_nb.inference import batch
 from leukemia_nb.inference.batch import predictions_by_group
 from leukemia_nb.inference.external import coverage_table, error_gallery, labelled_images, predict_labelled, read_evaluation
 from leukemia_nb.inference.model_file import open_model_file, write_model_file
+from leukemia_nb.processing.splitting import SplitError
 from leukemia_nb.study.command_line import app
 from leukemia_nb.testing import dummy_evaluation, dummy_predictions
 
@@ -209,3 +210,25 @@ def test_what_cannot_be_meant_is_refused_in_words(arguments, message, place, tmp
     done = run("evaluate", *given, "--model", model, "--out", tmp_path / "out")
     text = done.output + str(done.exception)
     assert done.exit_code and message in " ".join(text.split()) and not (tmp_path / "out").exists()
+
+
+def test_a_class_map_renames_and_leaves_out(tmp_path):
+    for name in ("Healthy/1.png", "Blurred/2.png", "Other/3.png", "Pro/4.png"):
+        write_image(tmp_path / "in" / name, make_smear("Normal", 1, 96, 128).image)
+    text = 'exclude = ["Blurred"]\n[classes.Normal]\nfolders = ["Healthy"]\n[classes.Pro-B]\nfolders = ["Pro"]\n'
+    (tmp_path / "map.toml").write_text(text)
+    lines = []
+    found = labelled_images(tmp_path / "in", CLASSES, class_map=tmp_path / "map.toml", log=lines.append)
+    assert found["class"].tolist() == ["Normal", "Other", "Pro-B"] and "1 in folders that the class map leaves out" in lines
+    with pytest.raises(SplitError, match="no folders below those of the classes"):
+        labelled_images(tmp_path / "in", CLASSES, "parent", log=silent)
+
+
+def test_missing_packages_are_named_before_any_prediction(place, tmp_path, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "papermill" else find(name, *more))
+    model = sorted((place / "models").glob("*.onnx"))[0]
+    done = run("evaluate", place / "hospital", "--model", model, "--out", tmp_path / "out")
+    assert "not installed: papermill" in str(done.exception) and not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from leukemia_nb.data.images import write_image
+from leukemia_nb.data.classes import ClassMap
 from leukemia_nb.evaluation.calibration import (
     augrc,
     _brier_score,
@@ -473,7 +474,8 @@ def test_temperature_and_thresholds_are_chosen_without_near_duplicates():
     assert len(pairs) == 80 and note.startswith("only 59 of 80 validation images have no near-duplicate in training: too few")
     assert calibration_pairs(split, 59)[1] == ""
     one_class = split.assign(**{"class": ["Normal"] * 40 + ["Pro-B"] * 60})
-    assert len(calibration_pairs(one_class, 10)[0]) == 80
+    pairs, note = calibration_pairs(one_class, 10)
+    assert len(pairs) == 80 and "too few" not in note and "have no near-duplicate in training: none of class" in note
     assert calibration_pairs(split.assign(group=range(100)), 500) == ([f"p{i}" for i in range(20, 100)], "")
 
 
@@ -566,6 +568,15 @@ def test_new_images(folder_of_images, batch):
         "somewhere/Snap_3é.png": "",
     }
     np.testing.assert_allclose(table.set_index("pair")["p_Pro-B"]["Pro/Snap_1é.png"], 200 / 255, atol=1e-6)
+
+
+def test_new_images_have_the_class_of_the_nearest_folder_that_means_one(folder_of_images):
+    write_image(folder_of_images / "Pro" / "slide 1" / "a.png", np.zeros((16, 16, 3), np.uint8))
+    labels = predict_new_images(ByBrightness(), folder_of_images).set_index("pair")["class"]
+    assert labels["Pro/slide 1/a.png"] == "Pro-B"
+    own = ClassMap(("Normal", "Pro-B"), {"Normal": ["somewhere"], "Pro-B": ["slide-1"]})
+    labels = predict_new_images(ByBrightness(), folder_of_images, class_map=own).set_index("pair")["class"]
+    assert labels[labels != ""].to_dict() == {"Pro/slide 1/a.png": "Pro-B", "somewhere/Snap_3é.png": "Normal"}
 
 
 def test_no_image_that_can_be_read(tmp_path):

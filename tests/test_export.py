@@ -21,8 +21,12 @@ from leukemia_nb.inference.export import (
     _run_exported,
     _weights_version,
 )
-from leukemia_nb.inference.predictor import Predictor
+from leukemia_nb.data.images import resize_square
+from leukemia_nb.data.synthetic import make_smear
+from leukemia_nb.inference.predictor import Predictor, predict_cells
+from leukemia_nb.models.cell_model import _log_probabilities
 from leukemia_nb.models.interface import MODELS, ModelError, make_model
+from leukemia_nb.processing.cells import FEATURE_NAMES, cell_table, find_cells
 from leukemia_nb.processing.dataset import Pairs
 from leukemia_nb.testing import dummy_dataset
 
@@ -103,8 +107,28 @@ def test_an_image_without_cells_gets_the_class_proportions(cells):
     import onnxruntime
 
     session = onnxruntime.InferenceSession(export_network(cells).SerializeToString())
-    probabilities, features = session.run(None, {"cells": np.zeros((0, 39), np.float32)})
-    assert np.allclose(probabilities, cells.class_proportions_) and not features.any() and features.shape == (1, 78)
+    probabilities, features, by_cell = session.run(None, {"cells": np.zeros((0, 39), np.float32)})
+    assert (
+        by_cell.shape == (0, 3)
+        and np.allclose(probabilities, cells.class_proportions_)
+        and not features.any()
+        and features.shape == (1, 78)
+    )
+
+
+def test_each_cell_has_the_probabilities_of_the_cell_classifier(cells, dataset, tmp_path):
+    export_model(cells, tmp_path / "cells.onnx", *subsets(dataset))
+    predictor, image = Predictor(tmp_path / "cells.onnx"), make_smear("Pre-B", seed=4).image
+    square = resize_square(image, SIZE)
+    features = cell_table(square, find_cells(square))
+    expected = np.exp(_log_probabilities(cells.cell_layers_, features[list(FEATURE_NAMES)].to_numpy())) - 1e-4
+    table = predict_cells(predictor, image).table.set_index("label")
+    assert len(features) > 0 and len(table) == predictor.report(image).rows[0]["n_cells"]
+    names = [f"p_{name}" for name in cells.classes_]
+    assert np.allclose(table.loc[features["cell"], names], expected, atol=1e-5)
+    assert table.loc[features["cell"], "predicted"].tolist() == cells.classes_[expected.argmax(axis=1)].tolist()
+    others = table.drop(index=features["cell"])
+    assert (others["predicted"] == "").all() and others[names].isna().all(axis=None)
 
 
 def test_two_classes(tmp_path):

@@ -17,7 +17,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageCms
 
 from leukemia_nb.data.files import OutputError
-from leukemia_nb.data.images import SUFFIXES, ImageError, as_rgb, read_image, write_image
+from leukemia_nb.data.images import SUFFIXES, ImageError, as_rgb, read_image, resize_square, write_image
 
 
 def noise(seed: int, height: int = 30, width: int = 40) -> np.ndarray:
@@ -284,6 +284,12 @@ def bmp32(photo: np.ndarray, alpha: int) -> bytes:
 
 def with_alpha(photo: np.ndarray, alpha: int) -> np.ndarray:
     return np.dstack([photo, np.full(photo.shape[:2], alpha, photo.dtype)])
+
+
+@pytest.mark.parametrize("shape", [(40, 40, 4), (40, 40, 2), (40, 40, 1), (2, 40, 40, 3), (40,)])
+def test_only_grey_and_rgb_are_resized(shape):
+    with pytest.raises(ImageError, match="must be uint8 RGB"):
+        resize_square(np.zeros(shape, np.uint8), 16)
 
 
 def test_every_layout_of_tiff(tmp_path, photo):

@@ -182,6 +182,11 @@ def test_groups_are_what_is_connected(case):
     np.testing.assert_array_equal(groups, pd.factorize(np.array(expected))[0])
 
 
+def test_a_path_named_twice_is_in_one_group():
+    pairs = pd.DataFrame({"a": ["x"], "b": ["y"]})
+    assert leakage.group_images(["z", "x", "y", "x", "z"], pairs).tolist() == [0, 1, 1, 1, 0]
+
+
 def test_report_counts_near_duplicates_in_train_only():
     split = pd.DataFrame({"pair": list("abcdef"), "subset": ["train", "train", "test", "test", "val", "test"]})
     split["group"] = [0, 1, 0, 2, 2, 3]  # c has its near-duplicate in train; d in val alone

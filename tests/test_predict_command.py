@@ -15,12 +15,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from leukemia_nb.data.classes import CLASSES, ClassMap, write_class_map
 from leukemia_nb.data.files import OutputError, file_lock
 from leukemia_nb.data.images import ImageError, write_image
 from leukemia_nb.data.synthetic import make_smear, write_smears
 from leukemia_nb.inference.batch import (
     PredictionTask,
     _compare_models,
+    compare_files,
     exported_models,
     find_inputs,
     format_comparison,
@@ -212,9 +214,27 @@ def test_a_missing_overlay_is_made_again(paths, model, tmp_path):
 def test_an_overlay_that_fails_is_an_error_of_its_row(paths, model, tmp_path, monkeypatch):
     from leukemia_nb.inference import batch
 
-    monkeypatch.setattr(batch, "overlay", lambda image, heat: 1 / 0)
+    monkeypatch.setattr(batch, "overlay", lambda *_: 1 / 0)
     (row,) = _predict_batch(PredictionTask(str(model), str(tmp_path / "ov")), paths[:1])
     assert "ZeroDivisionError" in row["problem"] and row["predicted"]
+
+
+def test_the_cells_of_a_folder(place, paths, model, tmp_path):
+    """One row per counted cell, in the order of the images; resumed like the predictions; nothing of an unreadable image."""
+    (tmp_path / "broken.png").write_bytes(b"")
+    task, given = PredictionTask(str(model), cells=str(tmp_path / "cells")), [*paths, str(tmp_path / "broken.png")]
+    with pytest.raises(KeyboardInterrupt):
+        predict_files(given, task, tmp_path / "a.csv", log=interrupt)
+    assert predict_files(given, task, tmp_path / "a.csv") == 1
+    table, cells = table_of(tmp_path / "a.csv"), table_of(tmp_path / "cells/cells.csv")
+    counted = [path for row in table.itertuples() if row.predicted for path in [row.path] * int(float(row.n_cells))]
+    assert cells["path"].tolist() == counted and "p_Normal" not in cells
+    assert len(list(tmp_path.glob("cells/labels/*.png"))) == len(list(tmp_path.glob("cells/geojson/*.geojson"))) == len(paths)
+    whole = (tmp_path / "cells/cells.csv").read_bytes()
+    command = ("predict", *given, "--model", model, "--cells", tmp_path / "cells", "--n-jobs", 2)
+    assert call(*command)[0] == 1 and (tmp_path / "cells/cells.csv").read_bytes() == whole
+    status, _, error = call("predict", *paths, "--model", model, "--cells", place / "smears")
+    assert status == 1 and "holds the images that are read" in error
 
 
 # What may be written
@@ -404,6 +424,21 @@ def test_every_model_beside_the_others(place, paths, tmp_path):
         _compare_models(paths, models[:1], messages.append)
     with pytest.raises(ImageError, match="No image can be read"):
         _compare_models(["nowhere.png"], models[1:], messages.append)
+
+
+def test_compared_images_have_the_class_that_the_run_means_by_their_folder(paths, place, tmp_path, monkeypatch):
+    shutil.copytree(place / "run", tmp_path / "run")
+    (tmp_path / "Pre-B/slide 1").mkdir(parents=True)
+    shutil.copy(paths[0], tmp_path / "Pre-B/slide 1/a.png")
+    monkeypatch.chdir(tmp_path / "Pre-B/slide 1")
+    for named in (["a.png"], [str(tmp_path / "Pre-B/slide 1/a.png")]):
+        assert compare_files(named, tmp_path / "run", tmp_path / "out")["true label"].tolist() == ["Pre-B"]
+    own = ClassMap(CLASSES, {name: [f"ward {number}"] for number, name in enumerate(CLASSES)})
+    write_class_map(tmp_path / "run/class_map.toml", own)
+    (tmp_path / "ward 2").mkdir()
+    shutil.copy(paths[0], tmp_path / "ward 2/b.png")
+    found = compare_files(["a.png", str(tmp_path / "ward 2/b.png")], tmp_path / "run", tmp_path / "out")
+    assert found["true label"].tolist() == ["", "Pro-B"]
 
 
 def test_compare_has_a_row_for_every_image_and_a_column_for_every_model(paths, place, tmp_path):

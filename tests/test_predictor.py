@@ -30,7 +30,7 @@ from leukemia_nb.inference.predictor import (
     saliency,
 )
 from leukemia_nb.models.interface import ModelError
-from leukemia_nb.processing.segmentation import apply_mask, check_mask, segment
+from leukemia_nb.processing.segmentation import apply_mask, check_mask, draw_outlines, segment
 from leukemia_nb.testing import dummy_model_file
 
 CLASSES = ["Normal", "Pre-B", "Pro-B"]
@@ -214,15 +214,14 @@ def test_distance_by_hand():
         fit_mahalanobis(values * np.inf, np.repeat(["a", "b"], 4))
 
 
-def test_features_that_do_not_vary_have_a_message():
-    labels, value = np.repeat(["a", "b"], 10), np.float32(0.1)
-    for values in (np.full((20, 8), value), np.zeros((20, 8), np.float32), np.repeat([[value] * 8, [2 * value] * 8], 10, axis=0)):
-        for standardise in (False, True):
-            with pytest.raises(ModelError, match="the same throughout each class"):
-                fit_mahalanobis(values, labels, standardise)
-    copies = np.random.default_rng(0).normal(size=(80, 3))
-    copies[:40] = copies[0]  # a class of copies of one image shares the covariance of the others
-    assert np.isfinite(fit_mahalanobis(copies, np.repeat([0, 1], 40), by_class=True)["whitening"]).all()
+@pytest.mark.parametrize("by_class", [False, True])
+def test_constant_features_are_an_error_and_those_of_one_class_are_not(by_class):
+    random, labels = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32), np.repeat(["a", "b"], 30)
+    for constant in (np.full_like(random, 0.1), np.where(labels == "a", 0.1, 0.7)[:, None] + 0 * random):
+        with pytest.raises(ModelError, match="of one class are all the same.*Train the model again"):
+            fit_mahalanobis(constant, labels, by_class=by_class)
+    half = np.where(labels[:, None] == "a", np.float32(0.3), random)
+    assert np.isfinite(mahalanobis_distance(half, fit_mahalanobis(half, labels, by_class=by_class))).all()
 
 
 def test_distance_to_the_predicted_class_by_hand():
@@ -464,6 +463,8 @@ def test_overlays_and_saliency(place, paths):
     assert drawn.shape == image.shape and (drawn == (0, 205, 90)).all(axis=2).any()
     assert heat.shape == (1, 224, 224) and heat.min() >= 0 and heat.max() <= 1
     assert overlay(image, heat[0]).shape == image.shape
+    small = draw_outlines(image, find_image_cells(image, 64), (0, 205, 90), max(1, round(max(image.shape) / 220)))
+    assert (overlay(image, size=64) == small).all() and (overlay(image, size=64) != drawn).any()
 
 
 def test_the_predict_path_loads_nothing_heavy(file, paths):

@@ -151,6 +151,30 @@ def test_the_linter_finds_what_is_wrong_with_a_page(tmp_path):
         assert part in messages
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        ("image/svg+xml", "<svg/>", "without fig-alt"),
+        ("text/html", '<img src="data:x">', "<img> without alt"),
+        ("text/markdown", "## a module", "output: asis"),
+        ("text/plain", "PosixPath('/tmp/tmpa1b2c3/out')", "'/tmp/tmpa1b2c3' belongs"),
+        ("text/plain", "file:///no/network", "'file:///' belongs"),
+        ("text/html", "<td>smoke-0hzuppwx</td>", "'smoke-0hzuppwx' belongs"),
+        ("text/plain", "Updated Ultralytics settings", "'Ultralytics settings' belongs"),
+    ],
+)
+def test_the_linter_finds_what_is_wrong_with_an_output(kind, text, message):
+    assert message in "".join(lint_notebooks.check_output("", nbformat.v4.new_output("display_data", {kind: text})))
+    assert not list(
+        lint_notebooks.check_output("#| fig-alt: a\n#| output: asis", nbformat.v4.new_output("display_data", {kind: "a"}))
+    )
+
+
+def test_the_linter_asks_a_study_page_where_its_outputs_come_from():
+    note = nbformat.v4.new_markdown_cell("::: {.callout-note}\n[Findings](../findings.ipynb)\n:::", metadata={"tags": ["site"]})
+    assert not list(lint_notebooks.check_study_page([note])) and list(lint_notebooks.check_study_page([]))
+
+
 def test_the_linter_finds_an_import_against_the_flow_and_long_functions(tmp_path):
     module = tmp_path / "splitting.py"
     module.write_text("from ..models.interface import MODELS\n\n\ndef long():\n" + "    pass\n" * 40 + f"TEXT = 'a{'b' * 300}'\n")

@@ -55,6 +55,7 @@ def run(tmp_path_factory):
         folder,
         "compare",
         new_markdown_cell("# Compare\n\n> Side by side\n\n## Test accuracy\n\nSee [metrics](../04_evaluation/30_metrics.ipynb)."),
+        new_markdown_cell("::: {.callout-note}\nsecret note of the published page\n:::", metadata={"tags": ["site"]}),
         new_code_cell("run = ''", metadata={"tags": ["parameters"]}, outputs=[new_output("stream", text="secret parameters")]),
         new_code_cell(
             "secret_code = 1", outputs=[new_output("stream", text="said"), new_output("execute_result", {"text/html": table})]

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from leukemia_nb.processing import quality_control
-from leukemia_nb.data.files import pluralise
+from leukemia_nb.data.files import file_lock, pluralise
 from leukemia_nb.errors import LeukemiaError
 from leukemia_nb.data.images import read_image, write_image
 from leukemia_nb.processing.quality_control import _mask_names, segment_folder
@@ -221,7 +221,7 @@ def test_any_error_on_one_image_is_its_row(tmp_path, drawn, monkeypatch, trouble
     segment_folder(tmp_path / "in", tmp_path / "out", progress=False)
     table = table_of(tmp_path / "out").set_index("path")
     assert (table.problem != "").tolist() == [False, True, False] and "in/b.png: " in table.problem["b.png"]
-    assert "\n" not in table.problem["b.png"] and len(list((tmp_path / "out").rglob("*.png"))) == 4
+    assert "\n" not in table.problem["b.png"] and len(list((tmp_path / "out").rglob("*.png"))) == 6
 
 
 def test_a_full_disk_keeps_what_is_done_and_the_same_command_goes_on(tmp_path, drawn):
@@ -243,6 +243,12 @@ def test_a_full_disk_keeps_what_is_done_and_the_same_command_goes_on(tmp_path, d
     done = (tmp_path / "out/masks/a.png").stat().st_mtime_ns
     assert call(tmp_path / "in", "--out", tmp_path / "out")[0] == 0
     assert len(check_masks(tmp_path / "in", tmp_path / "out")) == 2 and (tmp_path / "out/masks/a.png").stat().st_mtime_ns == done
+
+
+def test_a_folder_into_which_another_command_writes_is_refused(tmp_path, many):
+    with file_lock(tmp_path / "out"):  # as `prepare` and `segment` take it, whose half-written files are no leftovers
+        status, said, error = call(many, "--out", tmp_path / "out")
+    assert status == 1 and said == "" and "out: another leukemia_nb is writing it" in error
 
 
 @pytest.mark.slow

@@ -89,6 +89,13 @@ def test_all_pages_can_be_processed(processed):
     assert made == sorted(map(name_of, NOTEBOOKS))
 
 
+def test_signatures_say_what_a_class_takes(processed):
+    """Fields of named tuples, the bases of exceptions: nothing reads (*args, **kwargs)."""
+    shown = {page: "\n".join(markdown(cells_of(page))) for page in processed.rglob("*.ipynb")}
+    assert [page.name for page, text in shown.items() if re.search(r"\*args,? *\n? *\*\*kwargs", text)] == []
+    assert any("class Cells(NamedTuple):\n    features: np.ndarray" in text for text in shown.values())
+
+
 def test_links_between_pages_lead_somewhere(processed):
     lost = {page.name: found for page in processed.rglob("*.ipynb") if (found := broken_links(cells_of(page), page.parent))}
     assert not lost

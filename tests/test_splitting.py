@@ -152,6 +152,29 @@ def test_grouped_split_parts_no_group(seed, size):
     pd.testing.assert_frame_equal(split, split_pairs(mixed, "grouped", mixed["slide"], seed=seed))
 
 
+@pytest.mark.parametrize(("train", "test"), [(0.85, 0.05), (0.5, 0.4), (0.3, 0.6), (0.55, 0.3)])
+@pytest.mark.parametrize("groups", [60, 12])
+def test_grouped_split_has_the_proportions_that_the_groups_allow(train, test, groups):
+    table = example_pairs({"Normal": 180, "Pre-B": 180})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        split = split_pairs(table, "grouped", [f"{place // 180} {place % groups}" for place in range(360)], train, test)
+    found = split.groupby("class")["subset"].value_counts(normalize=True).unstack()
+    off = (found - pd.Series({"train": train, "test": test, "val": 1 - train - test})).abs()
+    assert off.max(axis=None) < 1 / groups and (
+        off.max(axis=None) <= 0.03 or "because groups stay together" in str(caught[0].message)
+    )
+
+
+def test_grouped_split_of_few_groups_warns_and_keeps_one_for_each_subset():
+    table = example_pairs({"Normal": 40, "Pre-B": 40})
+    with pytest.warns(UserWarning, match="class Normal: .*'test': 10.* instead of .*'test': 2.*because groups stay together"):
+        split = split_pairs(table, "grouped", [f"{place // 40} {place % 4}" for place in range(80)])
+    with pytest.warns(UserWarning, match="because groups stay together"):
+        split = split_pairs(table, "grouped", [f"{place // 40} {place % 3}" for place in range(80)], 0.2, 0.7)
+    assert set(split.groupby("class")["subset"].nunique()) == {3}
+
+
 def test_groups_are_recorded_by_the_random_split_and_parted():
     table = example_pairs({"Normal": 60})
     split = split_pairs(table, groups=[number // 5 for number in range(60)])
@@ -507,3 +530,12 @@ def test_split_step_joins_the_list_with_what_it_finds(split_step):
     assert split.loc[[f"Pro-B/Pro-B_00{number}" for number in range(1, 5)], "group"].nunique() == 1, "not found, listed together"
     assert split.groupby("group").subset.nunique().max() == 1
     assert "images without a group, each a group of its own" in said and "1 row of no image here: Pro-B" in said
+
+
+def test_a_cell_that_says_there_is_no_group_is_none(tmp_path):
+    cells = ["7", "NA", "NA", "NaN", "n7", "N/A"]
+    (tmp_path / "g.csv").write_text("path,patient\n" + "".join(f"{number}.png,{cell}\n" for number, cell in enumerate(cells)))
+    assert read_groups(tmp_path / "g.csv")["group"].tolist() == ["7", "n7"]
+    lines: list[str] = []
+    groups = image_groups(tmp_path / "g.csv", [tmp_path / f"{number}.png" for number in range(6)], log=lines.append)
+    assert groups == ["7", "", "", "", "n7", ""] and "4 images without a group" in lines[0]

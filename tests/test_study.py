@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from leukemia_nb.data.classes import FOUR_CLASSES
 from leukemia_nb.data.files import mark_output_folder
 from leukemia_nb.data.synthetic import write_smears
-from leukemia_nb.models.interface import MODELS
+from leukemia_nb.models.interface import BACKBONES, MODELS
 from leukemia_nb.study import driver
 from leukemia_nb.study.command_line import _explanation, app
 from leukemia_nb.study.driver import (
@@ -81,7 +81,7 @@ def test_a_finished_unchanged_step_is_skipped(counter):
     assert runs(run) == 1
 
 
-@pytest.mark.parametrize("change", ["parameter", "input", "output", "notebook", "redo"])
+@pytest.mark.parametrize("change", ["parameter", "input", "output", "notebook", "executed", "redo"])
 def test_what_changes_makes_the_step_run_again(counter, change):
     step, run, notebook = counter
     run_step(step, run, notebook)
@@ -91,6 +91,8 @@ def test_what_changes_makes_the_step_run_again(counter, change):
         run.path("in.txt").write_text("b")
     elif change == "output":
         run.path("out.txt").write_text("edited")
+    elif change == "executed":
+        run.path("notebooks", "counter.ipynb").unlink()  # the report would lack its section
     elif change == "notebook":
         write_notebook(
             notebook,
@@ -214,6 +216,38 @@ def test_a_step_is_selected_with_all_that_it_needs():
         with_dependencies(steps, ["trian"])
 
 
+@pytest.mark.parametrize(
+    ("parameters", "name"),
+    [
+        ({"model": "yolov8", "settings": {"weights": "local"}}, "yolov8n-cls.pt"),
+        ({"model": "dual_channel", "settings": {"weights": "imagenet"}}, BACKBONES["mobilenet_v2"].files[0]),
+        ({"backbone": "mobilenet_v2", "weights": "local"}, BACKBONES["mobilenet_v2"].files[0]),
+        ({"weights": "local"}, BACKBONES["efficientnet_b0"].files[0]),
+    ],
+)
+def test_weight_files_that_come_later_make_the_step_run_again(counter, tmp_path, monkeypatch, parameters, name):
+    step, run, _ = counter
+    notebook = write_notebook(
+        tmp_path / "trains.ipynb",
+        "from pathlib import Path\n(Path(run) / 'out.txt').write_text('trained')",
+        "run = ''\nmodel = ''\nbackbone = ''\nweights = ''\nsettings = {}",
+    )
+    step = replace(step, parameters=parameters)
+    monkeypatch.setenv("LEUKEMIA_NB_WEIGHTS", str(tmp_path))
+    assert not run_step(step, run, notebook)["skipped"]
+    (tmp_path / "other.h5").write_text("weights of another network")
+    assert run_step(step, run, notebook)["skipped"]
+    (tmp_path / name).write_text("weights")
+    assert not run_step(step, run, notebook)["skipped"] and run_step(step, run, notebook)["skipped"]
+
+
+@pytest.mark.slow
+def test_smears_of_other_settings_are_replaced(tmp_path):
+    for per_class, seed in ((24, 0), (20, 1)):
+        run_study(replace(SMOKE, per_class=per_class, seed=seed), tmp_path, until=("prepare",))
+    assert len(Run(tmp_path).table("manifest.csv")) == 20 * len(Run(tmp_path).classes)
+
+
 def test_the_fingerprint_of_outside_images_follows_their_change(tmp_path):
     (tmp_path / "a.png").write_bytes(b"1")
     step = Step("s", "n.ipynb", reads=(str(tmp_path),))
@@ -251,6 +285,8 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path):
         ({"weights": "coco"}, "weights is 'coco'"),
         ({"train_size": 0.9, "test_size": 0.1}, "their sum below 1"),
         ({"per_class": 6, "test_size": 0.1}, "per_class is 6"),
+        ({"cv_repeats": 0}, "cv_repeats is 0; it must be at least 1"),
+        ({"spurious_correlation": 3.0}, "spurious_correlation is 3.0"),
     ],
 )
 def test_settings_are_checked_when_they_are_made(bad, message):

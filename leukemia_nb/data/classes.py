@@ -38,9 +38,11 @@ def _checked_names(classes: Sequence[str], source: str = "classes") -> tuple[str
     if isinstance(classes, str | int) or not all(isinstance(name, str) for name in classes):
         raise ClassMapError(f"{source} is {classes!r}: a list of class names is expected, such as Normal, Pre-B, Pro-B.")
     for name in classes:
-        plain = re.fullmatch(r'[^/\\<>:"|?*\x00-\x1f]{1,80}', name) and name == name.strip(". ")
+        plain = re.fullmatch(r'[^/\\<>:"|?*\x00-\x1f\ud800-\udfff]{1,80}', name) and name == name.strip(". ")
         if not plain or not _compared(name):
-            raise ClassMapError(f"{source}: {name!r} cannot be the name of a class, since it is none of a folder. Rename it.")
+            raise ClassMapError(
+                f"{source}: {name!r} cannot be the name of a class, since some systems or tables refuse it. Rename it."
+            )
     if len(set(map(_compared, classes))) < len(classes):
         raise ClassMapError(f"{source}: a class is named twice (case, spaces and dashes aside): {', '.join(classes)}.")
     return tuple(classes)
@@ -66,10 +68,18 @@ class ClassMap:
         "Class that a folder's name means; empty for a folder that is left out, None for any other."
         return self._class_of.get(_compared(folder_name))
 
+    @cached_property
+    def _holds_classes(self) -> dict[Path, bool]:
+        return {}  # of a folder that is named after a class, whether one below it is, too
+
     def class_folder(self, path: Path, folder: Path) -> Path | None:
-        "The nearest folder above an image, up to `folder` itself, whose name means a class or is left out."
+        "The nearest folder above an image whose name means a class or is left out; `folder` itself where none below it does."
         inside = (parent for parent in path.parents if parent == folder or folder in parent.parents)
-        return next((parent for parent in inside if self.class_of(parent.name) is not None), None)
+        found = next((parent for parent in inside if self.class_of(parent.name) is not None), None)
+        if found == folder and folder not in self._holds_classes:
+            names = (name for _, names, _ in os.walk(folder) for name in names)
+            self._holds_classes[folder] = any(map(self.class_of, names))
+        return None if found == folder and self._holds_classes[folder] else found
 
     def class_of_path(self, path: Path, folder: Path) -> str | None:
         "`class_of` the nearest folder above an image that has one."
@@ -157,7 +167,7 @@ def write_class_map(
         if label in class_map.descriptions:
             lines.append(f"description = {_quoted(class_map.descriptions[label])}")
     with atomic_path(Path(path)) as temporary:
-        temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
+        temporary.write_text("\n".join([*lines, ""]), encoding="utf-8", errors="replace")  # names are compared without the rest
 
 
 def _quoted(value: str | list[str]) -> str:
@@ -203,12 +213,31 @@ def subset_of(
     match = _SUBSET.fullmatch(_compared(folder_name))
     return ("train", "val", "test")[(match.lastindex or 1) - 1] if match else ""
 
+# %% ../../nbs/01_data/25_classes.ipynb #e2f1a7c5
+def _check_not_patients(whole: Sequence[Sequence[str]], parts: Sequence[Sequence[str]], folder: Path) -> None:
+    "Raise `ClassMapError` where the topmost folders of `parts` rather mean patients: below one class, or around the classes."
+    remedy = "Name the classes (--classes), or say which folders mean them (--class-map)."
+    known = {next(filter(None, map(_BUILT_IN.class_of, reversed(part))), "") for part in whole}
+    if len(known) == 1 and "" not in known:
+        raise ClassMapError(f"{folder}: all images lie below one class, {known.pop()}, and a study needs two. Add them. {remedy}")
+    below: dict[str, set[str]] = {}
+    for part in filter(None, parts):
+        inner = [name for name in part[1:] if not _is_subset(name)]
+        below.setdefault(_compared(part[0]), set()).add(inner[0] if inner else "")
+    names = set[str]().union(*below.values())
+    fewer = len(names) < len(below) or (len(names) == len(below) and all(each == names for each in below.values()))
+    if "" not in names and len(names) > 1 and fewer:  # classes are fewer than patients
+        found = f"the same folders ({', '.join(sorted(names)[:3])}) lie in {', '.join(sorted(below)[:3])}"
+        raise ClassMapError(f"{folder}: {found}: which are the classes, and which patients or slides? {remedy}")
+
 # %% ../../nbs/01_data/25_classes.ipynb #0772da7e
 def folder_classes(
     paths: Iterable[Path],  # images
     folder: Path,  # the one that they lie in
+    check: bool = True,  # refuse folders that rather mean patients, as where no class has been named
 ) -> ClassMap:  # classes in alphabetical order
     "Classes named by the topmost folders that are neither around all images nor a subset or fold. Raises `ClassMapError`."
+    paths = list(paths)
     parts = [path.relative_to(folder).parts[:-1] for path in paths]
     while True:
         above = {part[0] for part in parts if part}
@@ -225,7 +254,9 @@ def folder_classes(
     if len(folders) < 2:
         found = f"only in folder {next(iter(folders))}" if folders else "in no folder of a class"
         raise ClassMapError(f"{folder}: its images lie {found}, and a study needs two classes. Sort them into a folder for each.")
-    return ClassMap(tuple(sorted(folders)), folders, source="names of the folders")
+    if check:
+        _check_not_patients([path.relative_to(folder).parts[:-1] for path in paths], parts, folder)
+    return ClassMap(_checked_names(sorted(folders), str(folder)), folders, source="names of the folders")
 
 
 def _is_subset(folder_name: str) -> bool:

@@ -257,8 +257,8 @@ def file_lock(
 # %% ../../nbs/01_data/10_files.ipynb #3652e6dc
 @contextmanager
 def _output_folder(table: Path) -> Iterator[None]:
-    "Hold the lock of a table; its folder is marked, and rid of what a killed run left half-written. Raises `OutputError`."
-    with file_lock(table):
+    "Hold the lock of a table's folder, which is marked, and rid of what a killed run left half-written. Raises `OutputError`."
+    with file_lock(table.parent):
         for path in mark_output_folder(table.parent).rglob(".part-*"):
             if path.is_file():
                 path.unlink(missing_ok=True)

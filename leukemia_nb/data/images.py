@@ -423,7 +423,7 @@ def resize_square(
     size: int = 224,  # side of the square, pixels
 ) -> np.ndarray:  # uint8 (size, size) or (size, size, 3)
     "Resize to a square, whatever the proportions. Raises `ImageError` for other arrays."
-    if image.dtype != np.uint8 or image.ndim not in (2, 3):
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
         raise ImageError(f"an image must be uint8 RGB (height, width, 3), not {image.dtype} {image.shape}. Use read_image.")
     if image.shape[:2] == (size, size):
         return image

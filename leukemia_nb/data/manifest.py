@@ -269,8 +269,8 @@ def resolve_classes(
         return named_classes(classes) if classes else built_in
     if not classes and None not in known and len(known) > 1:
         return named_classes([label for label in FOUR_CLASSES if label in known])
-    found = folder_classes(search.paths, search.folder)
-    if partly := ", ".join(sorted(filter(None, known))):
+    found = folder_classes(search.paths, search.folder, check=not classes)
+    if (partly := ", ".join(sorted(filter(None, known)))) and not classes:
         found = replace(found, source=f"{found.source} (of the built-in classes only {partly} found)")
     return found.select(classes) if classes else found
 

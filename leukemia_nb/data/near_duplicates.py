@@ -391,8 +391,9 @@ def group_images(
     pairs: pd.DataFrame,  # a, b: paths
 ) -> np.ndarray:  # int (n,), numbered in order of appearance
     "Number the groups of images that are connected through pairs. Raises KeyError for a pair of unknown paths."
-    place = {str(path): number for number, path in enumerate(paths)}
-    return _connected(len(place), [[place[path] for path in pairs[side]] for side in "ab"])
+    place = {path: number for number, path in enumerate(dict.fromkeys(map(str, paths)))}
+    groups = _connected(len(place), [[place[path] for path in pairs[side]] for side in "ab"])
+    return groups[[place[str(path)] for path in paths]]
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #579d9a9f
 def find_near_duplicates(

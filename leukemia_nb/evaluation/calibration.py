@@ -83,7 +83,9 @@ def calibration_pairs(
     if len(alone) == len(val) or (len(alone) >= minimum and set(alone["class"]) == set(val["class"])):
         return list(alone["pair"]), ""
     few = f"only {len(alone)} of {len(val)} validation images have no near-duplicate in training"
-    return list(val["pair"]), f"{few}: too few, so all are used, and coverage on new images will be lower"
+    lacking = ", ".join(sorted(set(val["class"]) - set(alone["class"])))
+    why = f"none of class {lacking}" if lacking and len(alone) >= minimum else "too few"
+    return list(val["pair"]), f"{few}: {why}, so all are used, and coverage on new images will be lower"
 
 # %% ../../nbs/04_evaluation/40_calibration.ipynb #1f1a1bba
 _TEMPERATURES = (0.05, 20.0)  # range of the search
@@ -147,7 +149,7 @@ def calibration_sentence(
     table: pd.DataFrame,  # from calibration_table
     alpha: float = 0.05,  # p value below which a model is said not to be calibrated
 ) -> str:
-    "Which models have an ECE larger than that of a calibrated model, which cannot be distinguished from one, and of how many groups."
+    "Which models have an ECE larger than that of a calibrated model, which cannot be distinguished, and of how many groups."
     low = table["ece_p"] < alpha
     larger = [f"{row.title} ({row.ece:.3f}, p = {row.ece_p:.3f})" for row in table[low].itertuples()]
     within = [f"{row.title} ({row.ece:.3f}, p = {row.ece_p:.2f})" for row in table[~low].itertuples()]

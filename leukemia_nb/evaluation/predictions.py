@@ -19,7 +19,7 @@ import pandas as pd
 
 from ..data.files import restore_cell, write_table
 from ..data.images import ImageError, read_image
-from ..data.classes import class_of
+from ..data.classes import ClassMap, named_classes
 from ..data.manifest import find_images
 from ..errors import LeukemiaError
 from ..models.interface import MODELS
@@ -174,6 +174,7 @@ def predict_new_images(
     model: Classifier,  # fitted
     folder: str | os.PathLike,  # searched with its subfolders
     batch: int = 32,  # images in memory at a time
+    class_map: ClassMap | None = None,  # which folders mean which class; None: those of the model's names
 ) -> pd.DataFrame:  # predictions, subset new, path below the folder
     "Predictions of one model for every image of a folder. Raises `PredictionsError` if none can be read."
     classes, files = [str(name) for name in model.classes_], [Path(file) for file in find_images(folder)]
@@ -186,7 +187,9 @@ def predict_new_images(
     if not names:
         raise PredictionsError(f"{os.fspath(folder)}: no image that can be read.")
     pairs = pd.DataFrame({"pair": [name.as_posix() for name in names], "subset": "new"})
-    pairs["class"] = [class_of(name.parent.name, classes) or "" for name in names]
+    means, root = class_map or named_classes(classes), Path(folder).absolute()
+    labels = [means.class_of_path(root / name, root) for name in names]
+    pairs["class"] = [label if label in classes else "" for label in labels]
     return predictions_table(pairs, np.concatenate(values), classes)
 
 

@@ -253,6 +253,11 @@ def _sign_flip_test(difference: np.ndarray, groups: Sequence[str], seed: int) ->
     found = permutation_test((sums,), np.sum, permutation_type="samples", vectorized=True, **options)
     return float(found.pvalue)
 
+# %% ../../nbs/04_evaluation/20_uncertainty.ipynb #ff9a097c
+def _p_text(p: float) -> str:
+    "A p value with its sign."
+    return f"= {p:.3f}" if p >= 0.001 else "< 0.001"
+
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #b5ccc482
 def readable_model_pairs(
     table: pd.DataFrame,  # from compare_model_pairs

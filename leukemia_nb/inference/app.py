@@ -21,6 +21,7 @@ from ..data.images import ImageError, read_image
 from ..data.manifest import CLASSES
 from ..data.synthetic import make_smear
 from .batch import exported_models, open_predictors
+from .gallery import Gallery
 from leukemia_nb.inference.predictor import (
     Predictor,
     data_uri,
@@ -67,7 +68,7 @@ def read_upload(
 # %% ../../nbs/06_inference/60_app.ipynb #5fa4bbab
 def _image_html(name: str, image: np.ndarray, cells: np.ndarray) -> str:
     "A <figure> of an image, uint8 (H, W, 3) RGB, with its white blood cells, labels (H, W), outlined and counted."
-    outlines = [_outline(cells == label) for label in range(1, int(cells.max(initial=0)) + 1)]
+    outlines = [_outline(cells == label) for label in np.unique(cells[cells > 0])]  # at this size a label may be gone
     found = f"{pluralise(len(outlines), 'white blood cell')} found" if outlines else "No white blood cells found"
     fraction, (height, width) = (cells > 0).mean(), cells.shape
     page = dict(name=escape_text(name), source=data_uri(image, 1400), found=found, outlines=outlines, cell_fraction=fraction)
@@ -135,22 +136,30 @@ def _saliency_map(model: Predictor, image: np.ndarray, cells: np.ndarray) -> dic
     heat = saliency(model, image)[0]
     mask = cv2.resize((cells > 0).astype(np.uint8), heat.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0
     energy, area, _ = energy_pointing_game(heat, mask)
-    text = f"{energy:.0%} on the cells, {area:.0%} by chance" if mask.any() else "no white blood cell was found"
+    text = f"{energy:.0%} on the cells, {area:.0%} by chance" if mask.any() else "no cells found"
     text = text if heat.any() else "no part alone changes the prediction"
-    return {"title": escape_text(model.info["title"]), "source": data_uri(overlay(image, heat), 480), "text": text}
+    source = data_uri(overlay(image, heat, model.image_size), 480)
+    return {"title": escape_text(model.info["title"]), "source": source, "text": text}
 
 # %% ../../nbs/06_inference/60_app.ipynb #970d8f71
-def _drop_zone(receive: Callable[[str, bytes | memoryview | None, float], Any]) -> Widget:
-    "A place to drop an image; `receive` gets its name, its content (None: too large), and its size in megabytes."
+def _drop_zone(receive: Callable[[Sequence[tuple[str, bytes | memoryview | None, float]]], Any]) -> Widget:
+    "A place to drop images; `receive` gets of each name, content (None: too large), and size in megabytes."
     from anywidget import AnyWidget
 
     script = files("leukemia_nb").joinpath("templates/drop_zone.js").read_text(encoding="utf-8")
     zone = type("DropZone", (AnyWidget,), {"_esm": script.replace("LIMIT", str(_MAX_UPLOAD))})()
+    uploads: list[tuple[str, bytes | memoryview | None, float]] = []
 
     def arrived(_: Any, message: dict[str, Any], buffers: list[memoryview]) -> None:
+        if not message.get("index", 0):
+            uploads.clear()
+        uploads.append((str(message.get("name", "image")), buffers[0] if buffers else None, message.get("size", 0) / 1e6))
+        if len(uploads) < message.get("count", 1):
+            return
         try:
-            receive(str(message.get("name", "image")), buffers[0] if buffers else None, message.get("size", 0) / 1e6)
+            receive(list(uploads))
         finally:
+            uploads.clear()
             zone.send({"done": True})
 
     zone.on_msg(arrived)
@@ -173,7 +182,9 @@ class _Layout:
         self.examples = [Button(description=name) for name in CLASSES]
         row = HBox([HTML("No image at hand? A synthetic smear:"), *self.examples]).add_class("app-synthetic")
         columns = Box([self.image, self.predictions]).add_class("app-columns")
-        parts = [self.head, _drop_zone(receive), row, self.message, columns, self.button, self.saliency, self.about]
+        self.gallery = Gallery(self.models)
+        shown = [self.message, columns, self.button, self.saliency]
+        parts = [self.head, _drop_zone(receive), row, self.gallery.widget, *shown, self.about]
         self.widget = VBox(parts).add_class("app")
         self.clear()
 
@@ -192,18 +203,23 @@ class _Layout:
 
 # %% ../../nbs/06_inference/60_app.ipynb #b4a6a9a3
 class App(_Layout):
-    "The page: `receive` takes an uploaded file, `show` an image, `explain` adds saliency maps; `widget` is displayed."
+    "The page: `receive_files` takes uploads, `show` an image, `explain` adds saliency maps; `widget` is displayed."
 
     def __init__(
         self,
         models: Sequence[Predictor],  # exported models
         note: str = "",  # a remark that stays at the top
     ):
-        super().__init__(models, note, self.receive)
+        super().__init__(models, note, self.receive_files)
         self.n_examples = 0
         self.button.on_click(lambda _: self.explain())
+        self.gallery.button.on_click(lambda _: self.clear())
         for button in self.examples:
             button.on_click(lambda button: self.show_synthetic(button.description))
+
+    def receive_files(self, uploads: Sequence[tuple[str, bytes | memoryview | None, float]]) -> None:
+        "Files have arrived, name, content and megabytes of each: show one; show several in the gallery."
+        _receive_files(self, uploads)
 
     def receive(self, name: str, content: bytes | memoryview | None, megabytes: float = 0.0) -> None:
         "A file has arrived: show it, or say what is wrong with it."
@@ -230,6 +246,22 @@ class App(_Layout):
     def explain(self) -> None:
         "Show a saliency map of each model, one after the other."
         _explain(self)
+
+# %% ../../nbs/06_inference/60_app.ipynb #42866c6b
+def _receive_files(app: App, uploads: Sequence[tuple[str, bytes | memoryview | None, float]]) -> None:
+    "See `App.receive_files`. Those that are too large are named."
+    app.gallery.clear()
+    if len(uploads) == 1:
+        app.receive(*uploads[0])
+        return
+    if not app.models:
+        app.clear(f"{len(uploads)} images: without models the page shows one at a time.")
+        return
+    whole = [(name, content) for name, content, _ in uploads if content is not None and len(content) <= _MAX_UPLOAD * 1e6]
+    names = Counter(name for name, *_ in uploads) - Counter(name for name, _ in whole)
+    app.clear(f"Left out, over the limit of {_MAX_UPLOAD} MB: {', '.join(names)}." if names else "")
+    if whole:
+        app.gallery.predict_uploads(whole)
 
 # %% ../../nbs/06_inference/60_app.ipynb #45d25a10
 def _explain(app: App) -> None:

@@ -34,15 +34,17 @@ from leukemia_nb.data.files import (
     report_write_errors,
 )
 from ..data.images import ImageError, read_image, write_image
-from ..data.classes import class_of
+from ..data.classes import named_classes, read_class_map
 from ..data.manifest import ImageSearch, check_not_inside, check_folder, search_images
 from ..data.processes import ClusterError, die_with_parent
-from .predictor import Predictor, describe_failure, overlay, prediction_columns, saliency
+from .predictor import Predictor, describe_failure, overlay, predict_cells, prediction_columns, saliency
 from ..models.interface import MODELS, ModelError
+from ..plotting import class_colours
+from ..processing.measurements import write_cell_table, write_cells
 
 # %% auto #0
-__all__ = ['find_inputs', 'PredictionTask', 'unfinished_file', 'predict_files', 'predictions_by_group', 'exported_models',
-           'open_predictors', 'format_comparison', 'compare_files']
+__all__ = ['find_inputs', 'PredictionTask', 'unfinished_file', 'prediction_outcome', 'predict_files', 'predictions_by_group',
+           'exported_models', 'open_predictors', 'format_comparison', 'compare_files']
 
 # %% ../../nbs/06_inference/40_batch.ipynb #9a752a31
 def find_inputs(
@@ -72,7 +74,7 @@ def _matches(pattern: str) -> list[str]:
 # %% ../../nbs/06_inference/40_batch.ipynb #a3cb290f
 def _search(given: str, matches: Sequence[str], exclude: str | os.PathLike) -> ImageSearch:
     "Files, and images in folders; none of a folder that leukemia_nb wrote."
-    whole = ImageSearch(Path(given))
+    found: dict[str, dict[Any, None]] = {"paths": {}, "left_out": {}, "unreachable": {}}  # as ordered sets
     for match in map(Path, matches):
         part = ImageSearch(match, [match])
         try:
@@ -80,10 +82,9 @@ def _search(given: str, matches: Sequence[str], exclude: str | os.PathLike) -> I
             part = search_images(match, exclude) if match.is_dir() else part
         except ImageError:
             part = ImageSearch(match, left_out=[(match, "written by leukemia_nb")])
-        for name in ("paths", "left_out", "unreachable"):
-            known = getattr(whole, name)
-            known.extend(each for each in getattr(part, name) if each not in known)
-    return whole
+        for name, known in found.items():
+            known.update(dict.fromkeys(getattr(part, name)))
+    return ImageSearch(Path(given), *map(list, found.values()))
 
 # %% ../../nbs/06_inference/40_batch.ipynb #ac59acf5
 @dataclass(frozen=True)
@@ -94,34 +95,54 @@ class PredictionTask:
     overlays: str = ""  # folder for images with their cells outlined; "": none
     saliency: bool = False  # write saliency maps there too
     threads: int | None = None  # of the network; None: as many as there are cores
+    cells: str = ""  # folder for cells.csv, labels/ and geojson/; "": none
 
     def predictor(self) -> Predictor:
         "The model of this process, opened once as long as its file is the same. Raises ModelError."
         return _open_predictor(self.model, self.threads, os.stat(self.model).st_mtime if os.path.exists(self.model) else 0.0)
 
-    def overlay_files(self, row: dict[str, Any]) -> dict[str, Path]:
-        "Files of the overlays of an image, named after the image and a hash of its path and content."
+    @property
+    def folders(self) -> list[str]:
+        "Folders that are written to."
+        return list(dict.fromkeys(filter(None, (self.overlays, self.cells))))
+
+    def image_files(self, row: dict[str, Any]) -> dict[str, Path]:
+        "Files that are written of an image, named after the image and a hash of its path and content."
         digest = hashlib.sha256(os.fsencode(row["path"]) + row["sha256"].encode()).hexdigest()[:8]
         name = f"{unique_names([Path(row['path']).stem])[0]}-{digest}"
         kinds = ["cells", "saliency"][: 1 + self.saliency] if self.overlays else []
-        return {kind: Path(self.overlays, f"{name}-{kind}.jpg") for kind in kinds}
+        files = {kind: Path(self.overlays, f"{name}-{kind}.jpg") for kind in kinds}
+        ends = {"labels": "png", "geojson": "geojson"} if self.cells else {}
+        return files | {kind: Path(self.cells, kind, f"{name}.{end}") for kind, end in ends.items()}
 
 # %% ../../nbs/06_inference/40_batch.ipynb #f37e0a4f
 @functools.lru_cache(maxsize=1)
 def _open_predictor(file: str, threads: int | None, modified: float) -> Predictor:
     return Predictor(file, threads=threads)
 
+# %% ../../nbs/06_inference/40_batch.ipynb #a9f578fb
+def _write_image_files(task: PredictionTask, row: dict[str, Any]) -> None:
+    "Write overlays and cells of the image of a row. Raises ImageError, OutputError."
+    model, image, files = task.predictor(), read_image(row["path"]), task.image_files(row)
+    for kind in ("cells", "saliency"):
+        if kind in files:
+            heat = saliency(model, image)[0] if kind == "saliency" else None
+            write_image(files[kind], overlay(image, heat, model.image_size))
+    if task.cells:
+        classes = model.info["classes"]
+        table, found, nuclei = predict_cells(model, image)
+        colours = {name: tuple(bytes.fromhex(colour[1:])) for name, colour in zip(classes, class_colours(classes))}
+        write_cells((files["labels"], files["geojson"]), table, found, nuclei, colours)
+
 # %% ../../nbs/06_inference/40_batch.ipynb #17c6333b
 def _predict_batch(task: PredictionTask, paths: Sequence[str]) -> list[dict[str, Any]]:
-    "Predict one batch and write its overlays; gives one row per file, in order. Raises ModelError, OutputError."
+    "Predict one batch, write its overlays and cells; gives one row per file, in order. Raises ModelError, OutputError."
     die_with_parent()
     predictor = task.predictor()
     rows = [row for part in predictor.iter_report(list(paths), max(1, len(paths))) for row in part.rows]
-    for row in rows if task.overlays else ():
+    for row in (row for row in rows if task.folders and not row["problem"]):
         try:
-            for kind, file in task.overlay_files(row).items() if not row["problem"] else ():
-                heat = saliency(predictor, [row["path"]])[0] if kind == "saliency" else None
-                write_image(file, overlay(read_image(row["path"]), heat))
+            _write_image_files(task, row)
         except OutputError:
             raise  # a full disk, say, which would hinder all that follow
         except Exception as failure:
@@ -133,9 +154,9 @@ def _check_outputs(
     paths: Sequence[str], task: PredictionTask, out: str | os.PathLike | None, json_file: str | os.PathLike | None
 ) -> None:
     "Refuse, before any work, what cannot be written or would replace what is read. Raises OutputError."
-    if task.overlays:
-        check_output(task.overlays, folder=True)
-        check_not_inside(paths, task.overlays)
+    for folder in task.folders:
+        check_output(folder, folder=True)
+        check_not_inside(paths, folder)
     wanted = [file for file in (out, json_file) if file]
     for file, suffix in ((out, ".csv"), (json_file, ".json")):
         if file and Path(file).suffix.lower() != suffix:
@@ -177,21 +198,21 @@ def _read_unfinished(unfinished: str | os.PathLike, model_sha256: str) -> dict[s
     return rows
 
 # %% ../../nbs/06_inference/40_batch.ipynb #f1985d7c
-def _resume(unfinished: Path, paths: Sequence[str], task: PredictionTask) -> set[str]:
-    "Reduce a log to the rows that still hold, and return their paths."
+def _resume(unfinished: Path, paths: Sequence[str], task: PredictionTask) -> dict[str, dict[str, Any]]:
+    "Reduce a log to the rows that still hold, and return them by path."
     info = task.predictor().info
     rows, columns = _read_unfinished(unfinished, info["sha256"]), set(prediction_columns(info["classes"]))
     kept = [rows[path] for path in paths if path in rows and rows[path].keys() == columns and _still_holds(rows[path], task)]
     with atomic_path(unfinished) as temporary:
         temporary.write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in kept))
-    return {row["path"] for row in kept}
+    return {row["path"]: row for row in kept}
 
 # %% ../../nbs/06_inference/40_batch.ipynb #33f06732
 def _still_holds(row: dict[str, Any], task: PredictionTask) -> bool:
-    "Whether a row has no problem, its image is unchanged, and its overlays are there."
+    "Whether a row has no problem, its image is unchanged, and its overlays and cells are there."
     if row["problem"] or not os.path.isfile(row["path"]) or file_sha256(row["path"]) != row["sha256"]:
         return False
-    return all(file.is_file() for file in task.overlay_files(row).values())
+    return all(file.is_file() for file in task.image_files(row).values())
 
 # %% ../../nbs/06_inference/40_batch.ipynb #a2d9f910
 def _write_tables(
@@ -235,18 +256,36 @@ def _run_batches(paths: Sequence[str], task: PredictionTask, size: int, n_jobs: 
 # %% ../../nbs/06_inference/40_batch.ipynb #0a5dbd24
 @contextmanager
 def _locked_outputs(task: PredictionTask, outputs: Sequence[str | os.PathLike]) -> Iterator[None]:
-    "Lock tables and overlays against other runs. Raises OutputError."
+    "Lock tables and folders against other runs. Raises OutputError."
     with ExitStack() as locks:
-        for path in (*outputs, *([task.overlays] if task.overlays else [])):
+        for path in (*outputs, *task.folders):
             locks.enter_context(file_lock(path))
-        if task.overlays:
-            mark_output_folder(task.overlays)
+        for folder in task.folders:
+            mark_output_folder(folder)
         yield
+
+# %% ../../nbs/06_inference/40_batch.ipynb #79a32256
+def _write_cell_table(task: PredictionTask, rows: Sequence[dict[str, Any]]) -> None:
+    "Write cells.csv of all images without a problem. Raises OutputError."
+    model = task.predictor()
+    whole = ((row["path"], task.image_files(row)["geojson"]) for row in rows if not row["problem"])
+    write_cell_table(Path(task.cells, "cells.csv"), whole, model.info["classes"] if model.judges_cells else ())
+
+# %% ../../nbs/06_inference/40_batch.ipynb #e71f5c4a
+def prediction_outcome(
+    row: dict[str, Any],  # a prediction
+) -> str:  # predicted, abstained, not read, or without overlay: predicted, but a file of it could not be written
+    "How the prediction of one image ended."
+    if not row["predicted"]:
+        return "not read"
+    if row["problem"]:
+        return "without overlay"
+    return "abstained" if row["abstains"] else "predicted"
 
 # %% ../../nbs/06_inference/40_batch.ipynb #651a7b0f
 def predict_files(
     paths: Sequence[str],  # files, from find_inputs
-    task: PredictionTask,  # model and overlays
+    task: PredictionTask,  # model, overlays and cells
     out: str | os.PathLike | None = None,  # CSV file
     json_file: str | os.PathLike | None = None,  # JSON file
     batch_size: int = 32,  # files in a batch
@@ -259,14 +298,18 @@ def predict_files(
     _check_outputs(paths, task, out, json_file)
     with _locked_outputs(task, outputs):
         unfinished = unfinished_file(out, json_file)
-        kept = _resume(unfinished, paths, task) if outputs else set()
+        kept = _resume(unfinished, paths, task) if outputs else {}
+        finished = dict(kept)
         left = [path for path in paths if path not in kept]
         try:
             for rows in _run_batches(left, task, batch_size, n_jobs):
                 if outputs:
                     _append(unfinished, rows)
+                finished |= {row["path"]: row for row in rows} if task.cells else {}
                 if log:
                     log(rows)
+            if task.cells:
+                _write_cell_table(task, [finished[path] for path in paths])
             if outputs:
                 _write_tables(unfinished, paths, task, out, json_file)
         except (OutputError, ClusterError) as error:
@@ -327,13 +370,18 @@ def open_predictors(
     return opened
 
 # %% ../../nbs/06_inference/40_batch.ipynb #746300a0
-def _compare_models(paths: Sequence[str], models: Sequence[str | os.PathLike], log: Callable[[str], Any]) -> DataFrame:
+def _compare_models(
+    paths: Sequence[str], models: Sequence[str | os.PathLike], log: Callable[[str], Any], class_map: str | os.PathLike = ""
+) -> DataFrame:
     "Predictions of model files for new images. Raises ImageError where no image can be read, ModelError where no model can be."
     import pandas as pd
 
     paths, predictors = list(dict.fromkeys(paths)), open_predictors(models, log)
     classes = list(dict.fromkeys(str(name) for predictor in predictors for name in predictor.classes_))
-    known = [class_of(Path(path).parent.name, classes) or "" for path in paths]
+    means = read_class_map(class_map) if os.path.isfile(class_map) else named_classes(classes)
+    files = [Path(path).absolute() for path in paths]
+    above = Path(os.path.commonpath([file.parent for file in files])).parent
+    known = [label if (label := means.class_of_path(file, above)) in classes else "" for file in files]
     compared = pd.DataFrame({"image": list(map(escape_text, paths)), "path": paths, "true label": known, "problem": ""})
     for predictor in predictors:
         table, title = predictor.report(paths).table, predictor.info["title"]
@@ -377,7 +425,7 @@ def compare_files(
         check_output(out / name)
     check_not_inside(paths, out)
     with file_lock(out):
-        table = _compare_models(paths, models, log)
+        table = _compare_models(paths, models, log, Path(run, "class_map.toml"))
         mark_output_folder(out)
         write_table(out / "comparison.csv", table, excel=True)
         with atomic_path(out / "comparison.png") as temporary:

@@ -103,13 +103,13 @@ def export_yolo(
     return _trace(Classifier(model.network_.model.model, [names.index(name) for name in model.classes_]), example, "original")
 
 # %% ../../nbs/06_inference/50_export.ipynb #bb89969c
-def _trace(module: Any, example: Any, name: str) -> ModelProto:
-    "A PyTorch module as ONNX; any number of rows."
+def _trace(module: Any, example: Any, name: str, *more: str) -> ModelProto:
+    "A PyTorch module as ONNX; any number of rows. more: further outputs, with a row for each row of the input."
     import onnx
     import torch
 
-    names, written = [name, "probabilities", "features"], io.BytesIO()
-    axes = {each: {0: "n"} for each in names if example.dtype == torch.uint8} or {name: {0: "cells"}}
+    names, written = [name, "probabilities", "features", *more], io.BytesIO()
+    axes = {each: {0: "n"} for each in names if example.dtype == torch.uint8} or {each: {0: "cells"} for each in (name, *more)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # this exporter is deprecated
         torch.onnx.export(
@@ -139,15 +139,15 @@ def export_cells(
             self.cell, self.image = _perceptron(model.cell_layers_), _perceptron(model.image_layers_)
             self.register_buffer("prior", torch.from_numpy(np.asarray(model.class_proportions_, np.float64))[None])
 
-        def forward(self, cells: Any) -> tuple[Any, Any]:
+        def forward(self, cells: Any) -> tuple[Any, Any, Any]:
             cells = cells.double()
             number = torch.ones_like(cells[:, :1]).sum()
-            features = _aggregate(cells, number)
-            votes = _aggregate(torch.log(self.cell(cells) + 1e-4), number)[:, : len(model.classes_)]
+            features, by_cell = _aggregate(cells, number), self.cell(cells)
+            votes = _aggregate(torch.log(by_cell + 1e-4), number)[:, : len(model.classes_)]
             scores = (votes + torch.log(self.image(features) + 1e-4)) / model.temperature_
-            return torch.where(number > 0, scores.softmax(1), self.prior).float(), features.float()
+            return torch.where(number > 0, scores.softmax(1), self.prior).float(), features.float(), by_cell.float()
 
-    return _trace(Classifier(), torch.zeros((2, len(FEATURE_NAMES))), "cells")
+    return _trace(Classifier(), torch.zeros((2, len(FEATURE_NAMES))), "cells", "cell_probabilities")
 
 # %% ../../nbs/06_inference/50_export.ipynb #a2f4b6cc
 def _perceptron(layers: Sequence[tuple[np.ndarray, np.ndarray]]) -> Any:

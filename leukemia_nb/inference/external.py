@@ -43,10 +43,9 @@ __all__ = ['labelled_images', 'predict_labelled', 'read_evaluation', 'coverage_t
 def _class_map(paths: Sequence[Path], folder: Path, classes: Sequence[str], file: str | os.PathLike) -> ClassMap:
     "Which folders mean a class of the models, by a class map or by their names, and which mean another class."
     known, others = read_class_map(file) if file else named_classes(classes), dict[str, Sequence[str]]()
-    with suppress(ClassMapError):  # one folder: its name means a class that is known, or the folder has none
+    with suppress(ClassMapError):  # of one folder: its name means a class that is known, or it holds no class
         others = dict(folder_classes(paths, folder).folders)
-    taken = {*map(known.class_of, [name for names in others.values() for name in names])} - {None}
-    new = {label: names for label, names in others.items() if known.class_of(label) is None and label not in taken}
+    new = {label: names for label, names in others.items() if known.class_of(label) is None}
     return replace(known, folders=new | dict(known.folders))
 
 # %% ../../nbs/06_inference/70_external.ipynb #96f8bc06

@@ -84,7 +84,7 @@ _AGAIN = "Export the model again."
 # %% ../../nbs/06_inference/20_model_file.ipynb #8f58bb33
 def write_model_file(
     path: str | os.PathLike,  # file to be written, whole or not at all
-    network: ModelProto,  # outputs probabilities (n, k) and features (n, d)
+    network: ModelProto,  # outputs probabilities (n, k), features (n, d); of single cells also cell_probabilities (m, k)
     info: Mapping[str, Any],  # description of the model, what JSON can hold
     constants: Mapping[str, np.ndarray],  # arrays that the predictor needs, from fit_ood
 ) -> str:  # SHA-256 of the file's content
@@ -126,7 +126,8 @@ def open_model_file(
         raise ModelError(f"{file}: has no description that can be read ({type(error).__name__}). {_AGAIN}") from error
     _check_description(info, file)
     outputs = {output.name: output.shape[-1] for output in session.get_outputs()}
-    if list(outputs) != ["probabilities", "features"] or outputs["probabilities"] != len(info["classes"]):
+    expected_outputs = ["probabilities", "features", *(["cell_probabilities"] if "cell_probabilities" in outputs else [])]
+    if list(outputs) != expected_outputs or outputs["probabilities"] != len(info["classes"]):
         expected = f"probabilities of {len(info['classes'])} classes and features"
         raise ModelError(f"{file}: its network gives {outputs}, not {expected}. {_AGAIN}")
     return ModelFile(session, info | {"sha256": digest}, constants)

@@ -40,6 +40,9 @@ def _edge_strength(images: np.ndarray) -> np.ndarray:
     return sum(np.abs(np.diff(images, axis=axis)).mean(axis=(1, 2)) for axis in (1, 2))
 
 # %% ../../nbs/06_inference/10_ood.ipynb #e1b5492c
+_NOTHING = 1e-12  # of a sum of squares: rounding errors
+
+
 def fit_mahalanobis(
     values: np.ndarray,  # float (n, d), vectors of the training images
     labels: Sequence | np.ndarray,  # n classes; sorted, they are the rows of the centroids
@@ -47,7 +50,7 @@ def fit_mahalanobis(
     max_components: int = 96,  # principal components kept
     by_class: bool = False,  # a covariance for each class: whitening (k, r, r)
 ) -> dict[str, np.ndarray]:  # float32: mean (d,), scale (d,), axes (d, r), whitening (r, r), centroids (k, r), residual ()
-    "Fit the constants of `mahalanobis_distance`. Needs scikit-learn. Raises ModelError for values that are not finite or do not vary."
+    "Fit the constants of `mahalanobis_distance`. Needs scikit-learn. Raises ModelError for values not finite or all the same."
     from scipy.linalg import eigh
 
     if not np.isfinite(values).all():
@@ -62,10 +65,9 @@ def fit_mahalanobis(
     names, index = np.unique(labels, return_inverse=True)
     centroids = np.stack([scores[index == i].mean(axis=0) for i in range(len(names))])
     residuals = scores - centroids[index]
-    if np.abs(residuals).max() <= 1e-9 * np.abs(mean / scale).max():
-        raise ModelError(
-            "features of the training images are the same throughout each class. Train the model again, with a lower learning_rate."
-        )
+    if np.ptp(values, axis=0).max() == 0 or (residuals**2).sum() <= _NOTHING * (centred**2).sum():
+        why = "features of the training images of one class are all the same, as those of a constant network"
+        raise ModelError(f"{why}. Train the model again, with a lower learning_rate.")
     whitening = _whitening(residuals, index if by_class else None)
     centroids = np.stack([centroid @ whitening[i if by_class else 0] for i, centroid in enumerate(centroids)])
     variance, kept = (centred**2).sum(axis=1).mean(), (scores**2).sum(axis=1).mean()
@@ -76,12 +78,12 @@ def fit_mahalanobis(
 
 
 def _whitening(residuals: np.ndarray, index: np.ndarray | None) -> np.ndarray:
-    "Whitening matrices (k, r, r) of residuals (n, r): one, or one for each class of `index` (n,), shared by small or constant classes."
+    "Whitening matrices (k, r, r) of residuals (n, r): one, or one for each class of `index` (n,); small and constant ones share."
     from sklearn.covariance import LedoitWolf
 
     parts = [residuals] if index is None else [residuals[index == i] for i in range(index.max() + 1)]
-    limit = 1e-9 * residuals.std()  # a class of copies of one image
-    parts = [part if len(part) > 2 * residuals.shape[1] and part.std() > limit else residuals for part in parts]
+    least = _NOTHING * (residuals**2).sum()
+    parts = [part if len(part) > 2 * residuals.shape[1] and (part**2).sum() > least else residuals for part in parts]
     return np.stack([np.linalg.cholesky(LedoitWolf(assume_centered=True).fit(part).precision_) for part in parts])
 
 # %% ../../nbs/06_inference/10_ood.ipynb #5eac3ff9

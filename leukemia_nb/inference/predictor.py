@@ -24,13 +24,23 @@ from ..errors import LeukemiaError
 from .model_file import open_model_file
 from .ood import image_statistics, ood_distance
 from ..plotting import class_colours
-from ..processing.cells import FEATURE_NAMES, SIDE, cell_crops, cell_features, find_cells
+from leukemia_nb.processing.cells import (
+    FEATURE_NAMES,
+    SIDE,
+    cell_crops,
+    cell_features,
+    cell_table,
+    find_cells,
+    find_cells_and_nuclei,
+)
+from ..processing.measurements import measure_cells
 from ..processing.segmentation import apply_mask, check_mask, draw_outlines, segment
 
 # %% auto #0
 __all__ = ['PreparedImage', 'describe_failure', 'prepare_image', 'abstain_reasons', 'prediction_columns', 'format_confidence',
            'format_row', 'describe_calibration', 'prepare_images', 'run_network', 'calibrate', 'Predictor',
-           'Predictions', 'render_template', 'data_uri', 'find_image_cells', 'overlay', 'saliency']
+           'Predictions', 'render_template', 'data_uri', 'find_image_cells', 'overlay', 'saliency', 'ImageCells',
+           'predict_cells']
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #e3489002
 class PreparedImage(NamedTuple):
@@ -267,6 +277,7 @@ class _Network:
         self.classes_ = np.array(self.info["classes"], dtype=str)
         self.image_size = self.info["image_size"]
         self.channels = ("original", "segmented") if self.info["input"] == "pair" else ("original",)
+        self.judges_cells = "cell_probabilities" in [output.name for output in self.session.get_outputs()]
 
     def _in_threads(self, function: Callable[[Sequence[Any]], Any], images: Sequence[Any]) -> Iterator[Any]:
         "Results for a few images at a time, in order, by two threads; one reads images while the network has the other's."
@@ -378,7 +389,7 @@ def _card(row: dict[str, Any], info: dict[str, Any], image: Any) -> dict[str, An
     coloured = zip(info["classes"], class_colours(info["classes"])) if row["predicted"] else ()
     bars = [(name, row[f"p_{name}"], colour) for name, colour in coloured]
     try:
-        drawn = data_uri(overlay(_pixels(image))) if bars else ""
+        drawn = data_uri(overlay(_pixels(image), size=info["image_size"])) if bars else ""
     except Exception:
         drawn = ""  # the file is gone, say: the prediction is shown all the same
     return {"name": title, "row": row, "bars": bars, "image": drawn, "confidence": escape_text(format_confidence(row))}
@@ -416,16 +427,21 @@ def find_image_cells(
     size: int = SIDE,  # side of the prepared image on which they are found
 ) -> np.ndarray:  # int32 (H, W): 0 background, 1..n white blood cells
     "The cells that a `Predictor` counts, at the image's own size."
-    cells = find_cells(resize_square(image, size)).astype(np.float32)
-    return cv2.resize(cells, image.shape[1::-1], interpolation=cv2.INTER_NEAREST).astype(np.int32)
+    return _to_image_size(find_cells(resize_square(image, size)), image)
+
+
+def _to_image_size(labels: np.ndarray, image: np.ndarray) -> np.ndarray:
+    "Labels of the prepared image, int32, at the size of the image that it was made from."
+    return cv2.resize(labels.astype(np.float32), image.shape[1::-1], interpolation=cv2.INTER_NEAREST).astype(np.int32)
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #77b28559
 def overlay(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
     heat: np.ndarray | None = None,  # float (S, S), 0..1: a saliency map laid over the image in grey
+    size: int = SIDE,  # side of the prepared image on which the cells are found, a model's image_size
 ) -> np.ndarray:  # uint8 (H, W, 3) RGB
     "The image with its white blood cells outlined, and with a saliency map, if that is given."
-    (height, width), cells = image.shape[:2], find_image_cells(image)
+    (height, width), cells = image.shape[:2], find_image_cells(image, size)
     line = max(1, round(max(image.shape) / 220))
     if heat is None:
         return draw_outlines(image, cells, (0, 205, 90), line)
@@ -455,3 +471,37 @@ def _pixels(image: Any) -> np.ndarray:
     if isinstance(image, str | os.PathLike):
         return read_image(image)
     return as_rgb(image[0] if isinstance(image, np.ndarray) and image.ndim == 4 else image)
+
+# %% ../../nbs/06_inference/30_predictor.ipynb #8a6e5438
+class ImageCells(NamedTuple):
+    "The white blood cells of an image that a `Predictor` counts."
+
+    table: DataFrame  # of measure_cells; predicted and p_<class> where the model judges single cells
+    cells: np.ndarray  # int32 labels (H, W), 0 background
+    nuclei: np.ndarray  # int32 labels (H, W), numbered as the cells
+
+# %% ../../nbs/06_inference/30_predictor.ipynb #51414559
+def predict_cells(
+    model: Predictor,  # an exported model
+    image: Any,  # a path, or uint8 (H, W, 3) RGB
+) -> ImageCells:
+    "Measurements of each cell, and its class where the model judges single cells. Raises ImageError."
+    pixels = _pixels(image)
+    square = resize_square(pixels, model.image_size)
+    found = find_cells_and_nuclei(square)
+    cells, nuclei = (_to_image_size(labels, pixels) for labels in found)
+    table = measure_cells(pixels, cells, nuclei)
+    if model.judges_cells:
+        table = table.merge(_judge_cells(model, square, found[0]), on="label", how="left").fillna({"predicted": ""})
+    return ImageCells(table, cells, nuclei)
+
+
+def _judge_cells(model: Predictor, square: np.ndarray, cells: np.ndarray) -> DataFrame:
+    "Class and probabilities of the usable cells of a prepared image, by label."
+    described = cell_table(square, cells)
+    features = {"cells": described[list(FEATURE_NAMES)].to_numpy(np.float32)}
+    probabilities = model.session.run(["cell_probabilities"], features)[0].round(6)
+    judged = described[["cell"]].rename(columns={"cell": "label"})
+    judged["predicted"] = model.classes_[probabilities.argmax(axis=1)]
+    judged[[f"p_{name}" for name in model.classes_]] = probabilities
+    return judged

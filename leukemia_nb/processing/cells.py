@@ -15,8 +15,8 @@ from ..data.images import resize_square, scale_bar_corner
 from .segmentation import _check_rgb, _connected, _smallest_area, a_channel, otsu_threshold
 
 # %% auto #0
-__all__ = ['SIDE', 'FEATURE_NAMES', 'label_cells', 'typical_area', 'find_cells', 'count_cells', 'count_quality', 'cell_crops',
-           'cell_features', 'cell_table']
+__all__ = ['SIDE', 'FEATURE_NAMES', 'label_cells', 'typical_area', 'find_cells_and_nuclei', 'find_cells', 'count_cells',
+           'count_quality', 'cell_crops', 'cell_features', 'cell_table']
 
 # %% ../../nbs/02_processing/15_cells.ipynb #5741240b
 def _whiten_background(image: np.ndarray) -> np.ndarray:
@@ -72,16 +72,14 @@ def _components(mask: np.ndarray, min_solidity: float) -> Iterator[tuple[tuple[s
 # %% ../../nbs/02_processing/15_cells.ipynb #bae1da10
 def _h_maxima(mask: np.ndarray, depth: float) -> tuple[int, np.ndarray, np.ndarray]:
     "Number of h-maxima of one component's distance transform, the maxima numbered, and the distance; depth: h as a proportion."
+    from skimage.morphology import local_maxima, reconstruction
+
     padded = cv2.copyMakeBorder(mask.view(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT)
     distance = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
     distance = np.sqrt(np.rint(np.square(distance, dtype=np.float64)))  # exact: OpenCV's last bit differs from call to call
     distance = cv2.GaussianBlur(distance, (0, 0), max(0.5, 0.04 * distance.max())).astype(np.float32) * mask
-    level, maxima = distance * (1 - depth), np.zeros(mask.shape, bool)
-    for peak in np.flatnonzero((distance == cv2.dilate(distance, None)) & mask):
-        labels = cv2.connectedComponents((distance >= level.flat[peak]).view(np.uint8))[1]
-        around = labels == labels.flat[peak]
-        maxima |= around & (distance[around].max() == distance.flat[peak])  # unless it is the shoulder of a higher one
-    number, markers = cv2.connectedComponents(maxima.view(np.uint8))
+    lowered = reconstruction(distance * (1 - depth), distance, footprint=np.ones((3, 3)))
+    number, markers = cv2.connectedComponents((local_maxima(lowered, connectivity=2) & mask).view(np.uint8))
     return number - 1, markers, distance
 
 # %% ../../nbs/02_processing/15_cells.ipynb #64248c93
@@ -268,24 +266,34 @@ def _smooth_outlines(
     return smooth
 
 # %% ../../nbs/02_processing/15_cells.ipynb #a1193745
+def find_cells_and_nuclei(
+    image: np.ndarray,  # uint8 (H, W, 3) RGB
+    min_area: float = 500,  # smallest nucleus, in pixels of a 1024x768 image
+    opening: float = 0.45,  # tails and bridges thinner than this many radii of a nucleus are cut
+) -> tuple[np.ndarray, np.ndarray]:  # int32 (H, W) each, 0 background; the nuclei of a cell have its number
+    "Label images of the white blood cells, as `find_cells`, and of their nuclei."
+    _check_rgb(image)
+    if image.ndim == 2:
+        return np.zeros(image.shape, np.int32), np.zeros(image.shape, np.int32)
+    white = cv2.medianBlur(_whiten_background(np.ascontiguousarray(image)), 3)
+    nuclei = _find_nuclei(white, min_area)
+    if not nuclei.any():
+        return nuclei, nuclei
+    cells = _grow_cells(white, nuclei)
+    size = max(3, round(opening * (typical_area(nuclei) / np.pi) ** 0.5)) | 1
+    ellipse = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
+    cells[cv2.morphologyEx((cells > 0).view(np.uint8), cv2.MORPH_OPEN, ellipse) == 0] = 0
+    cells = _smooth_outlines(_join_lobes(cells, nuclei))
+    return cells, np.where(nuclei > 0, cells, 0)
+
+# %% ../../nbs/02_processing/15_cells.ipynb #d614dfcc
 def find_cells(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
     min_area: float = 500,  # smallest nucleus, in pixels of a 1024x768 image
     opening: float = 0.45,  # tails and bridges thinner than this many radii of a nucleus are cut
 ) -> np.ndarray:  # int32 (H, W), 0 background, 1..n cells
     "Label image of the white blood cells: grown from their nuclei, touching cells separated, lobed nuclei in one cell."
-    _check_rgb(image)
-    if image.ndim == 2:
-        return np.zeros(image.shape, np.int32)
-    white = cv2.medianBlur(_whiten_background(np.ascontiguousarray(image)), 3)
-    nuclei = _find_nuclei(white, min_area)
-    if not nuclei.any():
-        return nuclei
-    cells = _grow_cells(white, nuclei)
-    size = max(3, round(opening * (typical_area(nuclei) / np.pi) ** 0.5)) | 1
-    ellipse = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
-    cells[cv2.morphologyEx((cells > 0).view(np.uint8), cv2.MORPH_OPEN, ellipse) == 0] = 0
-    return _smooth_outlines(_join_lobes(cells, nuclei))
+    return find_cells_and_nuclei(image, min_area, opening)[0]
 
 # %% ../../nbs/02_processing/15_cells.ipynb #3a227ad2
 def count_cells(
@@ -339,7 +347,7 @@ def _refine_mask(crop: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/02_processing/15_cells.ipynb #a32508ff
 def _usable_cells(image: np.ndarray, cells: np.ndarray) -> list[tuple[int, int, int]]:
-    "Label and centre (row, column) of cells large and red enough and not under the scale bar; whole ones if there are any."
+    "Label and centre (row, column) of cells that are large, red, in their window and not under the scale bar; whole ones if any."
     size, red = np.bincount(cells.ravel()), a_channel(image)
     labels = [label for label in range(1, len(size)) if size[label] >= 80]
     medians = np.array([np.median(red[cells == label]) for label in labels]).round().astype(np.uint8)
@@ -352,10 +360,12 @@ def _usable_cells(image: np.ndarray, cells: np.ndarray) -> list[tuple[int, int, 
     cut: list[tuple[int, int, int]] = []
     for label in labels:
         x, y, w, h = cv2.boundingRect((cells == label).astype(np.uint8))
-        if y + h > rows.start and x + w > columns.start:
+        row, column, half = (2 * y + h) // 2, (2 * x + w) // 2, _WINDOW // 2
+        near = cells[max(row - half, 0) : row + half, max(column - half, 0) : column + half] == label
+        if (y + h > rows.start and x + w > columns.start) or not near.any():  # a large crescent's window has nothing of it
             continue
         inside = x > 0 and y > 0 and x + w < SIDE and y + h < SIDE
-        (whole if inside else cut).append((label, (2 * y + h) // 2, (2 * x + w) // 2))
+        (whole if inside else cut).append((label, row, column))
     return whole or cut
 
 # %% ../../nbs/02_processing/15_cells.ipynb #6601965d

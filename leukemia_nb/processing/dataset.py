@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.files import _output_folder, atomic_path, check_output, read_table, unique_names, write_table
-from ..data.images import ImageError, resize_square
+from ..data.images import ImageError, image_problem, resize_square
 from ..data.classes import CLASSES, ClassMap, named_classes, write_class_map
 from ..data.manifest import build_manifest, check_not_inside, check_manifest, search_images
 from ..data.processes import image_row, run_tasks
@@ -152,20 +152,27 @@ def prepare_pairs(
     return table.infer_objects()
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #85802102
-def _cell_rows(pair: str, folder: Path, original: str, cells: str) -> pd.DataFrame:
-    "Features of the cells of one pair."
-    table = cell_table(_read_png(folder / original), _read_png(folder / cells))
-    return table.assign(pair=pair)[["pair", *table.columns]]
+def _cell_rows(pair: str, folder: Path, original: str, cells: str) -> tuple[pd.DataFrame, str]:
+    "Features of the cells of one pair, or why they cannot be computed, which costs this image and not the run."
+    image, labels, problem = _read_png(folder / original), _read_png(folder / cells), ""
+    try:
+        table = cell_table(image, labels)
+    except Exception as error:
+        table, problem = cell_table(image, np.zeros_like(labels)), image_problem(pair, error)
+    return table.assign(pair=pair)[["pair", *table.columns]], problem
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #dc90e4bb
 def _cell_tables(pairs: pd.DataFrame, folder: Path, n_jobs: int | None, at_once: int = 512) -> Iterator[pd.DataFrame]:
-    "Features of the cells of the pairs in a prepared folder, some hundred images at a time."
-    if pairs.empty:
+    "Features of the cells of usable pairs in a prepared folder, some hundred images at a time; enters problems into the pairs."
+    usable = pairs[pairs["problem"] == ""]
+    if usable.empty:
         yield pd.DataFrame(columns=["pair", "cell"])
-    for start in range(0, len(pairs), at_once):
-        rows = pairs.iloc[start : start + at_once].itertuples()
-        calls = [(row.pair, folder, row.original, row.cells) for row in rows]
-        yield pd.concat(run_tasks(_cell_rows, calls, folder.parent, "image", n_jobs))
+    for start in range(0, len(usable), at_once):
+        rows = usable.iloc[start : start + at_once]
+        calls = [(row.pair, folder, row.original, row.cells) for row in rows.itertuples()]
+        tables, problems = zip(*run_tasks(_cell_rows, calls, folder.parent, "image", n_jobs))
+        pairs.loc[rows.index, "problem"] = problems
+        yield pd.concat(tables)
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #bdad2707
 def prepare_folder(
@@ -189,8 +196,7 @@ def prepare_folder(
         write_class_map(out / "class_map.toml", class_map)
         write_table(out / "manifest.csv", manifest)
         pairs = prepare_pairs(manifest, out / "prepared", size, segmentation, n_jobs)
-        good = pairs[pairs["problem"] == ""]
-        write_table(out / "cell_features.csv", _cell_tables(good, out / "prepared", n_jobs))
+        write_table(out / "cell_features.csv", _cell_tables(pairs, out / "prepared", n_jobs))
         write_table(out / "pairs.csv", pairs)
     return pairs
 

@@ -19,7 +19,8 @@ from ..data.files import _output_folder, check_output, escape_text, file_sha256,
 from ..data.images import SUFFIXES, ImageError, write_image
 from ..data.manifest import NO_IMAGES, ImageSearch, check_not_inside, search_images
 from ..data.processes import image_row, run_tasks
-from .cells import count_cells, find_cells
+from .cells import count_cells, find_cells_and_nuclei, label_cells
+from .measurements import measure_cells, write_cell_table, write_cells
 from .segmentation import check_mask, draw_outlines, segment
 
 # %% ../../nbs/02_processing/20_quality_control.ipynb #c36be3d1
@@ -48,37 +49,44 @@ def _mask_names(names: Sequence[str]) -> list[str]:
     return found
 
 # %% ../../nbs/02_processing/20_quality_control.ipynb #dbf98b02
-_QC_COLUMNS = ("path", "width", "height", "n_cells", "cell_fraction", "flag", "mask", "overlay", "problem")
-_BLANK = dict.fromkeys(("flag", "mask", "overlay", "problem"), "")
+_QC_COLUMNS = ("path", "width", "height", "n_cells", "cell_fraction", "flag", "mask", "overlay", "labels", "geojson", "problem")
+_BLANK = dict.fromkeys(("flag", "mask", "overlay", "labels", "geojson", "problem"), "")
+
+
+def _output_files(saved: str) -> dict[str, str]:
+    "Files of one image below the output folder."
+    outline = f"geojson/{saved.removesuffix('.png')}.geojson"
+    return {"mask": f"masks/{saved}", "overlay": f"overlays/{saved}", "labels": f"labels/{saved}", "geojson": outline}
 
 # %% ../../nbs/02_processing/20_quality_control.ipynb #bd1baa34
 def _segment_file(path: str | os.PathLike, name: str, out: str | os.PathLike, method: str, saved: str) -> dict:
-    "Row of one image, its mask and overlay saved unless they are finished; saved: their name. Raises `OutputError`."
-    files = (f"masks/{saved}", f"overlays/{saved}")
+    "Row of one image, its files saved unless they are finished; saved: their name. Raises `OutputError`."
+    files = _output_files(saved)
 
     def make(image: np.ndarray) -> tuple[dict, dict[str, str]]:
-        cells = find_cells(image) if method == "nucleus" else segment(image, method)
-        mask = np.asarray(cells > 0)
-        for file, drawn in zip(files, (mask.astype(np.uint8) * 255, draw_outlines(image, cells))):
-            write_image(Path(out) / file, drawn)
+        cells, nuclei = find_cells_and_nuclei(image) if method == "nucleus" else (label_cells(segment(image, method)), None)
+        mask, paths = np.asarray(cells > 0), {kind: Path(out) / file for kind, file in files.items()}
+        write_image(paths["mask"], mask.astype(np.uint8) * 255)
+        write_image(paths["overlay"], draw_outlines(image, cells))
+        write_cells((paths["labels"], paths["geojson"]), measure_cells(image, cells, nuclei), cells, nuclei)
         row = {"width": mask.shape[1], "height": mask.shape[0], "n_cells": count_cells(cells), "flag": check_mask(mask)}
-        row |= {"cell_fraction": round(float(mask.mean()), 5), "mask": files[0], "overlay": files[1]}
-        return row, {file: file_sha256(Path(out) / file) for file in files}
+        row |= {"cell_fraction": round(float(mask.mean()), 5)} | files
+        return row, {file: file_sha256(paths[kind]) for kind, file in files.items()}
 
-    settings = {"segmentation": method, "version": 2}
-    return {"path": name} | _BLANK | image_row(path, Path(out), (f"records/{saved}.json", *files), settings, make)
+    settings = {"segmentation": method, "version": 3}
+    return {"path": name} | _BLANK | image_row(path, Path(out), (f"records/{saved}.json", *files.values()), settings, make)
 
 # %% ../../nbs/02_processing/20_quality_control.ipynb #fbbd4677
 def segment_folder(
     images: str | os.PathLike,  # an image, or a folder searched with its subfolders
-    out: str | os.PathLike,  # folder for masks/, overlays/, records/ and qc.csv
+    out: str | os.PathLike,  # folder for masks/, overlays/, labels/, geojson/, records/, qc.csv and cells.csv
     method: str = "kmeans",  # one of SEGMENTATION_METHODS
     n_jobs: int | None = None,  # worker processes; None: joblib's configuration
     progress: bool = True,  # show a bar
     log: Callable[[str], object] | None = None,  # gets a line: how many images were found, how many left out, why
-) -> pd.DataFrame:  # path, width, height, n_cells, cell_fraction, flag, mask, overlay, problem; one row per image
-    "Segment every image of a folder, but for those that are finished, and write qc.csv. Raises `ImageError`, and as `run_tasks`."
-    root, table_file = Path(images), Path(out) / "qc.csv"
+) -> pd.DataFrame:  # path, width, height, n_cells, cell_fraction, flag, mask, overlay, labels, geojson, problem; a row per image
+    "Segment every image but for those finished; write qc.csv and cells.csv. Raises `ImageError`, and as `run_tasks`."
+    root, table_file, cell_file = Path(images), Path(out) / "qc.csv", Path(out) / "cells.csv"
     search = ImageSearch(root, [root]) if root.is_file() else search_images(root)
     if log and root.is_dir():
         log(search.summary())
@@ -88,11 +96,14 @@ def segment_folder(
     check_not_inside(search.paths, out)
     names = [path.name if root.is_file() else path.relative_to(root).as_posix() for path in search.paths]
     with _output_folder(table_file):
-        table_file.unlink(missing_ok=True)  # of masks that may now change
+        for file in (table_file, cell_file):
+            file.unlink(missing_ok=True)  # of masks that may now change
         calls = [(path, name, out, method, saved) for path, name, saved in zip(search.paths, names, _mask_names(names))]
         rows = run_tasks(_segment_file, calls, out, "image", n_jobs, progress)
         rows += [_BLANK | {"path": path.relative_to(root).as_posix(), "problem": why} for path, why in search.unreachable]
         whole = dict.fromkeys(("width", "height", "n_cells"), "Int64")  # may be missing
         table = pd.DataFrame(rows, columns=list(_QC_COLUMNS)).astype(whole)
+        good = table[table["problem"] == ""]
+        write_cell_table(cell_file, ((row.path, Path(out) / row.geojson) for row in good.itertuples()))
         write_table(table_file, table)
     return table

@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.files import _listing, pluralise, restore_cell, escape_text
-from ..data.classes import ClassMap, subset_of
+from ..data.classes import ClassMap, _is_subset, subset_of
 from ..data.manifest import mark_conflicting_labels, merge_groups
 from .dataset import _SUBSETS
 from ..errors import LeukemiaError
@@ -108,32 +108,48 @@ def _random_subsets(table: pd.DataFrame, train_size: float, test_size: float, se
     return subsets
 
 # %% ../../nbs/02_processing/40_splitting.ipynb #64991978
-def _nearest_fold(table: pd.DataFrame, proportion: float, seed: int) -> np.ndarray:
-    "Rows, bool (n,), of the group fold that comes nearest to a proportion of each class. Raises `SplitError`."
+_TOLERANCE = 0.03  # of a class's images, by which a subset may differ from its proportion
+
+
+def _nearest_folds(table: pd.DataFrame, proportion: float, keep: int, seed: int) -> np.ndarray:
+    "Rows, bool (n,), of the group folds that come nearest to a proportion of each class and leave it some groups."
     from sklearn.model_selection import StratifiedGroupKFold
 
-    fewest = table.groupby("class")["group"].nunique()
-    if fewest.min() < 2:
+    labels, groups, fewest = table["class"], table["group"], table.groupby("class")["group"].nunique()
+    if fewest.min() <= keep:
         raise SplitError(f"class {fewest.idxmin()} has too few groups: a grouped split needs at least 3 in each class.")
-    number = int(min(max(round(1 / proportion), 2), fewest.min()))
-    folds = StratifiedGroupKFold(number, shuffle=True, random_state=seed)
-    labels, wanted = table["class"].to_numpy(), proportion * table["class"].value_counts()
+    wanted = proportion * labels.value_counts()
 
     def distance(rows: np.ndarray) -> tuple[int, float]:
-        counts = pd.Series(labels[rows]).value_counts().reindex(wanted.index, fill_value=0)
-        return int((counts == 0).sum()), float((counts - wanted).abs().sum())
+        counts, left = labels[rows].value_counts().reindex(wanted.index, fill_value=0), groups[~rows].groupby(labels).nunique()
+        lacking = (counts == 0).sum() + (left.reindex(wanted.index, fill_value=0) < keep).sum()
+        return int(lacking), float((counts - wanted).abs().sum())
 
-    rows = min((fold for _, fold in folds.split(labels, labels, table["group"])), key=distance)
-    return np.isin(np.arange(len(table)), rows)
+    found = []
+    for number in (round(1 / proportion), 20):  # one fold, or several smaller ones where that comes not near enough
+        folds = StratifiedGroupKFold(int(min(max(number, 2), fewest.min())), shuffle=True, random_state=seed)
+        parts = [np.isin(np.arange(len(table)), fold) for _, fold in folds.split(labels, labels, groups)]
+        rows = np.zeros(len(table), bool)
+        while distance(more := min((rows | part for part in parts), key=distance)) < distance(rows):
+            rows = more
+        found.append(rows)
+        if distance(rows) <= (0, _TOLERANCE * len(table)):
+            break
+    return min(found, key=distance)
 
 # %% ../../nbs/02_processing/40_splitting.ipynb #fd484296
 def _grouped_subsets(table: pd.DataFrame, train_size: float, test_size: float, seed: int) -> pd.Series:
     "Subset of each row, groups together."
     subsets = pd.Series("train", index=table.index)
-    tested = _nearest_fold(table, test_size, seed)
+    tested = _nearest_folds(table, test_size, 2, seed)
     subsets[tested] = "test"
     rest = table[~tested]
-    subsets[rest.index[_nearest_fold(rest, 1 - train_size / (1 - test_size), seed)]] = "val"
+    subsets[rest.index[_nearest_folds(rest, 1 - train_size / (1 - test_size), 1, seed)]] = "val"
+    for label, rows in table.groupby("class"):
+        wanted = _subset_sizes(len(rows), train_size, test_size)
+        found = {name: int((subsets[rows.index] == name).sum()) for name in wanted}
+        if max(abs(found[name] - wanted[name]) for name in wanted) > max(1, _TOLERANCE * len(rows)):
+            warnings.warn(f"class {label}: {found} instead of {wanted}, because groups stay together", stacklevel=3)
     return subsets
 
 # %% ../../nbs/02_processing/40_splitting.ipynb #219046e4
@@ -268,6 +284,7 @@ _GROUP_COLUMNS = {
     "path": ("file", "filename", "filepath", "image", "imagename", "imagefile", "imagepath"),
     "group": ("groupid", "overlapgroup", "patient", "patientid", "slide", "slideid", "case", "caseid", "subject", "subjectid"),
 }
+_NO_GROUP = ("", "NA", "N/A", "#N/A", "<NA>", "NaN", "nan", "NULL", "None", "unknown")  # as R, pandas and Excel write it
 _EXAMPLE = "Expected is a CSV with the first line path,group and a line for each image, such as Pre-B/Snap_001.jpg,patient 7"
 
 # %% ../../nbs/02_processing/40_splitting.ipynb #95b28c01
@@ -283,7 +300,7 @@ def read_groups(
         raise SplitError(f"{path}: no rows. {_EXAMPLE}")
     if (nameless := table["group"][table["path"] == ""]).size:
         raise SplitError(f"{path}: a row of group {nameless.iloc[0]!r} has no path. {_EXAMPLE}")
-    table = table[table["group"] != ""].reset_index(drop=True)
+    table = table[~table["group"].isin(_NO_GROUP)].reset_index(drop=True)
     if table.empty:
         raise SplitError(f"{path}: no row has a group. {_EXAMPLE}")
     _check_one_group(path, table["path"], table["group"])
@@ -381,11 +398,11 @@ def parent_groups(
     class_map: ClassMap,  # which folders mean which class
     log: Callable[[str], object] = warnings.warn,  # gets lines: the groups, images without one, names below two classes
 ) -> list[str]:  # group of each image; empty where it lies in the class folder itself
-    "Groups of images by the folders that they lie in below the class folder. Raises `SplitError` where there are none."
+    "Groups of images by the folders below the class folder, but subsets and folds. Raises `SplitError` where there are none."
     root, groups, classes = Path(data).absolute(), [], dict[str, set[str]]()
     for path in (Path(os.path.abspath(image)) for image in images):
         above = class_map.class_folder(path, root) or path.parent
-        groups.append(path.parent.relative_to(above).as_posix().removeprefix("."))
+        groups.append("/".join(part for part in path.parent.relative_to(above).parts if not _is_subset(part)))
         classes.setdefault(groups[-1], set()).add(class_map.class_of(above.name) or "")
     named = sorted({group for group in groups if group})
     if not named:

@@ -171,6 +171,7 @@ _ClassMap = Annotated[
     str | None,
     Option(help="TOML file: which folder names mean which class, to rename, merge or leave out.", callback=_check_path),
 ]
+_Cells = Annotated[Path | None, Option(help="Folder for cells.csv, a row per white blood cell, labels/ and geojson/ for QuPath.")]
 _Cluster = Annotated[str, Option(help="Address of a Dask scheduler, tcp://host:8786, on a shared file system.")]
 _Method = Annotated[str, Option("--segmentation", help="kmeans, nucleus, or a method that you added.", callback=_check_method)]
 
@@ -203,18 +204,21 @@ def _synth(
 @app.command("segment")
 def _segment(
     images: Annotated[Path, Argument(help="An image, or a folder searched with its subfolders.", exists=True)],
-    out: Annotated[Path, Option(help="Folder for masks/, overlays/, records/ and qc.csv.")] = Path("segmented"),
+    out: Annotated[Path, Option(help="Folder for masks/, overlays/, labels/, geojson/, qc.csv and cells.csv.")] = Path(
+        "segmented"
+    ),
     segmentation: _Method = "kmeans",
     n_jobs: _Jobs = 1,
 ) -> None:
-    "Segment the white blood cells of images: masks, overlays and a quality-control table."
+    "Segment the white blood cells of images: masks, overlays, label images, GeoJSON for QuPath, tables of images and cells."
     from leukemia_nb.data.files import pluralise
     from leukemia_nb.processing.quality_control import segment_folder
 
     table = segment_folder(images, out, segmentation, n_jobs=n_jobs, log=_log)
     bad, flagged = int((table.problem != "").sum()), int((table.flag != "").sum())
     found = f"{pluralise(len(table) - bad, 'image')} segmented into {out}"
-    _echo(f"{found}; {pluralise(flagged, 'flagged mask')} and {bad} unreadable in qc.csv")
+    cells = f"{pluralise(int(table.n_cells.sum()), 'cell')} in cells.csv"
+    _echo(f"{found}; {cells}; {pluralise(flagged, 'flagged mask')} and {bad} unreadable in qc.csv")
     if bad:
         raise typer.Exit(1)
 
@@ -250,6 +254,7 @@ def _predict(
     json: Annotated[Path | None, Option(help="JSON file for the predictions.")] = None,
     overlays: Annotated[Path | None, Option(help="Folder for images with cells outlined.")] = None,
     saliency: Annotated[bool, Option(help="With --overlays: also saliency maps (slow).")] = False,
+    cells: _Cells = None,
     by: Annotated[
         str | None,
         Option(help="With --out: also a prediction per 'folder', or per group of a CSV (path, group).", callback=_check_path),
@@ -270,10 +275,10 @@ def _predict(
         raise typer.BadParameter("--saliency needs a folder: --overlays FOLDER")
     if by and not out:
         raise typer.BadParameter("--by needs a table: --out FILE.csv")
-    place: Any = os.path.abspath if cluster else str  # workers are started in a folder of their own
-    task = PredictionTask(place(model), place(overlays) if overlays else "", saliency)
+    place: Any = (lambda path: path and os.path.abspath(path)) if cluster else str  # workers are started in a folder of their own
+    task = PredictionTask(place(model), place(overlays or ""), saliency, cells=place(cells or ""))
     about = task.predictor().info
-    inputs, found = find_inputs(images, overlays or "")
+    inputs, found = find_inputs(images, overlays or cells or "")
     groups = _groups_of(inputs, by) if by else []
     outcomes = _predict_inputs(list(map(place, inputs)), task, out, json, batch_size, n_jobs, cluster)
     summary = "; ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
@@ -314,14 +319,14 @@ def _predict_inputs(
     from tqdm import tqdm
 
     from leukemia_nb.data.files import pluralise
-    from leukemia_nb.inference.batch import predict_files, unfinished_file
+    from leukemia_nb.inference.batch import predict_files, prediction_outcome, unfinished_file
     from leukemia_nb.inference.predictor import format_row
     from leukemia_nb.study.cluster import parallel
 
     to_file, outcomes = bool(out or json), Counter({"predicted": 0, "abstained": 0, "not read": 0})
 
     def log(rows: list[dict[str, Any]]) -> None:
-        outcomes.update(map(_outcome, rows))
+        outcomes.update(map(prediction_outcome, rows))
         bar.update(len(rows))
         for row in rows if not to_file else ():
             _echo(format_row(row))
@@ -337,15 +342,6 @@ def _predict_inputs(
         kept = f" ({resumed} of them before)" if resumed else ""
         _echo(f"{pluralise(len(paths), 'image')} in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
     return outcomes
-
-# %% ../../nbs/07_study/50_command_line.ipynb #c71a57a5
-def _outcome(row: dict[str, Any]) -> str:
-    "How the prediction of one image ended."
-    if not row["predicted"]:
-        return "not read"
-    if row["problem"]:
-        return "without overlay"
-    return "abstained" if row["abstains"] else "predicted"
 
 # %% ../../nbs/07_study/50_command_line.ipynb #68660101
 @app.command("compare")
@@ -391,8 +387,8 @@ def _audit(
     allow_pickle: Annotated[
         bool, Option("--allow-pickle", help="Open a .pt, which can execute code of whoever made it.")
     ] = False,
-    class_map: Annotated[str, Option(help="TOML file of classes and their folders.")] = "",
-    groups: Annotated[str, Option(help="CSV (path, group) of patients or slides, joined with near-duplicates.")] = "",
+    class_map: _ClassMap = None,
+    groups: Annotated[str | None, Option(help="CSV (path, group) of patients or slides.", callback=_check_path)] = None,
     segmentation: Annotated[
         str, Option(help="What finds the cells: cells (as in the study), kmeans, nucleus, or yours.", callback=_check_cells)
     ] = "cells",
@@ -408,7 +404,7 @@ def _audit(
 
     where, more = out or Path("audits", model.stem), {"audit_images": images, "segmentation": segmentation, "seed": seed}
     of_model = read_model_settings(model, given=model_setting or [])
-    wanted = audit_settings(data, model, of_model, allow_pickle, where, class_map, groups=groups, **more)
+    wanted = audit_settings(data, model, of_model, allow_pickle, where, class_map or "", groups=groups or "", **more)
     run_audit(wanted, where, redo or [], _echo)
     _echo(f"report: {where / 'report.html'}")
 
@@ -436,7 +432,9 @@ def _evaluate(
     from leukemia_nb.inference.external import labelled_images, predict_labelled
     from leukemia_nb.inference.predictor import Predictor
     from leukemia_nb.study.report import run_command
+    from leukemia_nb.study.settings import _check_installed
 
+    _check_installed("the report")
     if groups_from not in (None, "parent") or (groups and groups_from):
         raise typer.BadParameter("groups come from a file (--groups FILE.csv) or from folders (--groups-from parent).")
     classes = dict.fromkeys(str(name) for file in model for name in Predictor(file).classes_)
@@ -474,7 +472,7 @@ def _study(
         int | None, Option(help="Side of the images, pixels.  [default: 224; 96 without --data]", min=32)
     ] = None,
     segmentation: _Method = "kmeans",
-    split: Annotated[str | None, Option(help="random: by image; grouped: group-disjoint; folders: as given.  [random]")] = None,
+    split: Annotated[str | None, Option(help="random, grouped (group-disjoint), folders (given).  [default: random]")] = None,
     groups: Annotated[str | None, Option(help="CSV (path, group), joined with near-duplicates.", callback=_check_path)] = None,
     groups_from: Annotated[str | None, Option(help="parent: folders below the classes are groups.")] = None,
     split_file: Annotated[str | None, Option(help="split.csv of an earlier study.", callback=_check_path)] = None,

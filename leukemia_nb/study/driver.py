@@ -265,10 +265,23 @@ def _fingerprint(step: Step, run: Run, notebook: Path) -> str:
         "parameters": {name: value for name, value in step.parameters.items() if name != "n_jobs"},
         "version": __version__,
         "reads": {path: _listing(Path(path)) if os.path.isabs(path) else _digest(run.folder / path) for path in step.reads},
+        "weights": _weight_files(step),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()
 
 # %% ../../nbs/07_study/20_driver.ipynb #b9e1ebbe
+def _weight_files(step: Step) -> dict[str, str]:
+    "SHA-256 of the files in `LEUKEMIA_NB_WEIGHTS` that a step may start from, by their names."
+    settings = step.parameters | step.parameters.get("settings", {})
+    if settings.get("weights", "random") == "random":
+        return {}
+    entry = MODELS.get(settings.get("model", ""))
+    chosen = settings.get("backbone") or (entry.backbone if entry else "")
+    names = [name for key, each in BACKBONES.items() if chosen in ("", key) for name in each.files]
+    names = list(entry.weight_files) if entry and entry.weight_files else names
+    return {name: file_sha256(file) for name in names if (file := local_weights(name))}
+
+
 def _library_digest() -> str:
     "SHA-256 over the package's source files and templates."
     import leukemia_nb
@@ -284,6 +297,7 @@ def _valid_record(step: Step, run: Run, expected: str) -> dict[str, Any]:
         record = run.json("steps", f"{step.name}.json")
         outputs = record["outputs"]
         same = record["fingerprint"] == expected and set(outputs) == set(step.writes)
+        same = same and run.path("notebooks", f"{step.name}.ipynb").is_file()
         return record if same and all(_digest(run.folder / path) == outputs[path] for path in outputs) else {}
     except (OSError, ValueError, LookupError, TypeError):
         return {}  # not there, or cut, or no record

@@ -20,9 +20,9 @@ from .settings import Run
 
 # %% ../../nbs/07_study/40_report.ipynb #f0aa831c
 def _section_cells(notebook: Any, level: int = 2) -> Iterator[Any]:
-    "Cells of an executed notebook as the report shows them; its title becomes a heading of this level."
+    "Cells of an executed notebook as the report shows them, without those tagged site; its title is a heading of this level."
     for cell in notebook.cells:
-        if {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", [])):
+        if {"parameters", "injected-parameters", "site"} & set(cell.metadata.get("tags", [])):
             continue
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"^#(?=#* )", level * "#", cell.source, flags=re.M)

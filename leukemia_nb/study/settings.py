@@ -156,7 +156,7 @@ def _model_setting(text: str) -> tuple[str, str, Any]:
 
 
 _PATHS = ("data", "new_images", "groups", "split_file", "class_map")
-_MINIMUM = {"image_size": 32, "n_jobs": 1, "seed": 0, "epochs": 1, "batch_size": 1}
+_MINIMUM = {"image_size": 32, "n_jobs": 1, "seed": 0, "epochs": 1, "batch_size": 1, "cv_repeats": 1}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "split": ("random", "grouped", "folders"),
     "groups_from": ("", "parent"),
@@ -188,6 +188,8 @@ def _check_settings(settings: StudySettings) -> None:
     for name, minimum in (_MINIMUM | {"per_class": smallest}).items():
         if (value := getattr(settings, name)) is not None and value < minimum:
             raise StudyError(f"{name} is {value}; it must be at least {minimum}.")
+    if not 0 <= settings.spurious_correlation <= 1:
+        raise StudyError(f"spurious_correlation is {settings.spurious_correlation}; it is a proportion, 0 to 1.")
     if not settings.models:
         raise StudyError(f"no model is named; the models are {', '.join(MODELS)}.")
     if unknown := [model for model in settings.models if model not in MODELS]:
@@ -230,14 +232,21 @@ def check_study(
     return lines
 
 # %% ../../nbs/07_study/18_settings.ipynb #ec401931
+_REPORT_PACKAGES = ("papermill", "nbformat", "nbconvert", "ipykernel", "sklearn", "seaborn", "jinja2")
+
+
 def _check_packages(settings: StudySettings) -> None:
     "Raise StudyError where libraries of the steps are not installed."
-    names = ["papermill", "nbformat", "nbconvert", "ipykernel", "sklearn", "seaborn", "jinja2", "tensorflow", "keras", "onnx"]
-    if any(MODELS[model].framework == "torch" for model in settings.models):
-        names += ["torch", "torchvision", "ultralytics"]
+    torch = any(MODELS[model].framework == "torch" for model in settings.models)
+    more = ("torch", "torchvision", "ultralytics") if torch else ()
+    _check_installed("a study", (*_REPORT_PACKAGES, "tensorflow", "keras", "onnx", *more))
+
+
+def _check_installed(what: str, names: Sequence[str] = _REPORT_PACKAGES) -> None:
+    "Raise StudyError where a package is not installed."
     if missing := [name for name in names if not importlib.util.find_spec(name)]:
         raise StudyError(
-            f"a study needs packages that are not installed: {', '.join(missing)}. Install them: "
+            f"{what} needs packages that are not installed: {', '.join(missing)}. Install them: "
             "pip install 'leukemia_nb[train]', or in a checkout: pip install '.[train]'."
         )
 

@@ -1,15 +1,16 @@
 function render({ model, el }) {
-  el.innerHTML = `<label class="app-drop"><input type="file" accept="image/*,.tif,.tiff" aria-label="Choose an image">
-    <span><b>Drop an image of a blood smear here</b>, or click to choose one</span></label>`;
+  el.innerHTML = `<label class="app-drop"><input type="file" multiple accept="image/*,.tif,.tiff" aria-label="Choose images">
+    <span><b>Drop images of blood smears here</b>, or click to choose some</span></label>`;
   const zone = el.querySelector("label"), words = el.querySelector("span"), invitation = words.innerHTML;
   const page = document.body.dataset.voila ? document : el;
   async function send(files) {
-    const file = files && files[0];
+    const all = [...(files || [])];
     zone.classList.remove("app-over");
-    if (!file) return;
-    if (file.size > LIMIT * 1e6) { model.send({ name: file.name, size: file.size }); return; }
-    words.textContent = `Reading ${file.name} …`;
-    model.send({ name: file.name }, undefined, [await file.arrayBuffer()]);
+    for (const [index, file] of all.entries()) {
+      words.textContent = `Reading ${file.name}${all.length > 1 ? ` (${index + 1} of ${all.length})` : ""} …`;
+      const content = file.size > LIMIT * 1e6 ? [] : [await file.arrayBuffer()];
+      model.send({ name: file.name, size: file.size, index: index, count: all.length }, undefined, content);
+    }
   }
   const over = event => { event.preventDefault(); zone.classList.add("app-over"); };
   const leave = event => { if (!event.relatedTarget) zone.classList.remove("app-over"); };
