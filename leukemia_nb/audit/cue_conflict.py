@@ -32,7 +32,7 @@ def _find_scale_bar(image: np.ndarray) -> np.ndarray:
     extremes, is_red = (pixels.max(axis=2), pixels.min(axis=2)), 0.004 < letters.mean() < 0.2
     label = _white_label(*extremes, image.shape)
     if label is None and not is_red:
-        label = _white_label(*extremes, image.shape, ink=190, grey=12)  # thin lines of a reduced image are grey
+        label = _white_label(*extremes, image.shape, 190, 12, 0.2)  # thin lines of a reduced image are grey
     if label is not None:
         mask[corner] = label
     elif is_red:
@@ -46,16 +46,16 @@ def _ellipse(size: float) -> np.ndarray:
 
 
 def _white_label(
-    brightest: np.ndarray, darkest: np.ndarray, shape: tuple[int, ...], ink: int = 130, grey: int = 45
+    brightest: np.ndarray, darkest: np.ndarray, shape: tuple[int, ...], ink: int = 130, grey: int = 45, dense: float = 0
 ) -> np.ndarray | None:
-    "The box of letters darker than `ink`, with channels apart by less than `grey`, on white; grown as long as it takes in white."
+    "The box of letters (below `ink`, channels apart by less than `grey`, more than `dense` of it), grown over the white around."
     inked = np.argwhere((brightest < ink) & (brightest - darkest < grey))
     if len(inked) < 6:
         return None
     (top, left), (bottom, right) = inked.min(axis=0), inked.max(axis=0) + 1
     box = slice(top, bottom), slice(left, right)
-    neutral = (brightest - darkest < 40)[box].mean()
-    if neutral <= 0.9 or (darkest[box] > 225).mean() <= 0.35 or right - left <= 0.04 * shape[1]:
+    neutral, is_dense = (brightest - darkest < 40)[box].mean(), len(inked) > dense * brightest[box].size
+    if not is_dense or neutral <= 0.9 or (darkest[box] > 225).mean() <= 0.35 or right - left <= 0.04 * shape[1]:
         return None
     white = darkest > 238
     for _ in range(round(shape[0] / 22)):
