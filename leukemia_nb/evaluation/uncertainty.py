@@ -270,10 +270,6 @@ def readable_model_pairs(
         columns[name] = found[column].map(lambda p: _p_text(p).removeprefix("= "))
     return pd.DataFrame(columns)
 
-
-def _p_text(p: float) -> str:
-    return f"= {p:.3f}" if p >= 0.001 else "< 0.001"
-
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #2c38acf4
 def significance_sentence(
     table: pd.DataFrame,  # from compare_model_pairs
