@@ -324,7 +324,13 @@ def show_symbol(
     from nbdev.showdoc import BasicMarkdownRenderer
 
     shown = BasicMarkdownRenderer(symbol, name=name, title_level=title_level)
-    if inspect.isclass(symbol) and "*args, **kwargs" in str(shown.dm):
-        first, *body = inspect.getsource(symbol).splitlines()
-        shown.dm = "\n".join([first, *(line for line in body if re.match(r" {4}\w+: ", line))])
+    if inspect.isclass(symbol) and "*args, **kwargs" in str(shown.dm) and (lines := _class_source(symbol.__name__)):
+        shown.dm = "\n".join([lines[0], *(line for line in lines[1:] if re.match(r" {4}\w+: ", line))])
     return shown
+
+
+def _class_source(name: str) -> list[str]:
+    "Lines of a class in the package: a page that is being made defines it anew, without a source."
+    texts = (file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.rglob("*.py")))
+    found = filter(None, (re.search(rf"^class {name}\b.*?(?=^\S|\Z)", text, re.M | re.S) for text in texts))
+    return next((match[0].splitlines() for match in found), [])

@@ -164,8 +164,11 @@ def test_dask_is_not_loaded_where_nobody_asks_for_it():
 
 
 def files_of(run):
-    """What a run has written of what its steps promise, by name; the run folder's own name is left out of tables."""
-    names = {name for step in study.study_steps(SMOKE) for name in step.writes}
+    """What a run has written of what its steps promise, by name; the run folder's own name is left out of tables.
+
+    `croissant.json` is left out, since it holds the checksums of the tables with that name.
+    """
+    names = {name for step in study.study_steps(SMOKE) for name in step.writes} - {"croissant.json"}
     paths = [path for name in names for path in [run.folder / name, *(run.folder / name).rglob("*.png")] if path.is_file()]
     return {str(path.relative_to(run.folder)): path.read_bytes().replace(bytes(run.folder), b"") for path in paths}
 

@@ -127,7 +127,9 @@ def test_settings_of_the_site_name_files_that_are_there():
     joined = [yaml.safe_load((NBS / file).read_text(encoding="utf-8")) for file in settings["metadata-files"]]
     own = next(one for one in joined if "format" in one)
     assert (NBS / own["format"]["html"]["css"]).is_file()
-    assert [entry["href"] for entry in own["website"]["navbar"]["left"] if entry["href"] not in SIDEBAR] == []
+    entries = [page for entry in own["website"]["navbar"]["left"] for page in entry.get("menu", [entry])]
+    assert [entry["href"] for entry in entries if entry["href"] not in SIDEBAR] == []
+    assert (NBS / own["website"]["favicon"]).is_file()
 
 
 @pytest.mark.parametrize("workflow", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda p: p.name)
