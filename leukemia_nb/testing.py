@@ -331,6 +331,6 @@ def show_symbol(
 
 def _class_source(name: str) -> list[str]:
     "Lines of a class in the package: a page that is being made defines it anew, without a source."
-    texts = (file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.rglob("*.py")))
+    texts = (file.read_text(encoding="utf-8") for file in sorted(Path(str(files("leukemia_nb"))).rglob("*.py")))
     found = filter(None, (re.search(rf"^class {name}\b.*?(?=^\S|\Z)", text, re.M | re.S) for text in texts))
     return next((match[0].splitlines() for match in found), [])
