@@ -1,0 +1,147 @@
+"""Networks on equal terms: the same images, epochs, batches and seeds, on the random and on the group-disjoint split.
+
+    python benchmarks/equal_terms.py RUN --work FOLDER
+
+RUN is the folder of a finished study of real images. MobileNetV2 and the dual-channel model, whose frozen ImageNet features are
+computed once, are trained for five seeds, each with its own split, flips and training, for 20 epochs, with the input range of
+MobileNetV2 ("native") and with [0, 1] ("rescale", the original study's division by 255). The networks that are trained whole are
+not among them: that takes hours.
+
+Each training is a process of its own and its row is written when it ends, so that a run that was stopped goes on where it was.
+Nothing is tuned. Writes benchmarks/results/equal_terms.json; about half an hour of two cores.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import pandas as pd
+
+from leukemia_nb.data.classes import CLASSES
+from leukemia_nb.data.files import read_table
+from leukemia_nb.models.interface import make_model
+from leukemia_nb.processing.dataset import Pairs, flip, write_dataset
+from leukemia_nb.processing.splitting import split_pairs, usable_pairs
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "equal_terms.json"
+FLIPS = ("none", "horizontal", "vertical", "both")
+SETTINGS = {"image_size": 224, "epochs": 20, "batch_size": 32, "patience": 20}
+
+
+def planned() -> list[dict]:
+    "All trainings, seed by seed."
+    return [
+        {"model": model, "split": split, "preprocessing": preprocessing, "seed": seed}
+        for seed, preprocessing, split, model in product(
+            range(5), ("native", "rescale"), ("random", "grouped"), ("mobilenet_v2", "dual_channel")
+        )
+    ]
+
+
+def features_of_all(run: Path, preprocessing: str, file: Path) -> None:
+    "MobileNetV2 features of every usable pair in each of its four flips, in the form that `write_features` has."
+    from leukemia_nb.models.transfer import _describe_features, build_backbone, import_keras
+
+    keras = import_keras()
+    backbone, source = build_backbone("mobilenet_v2", "local", preprocessing)
+    pooled = keras.Model(backbone.input, keras.layers.GlobalAveragePooling2D()(backbone.output))
+    pairs = Pairs(run / "prepared", table=usable_pairs(read_table(run / "pairs.csv")))
+    rows, found = np.arange(len(pairs)), {"original": [], "segmented": []}
+    for kind, channel in product(FLIPS, found):
+        for start in range(0, len(rows), 64):
+            images = pairs.read(rows[start : start + 64], channel)
+            found[channel].append(pooled.predict_on_batch(np.stack([flip(image, kind) for image in images]).astype(np.float32)))
+    arrays = {channel: np.concatenate(parts) for channel, parts in found.items()}
+    np.savez(
+        file,
+        **arrays,
+        pair=np.tile(pairs.table["pair"].to_numpy(str), 4),
+        flip=np.repeat(FLIPS, len(rows)),
+        made_with=np.array(_describe_features("mobilenet_v2", source, preprocessing, 224)),
+    )
+
+
+def select_features(all_features: Path, dataset: Path, file: Path) -> None:
+    "The rows of one dataset, as the step *features* of a study writes them."
+    with np.load(all_features) as stored:
+        places = {key: row for row, key in enumerate(zip(stored["pair"], stored["flip"]))}
+        table = Pairs(dataset).table
+        rows = [places[key] for key in zip(table["pair"], table["flip"])]
+        arrays = {key: stored[key][rows] for key in ("original", "segmented", "pair", "flip")}
+        np.savez(file, **arrays, subset=table["subset"].to_numpy(str), made_with=stored["made_with"])
+
+
+def split_of(run: Path, row: dict) -> pd.DataFrame:
+    "The split of one seed."
+    pairs = usable_pairs(read_table(run / "pairs.csv"))
+    groups = read_table(run / "split.csv").set_index("pair")["group"]
+    pairs = pairs[pairs["pair"].isin(groups.index)].reset_index(drop=True)  # images with conflicting labels are left out
+    return split_pairs(pairs, row["split"], groups=groups[pairs["pair"]], seed=row["seed"])
+
+
+def train(run: Path, work: Path, row: dict) -> dict:
+    "One training and its test accuracy."
+    split = split_of(run, row)
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        dataset = Path(folder) / "dataset"
+        write_dataset(split, run / "prepared", dataset, seed=row["seed"])
+        file = Path(folder) / "features.npz"
+        select_features(work / f"{row['preprocessing']}.npz", dataset, file)
+        model = make_model(
+            row["model"], weights="local", preprocessing=row["preprocessing"], seed=row["seed"], classes=CLASSES, **SETTINGS
+        )
+        began = time.perf_counter()
+        model.fit(dataset, file)
+        seconds = time.perf_counter() - began
+        test = Pairs(dataset, "test")
+        predicted = model.predict(test)
+    counts = {"n_train": int((split["subset"] == "train").sum()), "n_test": len(test)}
+    return (
+        row
+        | SETTINGS
+        | counts
+        | {
+            "n_correct": int((predicted == test.labels).sum()),
+            "best_epoch": model.best_epoch_,
+            "weights": model.weights_source_,
+            "seconds": round(seconds, 1),
+        }
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run folder of a finished study")
+    parser.add_argument("--work", type=Path, default=Path("runs/equal_terms"), help="folder for features and datasets")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a row as JSON: train it here and print the result
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.one:
+        print("\n" + json.dumps(train(options.run, options.work, json.loads(options.one))))
+        return
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
+    for row in planned():
+        if any(row.items() <= done.items() for done in rows):
+            continue
+        features = options.work / f"{row['preprocessing']}.npz"
+        if not features.is_file():
+            features_of_all(options.run, row["preprocessing"], features)
+        command = [sys.executable, __file__, options.run, "--work", options.work, "--one", json.dumps(row)]
+        done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+        rows.append(json.loads(done))
+        print(done, flush=True)
+        RESULTS.write_text(json.dumps({"data": "taleqani, Benign/Pre/Pro", "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
