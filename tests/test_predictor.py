@@ -464,7 +464,8 @@ def test_overlays_and_saliency(place, paths):
     assert heat.shape == (1, 224, 224) and heat.min() >= 0 and heat.max() <= 1
     assert overlay(image, heat[0]).shape == image.shape
     small = draw_outlines(image, find_image_cells(image, 64), (0, 205, 90), max(1, round(max(image.shape) / 220)))
-    assert (overlay(image, size=64) == small).all() and (overlay(image, size=64) != drawn).any()
+    with_cells = overlay(image, cells=find_image_cells(image, 64))
+    assert (with_cells == small).all() and (with_cells != drawn).any()
 
 
 def test_the_predict_path_loads_nothing_heavy(file, paths):

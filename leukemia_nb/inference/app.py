@@ -138,7 +138,7 @@ def _saliency_map(model: Predictor, image: np.ndarray, cells: np.ndarray) -> dic
     energy, area, _ = energy_pointing_game(heat, mask)
     text = f"{energy:.0%} on the cells, {area:.0%} by chance" if mask.any() else "no cells found"
     text = text if heat.any() else "no part alone changes the prediction"
-    source = data_uri(overlay(image, heat, model.image_size), 480)
+    source = data_uri(overlay(image, heat, find_image_cells(image, model.image_size)), 480)
     return {"title": escape_text(model.info["title"]), "source": source, "text": text}
 
 # %% ../../nbs/06_inference/60_app.ipynb #970d8f71

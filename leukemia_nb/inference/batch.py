@@ -37,7 +37,15 @@ from ..data.images import ImageError, read_image, write_image
 from ..data.classes import named_classes, read_class_map
 from ..data.manifest import ImageSearch, check_not_inside, check_folder, search_images
 from ..data.processes import ClusterError, die_with_parent
-from .predictor import Predictor, describe_failure, overlay, predict_cells, prediction_columns, saliency
+from leukemia_nb.inference.predictor import (
+    Predictor,
+    describe_failure,
+    find_image_cells,
+    overlay,
+    predict_cells,
+    prediction_columns,
+    saliency,
+)
 from ..models.interface import MODELS, ModelError
 from ..plotting import class_colours
 from ..processing.measurements import write_cell_table, write_cells
@@ -124,15 +132,16 @@ def _open_predictor(file: str, threads: int | None, modified: float) -> Predicto
 def _write_image_files(task: PredictionTask, row: dict[str, Any]) -> None:
     "Write overlays and cells of the image of a row. Raises ImageError, OutputError."
     model, image, files = task.predictor(), read_image(row["path"]), task.image_files(row)
+    found = predict_cells(model, image) if task.cells else None
+    cells = found.cells if found else find_image_cells(image, model.image_size)
     for kind in ("cells", "saliency"):
         if kind in files:
             heat = saliency(model, image)[0] if kind == "saliency" else None
-            write_image(files[kind], overlay(image, heat, model.image_size))
-    if task.cells:
+            write_image(files[kind], overlay(image, heat, cells))
+    if found:
         classes = model.info["classes"]
-        table, found, nuclei = predict_cells(model, image)
         colours = {name: tuple(bytes.fromhex(colour[1:])) for name, colour in zip(classes, class_colours(classes))}
-        write_cells((files["labels"], files["geojson"]), table, found, nuclei, colours)
+        write_cells((files["labels"], files["geojson"]), found.table, found.cells, found.nuclei, colours)
 
 # %% ../../nbs/06_inference/40_batch.ipynb #17c6333b
 def _predict_batch(task: PredictionTask, paths: Sequence[str]) -> list[dict[str, Any]]:

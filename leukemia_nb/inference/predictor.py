@@ -389,7 +389,8 @@ def _card(row: dict[str, Any], info: dict[str, Any], image: Any) -> dict[str, An
     coloured = zip(info["classes"], class_colours(info["classes"])) if row["predicted"] else ()
     bars = [(name, row[f"p_{name}"], colour) for name, colour in coloured]
     try:
-        drawn = data_uri(overlay(_pixels(image), size=info["image_size"])) if bars else ""
+        pixels = _pixels(image) if bars else None
+        drawn = "" if pixels is None else data_uri(overlay(pixels, cells=find_image_cells(pixels, info["image_size"])))
     except Exception:
         drawn = ""  # the file is gone, say: the prediction is shown all the same
     return {"name": title, "row": row, "bars": bars, "image": drawn, "confidence": escape_text(format_confidence(row))}
@@ -438,10 +439,10 @@ def _to_image_size(labels: np.ndarray, image: np.ndarray) -> np.ndarray:
 def overlay(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
     heat: np.ndarray | None = None,  # float (S, S), 0..1: a saliency map laid over the image in grey
-    size: int = SIDE,  # side of the prepared image on which the cells are found, a model's image_size
+    cells: np.ndarray | None = None,  # int32 labels (H, W), as of find_image_cells; None: those that it finds at SIDE
 ) -> np.ndarray:  # uint8 (H, W, 3) RGB
     "The image with its white blood cells outlined, and with a saliency map, if that is given."
-    (height, width), cells = image.shape[:2], find_image_cells(image, size)
+    (height, width), cells = image.shape[:2], find_image_cells(image) if cells is None else cells
     line = max(1, round(max(image.shape) / 220))
     if heat is None:
         return draw_outlines(image, cells, (0, 205, 90), line)

@@ -230,7 +230,7 @@ def check_mask(
         return "empty"
     flags = {f"covers {cover:.2%} of the image": cover < _MIN_COVER}
     if other is not None:
-        agreement = float((mask & other).sum() / (mask | other).sum())
+        agreement = mask_quality(mask, other)["iou"]
         flags[f"IoU with the other method {agreement:.2f}"] = agreement < _MIN_AGREEMENT
     else:
         edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean()

@@ -306,9 +306,9 @@ def _write_groups(out: Path, groups: list[str]) -> None:
     table, file = predictions_by_group(read_table(out), groups), out.with_name(f"{out.stem}_by_group.csv")
     write_table(file, table, excel=True)
     for row in table.itertuples():
-        answer = f"{row.predicted} {row.confidence:.1%}" if row.predicted else "no prediction"
+        predicted = f"{row.predicted} {row.confidence:.1%}" if row.predicted else "no prediction"
         counts = f"{row.n_agree} of {row.n_predicted} agree, {row.n_abstained} abstained, {row.n_unreadable} not read"
-        _echo(f"{row.group}: {answer}; {counts}")
+        _echo(f"{row.group}: {predicted}; {counts}")
     _echo(f"{len(table)} groups in {file}")
 
 # %% ../../nbs/07_study/50_command_line.ipynb #ad66b7fd

@@ -23,6 +23,7 @@ from ..data.files import pluralise, file_sha256, is_output_folder, read_table, w
 from ..data.images import ImageError, read_image
 from ..data.classes import CLASSES, ClassMap, ClassMapError, named_classes, read_class_map
 from leukemia_nb.data.manifest import (
+    ImageSearch,
     NO_IMAGES,
     check_not_inside,
     check_folder,
@@ -215,9 +216,11 @@ def check_study(
         _check_model(settings, model)
     _check_weights(settings)
     _check_run_folder([settings.data, settings.new_images], run)
-    lines: list[str] = []
-    classes = named_classes(settings.classes or CLASSES) if not settings.data else _find_classes(settings, run)
-    images = _check_images(settings, run, classes, lines) if settings.data else []
+    lines, images, classes = list[str](), list[Path](), named_classes(settings.classes or CLASSES)
+    if settings.data:
+        search = search_images(settings.data, run.folder)
+        classes = resolve_classes(search, settings.class_map, settings.classes)
+        images = _check_images(settings, search, classes, lines)
     if settings.audit_images < len(classes.classes):
         raise StudyError(f"audit_images is {settings.audit_images}, fewer than the {len(classes.classes)} classes.")
     if settings.new_images:
@@ -289,14 +292,9 @@ def _check_run_folder(folders: Sequence[str], run: Run) -> None:
         raise StudyError(f"{run.folder}: holds images that no study wrote ({found[0]}). Choose another folder with --run.")
 
 # %% ../../nbs/07_study/18_settings.ipynb #eb806b0a
-def _find_classes(settings: StudySettings, run: Run) -> ClassMap:
-    "The classes of the images. Raises ClassMapError."
-    return resolve_classes(search_images(settings.data, run.folder), settings.class_map, settings.classes)
-
-
-def _check_images(settings: StudySettings, run: Run, classes: ClassMap, lines: list[str]) -> list[Path]:
+def _check_images(settings: StudySettings, every: ImageSearch, classes: ClassMap, lines: list[str]) -> list[Path]:
     "The images of the classes, unopened. Raises ImageError where a class has none or too few for the split."
-    selection = select_classes(search_images(settings.data, run.folder), classes)
+    selection = select_classes(every, classes)
     search, found = selection.search, set(selection.search.paths)
     counts = Counter(label for path, label in selection.rows if path in found)
     given = bool(settings.split_file) or settings.split == "folders"
