@@ -29,6 +29,8 @@ install: .venv/installed  ## create .venv with everything
 .venv/installed: setup.py settings.ini requirements.lock
 	@echo "Installing into .venv: TensorFlow, PyTorch with CUDA and JupyterLab, $$(grep -c == requirements.lock) packages." \
 	  "About 4 GB are downloaded and 9 GB written, once; it takes some minutes."
+	@free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}'); [ "$$free" -ge 14 ] || \
+	  echo "Only $$free GB are free on this disk; should it run full: free some space, then run make again."
 ifdef UV
 	test -x $(PY) || uv venv --quiet --python python3 .venv
 	uv pip install --python $(PY) --require-hashes -r requirements.lock
@@ -50,7 +52,7 @@ study: install  ## run the whole study; DATA=folder for your images, DATA=kaggle
 	$(PY) -m leukemia_nb study --n-jobs $(JOBS) $(if $(DATA),--data "$(DATA)") $(if $(CLASS_MAP),--class-map "$(CLASS_MAP)") $(if $(filter file,$(origin RUN)),,--run "$(RUN)") $(ARGS)
 
 test: install lint notebooks  ## lint, types, every notebook, every test
-	$(PY) -m pytest -q -n $(JOBS) --dist loadfile --timeout 1800 --durations 15 tests
+	$(PY) -m pytest -q -n $(JOBS) --dist loadfile --timeout 1800 --durations 15 -o tmp_path_retention_policy=failed tests
 
 lint: install  ## format, style, house rules of the notebooks, types
 	$(PY) -m ruff format --check nbs tests benchmarks setup.py
@@ -59,7 +61,7 @@ lint: install  ## format, style, house rules of the notebooks, types
 	$(PY) -m mypy leukemia_nb
 
 notebooks: install  ## run every notebook as a test
-	timeout 1800 .venv/bin/nbdev_test --n_workers 2 --do_print
+	TMPDIR=$$(mktemp -d) && trap 'rm -rf "$$TMPDIR"' EXIT && export TMPDIR && timeout 1800 .venv/bin/nbdev_test --n_workers 2 --do_print
 
 lab: install  ## open JupyterLab on the notebooks
 	.venv/bin/jupyter lab --notebook-dir nbs

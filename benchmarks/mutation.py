@@ -3,14 +3,16 @@
 A mutant is one comparison, arithmetic operation, number or condition changed in one exported cell, in a copy of the checkout.
 Its notebook runs first, then the tests of its module; a mutant that both let pass has survived. Figures are not mutated, and
 the tests of whole studies and of the app in a browser are left out: they take too long. They may kill some of the survivors.
+The sample is that of the smallest hashes, so that it stays the same where the code does. Each mutant is written as soon as it
+is judged; another run goes on there, and judges again the mutants of changed cells and those that survived.
 """
 
 import argparse
 import ast
+import hashlib
 import json
 import os
 import queue
-import random
 import re
 import shutil
 import subprocess
@@ -55,6 +57,10 @@ class Mutant:
 
     def describe(self) -> str:
         return f"{self.function}: {self.before} -> {self.after}"
+
+    def identity(self, seed: int = 0) -> str:
+        text = f"{seed} {self.module} {self.place} {self.describe()} {self.cell}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def changed_cell(self) -> str:
         return self.cell[: self.place] + self.after + self.cell[self.place + len(self.before) :]
@@ -169,7 +175,11 @@ def main() -> None:
     parser.add_argument("--room", default="", help="only mutants of this package, such as evaluation")
     options = parser.parse_args()
     found = [mutant for mutant in all_mutants() if options.room in mutant.module.split("/")[1:] + [""]]
-    chosen = random.Random(options.seed).sample(found, min(options.mutants, len(found)))
+    chosen = sorted(found, key=lambda mutant: mutant.identity(options.seed))[: options.mutants]
+    file = ROOT / "benchmarks/results" / f"mutation{options.room and '_'}{options.room}.json"
+    verdicts = json.loads(file.read_text(encoding="utf-8"))["verdicts"] if file.is_file() else {}
+    judged = {mutant: verdicts[mutant.identity()] for mutant in chosen if mutant.identity() in verdicts}
+    chosen = [mutant for mutant in chosen if judged.get(mutant, "survived") == "survived"]
     copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         for job in range(options.jobs):
@@ -188,21 +198,21 @@ def main() -> None:
             finally:
                 copies.put(copy)
 
-        name, judged = f"mutation_{options.room}" if options.room else "mutation", list[tuple[Mutant, bool]]()
         with ThreadPoolExecutor(options.jobs) as pool:
             for mutant, alive in zip(chosen, pool.map(judge, chosen)):
                 print("SURVIVED" if alive else "killed", mutant.module, mutant.describe(), flush=True)
-                judged.append((mutant, alive))
-                write(judged, len(found), options.seed, ROOT / "benchmarks" / "results" / f"{name}.json")
+                judged[mutant] = "survived" if alive else "killed"
+                write(judged, len(found), options.seed, file)
 
 
-def write(judged: list[tuple[Mutant, bool]], n_possible: int, seed: int, file: Path) -> None:
-    """Write what is known so far: mutants are judged in random order, so that the first ones are a random sample too."""
-    killed = sum(not alive for _, alive in judged)
+def write(judged: dict[Mutant, str], n_possible: int, seed: int, file: Path) -> None:
+    """Write what is known so far: the order of the hashes is random, so that the first mutants are a random sample too."""
+    killed = list(judged.values()).count("killed")
     low, high = clopper_pearson(killed, len(judged))
     result = {"seed": seed, "of": n_possible, "mutants": len(judged), "killed": killed, "low": low, "high": high}
-    survivors = [{"module": mutant.module, "change": mutant.describe()} for mutant, alive in judged if alive]
+    survivors = [{"module": mutant.module, "change": mutant.describe()} for mutant in judged if judged[mutant] == "survived"]
     result |= {"interval": "Clopper-Pearson, 95 %", "survivors": survivors}
+    result["verdicts"] = {mutant.identity(): verdict for mutant, verdict in judged.items()}
     file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
