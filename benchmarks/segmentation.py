@@ -33,6 +33,7 @@ from leukemia_nb.processing.segmentation import (
     cluster_mask,
     apply_mask,
     check_mask,
+    flag_mask,
     original_study_mask,
     kmeans_mask,
     mask_quality,
@@ -179,14 +180,14 @@ def expert_masks() -> dict:
 
 
 def mask_flags() -> dict:
-    "K-means masks of wbc_masks that `check_mask` flags beside the second method's; the limit was chosen on odd numbers."
+    "K-means masks of wbc_masks that `flag_mask` flags beside the second method's; the limit was chosen on odd numbers."
     report, halves = {}, {1: "odd, development", 0: "even, held back"}
     for path in sorted((DATA / "wbc_masks").glob("*.bmp")):
         image, truth = read_image(path), cv2.imread(str(path.with_suffix(".png")), 0) > 0
         mask = segment(image, "kmeans")
         kind = "failed" if mask_quality(mask, truth)["iou"] < 0.7 else "good"
         counts = report.setdefault(halves[int(path.stem) % 2], {}).setdefault(kind, {"n": 0, "flagged": 0, "flagged_by_size": 0})
-        flags = check_mask(mask, segment(image, "nucleus")), check_mask(mask)
+        flags = flag_mask(image, mask, "kmeans"), check_mask(mask)
         for key, more in zip(counts, (1, bool(flags[0]), bool(flags[1]))):
             counts[key] += more
     for counts in (counts for kinds in report.values() for counts in kinds.values()):
@@ -197,7 +198,7 @@ def mask_flags() -> dict:
 def field_flags(folder: Path) -> dict:
     "How many masks of whole fields are flagged, of which no truth is known; every eighth image."
     images = [read_image(path) for path in sorted(folder.glob("*.jpg"))[::8]]
-    flags = [check_mask(segment(image, "kmeans"), segment(image, "nucleus")) for image in images]
+    flags = [flag_mask(image, segment(image, "kmeans"), "kmeans") for image in images]
     return {"n": len(flags), "flagged": sum(map(bool, flags))}
 
 

@@ -24,7 +24,7 @@ from leukemia_nb.audit.baselines import (
     _texture_features,
 )
 from leukemia_nb.data.images import read_image, scale_bar_corner
-from leukemia_nb.data.classes import class_of
+from leukemia_nb.data.classes import read_class_map
 from leukemia_nb.data.synthetic import make_smear
 from leukemia_nb.evaluation.cross_validation import cross_validated_accuracy
 from leukemia_nb.evaluation.metrics import accuracy_figure, compare_models
@@ -348,7 +348,7 @@ def test_sentence_of_permuted_labels():
 def test_known_shortcuts_of_the_real_images(shared_data):
     "Random 5-fold, 100 images a class; all 2,087 give 99.0 % and 92.3 % (benchmarks/results/shortcuts.json)."
     table = pd.read_csv(shared_data / "taleqani_fields.csv").rename(columns={"file": "pair"})
-    table["class"] = [class_of(name.split("/")[0]) for name in table["pair"]]
+    table["class"] = [read_class_map().class_of(name.split("/")[0]) for name in table["pair"]]
     table = table[table["class"] != "Early Pre-B"].groupby("class").sample(100, random_state=0).reset_index(drop=True)
     images = [read_image(shared_data / "taleqani" / name) for name in table["pair"]]
     X = baseline_features(images, names=list(BACKGROUND_ONLY))

@@ -12,7 +12,6 @@ from leukemia_nb.data.classes import (
     CLASSES,
     FOUR_CLASSES,
     ClassMapError,
-    class_of,
     folder_classes,
     named_classes,
     read_class_map,
@@ -116,7 +115,8 @@ def test_class_names_that_are_numbers_stay_text(tmp_path):
 def test_names_of_folders_are_compared_without_case_and_dashes_but_with_plus():
     signs = named_classes(["CD19", "CD19+"])
     assert signs.class_of("cd-19") == "CD19" and signs.class_of("[CD19+]") == "CD19+" and signs.class_of("CD20") is None
-    assert class_of("Benign", ["Normal", "ALL"]) == "Normal" and class_of("Pre", ["Normal", "ALL"]) is None
+    two = named_classes(["Normal", "ALL"])
+    assert two.class_of("Benign") == "Normal" and two.class_of("Pre") is None
 
 
 # --- classes by the names of the folders

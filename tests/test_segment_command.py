@@ -116,6 +116,19 @@ def test_inputs_of_one_stem_have_a_mask_each(tmp_path, drawn):
     assert len(check_masks(folder, tmp_path / "out")) == 8
 
 
+def test_a_mask_without_white_cells_is_flagged(tmp_path, drawn):
+    """K-means has to take something: without a white cell, red ones. The second method finds none."""
+    red = np.full((128, 160, 3), 235, np.uint8)
+    for at in ((30, 30), (100, 50), (60, 90)):
+        cv2.circle(red, at, 14, (205, 140, 150), -1)
+    write_image(tmp_path / "in/red.png", red)
+    write_image(tmp_path / "in/smear.png", drawn[0])
+    status, said, error = call(tmp_path / "in", "--out", tmp_path / "out")
+    table = table_of(tmp_path / "out").set_index("path")
+    assert status == 0 and table.cell_fraction["red.png"] > 0.05, error
+    assert table.flag["red.png"] == "IoU with the other method 0.00" and table.flag["smear.png"] == ""
+
+
 def test_a_name_stays_when_other_images_come_to_it():
     names = ["a.bmp", "a.jpg", "a.jpg.png", "a.png", "a.png.png", "b/a.png", "b/a.tif", "ü" * 124 + ".jpg"]
     alone = [_mask_names([name])[0] for name in names]

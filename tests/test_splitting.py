@@ -441,10 +441,10 @@ def test_copies_under_two_classes_get_a_problem_that_names_the_other():
 
 def test_real_images(shared_data):
     from leukemia_nb.data.files import file_sha256
-    from leukemia_nb.data.classes import class_of
+    from leukemia_nb.data.classes import read_class_map
 
     table = pd.read_csv(shared_data / "taleqani_fields.csv").rename(columns={"file": "path", "overlap_group": "field"})
-    table["class"] = [class_of(Path(path).parts[0]) for path in table["path"]]
+    table["class"] = [read_class_map().class_of(Path(path).parts[0]) for path in table["path"]]
     table = table[table["class"].isin(COUNTS)].reset_index(drop=True)
     table = table.assign(pair=table["path"], sha256=[file_sha256(shared_data / "taleqani" / path) for path in table["path"]])
     random, grouped = (split_pairs(table, method, table["field"]) for method in ("random", "grouped"))

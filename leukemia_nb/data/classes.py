@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'FOUR_CLASSES', 'ClassMapError', 'ClassMap', 'read_class_map', 'write_class_map', 'named_classes',
-           'class_of', 'subset_of', 'folder_classes']
+           'subset_of', 'folder_classes']
 
 # %% ../../nbs/01_data/25_classes.ipynb #15a09cfd
 import json
@@ -180,27 +180,14 @@ CLASSES = _BUILT_IN.classes
 FOUR_CLASSES = tuple(_BUILT_IN.folders)
 
 # %% ../../nbs/01_data/25_classes.ipynb #4044a12d
-def _named(classes: Sequence[str]) -> ClassMap:
-    own = {label: _BUILT_IN.folders.get(label, (label,)) for label in classes}
-    negative = _BUILT_IN.negative if _BUILT_IN.negative in own else ""
-    folders = dict(_BUILT_IN.folders) if own.keys() <= _BUILT_IN.folders.keys() else own
-    return ClassMap(tuple(classes), folders, _BUILT_IN.descriptions, negative, source="built-in class map")
-
-
 def named_classes(
     classes: Sequence[str],  # names of classes
 ) -> ClassMap:
     "Classes that folders of the same names mean, also under the names of the built-in map. Raises `ClassMapError`."
-    return _named(_checked_names(classes))
-
-# %% ../../nbs/01_data/25_classes.ipynb #a1ce030f
-def class_of(
-    folder_name: str,  # name of one folder, such as [Malignant] Pre-B
-    classes: Sequence[str] = FOUR_CLASSES,  # class names
-) -> str | None:  # one of the classes, or None
-    "Class that a folder's name means: by its own name, or by the built-in map."
-    label = _named(classes).class_of(folder_name)
-    return label if label in classes else None
+    own = {label: _BUILT_IN.folders.get(label, (label,)) for label in _checked_names(classes)}
+    negative = _BUILT_IN.negative if _BUILT_IN.negative in own else ""
+    folders = dict(_BUILT_IN.folders) if own.keys() <= _BUILT_IN.folders.keys() else own
+    return ClassMap(tuple(classes), folders, _BUILT_IN.descriptions, negative, source="built-in class map")
 
 # %% ../../nbs/01_data/25_classes.ipynb #a7261abc
 _SUBSET = re.compile(r"(?:(train(?:ing)?)|(val(?:id(?:ation)?)?)|(test(?:ing)?))(?:set|data|images)?")

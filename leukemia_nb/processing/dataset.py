@@ -24,7 +24,7 @@ from ..data.classes import CLASSES, ClassMap, named_classes, write_class_map
 from ..data.manifest import build_manifest, check_not_inside, check_manifest, search_images
 from ..data.processes import image_row, run_tasks
 from .cells import cell_table, find_cells
-from .segmentation import apply_mask, check_mask, segment
+from .segmentation import apply_mask, flag_mask, segment
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #9e74a98d
 _CHANNELS = ("original", "segmented", "cells")
@@ -102,8 +102,7 @@ def save_pair(
     original = resize_square(image, size)
     cells = find_cells(original).astype(np.uint16)
     saved = {"original": original, "segmented": resize_square(apply_mask(image, mask), size), "cells": cells}
-    small = cv2.resize(mask.view(np.uint8), cells.shape, interpolation=cv2.INTER_NEAREST_EXACT) > 0
-    flag = check_mask(mask) if segmentation == "nucleus" else check_mask(small, cells > 0)
+    flag = flag_mask(image, mask, segmentation, cells > 0)
     names = _pair_files(pair)
     files = {names[channel]: _save_png(Path(folder) / names[channel], saved[channel]) for channel in _CHANNELS}
     return {"mask": mask, "mask_flag": flag, "n_cells": int(cells.max()), "files": files}

@@ -21,7 +21,7 @@ from ..data.manifest import NO_IMAGES, ImageSearch, check_not_inside, search_ima
 from ..data.processes import image_row, run_tasks
 from .cells import count_cells, find_cells_and_nuclei, label_cells
 from .measurements import measure_cells, write_cell_table, write_cells
-from .segmentation import check_mask, draw_outlines, segment
+from .segmentation import draw_outlines, flag_mask, segment
 
 # %% ../../nbs/02_processing/20_quality_control.ipynb #c36be3d1
 _MAX_BYTES = 240  # of a name: file systems take 255, and a record has five more
@@ -69,11 +69,11 @@ def _segment_file(path: str | os.PathLike, name: str, out: str | os.PathLike, me
         write_image(paths["mask"], mask.astype(np.uint8) * 255)
         write_image(paths["overlay"], draw_outlines(image, cells))
         write_cells((paths["labels"], paths["geojson"]), measure_cells(image, cells, nuclei), cells, nuclei)
-        row = {"width": mask.shape[1], "height": mask.shape[0], "n_cells": count_cells(cells), "flag": check_mask(mask)}
-        row |= {"cell_fraction": round(float(mask.mean()), 5)} | files
+        row = {"width": mask.shape[1], "height": mask.shape[0], "n_cells": count_cells(cells)}
+        row |= {"flag": flag_mask(image, mask, method), "cell_fraction": round(float(mask.mean()), 5)} | files
         return row, {file: file_sha256(paths[kind]) for kind, file in files.items()}
 
-    settings = {"segmentation": method, "version": 3}
+    settings = {"segmentation": method, "version": 4}
     return {"path": name} | _BLANK | image_row(path, Path(out), (f"records/{saved}.json", *files.values()), settings, make)
 
 # %% ../../nbs/02_processing/20_quality_control.ipynb #fbbd4677

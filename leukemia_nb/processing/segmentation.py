@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEGMENTATION_METHODS', 'a_channel', 'otsu_threshold', 'kmeans_mask', 'cluster_mask', 'clean_mask', 'drop_small',
            'apply_mask', 'original_study_mask', 'segmentation_steps', 'SegmentationMethod', 'segment', 'draw_outlines',
-           'mask_quality', 'check_mask']
+           'mask_quality', 'check_mask', 'flag_mask']
 
 # %% ../../nbs/02_processing/10_segmentation.ipynb #77826989
 from collections.abc import Callable
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+
+from ..data.images import resize_square
 
 # %% ../../nbs/02_processing/10_segmentation.ipynb #1a94d71c
 def _check_rgb(image: np.ndarray) -> None:
@@ -151,6 +153,7 @@ class SegmentationMethod:
     title: str
     description: str
     function: Callable[..., np.ndarray]  # (image, min_area) -> bool mask (H, W)
+    compare_with: str = "nucleus"  # method with whose mask one is compared to be flagged; empty: with none
 
 # %% ../../nbs/02_processing/10_segmentation.ipynb #42c982f9
 def _nucleus_mask(image: np.ndarray, min_area: float = 500) -> np.ndarray:
@@ -161,7 +164,9 @@ def _nucleus_mask(image: np.ndarray, min_area: float = 500) -> np.ndarray:
 # %% ../../nbs/02_processing/10_segmentation.ipynb #0fdf44a3
 SEGMENTATION_METHODS = {
     "kmeans": SegmentationMethod("k-means of the A channel", "The original study's five steps.", original_study_mask),
-    "nucleus": SegmentationMethod("cells grown from nuclei", "Purple nuclei, each with the cytoplasm around it.", _nucleus_mask),
+    "nucleus": SegmentationMethod(
+        "cells grown from nuclei", "Purple nuclei, each with its cytoplasm.", _nucleus_mask, ""
+    ),
 }
 
 # %% ../../nbs/02_processing/10_segmentation.ipynb #0a8ad9f6
@@ -239,3 +244,16 @@ def check_mask(
         flags[f"covers {edge:.0%} of the border"] = edge > _MAX_BORDER
         flags[f"one component of {largest:.0%}"] = largest > _MAX_COMPONENT
     return "; ".join(text for text, suspicious in flags.items() if suspicious)
+
+# %% ../../nbs/02_processing/10_segmentation.ipynb #d989b00b
+def flag_mask(
+    image: np.ndarray,  # uint8 (H, W, 3) RGB
+    mask: np.ndarray,  # bool (H, W)
+    method: str,  # that made it, one of SEGMENTATION_METHODS
+    other: np.ndarray | None = None,  # bool (h, w), mask of the method that it is compared with; None: made here, at 224x224
+) -> str:  # as from check_mask
+    "`check_mask` with the mask of the method that this one is compared with, if there is one, at that mask's size."
+    if not (compare_with := SEGMENTATION_METHODS[method].compare_with):
+        return check_mask(mask)
+    other = segment(resize_square(image, 224), compare_with) if other is None else other
+    return check_mask(cv2.resize(mask.view(np.uint8), other.shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT) > 0, other)

@@ -202,7 +202,7 @@ def _check_settings(settings: StudySettings) -> None:
 
 # %% ../../nbs/07_study/18_settings.ipynb #ab86d4c2
 SYNTHETIC_STUDY = StudySettings(
-    train_size=0.55, test_size=0.3, image_size=96, weights="random", epochs=7, batch_size=16, audit_images=60, cv_repeats=1
+    train_size=0.55, test_size=0.3, image_size=96, weights="random", epochs=7, batch_size=16, audit_images=42, cv_repeats=1
 )
 
 # %% ../../nbs/07_study/18_settings.ipynb #71817378
