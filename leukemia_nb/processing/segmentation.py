@@ -164,9 +164,7 @@ def _nucleus_mask(image: np.ndarray, min_area: float = 500) -> np.ndarray:
 # %% ../../nbs/02_processing/10_segmentation.ipynb #0fdf44a3
 SEGMENTATION_METHODS = {
     "kmeans": SegmentationMethod("k-means of the A channel", "The original study's five steps.", original_study_mask),
-    "nucleus": SegmentationMethod(
-        "cells grown from nuclei", "Purple nuclei, each with its cytoplasm.", _nucleus_mask, ""
-    ),
+    "nucleus": SegmentationMethod("cells grown from nuclei", "Purple nuclei, each with its cytoplasm.", _nucleus_mask, ""),
 }
 
 # %% ../../nbs/02_processing/10_segmentation.ipynb #0a8ad9f6
