@@ -349,6 +349,23 @@ def test_a_given_split_is_taken_or_refused(tmp_path):
         folder_split(table.drop(2), tmp_path)
 
 
+def test_without_validation_folders_whole_groups_of_training_images_are_for_validation(tmp_path):
+    names = [f"{subset}/{label}/{n}.png" for label in "ab" for subset, n in [("test", 0)] + [("train", n) for n in range(40)]]
+    table = pd.DataFrame({"pair": names, "path": names, "class": [name.split("/")[1] for name in names]})
+    table["group"] = [
+        name.split("/")[0] + str(int(Path(name).stem) // 2) + name.split("/")[1] for name in names
+    ]  # pairs of images
+    split = folder_split(table, tmp_path)
+    counts = pd.crosstab(split["class"], split["subset"])
+    assert (counts["test"] == 1).all() and counts["val"].between(3, 5).all() and (counts.sum(axis=1) == 41).all()
+    assert (split.groupby("group")["subset"].nunique() == 1).all()
+    assert split.equals(folder_split(table, tmp_path)) and not split.equals(folder_split(table, tmp_path, seed=1))
+    with pytest.raises(SplitError, match="too few groups.*leave out --split folders"):
+        folder_split(table.assign(group="one slide"), tmp_path)
+    with pytest.raises(SplitError, match="class a has no images for train"):
+        folder_split(table[table["path"].str.startswith("test")], tmp_path)
+
+
 # --- two and twenty classes
 
 

@@ -108,6 +108,7 @@ def _random_subsets(table: pd.DataFrame, train_size: float, test_size: float, se
     return subsets
 
 # %% ../../nbs/02_processing/40_splitting.ipynb #64991978
+_VAL_SIZE = 0.1  # proportion of given training images for validation, where none are given
 _TOLERANCE = 0.03  # of a class's images, by which a subset may differ from its proportion
 
 
@@ -428,6 +429,7 @@ def folder_subsets(
 def folder_split(
     pairs: pd.DataFrame,  # pair, class, path; sha256 and pixels where there are such
     data: str | os.PathLike,  # folder of the images, at which paths may start
+    seed: int = 0,  # of the validation images, where no folder has any
 ) -> pd.DataFrame:  # the same with the subset
     "The split that the folders of the images make. Raises `SplitError` for an image outside of them, and as `check_split`."
     split = pairs.assign(subset=folder_subsets([Path(data, path) for path in pairs["path"]], data))
@@ -436,7 +438,11 @@ def folder_split(
             f"{data}: {pluralise(len(outside), 'image')} in no folder train, val or test: {_listing(map(str, outside), 2)}. "
             "Move them into such folders, or leave out --split folders."
         )
+    train = split[split["subset"] == "train"]
     try:
+        if len(train) and "val" not in set(split["subset"]):
+            rows = _nearest_folds(train if "group" in train else train.assign(group=train["pair"]), _VAL_SIZE, 1, seed)
+            split.loc[train.index[rows], "subset"] = "val"
         check_split(split)
     except SplitError as error:
         raise SplitError(f"{data}: its folders make no split: {error} Or leave out --split folders.") from None

@@ -297,8 +297,7 @@ def _check_images(settings: StudySettings, every: ImageSearch, classes: ClassMap
     selection = select_classes(every, classes)
     search, found = selection.search, set(selection.search.paths)
     counts = Counter(label for path, label in selection.rows if path in found)
-    given = bool(settings.split_file) or settings.split == "folders"
-    minimum = 3 if given else smallest_class(settings.train_size, settings.test_size)
+    minimum = 3 if settings.split_file or settings.split == "folders" else smallest_class(settings.train_size, settings.test_size)
     for name in classes.classes:
         if counts[name] < minimum:
             few = f"class {name} has {pluralise(counts[name], 'image')}, and the split needs {minimum} of each class"
@@ -308,6 +307,8 @@ def _check_images(settings: StudySettings, every: ImageSearch, classes: ClassMap
     if settings.split == "folders" and not settings.split_file:
         paths, labels = zip(*[row for row in selection.rows if row[0] in found])
         folder_split(pd.DataFrame({"pair": paths, "class": labels, "path": paths}), settings.data)
+        if "val" not in folder_subsets(paths, settings.data):
+            lines.append("no folder of validation images: about a tenth of the training images are for validation")
     elif numbers := Counter(filter(None, folder_subsets(search.paths, settings.data))):
         seen = ", ".join(f"{name} ({number})" for name, number in numbers.items())
         lines.append(f"folders of subsets were seen, {seen}: their images are split anew; --split folders takes them as they are")
