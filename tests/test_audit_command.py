@@ -71,6 +71,8 @@ def test_an_own_model_file_is_audited_as_the_predictor_predicts(folder, tmp_path
     model = open_classifier(file)
     assert np.allclose(model.predict_proba(images), Predictor(file).predict_proba(images))
     assert audit_settings(folder / "images", file).notes == ()
+    with pytest.raises(ModelError, match="prepares its images itself. Leave out --model-setting"):
+        open_classifier(file, {"range": "0-1"})
 
 
 def test_layouts_ranges_and_orders_give_the_same_pixels(tmp_path):

@@ -62,6 +62,42 @@ def test_the_whole_command(place, tmp_path):
     assert (out / "steps/evaluate.json").read_text() == before, "what is up to date is not executed again"
 
 
+def test_images_that_the_model_has_seen_are_reported(place, tmp_path):
+    model = sorted((place / "models").glob("*.onnx"))[0]
+    predict_labelled(labelled_images(place / "hospital", CLASSES, log=silent), [model], tmp_path / "all")
+    (table,) = read_evaluation(tmp_path / "all").values()
+    (seen,) = table[table["seen"].astype(bool)].itertuples()
+    target = tmp_path / "seen" / Path(seen.path).relative_to(place / "hospital")
+    target.parent.mkdir(parents=True)
+    shutil.copy(seen.path, target)
+    done = run("evaluate", tmp_path / "seen", "--model", model, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "has seen 1 of the 1 images" in page and "1 image in the folder seen;" in page and "No groups were given:" in page
+
+
+def test_groups_of_several_classes_are_given_and_left_out(place, tmp_path):
+    """The same patients in every class: the sensitivities are not independent, and no patient has one class."""
+    model = sorted((place / "models").glob("*.onnx"))[0]
+    for number, label in enumerate((*CLASSES, "Early Pre-B")):
+        for patient in range(3):
+            write_image(tmp_path / f"in/{label}/P{patient}/x.png", make_smear(label, 50 + 7 * number + patient, 96, 128).image)
+    write_image(tmp_path / "in/Normal/Q/x.png", make_smear("Normal", 99, 96, 128).image)
+    write_image(tmp_path / "in/Early Pre-B/Q/x.png", make_smear("Early Pre-B", 98, 96, 128).image)
+    done = run("evaluate", tmp_path / "in", "--model", model, "--groups-from", "parent", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    page, metrics = (tmp_path / "out/report.html").read_text(), json.loads((tmp_path / "out/metrics.json").read_text())
+    assert "every group that was given has images of more than one class" in page and "No groups were given" not in page
+    accuracy, balanced = metrics["proportions"][:2]
+    assert accuracy["groups"] == balanced["groups"] == 4 and balanced["low"] is None and accuracy["low"] is not None
+    assert metrics["by_group"] == [] and metrics["selective"][0]["low"] == pytest.approx(accuracy_bounds(accuracy)[0], abs=1e-6)
+
+
+def accuracy_bounds(row):
+    """Interval of the error rate, from that of the accuracy."""
+    return 1 - row["high"], 1 - row["low"]
+
+
 def test_finished_predictions_are_kept_until_something_changes(place, tmp_path, monkeypatch):
     folder, model = tmp_path / "hospital", sorted((place / "models").glob("*.onnx"))[0]
     shutil.copytree(place / "hospital", folder)

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from leukemia_nb.data.classes import CLASSES, ClassMap, write_class_map
-from leukemia_nb.data.files import OutputError, file_lock
+from leukemia_nb.data.files import OutputError, file_lock, file_sha256
 from leukemia_nb.data.images import ImageError, write_image
 from leukemia_nb.data.synthetic import make_smear, write_smears
 from leukemia_nb.inference.batch import (
@@ -103,6 +103,8 @@ def test_files_folders_and_patterns(place, paths):
     assert len(paths) == 6 and list_images(f"{place}/smears/*/*.png") == paths
     assert list_images(place / "smears", paths[0], "no/such*.png") == [*paths, "no/such*.png"]
     assert list_images(place / "run") == [str(place / "run")]
+    relative = os.path.relpath(paths[1])
+    assert list_images(paths[0], relative, place / "smears") == [paths[0], relative, *paths[2:]]
 
 
 def test_brackets_in_patterns_are_literal_where_they_occur(tmp_path):
@@ -147,6 +149,13 @@ def test_own_output_is_never_input(paths, model, place, tmp_path):
 # Tables
 
 
+def test_counts_are_whole_numbers_beside_an_image_that_cannot_be_read(task, paths, tmp_path):
+    (tmp_path / "empty.png").write_bytes(b"")
+    predict_files([*paths, str(tmp_path / "empty.png")], task, tmp_path / "a.csv")
+    counts = pd.read_csv(tmp_path / "a.csv", dtype=str, keep_default_na=False)["n_cells"]
+    assert counts.iloc[-1] == "" and counts.iloc[:-1].str.fullmatch(r"\d+").all()
+
+
 @pytest.mark.parametrize("n_jobs", [1, 2])
 def test_csv_and_json_hold_the_same(task, paths, tmp_path, n_jobs):
     rows = []
@@ -154,7 +163,7 @@ def test_csv_and_json_hold_the_same(task, paths, tmp_path, n_jobs):
     table, entries = table_of(tmp_path / "a.csv"), json.loads((tmp_path / "a.json").read_text())
     assert list(table["path"]) == paths == [row["path"] for row in entries] == sorted(row["path"] for row in rows)
     np.testing.assert_allclose(table["confidence"], [row["confidence"] for row in entries])
-    assert set(table["model_sha256"]) == {task.predictor().info["sha256"]} and set(table["problem"]) == {""}
+    assert set(table["model_sha256"]) == {file_sha256(task.predictor().file)} and set(table["problem"]) == {""}
     assert sorted(each.name for each in tmp_path.iterdir() if each.suffix != ".lock") == ["a.csv", "a.json"]
     assert (tmp_path / "a.csv").read_bytes().startswith(b"\xef\xbb\xbfpath,")
 

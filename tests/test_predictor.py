@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from leukemia_nb.data.files import file_sha256
 from leukemia_nb.data.images import ImageError, read_image, resize_square, write_image
 from leukemia_nb.data.synthetic import write_smears
 from leukemia_nb.inference.model_file import _FORMAT, _add_checksum, _check_checksum, open_model_file
@@ -68,7 +69,7 @@ def paths(place):
 @given(st.binary(max_size=300), st.integers(0, 10_000), st.integers(1, 255))
 def test_any_changed_byte_breaks_the_checksum(body, where, change):
     data = bytearray(_add_checksum(body + b"0" * 64))
-    assert _check_checksum(bytes(data)) == hashlib.sha256(body).hexdigest()
+    assert _check_checksum(bytes(data)) == hashlib.sha256(data).hexdigest()
     data[where % len(data)] ^= change
     with pytest.raises(ModelError, match="damaged|cut off"):
         _check_checksum(bytes(data))
@@ -80,7 +81,8 @@ def test_the_checksum_is_metadata_that_others_can_read(file):
     network = onnx.load(file)
     onnx.checker.check_model(network)
     entries = {entry.key: entry.value for entry in network.metadata_props}
-    assert entries["sha256"] == _check_checksum(file.read_bytes()) == open_model_file(file).info["sha256"]
+    assert entries["sha256"] == hashlib.sha256(file.read_bytes()[:-64]).hexdigest()
+    assert file_sha256(file) == _check_checksum(file.read_bytes()) == open_model_file(file).info["sha256"]
     assert json.loads(entries["leukemia_nb"])["classes"] == CLASSES
 
 

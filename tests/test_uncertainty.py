@@ -233,7 +233,7 @@ def test_sentences():
         assert significance_sentence(compare_model_pairs(models)).startswith(start)
     same = significance_sentence(compare_model_pairs({"yolov8": best, "yolo11": best, "yolo12": best}))
     assert same.startswith("YOLOv8, YOLO11 and YOLO12 are not significantly") and same.endswith(
-        "mean equal: all err on the same images."
+        "No image is predicted correctly by one model and wrongly by another."
     )
     few = significance_sentence(compare_model_pairs({"a": errs_on([0]), "b": errs_on([1, 2])}))
     assert few.endswith("at most 3 discordant images in a model pair, and the smallest unadjusted p is 1.00.")

@@ -329,7 +329,7 @@ def _content(path: str | os.PathLike) -> bytes:
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
-            raise ImageError("cannot be opened: it is a folder, a pipe or a device. Name an image file.")
+            raise ImageError("cannot be opened: it is a folder, a pipe or a device. Name an image, or a folder with images.")
         if not found.st_size:
             raise ImageError("the file is empty. Copy it again, or remove it.")
         if found.st_size > 9 * _MAX_PIXELS:  # 16 bits with transparency, and as much again for metadata

@@ -232,13 +232,14 @@ def augrc(
 def selective_table(
     predictions: Mapping[str, pd.DataFrame],  # model name -> predictions of the rows to evaluate
     by: str = "",  # column whose values are evaluated separately; "": all rows together
+    groups: Mapping[str, Any] | None = None,  # pair -> group of images that are not independent; None: each is its own
 ) -> pd.DataFrame:  # one row per model (and value): n_errors, risk with low and high, augrc, augrc_optimal, augrc_random
-    "Error rate without abstaining (Korn-Graubard interval over pairs) and AUGRC, beside those of perfect and of no confidence."
+    "Error rate without abstaining (Korn-Graubard interval over groups) and AUGRC, beside those of perfect and of no confidence."
     rows = []
     for name, table in predictions.items():
         for value, part in table.groupby(by, sort=False) if by else [("", table)]:
             wrong = (predicted_labels(part) != part["class"].to_numpy()).astype(int)
-            risk = korn_graubard_interval(wrong, part["pair"])
+            risk = korn_graubard_interval(wrong, part["pair"].map(groups) if groups else part["pair"])
             row: dict[str, Any] = {"model": name, "title": model_title(name)} | ({by: value} if by else {})
             row |= {"n_images": risk.n, "n_errors": int(wrong.sum()), "risk": risk.estimate, "low": risk.low, "high": risk.high}
             rows.append(row | {"augrc": augrc(part), "augrc_optimal": risk.estimate**2 / 2, "augrc_random": risk.estimate / 2})

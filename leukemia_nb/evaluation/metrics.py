@@ -105,18 +105,20 @@ def proportions_table(
         ):
             add(metric, name, of, correct)
     found = pd.DataFrame(rows, columns=_PROPORTION_COLUMNS)
-    balanced = _balanced_accuracy(found[found["metric"] == "sensitivity"])
+    balanced = _balanced_accuracy(found[found["metric"] == "sensitivity"], int(found["groups"].iloc[0]))
     return pd.concat([found[:1], balanced, found[1:]], ignore_index=True)
 
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #7f108534
-def _balanced_accuracy(sensitivities: pd.DataFrame) -> pd.DataFrame:
-    "Mean of the sensitivities of the classes that have images, with Zou's interval: one row of proportions_table."
+def _balanced_accuracy(sensitivities: pd.DataFrame, groups: int) -> pd.DataFrame:
+    "Mean of the sensitivities of classes with images; Zou's interval where no group has several: a row of proportions_table."
     found = sensitivities.dropna(subset="estimate")
     mean, n = found["estimate"].mean(), len(found)
     below, above = (np.sqrt((gap**2).sum()) / n for gap in (found["estimate"] - found["low"], found["high"] - found["estimate"]))
-    row = {"metric": "balanced accuracy", "class": "", "n_images": found["n_images"].sum(), "groups": found["groups"].sum()}
-    row |= {"estimate": mean, "low": mean - below, "high": mean + above, "interval": f"Zou ({found['interval'].iloc[0]})"}
-    return pd.DataFrame([row])
+    if found["groups"].sum() > groups:  # the sensitivities are not independent
+        below = above = np.nan
+    row = {"metric": "balanced accuracy", "class": "", "n_images": found["n_images"].sum(), "groups": groups}
+    row |= {"estimate": mean, "low": mean - below, "high": mean + above}
+    return pd.DataFrame([row | {"interval": "" if np.isnan(below) else f"Zou ({found['interval'].iloc[0]})"}])
 
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #869840cd
 def _roc_auc(table: pd.DataFrame) -> pd.Series:

@@ -310,8 +310,10 @@ def _power_sentence(table: pd.DataFrame) -> str:
     n_discordant = int((table["only_first_correct"] + table["only_second_correct"]).max())
     if table["significant"].any():
         return ""
-    found = f"at most {n_discordant} discordant images in a model pair, and the smallest unadjusted p is {table['p'].min():.2f}"
-    return f" Not significantly different does not mean equal: {found if n_discordant else 'all err on the same images'}."
+    if not n_discordant:
+        return " No image is predicted correctly by one model and wrongly by another."
+    found = f"at most {pluralise(n_discordant, 'discordant image')} in a model pair, and the smallest unadjusted p is"
+    return f" Not significantly different does not mean equal: {found} {table['p'].min():.2f}."
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #53a6d045
 @styled

@@ -71,7 +71,10 @@ def find_inputs(
         unreachable = [path for path, _ in search.unreachable]
         found += [str(path) for path in (*search.paths, *unreachable)] or [given]
         summaries.append(search.summary())
-    return list(dict.fromkeys(found)), "\n".join(summaries)
+    unique: dict[str, str] = {}
+    for path in found:
+        unique.setdefault(os.path.abspath(path), path)
+    return list(unique.values()), "\n".join(summaries)
 
 # %% ../../nbs/06_inference/40_batch.ipynb #eeed5c16
 def _matches(pattern: str) -> list[str]:
@@ -241,7 +244,7 @@ def _write_tables(
     columns = prediction_columns(info["classes"])
     ordered = [{name: rows[path].get(name) for name in columns} for path in paths]
     if out:
-        write_table(out, pd.DataFrame(ordered, columns=columns), excel=True)
+        write_table(out, pd.DataFrame(ordered, columns=columns).astype({"n_cells": "Int64"}), excel=True)
     if json_file:
         write_json(json_file, ordered)
     unfinished.unlink()

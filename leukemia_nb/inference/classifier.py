@@ -217,6 +217,8 @@ def _complete(network: _Network, given: ModelSettings, file: str) -> tuple[Model
     told = {name: value for name, value in network.found.items() if not getattr(given, name)}
     settings, notes = replace(given, **told), list[str]()
     if not network.shape:
+        if settings != replace(ModelSettings(**network.found), classes=settings.classes):
+            raise ModelError(f"{file}: a model file of leukemia_nb prepares its images itself. Leave out --model-setting.")
         return settings, notes
     settings = _complete_shape(network, settings, file)
     if not settings.range and settings.mean:

@@ -136,6 +136,7 @@ def predict_labelled(
     batch_size: int = 32,  # files in a batch
     n_jobs: int | None = 1,  # joblib's: worker processes
     progress: Callable[[list[dict[str, Any]]], Any] | None = None,  # called with the rows of each batch as it is done
+    folder: str | os.PathLike = "",  # of the images, for the report; empty: the one that all lie in
 ) -> DataFrame:  # the images with given_group, group (a number; copies are in one), sha256, and what else is a problem
     "Predict labelled images with each model. Raises ModelError, ImageError where none can be read, OutputError, ClusterError."
     out, paths = Path(out), images["path"].tolist()
@@ -159,7 +160,9 @@ def predict_labelled(
         write_table(out / "images.csv", images, excel=True)
         write_table(out / "near_duplicates.csv", seen)
         about = [_describe(name, predictor) for name, predictor in predictors.items()]
-        write_json(out / "models.json", {"images": os.path.commonpath(paths), "version": __version__, "models": about})
+        write_json(
+            out / "models.json", {"images": str(folder or os.path.commonpath(paths)), "version": __version__, "models": about}
+        )
     return images
 
 # %% ../../nbs/06_inference/70_external.ipynb #eecc4ea9

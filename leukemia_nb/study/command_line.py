@@ -440,7 +440,7 @@ def _evaluate(
     classes = dict.fromkeys(str(name) for file in model for name in Predictor(file).classes_)
     images = labelled_images(folder, list(classes), groups or groups_from or "", class_map or "", out, _log)
     with tqdm(total=len(images) * len(model), unit="image") as bar:
-        images = predict_labelled(images, model, out, batch_size, n_jobs, lambda rows: bar.update(len(rows)))
+        images = predict_labelled(images, model, out, batch_size, n_jobs, lambda rows: bar.update(len(rows)), folder)
     for problem in filter(None, images["problem"]):
         _log(problem)
     _echo(f"{pluralise(len(images), 'image')}, {pluralise(len(model), 'model')}: {run_command('evaluate', out)}")
