@@ -684,6 +684,13 @@ def test_png_with_a_wrong_checksum_of_pixels(tmp_path, photo, kind):
     assert f"damaged or cut off (wrong checksum in {kind.decode()}" in outcome(tmp_path / "x.png", bytes(content), photo)
 
 
+@pytest.mark.parametrize("share", [0.001, 0.2, 0.9])
+def test_png_that_ends_early_is_refused_in_words(tmp_path, photo, share):
+    content = png(photo)
+    refusal = outcome(tmp_path / "x.png", content[: 33 + int(share * (len(content) - 33))], photo)  # 33: signature and IHDR
+    assert "damaged or cut off" in refusal and "unpack" not in refusal
+
+
 def test_exif_with_text_where_a_number_belongs(tmp_path, photo):
     def exif(*entries: tuple[int, int, int, bytes]) -> bytes:
         body = b"".join(struct.pack(">HHI", tag, kind, count) + value.ljust(4, b"\0") for tag, kind, count, value in entries)

@@ -76,7 +76,8 @@ def _errors_about(name: str | os.PathLike) -> Iterator[None]:
         if isinstance(error, MemoryError) or re.search(r"out of memory|decoder error -9", reason):
             remedy = "Use fewer processes or close other programs, and try again."
             raise ImageError(f"{name}: not enough memory to read it; the file may be whole. {remedy}") from error
-        raise ImageError(f"{name}: the image is damaged or cut off ({reason}). Copy it again, or remove it.") from error
+        detail = "" if "unpack" in reason else f" ({reason})"  # Python's own words say nothing to a user
+        raise ImageError(f"{name}: the image is damaged or cut off{detail}. Copy it again, or remove it.") from error
 
 # %% ../../nbs/01_data/20_images.ipynb #1630ac86
 _AS_PNG = "Save it as 8-bit RGB PNG."
