@@ -179,7 +179,7 @@ def main() -> None:
     file = ROOT / "benchmarks/results" / f"mutation{options.room and '_'}{options.room}.json"
     verdicts = json.loads(file.read_text(encoding="utf-8"))["verdicts"] if file.is_file() else {}
     judged = {mutant: verdicts[mutant.identity()] for mutant in chosen if mutant.identity() in verdicts}
-    chosen = [mutant for mutant in chosen if judged.get(mutant, "survived") == "survived"]
+    chosen = [mutant for mutant in chosen if judged.get(mutant) != "killed"]
     copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         for job in range(options.jobs):

@@ -42,7 +42,8 @@ def known_images(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # file, class, group, listed group, path; pairs found, a and b as files
     "Images of the three study classes with their groups, and the pairs of near-duplicates among them."
     table, folder = pd.read_csv(data / "taleqani_fields.csv").rename(columns={"overlap_group": "listed"}), data / "taleqani"
-    table["class"] = [read_class_map().class_of(file.split("/")[0]) for file in table["file"]]
+    class_map = read_class_map()
+    table["class"] = [class_map.class_of(file.split("/")[0]) for file in table["file"]]
     table["path"] = [folder / file for file in table["file"]]
     studied = table["class"].isin(CLASSES)
     pairs = pd.concat([found_pairs(list(table["path"][rows]), folder) for rows in (studied | True, studied)])

@@ -444,7 +444,8 @@ def test_real_images(shared_data):
     from leukemia_nb.data.classes import read_class_map
 
     table = pd.read_csv(shared_data / "taleqani_fields.csv").rename(columns={"file": "path", "overlap_group": "field"})
-    table["class"] = [read_class_map().class_of(Path(path).parts[0]) for path in table["path"]]
+    class_map = read_class_map()
+    table["class"] = [class_map.class_of(Path(path).parts[0]) for path in table["path"]]
     table = table[table["class"].isin(COUNTS)].reset_index(drop=True)
     table = table.assign(pair=table["path"], sha256=[file_sha256(shared_data / "taleqani" / path) for path in table["path"]])
     random, grouped = (split_pairs(table, method, table["field"]) for method in ("random", "grouped"))

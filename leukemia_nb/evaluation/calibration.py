@@ -239,7 +239,7 @@ def selective_table(
     for name, table in predictions.items():
         for value, part in table.groupby(by, sort=False) if by else [("", table)]:
             wrong = (predicted_labels(part) != part["class"].to_numpy()).astype(int)
-            risk = korn_graubard_interval(wrong, part["pair"].map(groups) if groups else part["pair"])
+            risk = korn_graubard_interval(wrong, group_labels(part["pair"], groups))
             row: dict[str, Any] = {"model": name, "title": model_title(name)} | ({by: value} if by else {})
             row |= {"n_images": risk.n, "n_errors": int(wrong.sum()), "risk": risk.estimate, "low": risk.low, "high": risk.high}
             rows.append(row | {"augrc": augrc(part), "augrc_optimal": risk.estimate**2 / 2, "augrc_random": risk.estimate / 2})

@@ -296,7 +296,7 @@ def _read_pngs(paths: list[Path], size: int | None) -> np.ndarray:
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #5f444b30
 class Pairs:
-    "Image pairs of a dataset folder, read when asked for: `pairs[i]` is uint8 (2, S, S, 3), original then segmented."
+    "Image pairs of a dataset folder, read on access: `pairs[i]` is uint8 (2, S, S, 3), original then segmented."
 
     def __init__(
         self,
