@@ -2,13 +2,15 @@
 
     python benchmarks/equal_terms.py RUN --work FOLDER
 
-RUN is the folder of a finished study of real images. MobileNetV2 and the dual-channel model, whose frozen ImageNet features are
-computed once, are trained for five seeds, each with its own split, flips and training, for 20 epochs, with the input range of
-MobileNetV2 ("native") and with [0, 1] ("rescale", the original study's division by 255). The networks that are trained whole are
-not among them: that takes hours.
+RUN is the folder of a study of real images, finished as far as its step `split`. MobileNetV2 and the dual-channel model, whose
+frozen ImageNet features are computed once, are trained for five seeds and 20 epochs, each with its own split, flips and training.
+The five networks that are trained whole are trained for three seeds at a reduced size, 64 pixels, for 5 epochs. Keras models are
+trained with the input range that their backbone was published with ("native") and with [0, 1] ("rescale", the original study's
+division by 255); the YOLOs know the second only, which is their own.
 
 Each training is a process of its own and its row is written when it ends, so that a run that was stopped goes on where it was.
-Nothing is tuned. Writes benchmarks/results/equal_terms.json; about half an hour of two cores.
+Networks that are trained whole use one thread, since their figures depend on the number. Nothing is tuned.
+Writes benchmarks/results/equal_terms.json; about half an hour of two cores, and two hours of one core for the five.
 """
 
 import argparse
@@ -35,16 +37,25 @@ from leukemia_nb.processing.splitting import split_pairs, usable_pairs
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "equal_terms.json"
 FLIPS = ("none", "horizontal", "vertical", "both")
-SETTINGS = {"image_size": 224, "epochs": 20, "batch_size": 32, "patience": 20}
+FROZEN = {"image_size": 224, "epochs": 20, "batch_size": 32, "patience": 20}
+WHOLE = {"image_size": 64, "epochs": 5, "batch_size": 32, "patience": 5}
+SETTINGS = dict.fromkeys(("mobilenet_v2", "dual_channel"), FROZEN) | dict.fromkeys(
+    ("yolov8", "yolo11", "yolo12", "efficientnet_b0", "nasnet_mobile"), WHOLE
+)
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
 
 
 def planned() -> list[dict]:
     "All trainings, seed by seed."
-    return [
+    rows = [
         {"model": model, "split": split, "preprocessing": preprocessing, "seed": seed}
-        for seed, preprocessing, split, model in product(
-            range(5), ("native", "rescale"), ("random", "grouped"), ("mobilenet_v2", "dual_channel")
-        )
+        for seed, preprocessing, model, split in product(range(5), ("native", "rescale"), SETTINGS, ("random", "grouped"))
+    ]
+    return [
+        row
+        for row in rows
+        if SETTINGS[row["model"]] is FROZEN
+        or (row["seed"] < 3 and (row["preprocessing"] == "native" or not row["model"].startswith("yolo")))
     ]
 
 
@@ -91,24 +102,25 @@ def split_of(run: Path, row: dict) -> pd.DataFrame:
 
 def train(run: Path, work: Path, row: dict) -> dict:
     "One training and its test accuracy."
-    split = split_of(run, row)
+    split, settings = split_of(run, row), SETTINGS[row["model"]]
     with tempfile.TemporaryDirectory(dir=work) as folder:
         dataset = Path(folder) / "dataset"
         write_dataset(split, run / "prepared", dataset, seed=row["seed"])
-        file = Path(folder) / "features.npz"
-        select_features(work / f"{row['preprocessing']}.npz", dataset, file)
+        file = Path(folder) / "features.npz" if settings is FROZEN else None
+        if file:
+            select_features(work / f"{row['preprocessing']}.npz", dataset, file)
         model = make_model(
-            row["model"], weights="local", preprocessing=row["preprocessing"], seed=row["seed"], classes=CLASSES, **SETTINGS
+            row["model"], weights="local", preprocessing=row["preprocessing"], seed=row["seed"], classes=CLASSES, **settings
         )
         began = time.perf_counter()
         model.fit(dataset, file)
         seconds = time.perf_counter() - began
-        test = Pairs(dataset, "test")
+        test = Pairs(dataset, "test", settings["image_size"])
         predicted = model.predict(test)
     counts = {"n_train": int((split["subset"] == "train").sum()), "n_test": len(test)}
     return (
         row
-        | SETTINGS
+        | settings
         | counts
         | {
             "n_correct": int((predicted == test.labels).sum()),
@@ -134,10 +146,13 @@ def main() -> None:
         if any(row.items() <= done.items() for done in rows):
             continue
         features = options.work / f"{row['preprocessing']}.npz"
-        if not features.is_file():
+        frozen = SETTINGS[row["model"]] is FROZEN
+        if frozen and not features.is_file():
             features_of_all(options.run, row["preprocessing"], features)
         command = [sys.executable, __file__, options.run, "--work", options.work, "--one", json.dumps(row)]
-        done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+        environment = os.environ if frozen else os.environ | ONE_THREAD
+        printed = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+        done = printed.splitlines()[-1]
         rows.append(json.loads(done))
         print(done, flush=True)
         RESULTS.write_text(json.dumps({"data": "taleqani, Benign/Pre/Pro", "rows": rows}, indent=1) + "\n")

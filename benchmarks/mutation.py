@@ -141,10 +141,11 @@ def survives(mutant: Mutant, copy: Path) -> bool:
         head, _, source = "".join(cell["source"]).partition("\n")
         if source == mutant.cell:
             cell["source"] = f"{head}\n{mutant.changed_cell()}"
-    tests = [sys.executable, "-m", "pytest", "-x", "-q", "--timeout", "1500", *tests_of(mutant.module)]
-    page = [str(programs / "nbdev_test"), "--path", mutant.notebook, "--n_workers", "0"]
+    commands = [[str(programs / "nbdev_test"), "--path", mutant.notebook, "--n_workers", "0"]]
+    if tests := tests_of(mutant.module):
+        commands.append([sys.executable, "-m", "pytest", "-x", "-q", "--timeout", "1500", *tests])
     with CHECKING:  # what fails without a mutant kills none
-        for command in (page, tests):
+        for command in commands:
             if tuple(command) not in CHECKED and not passes(command, copy, environment):
                 raise SystemExit(f"fails without any mutant: {' '.join(command)}")
             CHECKED.add(tuple(command))
@@ -154,7 +155,7 @@ def survives(mutant: Mutant, copy: Path) -> bool:
         assert files[mutant.module].count(exported) == 1, f"{mutant.module} is not what nbdev_export writes"
         changed = files[mutant.module].replace(exported, mutant.changed_cell().strip())
         (copy / mutant.module).write_text(changed, encoding="utf-8")
-        return all(passes(command, copy, environment) for command in (page, tests))
+        return all(passes(command, copy, environment) for command in commands)
     finally:
         for name, text in files.items():
             (copy / name).write_text(text, encoding="utf-8")

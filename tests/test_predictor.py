@@ -1,5 +1,6 @@
 """Model files and the predictor: what is refused, rows, abstaining, the display."""
 
+import base64
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,6 +24,7 @@ from leukemia_nb.inference.ood import fit_mahalanobis, fit_ood, image_statistics
 from leukemia_nb.inference.predictor import (
     Predictor,
     abstain_reasons,
+    data_uri,
     describe_calibration,
     find_image_cells,
     format_confidence,
@@ -479,3 +482,13 @@ def test_the_predict_path_loads_nothing_heavy(file, paths):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == ["[]"], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "most", "size"), [(30, 40, 40, (30, 40)), (300, 400, 100, (75, 100)), (3, 400, 20, (1, 20))]
+)
+def test_an_image_in_a_page_keeps_its_proportions(height, width, most, size):
+    kind, _, data = data_uri(np.full((height, width, 3), (250, 120, 10), np.uint8), most).partition(";base64,")
+    image = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert kind == "data:image/jpeg" and image.shape == (*size, 3)
+    assert np.abs(image.astype(int) - (250, 120, 10)).max() <= 4

@@ -60,8 +60,6 @@ def _compress(image: np.ndarray, quality: float) -> np.ndarray:
 def _rotate(image: np.ndarray, degrees: float) -> np.ndarray:
     "Turn anticlockwise about the centre, mirrored beyond the border."
     height, width = image.shape[:2]
-    if degrees % 180 == 0 or (degrees % 90 == 0 and height == width):
-        return np.ascontiguousarray(np.rot90(image, int(degrees // 90)))
     turn = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1)
     return cv2.warpAffine(image, turn, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT_101)
 
