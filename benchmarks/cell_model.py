@@ -33,11 +33,11 @@ from sklearn.preprocessing import StandardScaler
 from leukemia_nb.audit.cue_conflict import cue_conflict_rates, make_composites, paste_cells
 from leukemia_nb.data.images import read_image
 from leukemia_nb.data.manifest import CLASSES
-from leukemia_nb.evaluation.uncertainty import clopper_pearson
+from leukemia_nb.evaluation.uncertainty import _sign_flip_test, korn_graubard_interval, two_way_interval
 from leukemia_nb.models.cell_model import COLOURS, CellClassifier, Cells, augment_colours, aggregate_cells, describe_cells
 from leukemia_nb.models.cell_model import _fit_cell_layers, _fit_image_layers, _fit_temperature
 from leukemia_nb.processing.cells import cell_crops, find_cells
-from taleqani import GROUPED_BY, INTERVAL, check_apart, known_images
+from taleqani import GROUPED_BY, check_apart, known_images
 
 ROOT = Path(__file__).resolve().parents[1]
 WHOLE = "MobileNetV2, whole image"
@@ -50,11 +50,17 @@ def log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
-def proportion(correct: np.ndarray) -> dict:
-    "Proportion of correct predictions with its Clopper-Pearson 95 % interval."
-    count, n = int(np.sum(correct)), len(correct)
-    low, high = clopper_pearson(count, n)
-    return {"proportion": round(count / n, 4), "low": round(low, 4), "high": round(high, 4), "count": count, "n": n}
+def proportion(correct: np.ndarray, groups: np.ndarray) -> dict:
+    "Proportion of correct predictions with its 95 % interval, which allows for groups of near-duplicates."
+    found = korn_graubard_interval(correct, groups)
+    rounded = {name: round(getattr(found, name), 4) for name in ("low", "high")}
+    return {
+        "proportion": round(found.estimate, 4),
+        **rounded,
+        "count": int(np.sum(correct)),
+        "n": found.n,
+        "groups": found.groups,
+    }
 
 
 def backbone_features(images: np.ndarray, shared: Path) -> np.ndarray:
@@ -190,7 +196,7 @@ def main() -> None:
         "validation": len(folds[1]),
         "designed_on": len(chosen_on(table)),
         "training": len(y) - len(test) - len(folds[1]),
-        "interval": INTERVAL,
+        "interval": "Korn-Graubard 95 % (ICC = 1) by group of near-duplicates",
     }
 
     log("features of cells")
@@ -206,12 +212,15 @@ def main() -> None:
     log("five folds")
     correct, (cells, net, train) = cross_validate_both(y, folds, taught, found, whole)
     names = {"mobilenet_v2": WHOLE, **NAMES}
-    report["accuracy_test"] = {names[k]: proportion(v[test]) for k, v in correct.items()}
-    report["accuracy_cross_validated"] = {names[k]: proportion(v) for k, v in correct.items()}
+    group = table.group.to_numpy()
+    report["accuracy_test"] = {names[k]: proportion(v[test], group[test]) for k, v in correct.items()}
+    report["accuracy_cross_validated"] = {names[k]: proportion(v, group) for k, v in correct.items()}
     report["discordant_test"] = {
         "only MobileNetV2 correct": int((correct["mobilenet_v2"] & ~correct["own"])[test].sum()),
         "only single-cell model correct": int((correct["own"] & ~correct["mobilenet_v2"])[test].sum()),
     }
+    difference = correct["own"][test].astype(int) - correct["mobilenet_v2"][test]
+    report["p_test"] = {"p": _sign_flip_test(difference, group[test], 0), "test": "sign-flip permutation test, by group"}
     log(json.dumps({key: report[key] for key in ("accuracy_test", "accuracy_cross_validated")}))
 
     log("cue-conflict composites of test images")
@@ -230,19 +239,24 @@ def main() -> None:
             WHOLE: classes[net.predict(backbone_features(changed, asked.shared))],
         }
         for model, predicted in predictions.items():
-            lines.append(cue_conflict_rates(table_of, predicted).assign(model=model))
+            lines.append(cue_conflict_rates(table_of, predicted, group[test]).assign(model=model))
             log(f"{kind}, {model}: {lines[-1].proportion.round(4).tolist()}")
     report["cue_conflict_test"] = pd.concat(lines).round(4).to_dict("records")
-    by_classes = rows.assign(correct=predict_cells(cells, mixed) == rows.foreground).groupby(["foreground", "other_cue"]).correct
-    report["mixed_next_by_classes"] = [
-        {"foreground": a, "other_cue": b, **proportion(values.to_numpy())} for (a, b), values in by_classes
-    ]
+    report["mixed_next_by_classes"] = []
+    followed = rows.assign(correct=predict_cells(cells, mixed) == rows.foreground)
+    for (foreground, other), part_of in followed.groupby(["foreground", "other_cue"]):
+        at = two_way_interval(part_of.correct, *(group[test][part_of[side]] for side in ("row", "donor")))
+        rate = {"proportion": round(at.estimate, 4), "low": round(at.low, 4), "high": round(at.high, 4), "n": at.n}
+        report["mixed_next_by_classes"].append({"foreground": foreground, "other_cue": other} | rate)
 
     log("edge only")
     edge = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(edge_features(images[train]), y[train])
-    plain = mine, pd.DataFrame({"kind": "unchanged", "foreground": labels[test], "other_cue": ""})
+    itself = np.arange(len(test))
+    plain = mine, pd.DataFrame({"kind": "unchanged", "row": itself, "donor": itself, "foreground": labels[test], "other_cue": ""})
     controls = [plain, of_kind["mixed_next"], of_kind["mixed_next_old_rim"]]
-    edges = [cue_conflict_rates(table_of, classes[edge.predict(edge_features(changed))]) for changed, table_of in controls]
+    edges = [
+        cue_conflict_rates(table_of, classes[edge.predict(edge_features(changed))], group[test]) for changed, table_of in controls
+    ]
     report["edge_only_test"] = pd.concat(edges).round(4).to_dict("records")
 
     target = ROOT / "benchmarks/results/cell_model.json"

@@ -17,6 +17,7 @@ from leukemia_nb.inference.classifier import ModelSettings, open_classifier, rea
 from leukemia_nb.inference.predictor import Predictor
 from leukemia_nb.models.interface import ModelError
 from leukemia_nb.study.audit import audit_settings, select_all_classes, match_classes, run_audit
+from leukemia_nb.study.cards import render
 from leukemia_nb.study.command_line import app
 from leukemia_nb.testing import dummy_classifier_file, dummy_model_file
 
@@ -63,6 +64,10 @@ def test_an_audit_writes_its_report_and_resumes(folder, tmp_path):
     for row in audit["rates"]:
         assert row["low"] <= row["proportion"] <= row["high"]
     assert "leukemia_nb" not in {path.name for path in (tmp_path / "out").rglob("*.partial.ipynb")}
+    for missing in ({"scale_bar_gap"}, {row["name"] for row in audit["differences"]}):  # no image has both kinds
+        kept = [row for row in audit["differences"] if row["name"] not in missing]
+        (tmp_path / "out/audit.json").write_text(json.dumps(audit | {"differences": kept}))
+        assert "| Does the scale bar mislead it? | no image with a scale bar" in render("audit_summary.md.j2", tmp_path / "out")
 
 
 def test_an_own_model_file_is_audited_as_the_predictor_predicts(folder, tmp_path):

@@ -205,6 +205,28 @@ def test_labels_are_permuted_for_a_third_of_the_images_and_at_most_100_times():
     assert first.tolist() != second.tolist() == _permuted(names[:50], None, 1, 8)[0].tolist()
 
 
+def test_permuted_labels_of_few_groups_leave_two_classes_in_every_training_part():
+    """Three patients of one class: without care all of them are permuted into one fold or subset for some repeats."""
+    group = np.repeat(np.arange(23), 8)
+    labels, X = np.where(group < 3, "rare", "common"), {"permuted": np.random.default_rng(0).normal(size=(184, 5))}
+    found = cross_validate_baselines(X, pd.Series(labels, [f"p{i}" for i in range(184)]), group, folds=3, permutations=40)
+    assert permutation_table(found["permuted"])["repeat"].tolist() == list(range(40))
+    split = pd.DataFrame({"pair": [f"p{i}" for i in range(184)], "class": labels, "group": group})
+    split["subset"] = np.where(np.isin(group, [0, 1, *range(3, 14)]), "train", "test")
+    assert run_baselines(X, split, permutations=40)["permuted"]["repeat"].nunique() == 40
+    with pytest.raises(ValueError, match="labels cannot be permuted.*too few groups"):
+        run_baselines(X, split.assign(subset=np.where(group == 22, "train", "test")))
+    with pytest.raises(ValueError, match="no group"):
+        run_baselines(X, split.assign(group=split["group"].astype(str).replace("4", "")))
+
+
+def test_a_class_without_training_images_is_a_column_of_every_baseline():
+    X, labels = {"permuted": np.random.default_rng(0).normal(size=(60, 5))}, np.repeat(["a", "b", "c"], 20)
+    split = pd.DataFrame({"pair": [f"p{i}" for i in range(60)], "class": labels})
+    split["subset"] = np.where(labels == "c", "val", np.where(np.arange(60) % 4 > 0, "train", "test"))
+    _check_predictions(run_baselines(X, split)["permuted"].query("repeat == 0").drop(columns="repeat"))
+
+
 def test_permuted_labels_show_near_duplicates_across_a_split_and_no_more_than_chance_without():
     """Features that name the group and nothing else: the labels of groups are recognised only where groups are divided."""
     random, group = np.random.default_rng(0), np.repeat(np.arange(60), 4)
@@ -291,7 +313,7 @@ def test_permutations_by_hand():
     assert baseline_table({"permuted": many}).loc[0, ["low", "high"]].tolist() == [0.5, 0.5]  # 2.5 % at either end are left out
 
 
-def test_table_and_figure_join_baselines_and_models():
+def test_table_and_figure_join_baselines_and_models(tmp_path):
     models = {"yolo11": dummy_predictions(0.99), "colour": dummy_predictions(0.9, seed=1), "permuted": dummy_predictions(0.4)}
     table = baseline_table(models)
     assert table["name"].tolist() == ["colour", "permuted", "yolo11"] and table["title"].tolist()[2] == "YOLO11"
@@ -303,6 +325,9 @@ def test_table_and_figure_join_baselines_and_models():
     axis = accuracy_figure(table).axes[0]
     assert [text.get_text() for text in axis.texts] == ["90.1 %", "39.6 %", "99.1 %"]
     assert axis.get_yticklabels()[0].get_text().startswith("Colour statistics\n21 colour")
+    table.to_csv(tmp_path / "baselines.csv", index=False)
+    kept = accuracy_figure(pd.read_csv(tmp_path / "baselines.csv")).axes[0]
+    assert [text.get_text() for text in kept.get_yticklabels()] == [text.get_text() for text in axis.get_yticklabels()]
     with pytest.raises(ValueError, match="no predictions"):
         baseline_table({})
 

@@ -1,12 +1,15 @@
 """The single-cell model: it is given cells and nothing else, and it is a classifier like the others."""
 
+import shutil
+
 import cv2
 import numpy as np
 import pytest
 
+from leukemia_nb.data.images import write_image
 from leukemia_nb.data.manifest import CLASSES
 from leukemia_nb.data.synthetic import make_smear
-from leukemia_nb.models.interface import MODELS, load_model, make_model
+from leukemia_nb.models.interface import MODELS, ModelError, load_model, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*constant predictor:RuntimeWarning")
 
@@ -150,6 +153,16 @@ def test_an_image_without_cells_is_given_the_class_proportions(model):
 def test_other_colours_change_the_features(model, test_pairs):
     own, grey = model.extract_cells(test_pairs), model.extract_cells(test_pairs, "grey")
     assert np.array_equal(own.image_index, grey.image_index) and not np.allclose(own.features, grey.features)
+
+
+def test_a_class_whose_training_images_have_no_cell_is_named(cell_dataset, tmp_path):
+    shutil.copytree(cell_dataset.parent, tmp_path, dirs_exist_ok=True)
+    files = list((tmp_path / "dataset" / "cells" / "train" / "Pre-B").glob("*.png"))
+    for file in files:
+        write_image(file, np.zeros((224, 224), np.uint16))
+    assert files
+    with pytest.raises(ModelError, match="no white blood cell is found in any training image of class Pre-B"):
+        make_model("cells", classes=CLASSES, epochs=1).fit(tmp_path / "dataset")
 
 
 def test_two_classes(tmp_path):

@@ -370,7 +370,27 @@ def test_a_kind_without_usable_composites_has_no_rate(fields):
     others = rates.query("kind != 'original'")
     assert rates.query("kind == 'original'")["n_images"].eq(3).all() and others["n_images"].eq(0).all()
     assert others["proportion"].isna().all() and ("worst_background", "foreground") in others.index
-    assert rate_differences(rates.reset_index()).empty
+    assert rate_differences(table, table["foreground"]).empty
+
+
+def test_a_difference_is_of_the_images_that_have_both_kinds():
+    """Scale bars in one class alone: a model that uses none is right on those of that class, without any effect of a bar."""
+    smears = [make_smear(name, seed, 96, 96, site="A").image for seed, name in enumerate(["Normal", "Pre-B"] * 4)]
+    cells, labels = np.stack([find_cells(image) for image in smears]), np.array(["Normal", "Pre-B"] * 4)
+    images = np.stack(smears)
+    without, at = make_composites(images, cells, labels, ["no_scale_bar"])
+    assert at["usable"].all()
+    images[labels == "Pre-B"] = without[labels == "Pre-B"]
+    _, table = make_composites(images, cells, labels, ["original", "no_scale_bar", "other_scale_bar"])
+    always = np.full(len(table), "Normal")
+    assert cue_conflict_rates(table, always).query("kind != 'original' and cue == 'foreground'")["proportion"].tolist() == [1, 0]
+    assert rate_differences(table, always).empty  # no image has a bar and was given that of another class
+
+
+def test_the_only_image_of_a_class_has_no_other_background(fields):
+    images, cells, labels = fields
+    made, table = make_composites(images, cells, labels, ["mixed_same", "colour_same", "only_bg", "mixed_next"])
+    assert table.groupby("kind")["usable"].sum().to_dict() == {"mixed_same": 0, "colour_same": 0, "only_bg": 3, "mixed_next": 3}
 
 
 @pytest.mark.parametrize("size", [96, 160, 224])

@@ -445,6 +445,7 @@ def test_the_test_of_calibration_keeps_its_level_and_finds_over_confidence(ten):
     text = calibration_sentence(table)
     assert "larger than that of a calibrated model with the same confidences: Single-cell model (0.450" in text
     assert "Not distinguishable from calibrated at this number of images: YOLO11 (0.140" in text
+    assert "Consistency resampling of 10 to 40 images, one-sided" in text
 
 
 def test_the_test_of_calibration_keeps_its_level_with_groups():

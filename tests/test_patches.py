@@ -108,15 +108,32 @@ def test_a_family_takes_its_means_and_deviations_and_no_others():
     }
 
 
-def test_images_without_a_region_are_counted_and_groups_stay_together():
+def test_images_without_a_region_are_left_out_of_all_and_groups_stay_together():
     features, y = regions_of([("cells", 0)])
     features["background"][:4] = 0
     table = cross_validate_regions(features, y, np.arange(40) // 2, folds=3).set_index("region")
-    assert set(table["n_without"]["background"]) == {4} and set(table["n_without"]["cells"]) == {0}
-    assert set(table["n_images"]) == {40} and set(table["groups"]) == {20} and set(table["chance"]) == {0.5}
+    assert set(table["n_without"]) == {4} and set(table["n_images"]) == {36} and set(table["groups"]) == {18}
+    assert set(table["chance"]) == {0.5}
     assert (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()
-    with pytest.raises(ValueError, match="folds need"):
-        cross_validate_regions(features, y, np.arange(40) // 10, folds=3)
+    two = cross_validate_regions(features, y, np.arange(40) // 10, folds=3)  # two groups of each class, so two folds
+    assert two["accuracy"].notna().all() and set(two["groups"]) == {4}
+
+
+def test_that_an_image_has_no_room_for_a_patch_does_not_count_for_its_class(tmp_path):
+    """Images of one class are full of cells: what is missing in them must not predict it."""
+    features, y = regions_of([])
+    full = (y == "Pre-B").to_numpy() & (np.arange(40) % 4 > 0)
+    features["background"][full] = 0
+    table = cross_validate_regions(features, y, folds=3)
+    assert set(table["n_without"]) == {15} and set(table["n_images"]) == {25}
+    assert table.query("region == 'background'")["low"].max() < 20 / 25  # the more frequent class of those that are left
+    features["background"][y == "Pre-B"] = 0
+    none = cross_validate_regions(features, y, folds=3)
+    assert none["accuracy"].isna().all() and set(none["n_images"]) == {20}
+    region_figure(none)
+    write_table(tmp_path / "metrics" / "background_patches.csv", none)
+    text = render("{% import 'statements.md.j2' as s with context %}{{ s.background_patches() }}", tmp_path)
+    assert "could not be compared" in text and "20 of 40" in text
 
 
 def test_the_figure_marks_every_row_and_chance():
@@ -135,4 +152,4 @@ def test_the_sentence_says_what_the_background_patches_show(tmp_path, column, sa
     write_table(tmp_path / "metrics" / "background_patches.csv", table)
     text = render("{% import 'statements.md.j2' as s with context %}{{ s.background_patches() }}", tmp_path)
     patches = table.query("region == 'background' and family == 'All features'").iloc[0]
-    assert said in text and f"{100 * patches['accuracy']:.1f} %" in text
+    assert "left out" not in text and said in text and f"{100 * patches['accuracy']:.1f} %" in text

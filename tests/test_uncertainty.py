@@ -378,8 +378,13 @@ def test_crossed_groups_that_hold_one_image_or_agree():
     assert (alone.low, alone.high) == pytest.approx(clopper_pearson(9, 10))
     agree = two_way_interval(np.ones(50), np.repeat(range(10), 5), np.tile(range(25), 2))
     assert agree.n_effective == 10 and agree.high == 1 and clopper_pearson(10, 10)[0] < 1.05 * agree.low + 0.1
+    almost = two_way_interval(np.arange(50) > 0, np.repeat(range(10), 5), np.tile(range(25), 2))
+    assert almost.low == pytest.approx(agree.low)  # an error does not narrow it
+    none = two_way_interval(np.arange(50) < 1, np.repeat(range(10), 5), np.tile(range(25), 2))
+    assert (none.low, none.high) == pytest.approx((1 - almost.high, 1 - almost.low))
     same = two_way_interval([1, 1, 0, 0], list("aabb"), list("aabb"))  # a group crossed with itself is a group
     assert same.n_effective == pytest.approx(2)
-    for wrong in (lambda: two_way_interval([1, 2], [0, 1], [0, 1]), lambda: two_way_interval([1, 0], [0, 1], [0])):
+    bad = ([1, 2], [0, 1], [0, 1]), ([1, 0], [0, 1], [0]), ([1, 0], ["a", ""], [0, 1]), ([1, 0], [0, 1], [0, None])
+    for arguments in bad:
         with pytest.raises(ValueError):
-            wrong()
+            two_way_interval(*arguments)

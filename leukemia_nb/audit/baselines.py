@@ -18,9 +18,16 @@ import pandas as pd
 
 from ..data.images import scale_bar_corner
 from ..data.processes import die_with_parent
-from ..evaluation.cross_validation import repeated_cross_val_predict, cross_validated_accuracy
+from ..evaluation.cross_validation import _group_folds, cross_validated_accuracy, repeated_cross_val_predict
 from ..evaluation.predictions import model_title, predicted_labels, predictions_table, take_subset
-from ..evaluation.uncertainty import CLOPPER_PEARSON, Interval, format_proportion, group_labels, korn_graubard_interval
+from leukemia_nb.evaluation.uncertainty import (
+    CLOPPER_PEARSON,
+    Interval,
+    _group_numbers,
+    format_proportion,
+    group_labels,
+    korn_graubard_interval,
+)
 from ..processing.cells import find_cells
 from ..processing.dataset import Pairs
 from ..processing.segmentation import original_study_mask
@@ -208,21 +215,33 @@ def run_baselines(
     labels, found = split["class"].to_numpy(str), {}
     for name, X in features.items():
         tables, permuted = [], BASELINES[name].permuted
-        for repeat, y in enumerate(_permuted(labels, split.get("group"), permutations, seed) if permuted else [labels]):
+        for repeat, y in enumerate(_permuted(labels, split.get("group"), permutations, seed, [train]) if permuted else [labels]):
             model = BASELINES[name].estimator(seed + repeat).fit(X[train], y[train])
             values = pd.DataFrame(model.predict_proba(X[rows]), columns=model.classes_)
-            values = values.reindex(columns=np.unique(labels[train]), fill_value=0)
+            values = values.reindex(columns=np.unique(labels), fill_value=0)
             table = predictions_table(split.assign(**{"class": y})[rows], values.to_numpy(), list(map(str, values)))
             tables.append(table.assign(repeat=repeat) if permuted else table)
         found[name] = pd.concat(tables, ignore_index=True)
     return found
 
 
-def _permuted(labels: np.ndarray, groups: Any, n: int | None, seed: int) -> list[np.ndarray]:
+def _permuted(labels: np.ndarray, groups: Any, n: int | None, seed: int, fitted: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
     "Labels permuted n times among groups, whose images share one; None: 100, or a third of the labels if fewer, but at least 5."
-    group = pd.factorize(np.arange(len(labels)) if groups is None else np.asarray(groups))[0]
+    group = _group_numbers(len(labels), groups)
     of_group = pd.Series(labels).groupby(group).agg(lambda found: found.mode()[0]).to_numpy(str)
-    return [np.random.default_rng(seed + i).permutation(of_group)[group] for i in range(n or max(5, min(100, len(labels) // 3)))]
+    n = n or max(5, min(100, len(labels) // 3))
+    return [_permutation(of_group, group, fitted, np.random.default_rng(seed + i)) for i in range(n)]
+
+
+def _permutation(
+    of_group: np.ndarray, group: np.ndarray, fitted: Sequence[np.ndarray], random: np.random.Generator
+) -> np.ndarray:
+    "The first of up to 1,000 permutations with two classes in every part that is fitted. Raises ValueError."
+    for _ in range(1000):
+        labels = random.permutation(of_group)[group]
+        if all(len(set(labels[part])) > 1 for part in fitted):
+            return labels
+    raise ValueError("labels cannot be permuted: too few groups for two classes in each training part. Use fewer folds.")
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #642c3d47
 def permutation_table(
@@ -254,9 +273,10 @@ def cross_validate_baselines(
     permutations: int | None = None,  # of the labels; None: 100, or a third of the images if fewer
 ) -> dict[str, pd.DataFrame]:  # name -> predictions, as from repeated_cross_val_predict
     "Out-of-fold predictions of every baseline. Raises ValueError if a class has fewer groups than folds."
-    found = {}
+    labels, found = y.to_numpy(str), {}
     for name, X in features.items():
-        permuted = _permuted(y.to_numpy(str), groups, permutations, seed) if BASELINES[name].permuted else None
+        fitted = [train for train, _ in _group_folds(labels, groups, folds, seed)] if BASELINES[name].permuted else []
+        permuted = _permuted(labels, groups, permutations, seed, fitted) if fitted else None
         found[name] = repeated_cross_val_predict(
             BASELINES[name].estimator(), X, y, groups, folds, repeats, seed, n_jobs, permuted
         )

@@ -284,11 +284,13 @@ def _composite(
         return None
     if kind == "only_fg":
         return apply_mask(image, mask)
-    if kind in ("only_bg", "mixed_next", "mixed_same"):
-        below = empty(donor)
-        return below if below is None or kind == "only_bg" else paste_cells(image, mask, below)
+    if kind == "only_bg":
+        return empty(row)
     if row == donor:
-        return None
+        return None  # the only image of its class
+    if kind in ("mixed_next", "mixed_same"):
+        below = empty(donor)
+        return None if below is None else paste_cells(image, mask, below)
     if kind in ("colour_transfer", "colour_same"):
         return _transfer_colours(image, images[donor])
     if kind == "background_colour":
@@ -339,13 +341,21 @@ DIFFERENCES: dict[str, tuple[str, str, str]] = {
 
 
 def rate_differences(
-    rates: pd.DataFrame,  # from cue_conflict_rates
-) -> pd.DataFrame:  # name, title, difference, low, high
-    "Differences of foreground rates with 95 % intervals, of the kinds that have usable composites."
-    at = rates[(rates["cue"] == "foreground") & (rates["n_images"] > 0)].set_index("kind")[["proportion", "low", "high"]]
-    pairs = {name: entry for name, entry in DIFFERENCES.items() if {*entry[:2]} <= set(at.index)}
-    rows = [(name, title, *difference_interval(at.loc[first], at.loc[second])) for name, (first, second, title) in pairs.items()]
-    return pd.DataFrame(rows, columns=["name", "title", "difference", "low", "high"])
+    table: pd.DataFrame,  # these three as in cue_conflict_rates
+    predicted: Sequence[str] | np.ndarray,
+    groups: Sequence[object] | None = None,
+) -> pd.DataFrame:  # name, title, n_images, difference, low, high; without those for which no image has both kinds
+    "Differences of foreground rates with 95 % intervals, each on the images of which both kinds are usable. Raises ValueError."
+    predicted, rows = np.asarray(predicted, dtype=str), []
+    usable = table["usable"].astype(bool) if "usable" in table else pd.Series(True, table.index)
+    for name, (first, second, title) in DIFFERENCES.items():
+        both = set.intersection(*(set(table["row"][usable & (table["kind"] == kind)]) for kind in (first, second)))
+        chosen = (usable & table["kind"].isin([first, second]) & table["row"].isin(both)).to_numpy()
+        if both:
+            rates = cue_conflict_rates(table[chosen], predicted[chosen], groups)
+            at = rates[rates["cue"] == "foreground"].set_index("kind")[["proportion", "low", "high"]]
+            rows.append((name, title, len(both), *difference_interval(at.loc[first], at.loc[second])))
+    return pd.DataFrame(rows, columns=["name", "title", "n_images", "difference", "low", "high"])
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #1abb0edd
 @styled

@@ -17,6 +17,7 @@ from .baselines import background_pixels
 from ..data.images import resize_square
 from ..data.processes import die_with_parent
 from ..evaluation.cross_validation import cross_validated_accuracy, repeated_cross_val_predict
+from ..evaluation.uncertainty import Interval, _group_numbers
 from ..plotting import CLASS_COLOURS, GREY, Figure, blank_figure, styled
 from ..processing.cells import FEATURE_NAMES, SIDE, cell_crops, cell_features, find_cells
 from ..processing.dataset import Pairs
@@ -108,26 +109,33 @@ def cross_validate_regions(
     features: Mapping[str, np.ndarray],  # region -> (n, 78), from region_features
     y: pd.Series,  # (n,) class names; the index holds the pairs
     groups: np.ndarray | None = None,  # (n,) groups that stay together; None: each image its own
-    folds: int = 5,  # folds of one repeat
+    folds: int = 5,  # folds of one repeat, or as many as a class has groups
     repeats: int = 1,  # with other folds each time
     seed: int = 0,  # of the folds
     n_jobs: int | None = None,  # folds fitted at once
-) -> pd.DataFrame:  # one row per family and region: accuracy with its 95 % interval, chance; n_without: images without the region
-    "Cross-validated accuracy of every feature family in every region. Raises ValueError if a class has fewer groups than folds."
+) -> pd.DataFrame:  # one row per family and region: accuracy with its 95 % interval, chance; n_without: images left out
+    "Cross-validated accuracy of every feature family in every region; NaN where too few images have all regions for two folds."
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     logistic, rows = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, class_weight="balanced")), []
-    chance = float(y.value_counts(normalize=True).iloc[0])
+    whole = np.logical_and.reduce([values.any(axis=1) for values in features.values()])
+    group = _group_numbers(len(y), groups)[whole]
+    labels, n_groups = y[whole], pd.Series(group).groupby(y[whole].to_numpy()).nunique().reindex(y.unique(), fill_value=0)
+    chance, folds = float(y.value_counts(normalize=True).iloc[0]), min(folds, int(n_groups.min()))
     for family, names in FEATURE_FAMILIES.items():
         columns = [FEATURE_NAMES.index(name) + shift for shift in (0, len(FEATURE_NAMES)) for name in names]
         for region, values in features.items():
-            predictions = repeated_cross_val_predict(logistic, values[:, columns], y, groups, folds, repeats, seed, n_jobs)
-            found = cross_validated_accuracy(predictions)
+            found = Interval(np.nan, np.nan, np.nan, len(labels), len(set(group)), np.nan, "")
+            if folds > 1:
+                X = values[whole][:, columns]
+                found = cross_validated_accuracy(
+                    repeated_cross_val_predict(logistic, X, labels, group, folds, repeats, seed, n_jobs)
+                )
             row = {"family": family, "region": region, "title": _REGIONS[region], "n_features": len(names), "n_images": found.n}
             row |= {"groups": found.groups, "accuracy": found.estimate, "low": found.low, "high": found.high}
-            rows.append(row | {"interval": found.method, "chance": chance, "n_without": int((~values.any(axis=1)).sum())})
+            rows.append(row | {"interval": found.method, "chance": chance, "n_without": int((~whole).sum())})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/05_audit/15_patches.ipynb #4693f9d7

@@ -157,8 +157,11 @@ def calibration_sentence(
         [f"The ECE is larger than that of a calibrated model with the same confidences: {', '.join(larger)}"] if larger else []
     )
     parts += [f"Not distinguishable from calibrated at this number of images: {', '.join(within)}"] if within else []
-    n_images, n_groups = (int(table.get(name, table["n_images"]).iloc[0]) for name in ("n_images", "groups"))
-    images = f"{n_images} images" + (f" in {n_groups} groups, each correct or wrong as a whole" if n_groups < n_images else "")
+    n_images, n_groups = table["n_images"], table.get("groups", table["n_images"])
+    n, groups = (
+        " to ".join(f"{bound:.0f}" for bound in dict.fromkeys([each.min(), each.max()])) for each in (n_images, n_groups)
+    )
+    images = f"{n} images" + (f" in {groups} groups, each correct or wrong as a whole" if (n_groups < n_images).any() else "")
     test = f"Consistency resampling of {images}, one-sided, p not adjusted for the number of models"
     return ". ".join([*parts, test]) + "."
 

@@ -12,9 +12,20 @@ import numpy as np
 import pandas as pd
 
 from .predictions import Classifier, predicted_labels
-from .uncertainty import Interval, korn_graubard_interval
+from .uncertainty import Interval, _group_numbers, korn_graubard_interval
 
 # %% ../../nbs/04_evaluation/50_cross_validation.ipynb #f9c6df44
+def _group_folds(labels: np.ndarray, groups: np.ndarray | None, n_splits: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    "Rows of training and test of each fold; no group is in two. Raises ValueError if a class has fewer groups than folds."
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    group = _group_numbers(len(labels), groups)
+    for name in np.unique(labels):
+        if (n_groups := len(np.unique(group[labels == name]))) < n_splits:
+            raise ValueError(f"{name} has {n_groups} groups, {n_splits} folds need at least as many. Use fewer folds.")
+    return list(StratifiedGroupKFold(n_splits, shuffle=True, random_state=seed).split(labels, labels, group))
+
+
 def repeated_cross_val_predict(
     estimator: Classifier,  # scikit-learn classifier or pipeline with predict_proba; cloned, never fitted itself
     X: np.ndarray,  # (n, d) features
@@ -26,22 +37,16 @@ def repeated_cross_val_predict(
     n_jobs: int | None = None,  # folds fitted at once
     permuted: Sequence[np.ndarray] | None = None,  # permuted labels (n,) of each repeat, fitted and scored instead of y
 ) -> pd.DataFrame:  # predictions, subset fold, with the columns repeat and group
-    "Out-of-fold predictions. Raises ValueError if a class has fewer groups than folds."
+    "Out-of-fold predictions. Raises ValueError if a class has fewer groups than folds, or an image has no group."
     from sklearn.base import clone
-    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.model_selection import cross_val_predict
 
     labels, classes = y.to_numpy(str), np.unique(y.to_numpy(str))
-    group = pd.factorize(np.arange(len(labels)) if groups is None else np.asarray(groups))[0]
-    for name in classes:
-        if (n_groups := len(np.unique(group[labels == name]))) < n_splits:
-            raise ValueError(f"{name} has {n_groups} groups, {n_splits} folds need at least as many. Use fewer folds.")
-    pairs, tables = y.index.astype(str), []
+    group, pairs, tables = _group_numbers(len(labels), groups), y.index.astype(str), []
     known = pd.DataFrame({"pair": pairs, "path": pairs, "subset": "fold", "group": group})
     for repeat, fitted in enumerate([labels] * n_repeats if permuted is None else permuted):
         if permuted is None or repeat == 0:
-            splits = list(
-                StratifiedGroupKFold(n_splits, shuffle=True, random_state=random_state + repeat).split(X, labels, group)
-            )
+            splits = _group_folds(labels, groups, n_splits, random_state + repeat)
         model = clone(estimator)
         model.set_params(**{name: random_state + repeat for name in model.get_params() if name.split("__")[-1] == "random_state"})
         values = cross_val_predict(model, X, fitted, cv=splits, n_jobs=n_jobs, method="predict_proba")

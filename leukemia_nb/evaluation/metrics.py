@@ -237,7 +237,7 @@ def accuracy_figure(
         if len(part):
             axis.errorbar(part["accuracy"], place[rows], xerr=bounds, fmt="o", color=colour, label=f"{kind} with 95 % CI")
     _reference_marks(axis, table, place)
-    cues = table["cue"] if "cue" in table else pd.Series("", table.index)
+    cues = table["cue"].fillna("") if "cue" in table else pd.Series("", table.index)
     axis.set_yticks(place, [f"{title}\n{cue}" if cue else title for title, cue in zip(table["title"], cues)])
     for i, value in enumerate(table["accuracy"]):
         axis.text(1.03, i, format_proportion(value), transform=axis.get_yaxis_transform(), va="center")

@@ -9,7 +9,7 @@ __all__ = ['CLOPPER_PEARSON', 'clopper_pearson', 'format_proportion', 'Interval'
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #cf09af81
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -108,12 +108,20 @@ def _effective_interval(
 def _grouped_values(values: Sequence[float] | np.ndarray, groups: Sequence | np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     "Values as numbers and the number of the group of each. Raises ValueError."
     values = np.asarray(values, float)
-    group = pd.factorize(np.arange(len(values)) if groups is None else np.asarray(groups))[0]
+    group = _group_numbers(len(values), groups)
     if not len(values) or len(values) != len(group) or not np.isfinite(values).all():
         raise ValueError(f"{len(values)} values and {len(group)} groups: as many finite values as groups are needed.")
-    if (group < 0).any():
-        raise ValueError("an image has no group.")
     return values, group
+
+
+def _group_numbers(n: int, groups: Sequence | np.ndarray | None) -> np.ndarray:
+    "The number of the group of each of n images, each its own where groups are None. Raises ValueError for an image without one."
+    if groups is None:
+        return np.arange(n)
+    given = pd.Series(list(groups))
+    if (given.isna() | (given == "")).any():
+        raise ValueError("an image has no group. Give it one of its own.")
+    return pd.factorize(given)[0]
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #c672aa98
 def group_labels(
@@ -140,7 +148,11 @@ def two_way_interval(
     spread = mean * (1 - mean)
     n_effective = min(float(len(values)), spread / max(variance, 1e-12)) if spread > 0 else float(n_groups)
     method = "Clopper-Pearson (two-way clusters)"
-    return _effective_interval(values, n_groups, n_effective, n_groups - 1, confidence_level, method)
+    found = _effective_interval(values, n_groups, n_effective, n_groups - 1, confidence_level, method)
+    if min(values.sum(), (1 - values).sum()) > 3:
+        return found
+    limit = _effective_interval(np.ones(len(values)), n_groups, n_groups, n_groups - 1, confidence_level, method).low
+    return replace(found, low=min(found.low, limit), high=max(found.high, 1 - limit))
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #1589fe07
 def difference_interval(

@@ -22,6 +22,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.utils.validation import check_is_fitted
 
 from .classifier import HISTORY_COLUMNS, ImageClassifier, Images, read_batches
+from .interface import ModelError
 from ..data.files import read_table
 from ..processing.cells import FEATURE_NAMES, SIDE, _sample_cells, cell_crops, cell_features
 from ..processing.colour import colour_statistics, reinhard_transfer
@@ -190,9 +191,10 @@ def _loss(scores: np.ndarray, y: np.ndarray) -> float:
 
 
 def _fit_temperature(model: "CellClassifier", val: Cells, y_val: np.ndarray) -> float:
-    "The temperature, of 41 from 0.5 to 8, with the lowest loss of the validation images."
-    scores = model.log_scores(val)
-    return min(np.geomspace(0.5, 8, 41).tolist(), key=lambda temperature: _loss(scores / temperature, y_val))
+    "The temperature, of 41 from 0.5 to 8, with the lowest loss of the validation images; 1 where that is the first of them."
+    scores, temperatures = model.log_scores(val), np.geomspace(0.5, 8, 41).tolist()
+    best = min(temperatures, key=lambda temperature: _loss(scores / temperature, y_val))
+    return 1.0 if best == temperatures[0] else best
 
 # %% ../../nbs/03_models/50_cell_model.ipynb #c5444bef
 def _crop_images(images: Images, seed: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
@@ -274,6 +276,12 @@ def _fit_cells(model: CellClassifier, dataset: Path) -> None:
     y, y_val = model._targets(table["class"]), model._targets(val.labels)
     model.class_proportions_, model.temperature_ = np.bincount(y, minlength=len(model.classes_)) / len(y), 1.0
     versions = augment_colours(list(_crop_images(Pairs(dataset, table=table), model.seed)), y, model.seed)
+    found = model.classes_[np.unique(y[versions[0].image_index])]
+    if missing := set(model.classes_) - set(found):
+        raise ModelError(
+            f"{model.name}: no white blood cell is found in any training image of class {', '.join(sorted(missing))}. "
+            "Look at the prepared images of it, or leave the class or this model out."
+        )
     cells_val = model.extract_cells(val)
     model.image_layers_ = _fit_image_layers(versions, y)
     _fit_cell_layers(model, versions, y, cells_val, y_val)
