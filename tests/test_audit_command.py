@@ -64,6 +64,9 @@ def test_an_audit_writes_its_report_and_resumes(folder, tmp_path):
     for row in audit["rates"]:
         assert row["low"] <= row["proportion"] <= row["high"]
     assert "leukemia_nb" not in {path.name for path in (tmp_path / "out").rglob("*.partial.ipynb")}
+    CliRunner().invoke(app, [*words, "--model-setting", "channel_order=RGB"])
+    known = json.loads((tmp_path / "out/audit.json").read_text())["model"]  # the settings of the last call
+    assert known["settings"]["channel_order"] == "RGB" and not any("channel_order" in note for note in known["notes"])
     for missing in ({"scale_bar_gap"}, {row["name"] for row in audit["differences"]}):  # no image has both kinds
         kept = [row for row in audit["differences"] if row["name"] not in missing]
         (tmp_path / "out/audit.json").write_text(json.dumps(audit | {"differences": kept}))
@@ -101,6 +104,22 @@ def test_a_fixed_batch_and_a_single_output(tmp_path):
     assert np.allclose(fixed.predict_proba(IMAGES), free.predict_proba(IMAGES), atol=1e-6)
     one = open_classifier(network(tmp_path / "c.onnx", k=1, last="Sigmoid(values)"), {"range": "0-1"})
     assert one.settings.output == "sigmoid" and one.predict_proba(IMAGES).shape == (5, 2)
+    same = open_classifier(tmp_path / "c.onnx", {"range": "0-1", "output": "probabilities"})
+    assert np.array_equal(one.predict_proba(IMAGES), same.predict_proba(IMAGES))
+    with pytest.raises(ModelError, match="a probability, or a logit near 0.5.*output=sigmoid or output=logits"):
+        open_classifier(network(tmp_path / "d.onnx", k=1), {"range": "0-1"})
+    with pytest.raises(ModelError, match=r"d.onnx: gives outputs from .* no probabilities: output=logits\?"):
+        open_classifier(tmp_path / "d.onnx", {"range": "0-255", "output": "probabilities"}).predict_proba(IMAGES)
+
+
+def test_a_network_of_whole_numbers_takes_no_other_range(tmp_path):
+    model = onnx.load(network(tmp_path / "a.onnx", "n, 8, 8, 3", "Cast<to=1>(images)"))
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.UINT8
+    onnx.save(model, tmp_path / "b.onnx")
+    assert open_classifier(tmp_path / "b.onnx", {"output": "logits"}).settings.range == "0-255"
+    for wrong in ({"range": "0-1"}, {"mean": 0.5}, {"std": 0.2}):
+        with pytest.raises(ModelError, match="b.onnx: takes whole numbers from 0 to 255"):
+            open_classifier(tmp_path / "b.onnx", {"output": "logits", **wrong})
 
 
 def test_a_central_square_is_what_a_centre_crop_sees(tmp_path):
@@ -121,6 +140,11 @@ def test_a_central_square_is_what_a_centre_crop_sees(tmp_path):
         ("n, 3, 8, 8", {"range": "0-1", "output": "logits", "classes": "a,b,c"}, "has 2 classes, and 3 class names"),
         ("n, 3, 8, 8", {"range": "0-1", "image_size": 9, "output": "logits"}, "takes images of 8x8 pixels"),
         ("n, 3, 8, 8", {"range": "0-3"}, "range is '0-3'"),
+        ("n, 3, 8, 8", {"range": "0-1", "layout": "NHWC"}, "8 channels in NHWC"),
+        ("n, 3, h, w", {"range": "0-1", "layout": "NHWC", "image_size": 8}, "a.onnx: does not take images as they are given"),
+        ("n, 3, 8, 8", {"range": "0-1", "mean": "0.5,0.5"}, "mean is .*one number, or three"),
+        ("n, 3, 8, 8", {"range": "0-1", "image_size": "224,224,3"}, "image_size is .*a side in pixels, or height and width"),
+        ("n, 3, 8, 8", {"range": "0-1", "image_size": 0}, "image_size is"),
         ("n, 3, 8, 8", {"mean": "a"}, "mean is 'a'"),
         ("n, 3, 8, 8", {"crop_pct": 2}, "crop_pct is 2"),
     ],
@@ -128,6 +152,12 @@ def test_a_central_square_is_what_a_centre_crop_sees(tmp_path):
 def test_what_is_missing_or_wrong_is_named(tmp_path, shape, settings, message):
     with pytest.raises(ModelError, match=message):
         open_classifier(network(tmp_path / "a.onnx", shape), settings)
+
+
+def test_a_network_of_grey_images_is_refused(tmp_path):
+    grey = network(tmp_path / "a.onnx", "n, 1, 8, 8", "Concat<axis=1>(images, images, images)")
+    with pytest.raises(ModelError, match="a.onnx: takes .*1 channels in NCHW, and images have R, G and B"):
+        open_classifier(grey, {"range": "0-1", "output": "logits"})
 
 
 def test_files_that_are_not_opened(tmp_path):
@@ -160,6 +190,14 @@ def test_classes_of_model_and_folders(folder, tmp_path):
     assert len(select_all_classes(images)[0].rows) == 10
     with pytest.raises(ModelError, match="has 3 classes and names none, and the folders are Benign, Pre"):
         audit_settings(images, folder / "colours.onnx", ModelSettings(range="0-1"))
+
+
+def test_outputs_that_mean_one_class_are_added(tmp_path):
+    names = {"classes": "Normal,Leukaemia,Leukaemia", "range": "0-1", "output": "logits"}
+    merged = open_classifier(network(tmp_path / "a.onnx", k=3), names)
+    each = open_classifier(tmp_path / "a.onnx", {"range": "0-1", "output": "logits"}).predict_proba(IMAGES)
+    assert merged.classes_.tolist() == ["Normal", "Leukaemia"]
+    assert np.allclose(merged.predict_proba(IMAGES), np.c_[each[:, 0], each[:, 1:].sum(axis=1)])
 
 
 def test_an_audit_refuses_a_folder_that_it_must_not_write(folder, tmp_path):

@@ -8,8 +8,8 @@ from hypothesis.extra.numpy import arrays
 
 from leukemia_nb.audit.baselines import (
     _stretched_grey,
-    BACKGROUND_ONLY,
     BASELINES,
+    Baseline,
     _permuted,
     background_pixels,
     baseline_features,
@@ -42,7 +42,8 @@ def test_every_baseline_at_every_size(size):
         features = baseline.features(image, cells)
         assert features.dtype == np.float32 and np.isfinite(features).all(), name
         assert features.shape == baseline.features(np.zeros((40, 40, 3), np.uint8), np.zeros((40, 40), np.int32)).shape, name
-    assert BACKGROUND_ONLY == ("background_colour", "background_texture", "scale_bar")
+    background_only = tuple(name for name, baseline in BASELINES.items() if baseline.background_only)
+    assert background_only == ("background_colour", "background_texture", "scale_bar")
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +169,13 @@ def features():
     split = pd.DataFrame({"pair": [f"{label}/{i}" for i, label in enumerate(labels)], "class": labels})
     split["subset"] = np.where(np.arange(30) % 2, "test", "train")
     return baseline_features(images, names=["background_colour", "grey_texture", "permuted"]), split
+
+
+def test_an_entry_that_was_added_is_among_the_features(monkeypatch):
+    mean = Baseline("Mean", "mean colour", lambda image, cells: image.mean(axis=(0, 1)))
+    monkeypatch.setitem(BASELINES, "mean", mean)
+    found = baseline_features([make_smear("Normal", 0, 64, 64).image])
+    assert list(found) == list(BASELINES) and found["mean"].shape == (1, 3)
 
 
 def test_baselines_are_trained_and_tested_as_the_models(features):
@@ -377,9 +385,10 @@ def test_known_shortcuts_of_the_real_images(shared_data):
     table["class"] = [class_map.class_of(name.split("/")[0]) for name in table["pair"]]
     table = table[table["class"] != "Early Pre-B"].groupby("class").sample(100, random_state=0).reset_index(drop=True)
     images = [read_image(shared_data / "taleqani" / name) for name in table["pair"]]
-    X = baseline_features(images, names=list(BACKGROUND_ONLY))
+    background_only = [name for name, baseline in BASELINES.items() if baseline.background_only]
+    X = baseline_features(images, names=background_only)
     found = cross_validate_baselines(X, table.set_index("pair")["class"])
-    accuracy = {name: cross_validated_accuracy(found[name]).estimate for name in BACKGROUND_ONLY}
+    accuracy = {name: cross_validated_accuracy(found[name]).estimate for name in background_only}
     print({name: round(value, 3) for name, value in accuracy.items()})
     assert accuracy["background_colour"] > 0.93 and accuracy["background_texture"] > 0.93 and accuracy["scale_bar"] > 0.78
 

@@ -325,6 +325,7 @@ def test_groups_are_the_folders_below_the_class(tmp_path):
     ]
     found = named_classes(["all", "hem"])
     assert parent_groups(images, tmp_path, found, lines.append) == ["P1", "P1", "P2/s", ""]
+    assert parent_groups(images, tmp_path / "x" / "..", found, [].append) == ["P1", "P1", "P2/s", ""]
     assert len(lines) == 2 and "1 image in no folder below that of the class" in lines[1]
     with pytest.raises(SplitError, match="Leave out --groups-from parent"):
         parent_groups(images[-1:], tmp_path, found, lines.append)
@@ -338,11 +339,21 @@ def test_a_subset_below_the_class_is_no_group(tmp_path):
         parent_groups([tmp_path / "all/train/1.png", tmp_path / "hem/test/2.png"], tmp_path, found, lines.append)
 
 
+def test_a_negative_class_may_be_optional(tmp_path):
+    text = 'negative = "Lymph"\n' + "".join(f'[classes.{name}]\nfolders = ["{name}"]\n' for name in ("Blast", "Hem", "Lymph"))
+    (tmp_path / "map.toml").write_text(text + "optional = true\n")
+    found = read_class_map(tmp_path / "map.toml")
+    assert found.negative == "" and found.select(["Blast", "Lymph"]).classes == ("Blast", "Lymph")
+    write_class_map(tmp_path / "written.toml", found)
+    assert read_class_map(tmp_path / "written.toml").classes == ("Blast", "Hem")
+
+
 def test_a_given_split_is_taken_or_refused(tmp_path):
     names = [f"{subset}/{label}/x.png" for subset in ("Training", "val", "test") for label in "ab"]
     table = pd.DataFrame({"pair": names, "path": names, "class": list("ab") * 3, "sha256": list("uvwxyz")})
     assert list(folder_split(table, tmp_path)["subset"]) == ["train", "train", "val", "val", "test", "test"]
     assert folder_subsets([tmp_path / "a/train/P1/1.png", "/elsewhere/train/1.png"], tmp_path) == ["train", ""]
+    assert folder_subsets([tmp_path / "a/train/P1/1.png"], tmp_path / "x" / "..") == ["train"]
     with pytest.raises(SplitError, match="same file in several subsets.*leave out --split folders"):
         folder_split(table.assign(sha256=list("uvuxyz")), tmp_path)
     with pytest.raises(SplitError, match="class a has no images for val"):
@@ -364,6 +375,18 @@ def test_without_validation_folders_whole_groups_of_training_images_are_for_vali
         folder_split(table.assign(group="one slide"), tmp_path)
     with pytest.raises(SplitError, match="class a has no images for train"):
         folder_split(table[table["path"].str.startswith("test")], tmp_path)
+    slides = table["group"].where(table["path"].str.startswith("test"), table["class"] + (table.index % 41 // 14).astype(str))
+    with pytest.warns(UserWarning, match=r"of 80 training images \(3\d%\) are for validation instead of a tenth"):
+        folder_split(table.assign(group=slides), tmp_path)
+
+
+def test_copies_stay_together_where_no_groups_are_given(tmp_path):
+    names = [f"{subset}/{label}/{n}.png" for label in "ab" for subset, n in [("test", 0)] + [("train", n) for n in range(40)]]
+    table = pd.DataFrame({"pair": names, "path": names, "class": [name.split("/")[1] for name in names]})
+    table["pixels"] = [f"{label}{subset}{int(Path(name).stem) // 4}" for name in names for subset, label, _ in [name.split("/")]]
+    for seed in range(6):
+        split = folder_split(table, tmp_path, seed)
+        assert (split.groupby("pixels")["subset"].nunique() == 1).all() and set(split["subset"]) == {"train", "val", "test"}
 
 
 # --- two and twenty classes

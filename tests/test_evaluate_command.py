@@ -176,6 +176,56 @@ def test_fingerprints_find_copies_and_nothing_else(change, tmp_path):
     assert similar_fingerprints(image_fingerprints([np.zeros((32, 32, 3), np.uint8)] * 2)).empty, "flat images are like nothing"
 
 
+def test_images_that_are_alike_are_no_copies(place, tmp_path):
+    """Crops of single cells: a disc in the middle of each, with another texture."""
+    disc = np.hypot(*np.mgrid[-60:60, -60:60]).clip(0, 45)
+    for number in range(6):
+        texture = np.random.default_rng(number).normal(0, 30, (15, 15, 1)).repeat(8, 0).repeat(8, 1)
+        crop = np.clip(40 + 4 * disc[..., None] + texture * (disc < 40)[..., None], 0, 255).astype(np.uint8).repeat(3, axis=2)
+        write_image(tmp_path / "crops" / CLASSES[number % 2] / f"{number}.png", crop)
+    write_image(tmp_path / "crops" / CLASSES[1] / "copy.png", crop[::-1])
+    images = labelled_images(tmp_path / "crops", CLASSES, log=silent)
+    found = predict_labelled(images, sorted((place / "models").glob("*.onnx"))[:1], tmp_path / "out")
+    assert len(similar_fingerprints(image_fingerprints(images["path"]))) > 10, "they are alike by fingerprints"
+    assert (found["problem"] == "").all() and found["group"].nunique() == 6 and found["ambiguous"].all()
+
+
+def test_a_model_that_knows_no_class_of_the_images_is_named(place, tmp_path):
+    import onnx
+
+    from leukemia_nb.models.interface import ModelError
+    from leukemia_nb.testing import dummy_model_file
+
+    known = sorted((place / "models").glob("*.onnx"))[0]
+    other = dummy_model_file(tmp_path / "other.onnx", classes=("Pre-B", "Pro-B"), smears=2)
+    write_image(tmp_path / "images/Normal/a.png", make_smear("Normal", 1, 96, 128).image)
+    images = labelled_images(tmp_path / "images", CLASSES, log=silent)
+    with pytest.raises(ModelError, match="other.onnx: knows Pre-B, Pro-B; the images are Normal. Leave it out"):
+        predict_labelled(images, [known, other], tmp_path / "out")
+    for name in ("MobileNetV2", "mobilenet_v2"):
+        shutil.copy(known, tmp_path / f"{name}.onnx")
+    predict_labelled(images, [tmp_path / "MobileNetV2.onnx", tmp_path / "mobilenet_v2.onnx"], tmp_path / "out")
+    assert list(read_evaluation(tmp_path / "out")) == ["MobileNetV2", "MobileNetV2-2"]
+    opened = open_model_file(known)
+    info = {key: value for key, value in opened.info.items() if key != "sha256"} | {"classes": ["Normal", "PreB", "ProB"]}
+    write_model_file(tmp_path / "spelled.onnx", onnx.load(known), info, opened.constants)
+    done = run(
+        "evaluate", tmp_path / "images", "--model", known, "--model", tmp_path / "spelled.onnx", "--out", tmp_path / "none"
+    )
+    assert done.exit_code == 1 and "spell a class differently are evaluated one by one" in str(done.exception)
+
+
+def test_the_table_of_the_groups_is_not_overwritten(place, tmp_path):
+    model = sorted((place / "models").glob("*.onnx"))[0]
+    images = sorted((place / "hospital/Normal").rglob("*.png"))[:2]
+    for name, out in (("s.csv", "s.csv"), ("q_by_group.csv", "q.csv")):
+        table = tmp_path / name
+        table.write_text("path,group\n" + "".join(f"{path},P1\n" for path in images))
+        before = table.read_text()
+        done = run("predict", *images, "--model", model, "--out", tmp_path / out, "--by", table)
+        assert done.exit_code == 1 and "is the table of the groups" in str(done.exception) and table.read_text() == before
+
+
 def test_proportions_by_group_and_by_image():
     table = dummy_predictions(0.9)
     alone, grouped = proportions_table(table), proportions_table(table, {pair: pair[:-1] for pair in table["pair"]})

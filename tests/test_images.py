@@ -292,6 +292,15 @@ def test_only_grey_and_rgb_are_resized(shape):
         resize_square(np.zeros(shape, np.uint8), 16)
 
 
+@pytest.mark.parametrize("height", [100, 200, 224, 300])
+def test_a_strip_is_averaged_where_it_shrinks(height):
+    strip = np.zeros((height, 2000, 3), np.uint8)
+    strip[:, ::9] = 250
+    for image in (strip, strip.transpose(1, 0, 2)):
+        found = resize_square(np.ascontiguousarray(image), 224)
+        assert found.shape == (224, 224, 3) and found.max() - found.min() < 8
+
+
 def test_every_layout_of_tiff(tmp_path, photo):
     """Bits, channels, layout, compression, tiles, byte order, predictor: read right or refused, nearly all of them read."""
     outcomes = {}

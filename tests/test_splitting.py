@@ -189,6 +189,17 @@ def test_groups_are_recorded_by_the_random_split_and_parted():
         split_pairs(table, "grouped", ["one"] * 60)
 
 
+@pytest.mark.parametrize("originals", [5, 6, 7, 11])
+def test_a_small_class_of_flip_copies_has_images_in_every_subset(originals):
+    table = example_pairs({"Normal": 4 * originals})
+    table["pixels"] = [f"pixels {number // 4}" for number in range(len(table))]
+    for seed in range(4):
+        split = split_pairs(table, seed=seed)
+        copies = split["pair"].str[-4:].astype(int) // 4
+        assert set(split["subset"]) == {"train", "val", "test"} and (split.groupby(copies)["subset"].nunique() == 1).all()
+        assert (split["subset"] == "train").sum() >= len(table) // 2
+
+
 def test_sample_has_the_classes_in_proportion():
     labels = np.repeat(["a", "b", "c"], [60, 30, 2])
     rows = stratified_sample(labels, 31, seed=1)

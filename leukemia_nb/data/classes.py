@@ -140,6 +140,7 @@ def read_class_map(
         raise ClassMapError(f"{path}: negative is {negative!r}, which is none of its classes: {', '.join(entries)}.")
     folders = {label: tuple(entry["folders"]) for label, entry in entries.items()}
     descriptions = {label: entry["description"] for label, entry in entries.items() if entry.get("description")}
+    negative = negative if negative in names else ""  # it may be optional
     return ClassMap(names, folders, descriptions, negative, tuple(exclude), str(path) or "built-in class map")
 
 # %% ../../nbs/01_data/25_classes.ipynb #a0fdc4f8

@@ -428,8 +428,9 @@ def resize_square(
         raise ImageError(f"an image must be uint8 RGB (height, width, 3), not {image.dtype} {image.shape}. Use read_image.")
     if image.shape[:2] == (size, size):
         return image
-    shrinks = min(image.shape[:2]) >= size
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    height, width = (min(side, size) for side in image.shape[:2])
+    image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)  # what is too long
+    return image if height == width == size else cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
 
 # %% ../../nbs/01_data/20_images.ipynb #a47ffdf9
 _JPEG, _LOSSLESS16 = (".jpg", ".jpeg", ".jpe", ".jfif"), (".png", ".tif", ".tiff")

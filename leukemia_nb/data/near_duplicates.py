@@ -106,19 +106,45 @@ def _block_means(thumbnail: np.ndarray, side: int = 8) -> np.ndarray:
     means = thumbnail.reshape(side, step, side, step).mean((1, 3)) * step
     return means if np.linalg.norm(thumbnail) > 0.9 else np.full_like(means, np.nan)
 
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #5bf77eda
+_MIN_DETAIL = 0.5  # correlation of the details of the thumbnails of a copy
+
+
+def _turn_all(images: np.ndarray, orientation: str) -> np.ndarray:
+    "Images (n, S, S), each turned, as rows."
+    return np.array([_orient(each, orientation) for each in images]).reshape(len(images), images[:1].size or 1)
+
+
+def _details(thumbnail: np.ndarray) -> np.ndarray:
+    "What of a thumbnail is finer than its surroundings, float16 (side, side) of length 1."
+    fine = thumbnail - cv2.GaussianBlur(thumbnail, (0, 0), 1)
+    return (fine / max(float(np.linalg.norm(fine)), 1e-6)).astype(np.float16)
+
+# %% ../../nbs/01_data/50_near_duplicates.ipynb #b3288346
+def _correlations(first: np.ndarray, second: np.ndarray, a: np.ndarray, b: np.ndarray, at_once: int = 16_384) -> np.ndarray:
+    "Products of the rows a of one array with the rows b of another, float32."
+    parts = [slice(start, start + at_once) for start in range(0, len(a), at_once)]
+    found = [np.einsum("ij,ij->i", first[a[part]], second[b[part]], dtype=np.float32) for part in parts]
+    return np.concatenate([np.zeros(0, np.float32), *found])
+
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #4009027c
-def _similar_means(means: np.ndarray, min_correlation: float = 0.9, block: int = 2048) -> pd.DataFrame:
-    "Pairs a < b of images, and an orientation of b, whose thumbnails may correlate; means: of their blocks, (n, 8, 8)."
+def _similar_means(
+    means: np.ndarray, min_correlation: float = 0.9, block: int = 2048, details: np.ndarray | None = None
+) -> pd.DataFrame:
+    "Pairs a < b, and an orientation of b, whose thumbnails may correlate; of images: means of blocks, (n, 8, 8), and `_details`."
     size, half = (len(means), means.shape[1] ** 2), (means**2).sum((1, 2)).reshape(-1, 1) / 2
     rows, found = np.hstack([means.reshape(size), -half, -np.ones_like(half)]), [np.empty((0, 3), int)]
     for number, orientation in enumerate(_ORIENTATIONS):
-        turned = np.array([_orient(each, orientation) for each in means]).reshape(size)
+        turned = _turn_all(means, orientation)
         columns = np.hstack([turned, np.ones_like(half), half])
+        fine = None if details is None else (_turn_all(details, "none"), _turn_all(details, orientation))
         for start in range(0, len(rows), block):
             for begin in range(start, len(rows), block):  # minus half the squared distance of each pair
                 near = rows[start : start + block] @ columns[begin : begin + block].T >= min_correlation - 1 - 1e-4
-                a, b = np.nonzero(near)
-                found.append(np.stack([a + start, b + begin, np.full(len(a), number)], axis=1)[a + start < b + begin])
+                a, b = np.nonzero(near) + np.array([[start], [begin]])
+                a, b = a[a < b], b[a < b]
+                alike = slice(None) if fine is None else _correlations(*fine, a, b) >= _MIN_DETAIL
+                found.append(np.stack([a, b, np.full(len(a), number)], axis=1)[alike])
     table = pd.DataFrame(np.concatenate(found), columns=["a", "b", "orientation"])
     return table.assign(orientation=np.array(_ORIENTATIONS, object)[table["orientation"]])
 
@@ -134,12 +160,15 @@ def find_duplicates(
     progress: bool = True,  # show bars
 ) -> pd.DataFrame:  # a, b, kind ("same file", "copy" or "flipped copy"), orientation, dx, dy, overlap, votes, ncc
     "Pairs of images that show one field, whole: the same file, re-encoded, resized, flipped or turned. Raises `ImageError`."
-    means = _run(lambda path: _block_means(_thumbnail(_read_green(path))), paths, "thumbnails", n_jobs, progress)
-    return _check_copies(paths, np.array(list(means)).reshape(-1, 8, 8), min_correlation, n_jobs, progress)
+    thumbnails = _run(lambda path: _thumbnail(_read_green(path)), paths, "thumbnails", n_jobs, progress)
+    described = [(_block_means(each), _details(each)) for each in thumbnails]
+    return _check_copies(paths, described, min_correlation, n_jobs, progress)
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #31d03a33
-def _check_copies(paths: Sequence, means: np.ndarray, min_correlation: float, n_jobs: int, progress: bool) -> pd.DataFrame:
-    "Compare the candidates among images at full size; means: of the blocks of their thumbnails, (n, 8, 8)."
+def _check_copies(
+    paths: Sequence, described: Sequence[tuple[np.ndarray, np.ndarray]], min_correlation: float, n_jobs: int, progress: bool
+) -> pd.DataFrame:
+    "Compare the candidates among images at full size; described: block means and `_details` of their thumbnails."
     green = functools.lru_cache(256)(lambda place: _read_green(paths[place]))  # one image is compared with several
 
     def check(row: Any) -> tuple[float, float]:
@@ -149,7 +178,8 @@ def _check_copies(paths: Sequence, means: np.ndarray, min_correlation: float, n_
         whole = _comparable(len(first))
         return _cross_correlation(_band_pass(first), _band_pass(second), 0, 0, whole & _orient(whole, row.orientation))
 
-    table = _similar_means(means, 0.9)
+    means, details = (np.array([each[part] for each in described]) for part in (0, 1))
+    table = _similar_means(means.reshape(-1, 8, 8), 0.9, details=details)
     checked = list(_run(check, list(table.itertuples()), "copies", n_jobs, progress))
     table[["ncc", "overlap"]] = np.array(checked, float).reshape(-1, 2)
     table = table[table["ncc"] >= min_correlation].sort_values("ncc", ascending=False, kind="stable")
@@ -406,16 +436,16 @@ def find_near_duplicates(
 
     def describe(path: str | os.PathLike) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
         green = _read_green(path)
-        return _block_means(_thumbnail(green)), _keypoints(green)
+        return _thumbnail(green), _keypoints(green)
 
     def points() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for place, (mean, found) in enumerate(_run(describe, paths, "images", n_jobs, progress)):
-            means[place] = mean
+        for thumbnail, found in _run(describe, paths, "images", n_jobs, progress):
+            described.append((_block_means(thumbnail), _details(thumbnail)))
             yield found
 
-    means = np.empty((len(paths), 8, 8), np.float32)
+    described: list[tuple[np.ndarray, np.ndarray]] = []
     proposed = _match_images(paths, points(), 150, seed)
-    found = [_check_copies(paths, means, 0.95, n_jobs, progress), _check_overlaps(paths, proposed, n_jobs, progress)]
+    found = [_check_copies(paths, described, 0.95, n_jobs, progress), _check_overlaps(paths, proposed, n_jobs, progress)]
     return pd.concat([table for table in found if len(table)] or found[:1]).drop_duplicates(["a", "b"]).reset_index(drop=True)
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #a9cb3ec9

@@ -69,6 +69,11 @@ class ModelSettings:
             raise ModelError(f"crop_pct is {self.crop_pct}; it must be above 0 and at most 1.")
         if self.std and min(self.std) <= 0:
             raise ModelError(f"std is {self.std}; each must be above 0.")
+        if min(self.image_size, default=1) < 1 or len(self.image_size) > 2:
+            raise ModelError(f"image_size is {self.image_size}; it must be a side in pixels, or height and width.")
+        for name in ("mean", "std"):
+            if len(value := getattr(self, name)) not in (0, 1, 3):
+                raise ModelError(f"{name} is {value}; it must be one number, or three, of R, G and B.")
 
 # %% ../../nbs/06_inference/75_classifier.ipynb #aa7a9e08
 def read_model_settings(
@@ -115,6 +120,7 @@ def _open_onnx(file: str, threads: int | None) -> _Network:
         gives = ", ".join(f"{output.name} {output.shape}" for output in session.get_outputs())
         raise ModelError(f"{file}: takes {takes} and gives {gives}; an image classifier takes one batch (n, …) and gives (n, k).")
     found: dict[str, Any] = {"range": "0-255" if first.type == "tensor(uint8)" else _range_in_graph(file, first.name)}
+    found["output"] = _output_in_graph(file, outputs[0].name)
     if metadata.get("task") == "classify" and "names" in metadata:
         found = _YOLO | {"classes": tuple(ast.literal_eval(metadata["names"]).values())}
     return _Network(
@@ -146,7 +152,7 @@ def _range_in_graph(file: str, name: str) -> str:
         return ""
     graph, reached = onnx.load(file, load_external_data=False).graph, {name}
     constants = {each.name: each for each in graph.initializer}
-    constants |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant" and node.attribute}
+    constants |= {node.output[0]: part.t for node in graph.node for part in node.attribute if part.name == "value"}
     for node in graph.node:
         if not reached & set(node.input):
             continue
@@ -163,6 +169,17 @@ def _range_in_graph(file: str, name: str) -> str:
 
 # %% ../../nbs/06_inference/75_classifier.ipynb #093376f8
 _RESCALES = ("Rescaling", "Normalization", "TrueDivide", "Subtract")
+_OUTPUTS = {"sigmoid": "sigmoid", "softmax": "probabilities"}  # by the last activation
+
+
+def _output_in_graph(file: str, name: str) -> str:
+    "Kind of an output by the operation that gives it; empty where it tells nothing, or `onnx` is not installed."
+    try:
+        import onnx
+    except ImportError:
+        return ""
+    nodes = onnx.load(file, load_external_data=False).graph.node
+    return _OUTPUTS.get(next((node.op_type.lower() for node in nodes if name in node.output), ""), "")
 
 # %% ../../nbs/06_inference/75_classifier.ipynb #8d3cfcc8
 def _open_keras(file: str, threads: int | None) -> _Network:
@@ -180,6 +197,7 @@ def _open_keras(file: str, threads: int | None) -> _Network:
         raise ModelError(f"{file}: takes {model.input_shape}; an image classifier takes one batch of images.")
     names = {type(layer).__name__ for layer in model._flatten_layers()}
     found = {"range": "0-255"} if names & set(_RESCALES) else {}
+    found["output"] = _OUTPUTS.get(getattr(getattr(model.layers[-1], "activation", None), "__name__", ""), "")
     return _Network(lambda batch: np.asarray(model.predict_on_batch(batch)), "Keras", model.input_shape, found)
 
 # %% ../../nbs/06_inference/75_classifier.ipynb #bfa82f85
@@ -229,6 +247,8 @@ def _complete(network: _Network, given: ModelSettings, file: str) -> tuple[Model
             f"{file}: it does not say which pixel values it takes. Give --model-setting range=0-255, range=0-1 (ToTensor, "
             "division by 255) or range=-1-1 (preprocess_input of MobileNetV2), with mean and std where it was trained with them."
         )
+    if network.dtype == "uint8" and (settings.range != "0-255" or settings.mean or settings.std):
+        raise ModelError(f"{file}: takes whole numbers from 0 to 255, which range, mean and std cannot change. Leave them out.")
     usual: dict[str, Any] = {"channel_order": "RGB", "crop_mode": "squash"}
     usual = {name: value for name, value in usual.items() if not getattr(settings, name)}
     return replace(settings, **usual), notes + [f"{name} {value}" for name, value in usual.items()]
@@ -237,8 +257,10 @@ def _complete(network: _Network, given: ModelSettings, file: str) -> tuple[Model
 def _complete_shape(network: _Network, settings: ModelSettings, file: str) -> ModelSettings:
     "Settings with layout and size. Raises ModelError."
     _, *shape = network.shape
-    places = {"NCHW": shape[0] in (1, 3), "NHWC": shape[2] in (1, 3)}
-    layout = settings.layout or "".join(name for name, fits in places.items() if fits)
+    places = {"NCHW": shape[0], "NHWC": shape[2]}
+    layout = settings.layout or "".join(name for name, channels in places.items() if channels in (1, 3))
+    if isinstance(channels := places.get(layout, 3), int) and channels != 3:
+        raise ModelError(f"{file}: takes {list(network.shape)}: {channels} channels in {layout}, and images have R, G and B.")
     if layout not in places:
         raise ModelError(
             f"{file}: takes {list(network.shape)}: channels are not found. Give --model-setting layout=NCHW or NHWC."
@@ -265,20 +287,24 @@ def _find_output(values: np.ndarray, file: str) -> str:
         return "probabilities"
     if not inside:
         return "logits"
-    if values.shape[1] == 1:
-        return "sigmoid"
+    alone = "its one output lies between 0 and 1: a probability, or a logit near 0.5."
+    several = "its outputs lie between 0 and 1 and do not sum to 1."
     raise ModelError(
-        f"{file}: its outputs lie between 0 and 1 and do not sum to 1. Give --model-setting output=sigmoid or logits."
+        f"{file}: {alone if values.shape[1] == 1 else several} Give --model-setting output=sigmoid or output=logits."
     )
 
 # %% ../../nbs/06_inference/75_classifier.ipynb #0fb8e539
-def _probabilities(values: np.ndarray, output: str) -> np.ndarray:
-    "Outputs (n, k) as probabilities; one output is that of the second of two classes."
+def _probabilities(values: np.ndarray, output: str, file: str) -> np.ndarray:
+    "Outputs (n, k) as probabilities; one output is that of the second of two classes. Raises ModelError."
     from scipy.special import expit, softmax
 
     values = np.asarray(values, np.float64)
+    if not np.isfinite(values).all():
+        raise ModelError(f"{file}: gives outputs that are not finite. Check its settings, above all range.")
+    if output != "logits" and (values.min() < -1e-3 or values.max() > 1 + 1e-3):
+        raise ModelError(f"{file}: gives outputs from {values.min():.3g} to {values.max():.3g}, no {output}: output=logits?")
     if values.shape[1] == 1:
-        second = values if output == "sigmoid" else expit(values)
+        second = expit(values) if output == "logits" else values
         return np.hstack([1 - second, second])
     found = softmax(values, axis=1) if output == "logits" else values
     return found / found.sum(axis=1, keepdims=True)
@@ -331,20 +357,25 @@ class FileClassifier:
         height, width = _sides(self.settings.image_size)
         self.image_size = round(max(height, width) / self.settings.crop_pct)  # side of the images that it is given
         noise = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-        outputs = self._outputs(noise)
+        try:
+            outputs = self._outputs(noise)
+        except Exception as error:  # each framework has its own
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise ModelError(
+                f"{file}: does not take images as they are given ({reason}). Check layout and image_size."
+            ) from error
         if not self.settings.output:
             self.settings = replace(self.settings, output=_find_output(outputs, file))
-        self.classes_ = _class_names(self.settings.classes, max(2, outputs.shape[1]), file)
+        names = _class_names(self.settings.classes, max(2, outputs.shape[1]), file)
+        self.classes_ = np.array(list(dict.fromkeys(names.tolist())))  # outputs of one name are one class
+        self._of_class = (names[:, None] == self.classes_).astype(float)
 
     def predict_proba(
         self,
         images: np.ndarray | Sequence[np.ndarray],  # uint8 (n, H, W, 3) RGB, or a list of (H, W, 3)
     ) -> np.ndarray:  # float64 (n, k), columns as classes_
-        "Probabilities of images. Raises ModelError where they are not finite."
-        found = _probabilities(self._outputs(images), self.settings.output)
-        if not np.isfinite(found).all():
-            raise ModelError(f"{self.file}: gives outputs that are not finite. Check its settings, above all range.")
-        return found
+        "Probabilities of images. Raises ModelError where they are not finite, or the outputs are none."
+        return _probabilities(self._outputs(images), self.settings.output, self.file) @ self._of_class
 
     def _outputs(self, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
         if not self._network.shape:

@@ -29,8 +29,9 @@ from leukemia_nb.data.files import (
 )
 from ..data.images import ImageError, read_image
 from ..data.manifest import _name_pairs, check_not_inside, mark_conflicting_labels, merge_groups, search_images
-from ..data.near_duplicates import group_images, image_fingerprints, similar_fingerprints
+from ..data.near_duplicates import find_duplicates, group_images, image_fingerprints, similar_fingerprints
 from ..evaluation.predictions import model_title, take_subset
+from ..models.interface import ModelError
 from ..evaluation.uncertainty import group_labels, korn_graubard_interval
 from .batch import PredictionTask, _still_holds, predict_files
 from .predictor import Predictor, data_uri, render_template
@@ -110,14 +111,17 @@ def _describe(name: str, predictor: Predictor) -> dict[str, Any]:
 
 # %% ../../nbs/06_inference/70_external.ipynb #cd489021
 def _find_copies(images: DataFrame, predictors: Mapping[str, Predictor]) -> tuple[DataFrame, DataFrame]:
-    "The images with copies in one group and conflicting labels as problems; and those that a model has seen: model, pair."
+    "Images with copies in one group, conflicting labels as problems, ambiguous; and those that a model has seen: model, pair."
     import pandas as pd
 
     read = images[images["sha256"] != ""].reset_index(drop=True)
+    copies = group_images(read["path"], find_duplicates(read["path"].tolist(), progress=False))
     fingerprints = image_fingerprints(read["path"])
     own = similar_fingerprints(fingerprints)
-    copies = group_images(read["path"], pd.DataFrame({side: read["path"].to_numpy()[own[side]] for side in "ab"}))
-    images = images.assign(copy=images["path"].map(dict(zip(read["path"], map(str, copies)))).fillna(""))
+    alike = own[copies[own["a"]] != copies[own["b"]]]  # such as crops of single cells: their fingerprints say nothing
+    ambiguous = np.isin(np.arange(len(read)), alike[["a", "b"]])
+    names = images["path"].map(dict(zip(read["path"], map(str, copies)))).fillna("")
+    images = images.assign(copy=names, ambiguous=images["pair"].isin(read["pair"][ambiguous]))
     images = mark_conflicting_labels(images, [copy or path for copy, path in zip(images["copy"], images["path"])])
     images["group"] = merge_groups(images, ["group", "copy"])
     seen = []
@@ -125,10 +129,24 @@ def _find_copies(images: DataFrame, predictors: Mapping[str, Predictor]) -> tupl
         known = predictor.constants.get("fingerprints", fingerprints[:0])
         found = similar_fingerprints(np.concatenate([fingerprints, known]))
         across = found[(found["a"] < len(read)) & (found["b"] >= len(read))]
-        seen += [{"model": name, "pair": pair} for pair in read["pair"].to_numpy()[across["a"].unique()]]
+        seen += [{"model": name, "pair": read["pair"][row]} for row in across["a"].unique() if not ambiguous[row]]
     return images.drop(columns="copy"), pd.DataFrame(seen, columns=["model", "pair"])
 
 # %% ../../nbs/06_inference/70_external.ipynb #380af918
+def _named_predictors(models: Sequence[str | os.PathLike], labels: set[str]) -> dict[str, Predictor]:
+    "Opened model files by names with titles of their own. Raises ModelError for one that knows none of the labels."
+    opened = [Predictor(model) for model in models]
+    for one in opened:
+        if not labels & set(one.classes_):
+            there = ", ".join(sorted(labels - {""}))
+            raise ModelError(
+                f"{one.file}: knows {', '.join(one.classes_)}; the images are {there}. Leave it out, or use a class map."
+            )
+    names = unique_names(Path(model).stem for model in models)
+    titles = unique_names(map(model_title, names))
+    return {name if model_title(name) == title else title: one for name, title, one in zip(names, titles, opened)}
+
+
 def predict_labelled(
     images: DataFrame,  # from labelled_images
     models: Sequence[str | os.PathLike],  # model files
@@ -137,10 +155,10 @@ def predict_labelled(
     n_jobs: int | None = 1,  # joblib's: worker processes
     progress: Callable[[list[dict[str, Any]]], Any] | None = None,  # called with the rows of each batch as it is done
     folder: str | os.PathLike = "",  # of the images, for the report; empty: the one that all lie in
-) -> DataFrame:  # the images with given_group, group (a number; copies are in one), sha256, and what else is a problem
+) -> DataFrame:  # the images with given_group, group (a number; copies are in one), sha256, ambiguous, what else is a problem
     "Predict labelled images with each model. Raises ModelError, ImageError where none can be read, OutputError, ClusterError."
     out, paths = Path(out), images["path"].tolist()
-    predictors = dict(zip(unique_names(Path(model).stem for model in models), map(Predictor, models)))
+    predictors = _named_predictors(models, set(images["class"]))
     check_not_inside(paths, out)
     with file_lock(out):
         mark_output_folder(out)

@@ -91,6 +91,9 @@ def _assign_groups(sizes: Sequence[int], capacity: dict[str, int], generator: np
     places = [subset for subset in left for _ in range(max(left[subset], 0))]
     for group, subset in zip(order[len(large) :], places):
         subsets[group] = subset
+    for subset in set(capacity) - set(subsets) if len(sizes) >= len(capacity) else ():  # the smallest group of the fullest one
+        fullest = max(capacity, key=subsets.count)
+        subsets[min((group for group, of in enumerate(subsets) if of == fullest), key=lambda group: sizes[group])] = subset
     return subsets
 
 # %% ../../nbs/02_processing/40_splitting.ipynb #ba239a7a
@@ -118,7 +121,7 @@ def _nearest_folds(table: pd.DataFrame, proportion: float, keep: int, seed: int)
 
     labels, groups, fewest = table["class"], table["group"], table.groupby("class")["group"].nunique()
     if fewest.min() <= keep:
-        raise SplitError(f"class {fewest.idxmin()} has too few groups: a grouped split needs at least 3 in each class.")
+        raise SplitError(f"class {fewest.idxmin()} has too few groups: {fewest.min()}, and at least {keep + 1} are needed.")
     wanted = proportion * labels.value_counts()
 
     def distance(rows: np.ndarray) -> tuple[int, float]:
@@ -400,7 +403,7 @@ def parent_groups(
     log: Callable[[str], object] = warnings.warn,  # gets lines: the groups, images without one, names below two classes
 ) -> list[str]:  # group of each image; empty where it lies in the class folder itself
     "Groups of images by the folders below the class folder, but subsets and folds. Raises `SplitError` where there are none."
-    root, groups, classes = Path(data).absolute(), [], dict[str, set[str]]()
+    root, groups, classes = Path(os.path.abspath(data)), [], dict[str, set[str]]()
     for path in (Path(os.path.abspath(image)) for image in images):
         above = class_map.class_folder(path, root) or path.parent
         groups.append("/".join(part for part in path.parent.relative_to(above).parts if not _is_subset(part)))
@@ -421,9 +424,21 @@ def folder_subsets(
     data: str | os.PathLike,  # folder of the images
 ) -> list[str]:  # train, val or test; empty for an image in no such folder
     "Subset of each image, by the folders above it."
-    root = Path(data).absolute()
+    root = Path(os.path.abspath(data))
     above = ([folder.name for folder in Path(os.path.abspath(image)).parents if root in folder.parents] for image in images)
     return [next(filter(None, map(subset_of, names)), "") for names in above]
+
+
+def _validation_rows(train: pd.DataFrame, seed: int) -> np.ndarray:
+    "Rows, bool (n,), of about a tenth of given training images, whole groups and copies; warns where it is another part."
+    if "group" not in train:
+        copies = [column for column in ("sha256", "pixels") if column in train]
+        train = train.assign(group=merge_groups(train, copies) if copies else train["pair"])
+    rows = _nearest_folds(train, _VAL_SIZE, 1, seed)
+    if abs(rows.mean() - _VAL_SIZE) > max(1 / len(train), _TOLERANCE):
+        kept = f"{rows.sum()} of {pluralise(len(train), 'training image')} ({rows.mean():.0%})"
+        warnings.warn(f"{kept} are for validation instead of a tenth, because groups stay together", stacklevel=4)
+    return rows
 
 
 def folder_split(
@@ -441,8 +456,7 @@ def folder_split(
     train = split[split["subset"] == "train"]
     try:
         if len(train) and "val" not in set(split["subset"]):
-            rows = _nearest_folds(train if "group" in train else train.assign(group=train["pair"]), _VAL_SIZE, 1, seed)
-            split.loc[train.index[rows], "subset"] = "val"
+            split.loc[train.index[_validation_rows(train, seed)], "subset"] = "val"
         check_split(split)
     except SplitError as error:
         raise SplitError(f"{data}: its folders make no split: {error} Or leave out --split folders.") from None

@@ -56,17 +56,19 @@ def select_all_classes(
 
 # %% ../../nbs/07_study/45_audit.ipynb #f06f57c6
 def _folder_names(selection: ClassSelection, class_map: ClassMap) -> dict[str, str]:
-    "Class -> name of the folder of its images, in alphabetical order of the folders."
-    names: dict[str, str] = {}
-    for path, label in selection.rows:
-        if above := class_map.class_folder(path, selection.search.folder):
-            names.setdefault(above.name, label)
-    return {label: name for name, label in sorted(names.items())}
+    "Class -> names of the folders of its images, in alphabetical order of the folders."
+    names: dict[str, list[str]] = {}
+    found = {
+        (above.name, label) for path, label in selection.rows if (above := class_map.class_folder(path, selection.search.folder))
+    }
+    for name, label in sorted(found):
+        names.setdefault(label, []).append(name)
+    return {label: ", ".join(each) for label, each in names.items()}
 
 # %% ../../nbs/07_study/45_audit.ipynb #7957fdb4
 def match_classes(
     model: FileClassifier,  # opened
-    folders: Mapping[str, str],  # class -> name of its folder, in alphabetical order of the folders
+    folders: Mapping[str, str],  # class -> names of its folders, in alphabetical order of the folders
     class_map: ClassMap,  # which says what a name means
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:  # classes of the outputs; those with images; notes
     "Compare the classes of a model with those of a folder. Raises ModelError where they do not fit."

@@ -20,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..audit.baselines import BACKGROUND_ONLY, BASELINES
+from ..audit.baselines import BASELINES
 from ..audit.cue_conflict import KINDS
 from ..data.classes import ClassMap, named_classes, read_class_map
 from ..data.files import atomic_path, escape_text, file_sha256, read_json, read_table, set_sha256, write_json
@@ -214,7 +214,8 @@ class _Results(_Models):
     def background_baselines(self) -> pd.DataFrame:
         "Shortcut baselines that see no white blood cell."
         table = self.table("metrics/baselines.csv")
-        return table[table["name"].isin(BACKGROUND_ONLY)].sort_values("accuracy", kind="stable")
+        background_only = [name for name, baseline in BASELINES.items() if baseline.background_only]
+        return table[table["name"].isin(background_only)].sort_values("accuracy", kind="stable")
 
     def cross_validated(self) -> pd.DataFrame:
         "Cross-validated classifiers, but for those of permuted labels."

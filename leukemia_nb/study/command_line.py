@@ -160,12 +160,19 @@ def _names(text: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
+def _check_names(text: str | None) -> str | None:
+    "Refuse a list without a name, which would mean all."
+    if text is not None and not _names(text):
+        raise typer.BadParameter("it has no name. Give some, separated by commas, or leave the option out.")
+    return text
+
+
 _Images = Annotated[list[str], Argument(help="Images, folders searched with their subfolders, or 'patterns/*.png'.")]
 _BatchSize = Annotated[int, Option(help="Images in memory at a time, in each process.", min=1)]
 _Jobs = Annotated[int, Option(help="Processes, each of which takes a part of the images.", min=1)]
 _Classes = Annotated[
     str | None,
-    Option(help="Class names, separated by commas.  [default: Normal,Pre-B,Pro-B, or the folder names]", callback=_check_path),
+    Option(help="Class names, separated by commas.  [default: Normal,Pre-B,Pro-B, or the folder names]", callback=_check_names),
 ]
 _ClassMap = Annotated[
     str | None,
@@ -280,10 +287,11 @@ def _predict(
     about = task.predictor().info
     inputs, found = find_inputs(images, overlays or cells or "")
     groups = _groups_of(inputs, by) if by else []
+    grouped = _group_table(out, by) if by and out else None
     outcomes = _predict_inputs(list(map(place, inputs)), task, out, json, batch_size, n_jobs, cluster)
     summary = "; ".join(f"{number} {outcome}" for outcome, number in outcomes.items())
-    if by and out:
-        _write_groups(out, groups)
+    if out and grouped:
+        _write_groups(out, grouped, groups)
     _log(f"{found}\n{summary}. {describe_calibration(about)} Research use only.".lstrip())
     if outcomes["not read"] or outcomes["without overlay"]:
         raise typer.Exit(1)
@@ -298,12 +306,24 @@ def _groups_of(paths: list[str], by: str) -> list[str]:
     return [group or path for group, path in zip(image_groups(by, paths, log=_log), paths)]
 
 # %% ../../nbs/07_study/50_command_line.ipynb #4a59b5f1
-def _write_groups(out: Path, groups: list[str]) -> None:
+def _group_table(out: Path, by: str) -> Path:
+    "The file of the predictions of groups, beside those of the images. Raises OutputError."
+    from leukemia_nb.data.files import OutputError, check_output
+
+    file = out.with_name(f"{out.stem}_by_group.csv")
+    check_output(file)
+    for written in (out, file):
+        if by != "folder" and written.exists() and os.path.samefile(written, by):
+            raise OutputError(f"{written}: would be written, and is the table of the groups. Choose another name with --out.")
+    return file
+
+
+def _write_groups(out: Path, file: Path, groups: list[str]) -> None:
     "Write the predictions of groups beside those of their images, and print a line for each."
     from leukemia_nb.data.files import read_table, write_table
     from leukemia_nb.inference.batch import predictions_by_group
 
-    table, file = predictions_by_group(read_table(out), groups), out.with_name(f"{out.stem}_by_group.csv")
+    table = predictions_by_group(read_table(out), groups)
     write_table(file, table, excel=True)
     for row in table.itertuples():
         predicted = f"{row.predicted} {row.confidence:.1%}" if row.predicted else "no prediction"
@@ -428,6 +448,7 @@ def _evaluate(
     """
     from tqdm import tqdm
 
+    from leukemia_nb.data.classes import ClassMapError, named_classes
     from leukemia_nb.data.files import pluralise
     from leukemia_nb.inference.external import labelled_images, predict_labelled
     from leukemia_nb.inference.predictor import Predictor
@@ -437,8 +458,12 @@ def _evaluate(
     _check_installed("the report")
     if groups_from not in (None, "parent") or (groups and groups_from):
         raise typer.BadParameter("groups come from a file (--groups FILE.csv) or from folders (--groups-from parent).")
-    classes = dict.fromkeys(str(name) for file in model for name in Predictor(file).classes_)
-    images = labelled_images(folder, list(classes), groups or groups_from or "", class_map or "", out, _log)
+    classes = list(dict.fromkeys(str(name) for file in model for name in Predictor(file).classes_))
+    try:
+        named_classes(classes)
+    except ClassMapError as error:
+        raise ClassMapError(f"{error} Models that spell a class differently are evaluated one by one.") from None
+    images = labelled_images(folder, classes, groups or groups_from or "", class_map or "", out, _log)
     with tqdm(total=len(images) * len(model), unit="image") as bar:
         images = predict_labelled(images, model, out, batch_size, n_jobs, lambda rows: bar.update(len(rows)), folder)
     for problem in filter(None, images["problem"]):
@@ -455,7 +480,9 @@ def _study(
     run: Annotated[Path | None, Option(help="Run folder.  [default: runs/<name of the data folder>]")] = None,
     classes: _Classes = None,
     class_map: _ClassMap = None,
-    models: Annotated[str | None, Option(help="Models to train, separated by commas.  [default: all]")] = None,
+    models: Annotated[
+        str | None, Option(help="Models to train, separated by commas.  [default: all]", callback=_check_names)
+    ] = None,
     weights: Annotated[
         str | None,
         Option(
