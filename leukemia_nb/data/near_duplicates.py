@@ -385,7 +385,7 @@ def _match_images(
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #8992c6ef
 def _is_overlap(votes: np.ndarray, ncc: np.ndarray, overlap: np.ndarray) -> np.ndarray:
-    "Whether proposed pairs are true overlaps: the images, or many points and the blurred images, agree, and this all over the field."
+    "Whether proposed pairs are true overlaps: the images, or many points and the blurred images, agree all over the field."
     agrees = (overlap >= 0.02) & ((ncc >= 0.7) | ((votes >= 8) & (ncc >= 0.3)))
     return agrees & ((overlap < 0.6) | (votes >= 25 * overlap))  # of 150 points
 

@@ -284,8 +284,7 @@ def _predict(
         raise typer.BadParameter("--by needs a table: --out FILE.csv")
     place: Any = (lambda path: path and os.path.abspath(path)) if cluster else str  # workers are started in a folder of their own
     task = PredictionTask(place(model), place(overlays or ""), saliency, cells=place(cells or ""))
-    about = task.predictor().info
-    inputs, found = find_inputs(images, overlays or cells or "")
+    about, (inputs, found) = task.predictor().info, find_inputs(images, overlays or cells or "")
     groups = _groups_of(inputs, by) if by else []
     grouped = _group_table(out, by) if by and out else None
     outcomes = _predict_inputs(list(map(place, inputs)), task, out, json, batch_size, n_jobs, cluster)
