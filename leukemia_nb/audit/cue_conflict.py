@@ -341,9 +341,9 @@ DIFFERENCES: dict[str, tuple[str, str, str]] = {
 
 
 def rate_differences(
-    table: pd.DataFrame,  # these three as in cue_conflict_rates
-    predicted: Sequence[str] | np.ndarray,
-    groups: Sequence[object] | None = None,
+    table: pd.DataFrame,  # columns as cue_conflict_rates takes them
+    predicted: Sequence[str] | np.ndarray,  # class name for each row
+    groups: Sequence[object] | None = None,  # group of near-duplicates of each row; None: each its own
 ) -> pd.DataFrame:  # name, title, n_images, difference, low, high; without those for which no image has both kinds
     "Differences of foreground rates with 95 % intervals, each on the images of which both kinds are usable. Raises ValueError."
     predicted, rows = np.asarray(predicted, dtype=str), []
