@@ -150,6 +150,15 @@ def test_an_image_that_went_bad_loses_its_old_pair_and_no_other(tmp_path):
     assert len(check_pairs(tmp_path / "out")) == 6 and not list((tmp_path / "out").rglob("s1.json"))[2:]
 
 
+def test_files_of_images_that_are_gone_are_said_and_kept(tmp_path):
+    data = fill(tmp_path / "in")
+    assert "earlier calls" not in call(data, tmp_path / "out")[2]
+    (data / "Pro/s1.png").unlink()
+    status, said, error = call(data, tmp_path / "out")
+    assert status == 0 and "5 pairs" in said and "also holds the files of 1 image of earlier calls, such as Pro-B/s1" in error
+    assert len(list((tmp_path / "out/prepared/original").rglob("*.png"))) == 6
+
+
 def test_an_image_that_changed_since_the_manifest_is_a_row(tmp_path):
     data = fill(tmp_path / "in")
     manifest = build_manifest(data)

@@ -205,6 +205,10 @@ def test_what_was_left_out_or_not_reached_is_said(tmp_path, drawn):
     assert "1 image found, 1 left out (.txt files: 1), 1 could not be reached" in error
     table = table_of(tmp_path / "out").set_index("path")
     assert table.problem["a.png"] == "" and "leads nowhere" in table.problem["gone.png"]
+    write_image(tmp_path / "other/b.png", drawn[1])
+    status, said, error = call(tmp_path / "other", "--out", tmp_path / "out")
+    assert status == 0 and "also holds the files of 1 image of earlier calls, such as a.png" in error
+    assert (tmp_path / "out/masks/a.png").is_file() and len(table_of(tmp_path / "out")) == 1
 
 
 def test_images_too_wide_are_rows(tmp_path, drawn):

@@ -22,7 +22,7 @@ from ..data.files import _output_folder, atomic_path, check_output, read_table, 
 from ..data.images import ImageError, image_problem, resize_square
 from ..data.classes import CLASSES, ClassMap, named_classes, write_class_map
 from ..data.manifest import build_manifest, check_not_inside, check_manifest, search_images
-from ..data.processes import image_row, run_tasks
+from ..data.processes import image_row, other_images, run_tasks
 from .cells import cell_table, find_cells
 from .segmentation import apply_mask, flag_mask, segment
 
@@ -197,6 +197,8 @@ def prepare_folder(
         pairs = prepare_pairs(manifest, out / "prepared", size, segmentation, n_jobs)
         write_table(out / "cell_features.csv", _cell_tables(pairs, out / "prepared", n_jobs))
         write_table(out / "pairs.csv", pairs)
+    if log and (others := other_images(out / "prepared", [f"records/{pair}.json" for pair in pairs["pair"]])):
+        log(others)
     return pairs
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #8f6b39b7

@@ -18,7 +18,7 @@ import pandas as pd
 from ..data.files import _output_folder, check_output, escape_text, file_sha256, write_table
 from ..data.images import SUFFIXES, ImageError, write_image
 from ..data.manifest import NO_IMAGES, ImageSearch, check_not_inside, search_images
-from ..data.processes import image_row, run_tasks
+from ..data.processes import image_row, other_images, run_tasks
 from .cells import count_cells, find_cells_and_nuclei, label_cells
 from .measurements import measure_cells, write_cell_table, write_cells
 from .segmentation import draw_outlines, flag_mask, segment
@@ -106,4 +106,6 @@ def segment_folder(
         good = table[table["problem"] == ""]
         write_cell_table(cell_file, ((row.path, Path(out) / row.geojson) for row in good.itertuples()))
         write_table(table_file, table)
+    if log and (others := other_images(out, [f"records/{saved}.json" for *_, saved in calls])):
+        log(others)
     return table

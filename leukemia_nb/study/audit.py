@@ -90,7 +90,7 @@ def match_classes(
         )
     if unknown := [name for label, name in folders.items() if label not in outputs]:
         notes.append(f"images of {', '.join(unknown)} are left out: the model does not know this class")
-    if only := [name for name in outputs if name not in folders]:
+    if only := [name for name in dict.fromkeys(outputs) if name not in folders]:
         notes.append(f"no images of {', '.join(only)}: the model may still predict it")
     return outputs, known, tuple(notes)
 
