@@ -29,7 +29,7 @@ from leukemia_nb.data.files import (
 )
 from ..data.images import ImageError, read_image
 from ..data.manifest import _name_pairs, check_not_inside, mark_conflicting_labels, merge_groups, search_images
-from ..data.near_duplicates import find_duplicates, group_images, image_fingerprints, similar_fingerprints
+from ..data.near_duplicates import find_duplicates, group_images, has_similar_fingerprint, image_fingerprints
 from ..evaluation.predictions import model_title, take_subset
 from ..models.interface import ModelError
 from ..evaluation.uncertainty import group_labels, korn_graubard_interval
@@ -117,9 +117,7 @@ def _find_copies(images: DataFrame, predictors: Mapping[str, Predictor]) -> tupl
     read = images[images["sha256"] != ""].reset_index(drop=True)
     copies = group_images(read["path"], find_duplicates(read["path"].tolist(), progress=False))
     fingerprints = image_fingerprints(read["path"])
-    own = similar_fingerprints(fingerprints)
-    alike = own[copies[own["a"]] != copies[own["b"]]]  # such as crops of single cells: their fingerprints say nothing
-    ambiguous = np.isin(np.arange(len(read)), alike[["a", "b"]])
+    ambiguous = has_similar_fingerprint(fingerprints, fingerprints, (copies, copies))  # such as crops of single cells
     names = images["path"].map(dict(zip(read["path"], map(str, copies)))).fillna("")
     images = images.assign(copy=names, ambiguous=images["pair"].isin(read["pair"][ambiguous]))
     images = mark_conflicting_labels(images, [copy or path for copy, path in zip(images["copy"], images["path"])])
@@ -127,9 +125,8 @@ def _find_copies(images: DataFrame, predictors: Mapping[str, Predictor]) -> tupl
     seen = []
     for name, predictor in predictors.items():
         known = predictor.constants.get("fingerprints", fingerprints[:0])
-        found = similar_fingerprints(np.concatenate([fingerprints, known]))
-        across = found[(found["a"] < len(read)) & (found["b"] >= len(read))]
-        seen += [{"model": name, "pair": read["pair"][row]} for row in across["a"].unique() if not ambiguous[row]]
+        found = has_similar_fingerprint(fingerprints, known) & ~ambiguous
+        seen += [{"model": name, "pair": pair} for pair in read["pair"][found]]
     return images.drop(columns="copy"), pd.DataFrame(seen, columns=["model", "pair"])
 
 # %% ../../nbs/06_inference/70_external.ipynb #380af918
