@@ -198,6 +198,15 @@ def test_outputs_that_mean_one_class_are_added(tmp_path):
     each = open_classifier(tmp_path / "a.onnx", {"range": "0-1", "output": "logits"}).predict_proba(IMAGES)
     assert merged.classes_.tolist() == ["Normal", "Leukaemia"]
     assert np.allclose(merged.predict_proba(IMAGES), np.c_[each[:, 0], each[:, 1:].sum(axis=1)])
+    outputs, known, _ = match_classes(merged, {"Normal": "a", "Leukaemia": "b, c"}, named_classes(["Normal", "Leukaemia"]))
+    assert outputs == ("Normal", "Leukaemia", "Leukaemia") and known == ("Normal", "Leukaemia")
+
+
+def test_outputs_that_are_no_probabilities_at_all_are_refused(tmp_path):
+    dark = open_classifier(network(tmp_path / "a.onnx", k=3, body="Sub(images, c)", last="Sigmoid(values)"), {"range": "0-1"})
+    assert dark.settings.output == "sigmoid"
+    with pytest.raises(ModelError, match="gives 0 for every class of an image. Check its settings"):
+        dark.predict_proba(IMAGES)
 
 
 def test_an_audit_refuses_a_folder_that_it_must_not_write(folder, tmp_path):

@@ -306,6 +306,12 @@ def test_originals_find_their_small_copies(shared_data):
     assert set(zip(full, small)) <= set(zip(pairs["a"], pairs["b"]))
 
 
+def test_overlaps_of_sparse_images_are_found():
+    """Few points agree where there are few, but the images correlate."""
+    votes, ncc, overlap = np.array([9, 9, 9, 19]), np.array([0.99, 0.5, 0.85, 0.99]), np.array([0.83, 0.83, 0.83, 0.78])
+    assert leakage._is_overlap(votes, ncc, overlap).tolist() == [True, False, False, True]
+
+
 def test_crops_of_different_cells_are_no_near_duplicates(shared_data):
     crops = sorted((shared_data / "pbc_lymphocyte").glob("*.jpg"))
     assert len(crops) > 50 and len(leakage.find_near_duplicates(crops, progress=False)) <= 1

@@ -113,7 +113,7 @@ def test_images_without_a_region_are_left_out_of_all_and_groups_stay_together():
     features["background"][:4] = 0
     table = cross_validate_regions(features, y, np.arange(40) // 2, folds=3).set_index("region")
     assert set(table["n_without"]) == {4} and set(table["n_images"]) == {36} and set(table["groups"]) == {18}
-    assert set(table["chance"]) == {0.5}
+    assert set(table["chance"]) == {20 / 36}
     assert (table["low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["high"]).all()
     two = cross_validate_regions(features, y, np.arange(40) // 10, folds=3)  # two groups of each class, so two folds
     assert two["accuracy"].notna().all() and set(two["groups"]) == {4}
@@ -126,7 +126,8 @@ def test_that_an_image_has_no_room_for_a_patch_does_not_count_for_its_class(tmp_
     features["background"][full] = 0
     table = cross_validate_regions(features, y, folds=3)
     assert set(table["n_without"]) == {15} and set(table["n_images"]) == {25}
-    assert table.query("region == 'background'")["low"].max() < 20 / 25  # the more frequent class of those that are left
+    assert set(table["chance"]) == {20 / 25}  # of the images that are left
+    assert table.query("region == 'background'")["low"].max() < 20 / 25
     features["background"][y == "Pre-B"] = 0
     none = cross_validate_regions(features, y, folds=3)
     assert none["accuracy"].isna().all() and set(none["n_images"]) == {20}

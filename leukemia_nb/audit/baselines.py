@@ -239,9 +239,11 @@ def _permutation(
     "The first of up to 1,000 permutations with two classes in every part that is fitted. Raises ValueError."
     for _ in range(1000):
         labels = random.permutation(of_group)[group]
-        if all(len(set(labels[part])) > 1 for part in fitted):
+        if all((labels[part] != labels[part][0]).any() for part in fitted):
             return labels
-    raise ValueError("labels cannot be permuted: too few groups for two classes in each training part. Use fewer folds.")
+    raise ValueError(
+        "labels cannot be permuted: too few groups for two classes in each training part. Leave out permuted labels."
+    )
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #642c3d47
 def permutation_table(

@@ -123,7 +123,7 @@ def cross_validate_regions(
     whole = np.logical_and.reduce([values.any(axis=1) for values in features.values()])
     group = _group_numbers(len(y), groups)[whole]
     labels, n_groups = y[whole], pd.Series(group).groupby(y[whole].to_numpy()).nunique().reindex(y.unique(), fill_value=0)
-    chance, folds = float(y.value_counts(normalize=True).iloc[0]), min(folds, int(n_groups.min()))
+    chance, folds = float(labels.value_counts(normalize=True).max()), min(folds, int(n_groups.min()))
     for family, names in FEATURE_FAMILIES.items():
         columns = [FEATURE_NAMES.index(name) + shift for shift in (0, len(FEATURE_NAMES)) for name in names]
         for region, values in features.items():

@@ -140,7 +140,6 @@ def read_class_map(
         raise ClassMapError(f"{path}: negative is {negative!r}, which is none of its classes: {', '.join(entries)}.")
     folders = {label: tuple(entry["folders"]) for label, entry in entries.items()}
     descriptions = {label: entry["description"] for label, entry in entries.items() if entry.get("description")}
-    negative = negative if negative in names else ""  # it may be optional
     return ClassMap(names, folders, descriptions, negative, tuple(exclude), str(path) or "built-in class map")
 
 # %% ../../nbs/01_data/25_classes.ipynb #a0fdc4f8
@@ -161,7 +160,7 @@ def write_class_map(
     "Write the selected classes of a class map for `read_class_map`; folders of the others are left out."
     lines = [f"# From: {class_map.source}"]
     others = [name for label, names in class_map.folders.items() if label not in class_map.classes for name in names]
-    lines += [f"negative = {_quoted(class_map.negative)}"] if class_map.negative else []
+    lines += [f"negative = {_quoted(class_map.negative)}"] if class_map.negative in class_map.classes else []
     lines += [f"exclude = {_quoted([*class_map.exclude, *others])}"]
     for label in class_map.classes:
         lines += ["", f"[classes.{_quoted(label)}]", f"folders = {_quoted(list(class_map.folders[label]))}"]

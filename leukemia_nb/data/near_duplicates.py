@@ -121,15 +121,15 @@ def _details(thumbnail: np.ndarray) -> np.ndarray:
     return (fine / max(float(np.linalg.norm(fine)), 1e-6)).astype(np.float16)
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #b3288346
-def _detail_correlations(
-    details: np.ndarray, a: np.ndarray, b: np.ndarray, orientation: str, at_once: int = 16_384
-) -> np.ndarray:
-    "Correlation of the details (n, side, side) of images a with those of images b, turned, float32."
-    parts = [slice(start, start + at_once) for start in range(0, len(a), at_once)]
-    flat = details.reshape(len(details), -1)
-    return np.concatenate(
-        [np.einsum("ij,ij->i", flat[a[part]], _turn_all(details[b[part]], orientation), dtype=np.float32) for part in parts]
-    )
+def _agree_in_detail(near: np.ndarray, first: np.ndarray, second: np.ndarray, orientation: str) -> np.ndarray:
+    "Which of the pairs that are near, bool (n, m), agree in the `_details` of the first n and the second m images, turned."
+    rows, columns = (_turn_all(each, turn).astype(np.float32) for each, turn in ((first, "none"), (second, orientation)))
+    if near.mean() > 0.003:  # crops of single cells
+        return near & (rows @ columns.T >= _MIN_DETAIL)
+    a, b = np.nonzero(near)
+    agree = np.zeros_like(near)
+    agree[a, b] = np.einsum("ij,ij->i", rows[a], columns[b]) >= _MIN_DETAIL
+    return agree
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #8074b375
 def _similar_blocks(
@@ -152,11 +152,11 @@ def _similar_means(
     "Pairs a < b, and an orientation of b, whose thumbnails may correlate; of images: means of blocks, (n, 8, 8), and `_details`."
     found = [np.empty((0, 3), int)]
     for number, start, begin, near in _similar_blocks(means, means, min_correlation, block, upper=True):
+        if details is not None and near.any():
+            parts = details[start : start + len(near)], details[begin : begin + near.shape[1]]
+            near = _agree_in_detail(near, parts[0], parts[1], _ORIENTATIONS[number])
         a, b = np.nonzero(near) + np.array([[start], [begin]])
-        rows = np.stack([a, b, np.full(len(a), number)], axis=1)[a < b]
-        if details is not None and len(rows):
-            rows = rows[_detail_correlations(details, rows[:, 0], rows[:, 1], _ORIENTATIONS[number]) >= _MIN_DETAIL]
-        found.append(rows)
+        found.append(np.stack([a, b, np.full(len(a), number)], axis=1)[a < b])
     table = pd.DataFrame(np.concatenate(found), columns=["a", "b", "orientation"])
     return table.assign(orientation=np.array(_ORIENTATIONS, object)[table["orientation"]])
 
@@ -414,7 +414,7 @@ def _match_images(
 def _is_overlap(votes: np.ndarray, ncc: np.ndarray, overlap: np.ndarray) -> np.ndarray:
     "Whether proposed pairs are true overlaps: the images, or many points and the blurred images, agree all over the field."
     agrees = (overlap >= 0.02) & ((ncc >= 0.7) | ((votes >= 8) & (ncc >= 0.3)))
-    return agrees & ((overlap < 0.6) | (votes >= 25 * overlap))  # of 150 points
+    return agrees & ((overlap < 0.6) | (votes >= 25 * overlap) | (ncc >= 0.9))  # of 150 points
 
 # %% ../../nbs/01_data/50_near_duplicates.ipynb #db708ef9
 def find_overlaps(

@@ -152,7 +152,8 @@ def _range_in_graph(file: str, name: str) -> str:
         return ""
     graph, reached = onnx.load(file, load_external_data=False).graph, {name}
     constants = {each.name: each for each in graph.initializer}
-    constants |= {node.output[0]: part.t for node in graph.node for part in node.attribute if part.name == "value"}
+    values = [(node, part) for node in graph.node if node.op_type == "Constant" for part in node.attribute]
+    constants |= {node.output[0]: part.t for node, part in values if part.name == "value"}
     for node in graph.node:
         if not reached & set(node.input):
             continue
@@ -307,6 +308,8 @@ def _probabilities(values: np.ndarray, output: str, file: str) -> np.ndarray:
         second = expit(values) if output == "logits" else values
         return np.hstack([1 - second, second])
     found = softmax(values, axis=1) if output == "logits" else values
+    if (found.sum(axis=1) == 0).any():
+        raise ModelError(f"{file}: gives 0 for every class of an image. Check its settings, above all range.")
     return found / found.sum(axis=1, keepdims=True)
 
 # %% ../../nbs/06_inference/75_classifier.ipynb #1e4b4550

@@ -117,7 +117,7 @@ def _find_copies(images: DataFrame, predictors: Mapping[str, Predictor]) -> tupl
     read = images[images["sha256"] != ""].reset_index(drop=True)
     copies = group_images(read["path"], find_duplicates(read["path"].tolist(), progress=False))
     fingerprints = image_fingerprints(read["path"])
-    ambiguous = has_similar_fingerprint(fingerprints, fingerprints, (copies, copies))  # such as crops of single cells
+    ambiguous = has_similar_fingerprint(fingerprints, fingerprints, (copies, copies))  # crops of cells, or overlapping fields
     names = images["path"].map(dict(zip(read["path"], map(str, copies)))).fillna("")
     images = images.assign(copy=names, ambiguous=images["pair"].isin(read["pair"][ambiguous]))
     images = mark_conflicting_labels(images, [copy or path for copy, path in zip(images["copy"], images["path"])])
@@ -125,7 +125,8 @@ def _find_copies(images: DataFrame, predictors: Mapping[str, Predictor]) -> tupl
     seen = []
     for name, predictor in predictors.items():
         known = predictor.constants.get("fingerprints", fingerprints[:0])
-        found = has_similar_fingerprint(fingerprints, known) & ~ambiguous
+        certain = has_similar_fingerprint(fingerprints, known, min_correlation=0.999)  # more than such images have
+        found = certain | (has_similar_fingerprint(fingerprints, known) & ~ambiguous)
         seen += [{"model": name, "pair": pair} for pair in read["pair"][found]]
     return images.drop(columns="copy"), pd.DataFrame(seen, columns=["model", "pair"])
 

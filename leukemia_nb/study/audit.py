@@ -74,7 +74,7 @@ def match_classes(
     "Compare the classes of a model with those of a folder. Raises ModelError where they do not fit."
     listed, k = ", ".join(folders.values()), len(model.classes_)
     if model.settings.classes:
-        outputs, notes = tuple(class_map.class_of(name) or name for name in model.classes_), list[str]()
+        outputs, notes = tuple(class_map.class_of(name) or name for name in model.settings.classes), list[str]()
     elif len(folders) == k:
         outputs, notes = tuple(folders), [f"classes of the outputs are the folders in alphabetical order: {listed}"]
     else:
