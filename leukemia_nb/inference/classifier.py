@@ -343,6 +343,15 @@ def _input(image: np.ndarray, settings: ModelSettings, dtype: str) -> np.ndarray
     values = (image / scale - offset - (settings.mean or 0.0)) / (settings.std or 1.0)
     return np.ascontiguousarray(values.transpose(2, 0, 1) if settings.layout == "NCHW" else values).astype(dtype)
 
+# %% ../../nbs/06_inference/75_classifier.ipynb #845b6083
+def _first_outputs(predict: Callable[[np.ndarray], np.ndarray], file: str) -> np.ndarray:
+    "Outputs of four images of noise. Raises ModelError where the network does not take them."
+    try:
+        return predict(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8))
+    except Exception as error:  # each framework has its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ModelError(f"{file}: does not take images as they are given ({reason}). Check layout and image_size.") from error
+
 # %% ../../nbs/06_inference/75_classifier.ipynb #9ee502cc
 class FileClassifier:
     "A classifier from a file: `classes_`, `predict_proba`, `image_size`, `settings`, `assumptions`, `kind`."
@@ -359,14 +368,7 @@ class FileClassifier:
         self.settings, self.assumptions = _complete(network, settings, file)
         height, width = _sides(self.settings.image_size)
         self.image_size = round(max(height, width) / self.settings.crop_pct)  # side of the images that it is given
-        noise = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-        try:
-            outputs = self._outputs(noise)
-        except Exception as error:  # each framework has its own
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise ModelError(
-                f"{file}: does not take images as they are given ({reason}). Check layout and image_size."
-            ) from error
+        outputs = _first_outputs(self._outputs, file)
         if not self.settings.output:
             self.settings = replace(self.settings, output=_find_output(outputs, file))
         names = _class_names(self.settings.classes, max(2, outputs.shape[1]), file)

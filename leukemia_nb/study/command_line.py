@@ -427,6 +427,19 @@ def _audit(
     run_audit(wanted, where, redo or [], _echo)
     _echo(f"report: {where / 'report.html'}")
 
+# %% ../../nbs/07_study/50_command_line.ipynb #e658fe05
+def _classes_of(models: list[Path]) -> list[str]:
+    "All classes that model files know. Raises ModelError, ClassMapError."
+    from leukemia_nb.data.classes import ClassMapError, named_classes
+    from leukemia_nb.inference.predictor import Predictor
+
+    classes = list(dict.fromkeys(str(name) for model in models for name in Predictor(model).classes_))
+    try:
+        named_classes(classes)
+    except ClassMapError as error:
+        raise ClassMapError(f"{error} Models that spell a class differently are evaluated one by one.") from None
+    return classes
+
 # %% ../../nbs/07_study/50_command_line.ipynb #1bed872d
 @app.command("evaluate")
 def _evaluate(
@@ -447,22 +460,15 @@ def _evaluate(
     """
     from tqdm import tqdm
 
-    from leukemia_nb.data.classes import ClassMapError, named_classes
     from leukemia_nb.data.files import pluralise
     from leukemia_nb.inference.external import labelled_images, predict_labelled
-    from leukemia_nb.inference.predictor import Predictor
     from leukemia_nb.study.report import run_command
     from leukemia_nb.study.settings import _check_installed
 
     _check_installed("the report")
     if groups_from not in (None, "parent") or (groups and groups_from):
         raise typer.BadParameter("groups come from a file (--groups FILE.csv) or from folders (--groups-from parent).")
-    classes = list(dict.fromkeys(str(name) for file in model for name in Predictor(file).classes_))
-    try:
-        named_classes(classes)
-    except ClassMapError as error:
-        raise ClassMapError(f"{error} Models that spell a class differently are evaluated one by one.") from None
-    images = labelled_images(folder, classes, groups or groups_from or "", class_map or "", out, _log)
+    images = labelled_images(folder, _classes_of(model), groups or groups_from or "", class_map or "", out, _log)
     with tqdm(total=len(images) * len(model), unit="image") as bar:
         images = predict_labelled(images, model, out, batch_size, n_jobs, lambda rows: bar.update(len(rows)), folder)
     for problem in filter(None, images["problem"]):
