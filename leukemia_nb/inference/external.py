@@ -130,7 +130,7 @@ def _find_copies(images: DataFrame, predictors: Mapping[str, Predictor]) -> tupl
         seen += [{"model": name, "pair": pair} for pair in read["pair"][found]]
     return images.drop(columns="copy"), pd.DataFrame(seen, columns=["model", "pair"])
 
-# %% ../../nbs/06_inference/70_external.ipynb #380af918
+# %% ../../nbs/06_inference/70_external.ipynb #cf88f473
 def _named_predictors(models: Sequence[str | os.PathLike], labels: set[str]) -> dict[str, Predictor]:
     "Opened model files by names with titles of their own. Raises ModelError for one that knows none of the labels."
     opened = [Predictor(model) for model in models]
@@ -144,7 +144,7 @@ def _named_predictors(models: Sequence[str | os.PathLike], labels: set[str]) -> 
     titles = unique_names(map(model_title, names))
     return {name if model_title(name) == title else title: one for name, title, one in zip(names, titles, opened)}
 
-
+# %% ../../nbs/06_inference/70_external.ipynb #380af918
 def predict_labelled(
     images: DataFrame,  # from labelled_images
     models: Sequence[str | os.PathLike],  # model files

@@ -485,9 +485,7 @@ def _study(
     run: Annotated[Path | None, Option(help="Run folder.  [default: runs/<name of the data folder>]")] = None,
     classes: _Classes = None,
     class_map: _ClassMap = None,
-    models: Annotated[
-        str | None, Option(help="Models to train, separated by commas.  [default: all]", callback=_check_names)
-    ] = None,
+    models: Annotated[str | None, Option(help="Models to train, by commas.  [default: all]", callback=_check_names)] = None,
     weights: Annotated[
         str | None,
         Option(
