@@ -121,7 +121,7 @@ def _source_sha256(source: str | os.PathLike, expected: str) -> str:
 
 # %% ../../nbs/01_data/60_processes.ipynb #4218e59a
 def other_images(
-    out: str | os.PathLike,  # folder with records/ of `image_row`
+    out: str | os.PathLike,  # folder with records/ of image_row
     records: Sequence[str],  # paths of those of this call, below it
 ) -> str:  # a line for the user; empty where there are none
     "Which images of earlier calls have files in a folder, and are in no table."
