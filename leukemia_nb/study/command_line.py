@@ -161,7 +161,7 @@ def _names(text: str | None) -> tuple[str, ...]:
 
 
 def _check_names(text: str | None) -> str | None:
-    "Refuse a list without a name, which would mean all."
+    "Refuse a list of classes without a name, which would mean all."
     if text is not None and not _names(text):
         raise typer.BadParameter("it has no name. Give some, separated by commas, or leave the option out.")
     return text
@@ -485,7 +485,7 @@ def _study(
     run: Annotated[Path | None, Option(help="Run folder.  [default: runs/<name of the data folder>]")] = None,
     classes: _Classes = None,
     class_map: _ClassMap = None,
-    models: Annotated[str | None, Option(help="Models to train, by commas.  [default: all]", callback=_check_names)] = None,
+    models: Annotated[str | None, Option(help="Models to train, separated by commas.  [default: all]")] = None,
     weights: Annotated[
         str | None,
         Option(
