@@ -162,3 +162,12 @@ def test_a_ctrl_c_that_python_ignores_is_repeated():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "KeyboardInterrupt" in done.stderr and "went on" not in done.stdout
+
+
+@pytest.mark.parametrize("command", [["synth", "out"], ["prepare", "."], ["study"]])
+def test_a_list_of_classes_without_a_name_is_refused(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in ("", " , "):
+        result = CliRunner().invoke(app, [*command, "--classes", given])
+        assert result.exit_code == 2 and "it has no name. Give some" in " ".join(result.output.split())
+    assert not list(tmp_path.iterdir())
