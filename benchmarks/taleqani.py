@@ -22,7 +22,6 @@ from leukemia_nb.data.manifest import merge_groups
 from leukemia_nb.data.files import atomic_path, file_sha256
 
 GROUPED_BY = "near-duplicates of find_near_duplicates, joined with the listed groups of taleqani_fields.csv"
-INTERVAL = "Clopper-Pearson 95 %"
 
 
 def found_pairs(files: list[Path], folder: Path) -> pd.DataFrame:

@@ -298,6 +298,11 @@ def _composite(
     return _transfer_colours(image, images[donor], mask, donor_mask) if donor_mask.any() else None
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #90c896be
+def _usable_rows(table: pd.DataFrame) -> pd.Series:
+    "Which composites count; all of a table that does not say."
+    return table["usable"].astype(bool) if "usable" in table else pd.Series(True, table.index)
+
+
 def cue_conflict_rates(
     table: pd.DataFrame,  # columns kind, row, donor, foreground, other_cue, as from make_composites; usable: the rows that count
     predicted: Sequence[str] | np.ndarray,  # class name for each row
@@ -307,7 +312,7 @@ def cue_conflict_rates(
     predicted = np.asarray(predicted, dtype=str)
     if len(predicted) != len(table):
         raise ValueError(f"{len(table)} images but {len(predicted)} predictions.")
-    usable = table["usable"].astype(bool) if "usable" in table else pd.Series(True, table.index)
+    usable = _usable_rows(table)
     follows = pd.DataFrame({"foreground": predicted == table["foreground"]}, index=table.index)
     follows["other_cue"] = (predicted == table["other_cue"]) & ~follows["foreground"]
     follows["neither"] = ~follows.any(axis=1)
@@ -346,8 +351,7 @@ def rate_differences(
     groups: Sequence[object] | None = None,  # group of near-duplicates of each row; None: each its own
 ) -> pd.DataFrame:  # name, title, n_images, difference, low, high; without those for which no image has both kinds
     "Differences of foreground rates with 95 % intervals, each on the images of which both kinds are usable. Raises ValueError."
-    predicted, rows = np.asarray(predicted, dtype=str), []
-    usable = table["usable"].astype(bool) if "usable" in table else pd.Series(True, table.index)
+    predicted, rows, usable = np.asarray(predicted, dtype=str), [], _usable_rows(table)
     for name, (first, second, title) in DIFFERENCES.items():
         both = set.intersection(*(set(table["row"][usable & (table["kind"] == kind)]) for kind in (first, second)))
         chosen = (usable & table["kind"].isin([first, second]) & table["row"].isin(both)).to_numpy()

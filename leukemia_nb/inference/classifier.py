@@ -119,8 +119,7 @@ def _open_onnx(file: str, threads: int | None) -> _Network:
         takes = ", ".join(f"{each.name} {each.type} {each.shape}" for each in (first, *others))
         gives = ", ".join(f"{output.name} {output.shape}" for output in session.get_outputs())
         raise ModelError(f"{file}: takes {takes} and gives {gives}; an image classifier takes one batch (n, …) and gives (n, k).")
-    found: dict[str, Any] = {"range": "0-255" if first.type == "tensor(uint8)" else _range_in_graph(file, first.name)}
-    found["output"] = _output_in_graph(file, outputs[0].name)
+    found = _read_graph(file, first.name, outputs[0].name) | ({"range": "0-255"} if first.type == "tensor(uint8)" else {})
     if metadata.get("task") == "classify" and "names" in metadata:
         found = _YOLO | {"classes": tuple(ast.literal_eval(metadata["names"]).values())}
     return _Network(
@@ -144,14 +143,25 @@ def _open_own(file: str, threads: int | None) -> _Network:
     return _Network(own.predict_proba, "model file of leukemia_nb", (), found)
 
 # %% ../../nbs/06_inference/75_classifier.ipynb #144362ad
-def _range_in_graph(file: str, name: str) -> str:
-    "Pixel range that the first arithmetic on an input implies; empty where it tells nothing, or `onnx` is not installed."
+_OUTPUTS = {"sigmoid": "sigmoid", "softmax": "probabilities"}  # by the last activation
+
+
+def _read_graph(file: str, taken: str, given: str) -> dict[str, Any]:
+    "Settings that the graph between an input and an output tells; none where `onnx` is not installed."
     try:
         import onnx
     except ImportError:
-        return ""
-    graph, reached = onnx.load(file, load_external_data=False).graph, {name}
-    constants = {each.name: each for each in graph.initializer}
+        return {}
+    graph = onnx.load(file, load_external_data=False).graph
+    last = next((node.op_type.lower() for node in graph.node if given in node.output), "")
+    return {"range": _range_in_graph(graph, taken), "output": _OUTPUTS.get(last, "")}
+
+
+def _range_in_graph(graph: Any, name: str) -> str:
+    "Pixel range that the first arithmetic on an input implies; empty where it tells nothing."
+    from onnx import numpy_helper
+
+    reached, constants = {name}, {each.name: each for each in graph.initializer}
     values = [(node, part) for node in graph.node if node.op_type == "Constant" for part in node.attribute]
     constants |= {node.output[0]: part.t for node, part in values if part.name == "value"}
     for node in graph.node:
@@ -161,7 +171,7 @@ def _range_in_graph(file: str, name: str) -> str:
             reached.update(node.output)
             continue
         held = [constants[each] for each in node.input if each in constants and constants[each].data_location == 0]
-        value = np.abs(onnx.numpy_helper.to_array(held[0])).max(initial=0) if held else np.nan
+        value = np.abs(numpy_helper.to_array(held[0])).max(initial=0) if held else np.nan
         small, large = {"Mul": (value <= 0.02, False), "Div": (value >= 50, False)}.get(node.op_type, (False, value > 2))
         if node.op_type in ("Mul", "Div", "Sub", "Add") and (small or large):
             return "0-255"
@@ -170,17 +180,6 @@ def _range_in_graph(file: str, name: str) -> str:
 
 # %% ../../nbs/06_inference/75_classifier.ipynb #093376f8
 _RESCALES = ("Rescaling", "Normalization", "TrueDivide", "Subtract")
-_OUTPUTS = {"sigmoid": "sigmoid", "softmax": "probabilities"}  # by the last activation
-
-
-def _output_in_graph(file: str, name: str) -> str:
-    "Kind of an output by the operation that gives it; empty where it tells nothing, or `onnx` is not installed."
-    try:
-        import onnx
-    except ImportError:
-        return ""
-    nodes = onnx.load(file, load_external_data=False).graph.node
-    return _OUTPUTS.get(next((node.op_type.lower() for node in nodes if name in node.output), ""), "")
 
 # %% ../../nbs/06_inference/75_classifier.ipynb #8d3cfcc8
 def _open_keras(file: str, threads: int | None) -> _Network:

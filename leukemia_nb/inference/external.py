@@ -125,8 +125,8 @@ def _find_copies(images: DataFrame, predictors: Mapping[str, Predictor]) -> tupl
     seen = []
     for name, predictor in predictors.items():
         known = predictor.constants.get("fingerprints", fingerprints[:0])
-        certain = has_similar_fingerprint(fingerprints, known, min_correlation=0.999)  # more than such images have
-        found = certain | (has_similar_fingerprint(fingerprints, known) & ~ambiguous)
+        found = has_similar_fingerprint(fingerprints, known)
+        found[ambiguous] = has_similar_fingerprint(fingerprints[ambiguous], known, min_correlation=0.999)  # not just alike
         seen += [{"model": name, "pair": pair} for pair in read["pair"][found]]
     return images.drop(columns="copy"), pd.DataFrame(seen, columns=["model", "pair"])
 
