@@ -165,7 +165,7 @@ VARIANTS: dict[str, Variant] = {
     "All 39 features": Variant("families", (("plain", ALL, False),), tuple(TRAINING)),
     "Colour": Variant("families", (("plain", COLOUR, False),)),
     "Texture and granularity": Variant("families", (("plain", TEXTURE, False),)),
-    "N:C ratio and chromatin density": Variant("families", (("plain", CHROMATIN, False),)),
+    "Darkness and its distribution": Variant("families", (("plain", CHROMATIN, False),)),
     "Cell size and shape": Variant("families", (("plain", SHAPE, False),)),
     "Size, shape and nucleus": Variant("families", (("plain", SHAPE, False), ("nucleus", NUCLEUS, False))),
     "Levelled": Variant("levelled", LEVELLED, tuple(TRAINING)[1:]),

@@ -1847,5 +1847,5 @@ d = { 'settings': { 'branch': 'main',
                                      'leukemia_nb.testing.dummy_run': ('00_shared/testing.html#dummy_run', 'leukemia_nb/testing.py'),
                                      'leukemia_nb.testing.example_audit': ( '00_shared/testing.html#example_audit',
                                                                             'leukemia_nb/testing.py'),
-                                     'leukemia_nb.testing.show_symbol': ('00_shared/testing.html#show_symbol', 'leukemia_nb/testing.py'),
-                                     'leukemia_nb.testing.smoke_run': ('00_shared/testing.html#smoke_run', 'leukemia_nb/testing.py')}}}
+                                     'leukemia_nb.testing.example_run': ('00_shared/testing.html#example_run', 'leukemia_nb/testing.py'),
+                                     'leukemia_nb.testing.show_symbol': ('00_shared/testing.html#show_symbol', 'leukemia_nb/testing.py')}}}

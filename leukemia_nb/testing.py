@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMOKE', 'EXAMPLE', 'dummy_dataset', 'dummy_predictions', 'dummy_model_file', 'dummy_classifier_file', 'dummy_run',
-           'dummy_evaluation', 'smoke_run', 'example_audit', 'show_symbol']
+           'dummy_evaluation', 'example_run', 'example_audit', 'show_symbol']
 
 # %% ../nbs/00_shared/30_testing.ipynb #d2a50001
 import inspect
@@ -283,7 +283,7 @@ EXAMPLE = replace(
 )
 
 
-def smoke_run(
+def example_run(
     *until: str,  # steps or kinds of step to run, with all they need; none: the split
 ) -> str:  # path of the run
     "A copy of the example study, run up to some steps; what an earlier call with the same code has run is not run again."

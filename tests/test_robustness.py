@@ -217,7 +217,7 @@ def test_figures_have_a_panel_a_corruption(sample):
     predictions = robustness_predictions(Brightest(), *sample)
     table = robustness_table({"yolo11": predictions})
     assert table["corruption"].unique().tolist() == list(CORRUPTIONS)
-    panels = [axis.get_title(loc="left") for axis in robustness_figure(table, "agreement").axes]
+    panels = [axis.get_title(loc="left") for axis in robustness_figure(table).axes]
     assert panels == [f"{one.title}\n{one.unit}" for one in CORRUPTIONS.values()]
     hue = predictions[predictions["corruption"] == "hue"]
     figure = robustness_figure(robustness_table({"a": hue, "b": hue}))

@@ -1,8 +1,10 @@
 """The published site, as far as it can be checked without Quarto: order, titles, outputs, links, README, workflow."""
 
 import importlib
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +56,49 @@ def test_the_readme_names_commands_that_there_are():
     assert named and set(named) <= commands
     targets = re.findall(r"^make (\w+)", readme, re.MULTILINE)
     assert targets and set(targets) <= set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
+
+
+def shown_commands() -> list[str]:
+    """Commands of this project with options that the README or a page shows: in its text, its code or its stored outputs."""
+    texts = [(ROOT / "README.md").read_text(encoding="utf-8")]
+    for notebook in NOTEBOOKS:
+        for cell in nbformat.read(notebook, 4).cells:
+            data = [output.get("data", {}).get("text/markdown", "") for output in cell.get("outputs", [])]
+            texts += [cell.source, *("".join(one) for one in data)]
+    lines = [
+        line for text in texts for line in re.findall(r"(?:^|`)((?:leukemia_nb|make study) [^`\n]*--[^`\n]*)", text, re.MULTILINE)
+    ]
+    return sorted({line for line in lines if not re.search(r"[{}…]|\[OPTIONS\]|COMMAND", line)})
+
+
+@pytest.mark.parametrize("line", shown_commands())
+def test_a_shown_command_has_options_that_there_are(line):
+    """Click reads the whole line before it prints the help."""
+    from typer.testing import CliRunner
+
+    from leukemia_nb.study.command_line import app
+
+    words = shlex.split(line, comments=True)
+    if words[0] == "make":
+        given = dict(word.split("=", 1) for word in words[2:])
+        words = ["leukemia_nb", "study", "--data", given.get("DATA", "folder"), *shlex.split(given.get("ARGS", ""))]
+    result = CliRunner().invoke(app, [*words[1:], "--help"])
+    assert result.exit_code == 0, f"{line}: {result.output}"
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "benchmarks" / "results").glob("*/study.json")), ids=lambda file: file.parent.name
+)
+def test_the_command_of_a_measured_study_still_runs(file):
+    """The findings show the command of this file's settings: they are settings of today's study, and are accepted."""
+    from dataclasses import fields
+
+    from leukemia_nb.study.settings import StudySettings
+
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    known = {field.name for field in fields(StudySettings)} & kept.keys()
+    settings = StudySettings(**{name: kept[name] for name in known} | {"data": "", "per_class": 120})
+    assert set(kept) - known <= {"versions", "steps"}
 
 
 def test_the_reference_names_every_public_function_and_class():

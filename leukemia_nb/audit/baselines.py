@@ -60,7 +60,7 @@ def _colour_features(image: np.ndarray, mask: np.ndarray | None = None) -> np.nd
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #914e2141
 def _texture_features(image: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    "Proportions of the ten uniform local binary patterns in the grey image, at radii of 1 and 3 pixels, float32 (20,)."
+    "Proportions of nine uniform local binary patterns and of all others, grey image, radii of 1 and 3 pixels, float32 (20,)."
     grey, found = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY), []
     for radius in (1, 3):
         patterns = _uniform_patterns(grey.tobytes(), grey.shape, radius)
@@ -147,9 +147,8 @@ BASELINES: dict[str, Baseline] = {
     ),
     "scale_bar": Baseline(
         "Scale-bar corner",
-        "the corner alone, at 14x22 pixels",
+        "the bottom-right corner alone, with any cell there, at 14x22 pixels",
         lambda image, cells: _thumbnail(image[scale_bar_corner(image.shape)], 22, 14),
-        background_only=True,
     ),
 }
 
@@ -256,11 +255,11 @@ def permutation_table(
 
 
 def _permuted_accuracy(predictions: pd.DataFrame) -> Interval:
-    "Mean accuracy over permutations of the labels, and the central 95 % of them."
+    "Mean accuracy over permutations of the labels, and the central 95 % of them, or their range if there are fewer than 40."
     accuracy, pairs = permutation_table(predictions)["accuracy"], predictions.drop_duplicates("pair")
     groups = pairs["group"].nunique() if "group" in pairs else len(pairs)
     low, high = np.quantile(accuracy, 0.025, method="lower"), np.quantile(accuracy, 0.975, method="higher")
-    method = f"central 95 % of {len(accuracy)} label permutations"
+    method = f"{'central 95 %' if len(accuracy) >= 40 else 'range'} of {len(accuracy)} label permutations"
     return Interval(float(accuracy.mean()), float(low), float(high), len(pairs), groups, float(groups), method)
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #be4e6c6a
@@ -318,7 +317,7 @@ def _interval_of(table: pd.DataFrame, groups: Mapping[str, object] | None, permu
 def permuted_sentence(
     table: pd.DataFrame,  # from baseline_table
 ) -> str:  # "" without the control
-    "Accuracy of the permuted-label control, and which accuracies are above chance."
+    "Accuracy of the permuted-label control, and up to which accuracy it comes by chance."
     permuted = table["name"].isin([name for name, baseline in BASELINES.items() if baseline.permuted])
     if not permuted.any():
         return ""
@@ -328,4 +327,4 @@ def permuted_sentence(
     text = f"With permuted labels the mean accuracy on {row['n_images']} images is {mean}."
     if len(others) and others["accuracy"].max() <= row["high"]:
         return f"{text} No baseline exceeds this permuted-label control."
-    return f"{text} On these images, an accuracy up to {format_proportion(row['high'])} is not above chance."
+    return f"{text} On these images, this baseline reaches up to {format_proportion(row['high'])} by chance."

@@ -307,8 +307,10 @@ def cue_conflict_rates(
     table: pd.DataFrame,  # columns kind, row, donor, foreground, other_cue, as from make_composites; usable: the rows that count
     predicted: Sequence[str] | np.ndarray,  # class name for each row
     groups: Sequence[object] | None = None,  # group of near-duplicates of each row; None: each its own
-) -> pd.DataFrame:  # one row per kind and cue (foreground, other_cue, neither): n_images, count, proportion, low, high, interval
-    "Proportion of predictions that follow each cue; worst_background: of images, on all their backgrounds. Raises ValueError."
+) -> (
+    pd.DataFrame
+):  # one row per kind and cue (foreground, other_cue, neither): n_images (composites), count, proportion, low, high, interval
+    "Proportion of composites predicted as the class of each cue; worst_background: of images, on all theirs. Raises ValueError."
     predicted = np.asarray(predicted, dtype=str)
     if len(predicted) != len(table):
         raise ValueError(f"{len(table)} images but {len(predicted)} predictions.")
@@ -341,7 +343,11 @@ DIFFERENCES: dict[str, tuple[str, str, str]] = {
     "bg_gap": ("mixed_same", "mixed_next", "BG-gap: Mixed-Same minus Mixed-Next"),
     "colour_gap": ("colour_same", "colour_transfer", "all colours: from the same class minus from another class"),
     "cell_colour_gap": ("cell_colour_same", "cell_colour", "colours of the cells: from the same class minus from another class"),
-    "scale_bar_gap": ("no_scale_bar", "other_scale_bar", "scale bar: erased minus of another class"),
+    "scale_bar_gap": (
+        "no_scale_bar",
+        "other_scale_bar",
+        "effect of adding the scale bar of another class (no same-class control)",
+    ),
 }
 
 
@@ -350,7 +356,7 @@ def rate_differences(
     predicted: Sequence[str] | np.ndarray,  # class name for each row
     groups: Sequence[object] | None = None,  # group of near-duplicates of each row; None: each its own
 ) -> pd.DataFrame:  # name, title, n_images, difference, low, high; without those for which no image has both kinds
-    "Differences of foreground rates with 95 % intervals, each on the images of which both kinds are usable. Raises ValueError."
+    "Differences of foreground rates with 95 % intervals (MOVER), on images of which both kinds are usable. Raises ValueError."
     predicted, rows, usable = np.asarray(predicted, dtype=str), [], _usable_rows(table)
     for name, (first, second, title) in DIFFERENCES.items():
         both = set.intersection(*(set(table["row"][usable & (table["kind"] == kind)]) for kind in (first, second)))
@@ -368,14 +374,15 @@ def cue_conflict_figure(
     kinds: Mapping[str, str],  # key of KINDS -> title of its panel
     width: float = 1.9,  # of a panel, inches
 ) -> "Figure":
-    "Predictions that follow the foreground, the other cue or neither: one panel per kind, one bar per model."
-    colours, titles = {"foreground": "#0072B2", "other cue": "#D55E00", "neither": "#BBBBBB"}, rates["title"].unique()
+    "Proportions of composites predicted as the class of either cue or of neither: one panel per kind, one bar per model."
+    cues = {"foreground": "class of the cells", "other_cue": "class of background, colours or bar", "neither": "another class"}
+    colours, titles = dict(zip(cues.values(), ("#0072B2", "#D55E00", "#BBBBBB"))), rates["title"].unique()
     figure, axes = blank_figure(1, len(kinds), (1.4 + width * len(kinds), 1.3 + 0.25 * len(titles)), sharey=True)
     for axis, (kind, panel) in zip(axes[0], kinds.items()):
         shown = rates[rates["kind"] == kind].pivot(index="title", columns="cue", values="proportion")
-        shown = shown.rename(columns={"other_cue": "other cue"})
+        shown = shown.rename(columns=cues)
         shown.reindex(titles, columns=list(colours)).plot.barh(stacked=True, ax=axis, color=colours, width=0.8, legend=False)
-        axis.set(title=panel, xlim=(0, 1), xlabel="proportion", ylabel="")
+        axis.set(title=panel, xlim=(0, 1), xlabel="proportion predicted", ylabel="")
     axes[0, 0].invert_yaxis()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
     return figure

@@ -25,7 +25,7 @@ from ..processing.dataset import Pairs
 # %% ../../nbs/05_audit/15_patches.ipynb #24d2154b
 FEATURE_FAMILIES: dict[str, tuple[str, ...]] = {
     "Cell size and shape": FEATURE_NAMES[:7],
-    "N:C ratio and chromatin density": (*FEATURE_NAMES[7:10], "central lightness", "peripheral lightness"),
+    "Darkness and its distribution": (*FEATURE_NAMES[7:10], "central lightness", "peripheral lightness"),
     "Texture and granularity": tuple(name for name in FEATURE_NAMES if name.startswith(("SD at", "grad", "mean abs", "LBP"))),
     "Colour": FEATURE_NAMES[-8:],
     "All features": FEATURE_NAMES,

@@ -75,7 +75,7 @@ def null_calibration_errors(
 # %% ../../nbs/04_evaluation/40_calibration.ipynb #a34e5448
 def calibration_pairs(
     split: pd.DataFrame,  # pair, class, subset, group
-    minimum: int = 60,  # images needed: of 60, a threshold at 95 % coverage takes off the last three
+    minimum: int = 60,  # images needed: of 60, a threshold at 95 % coverage rejects 3
 ) -> tuple[list[str], str]:  # names of pairs; why near-duplicates are among them, "" where none is
     "Validation pairs for temperature and thresholds: those without a near-duplicate in training, or all where they are too few."
     val = split[split["subset"] == "val"]
@@ -275,5 +275,5 @@ def risk_coverage_figure(
         axis.set(title=model_title(name), xlim=(0, 1.02))
     axes.flat[0].set_ylim(bottom=0)
     figure.supxlabel("coverage: proportion of images predicted, the most confident first", fontsize=9)
-    figure.supylabel("predicted and wrong", fontsize=9)
+    figure.supylabel("generalized risk: proportion predicted and wrong", fontsize=9)
     return figure

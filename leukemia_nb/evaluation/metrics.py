@@ -60,7 +60,7 @@ def confusion_table(
 def class_table(
     table: pd.DataFrame,  # predictions of one subset
 ) -> pd.DataFrame:  # one row per class
-    "Precision, F1, sensitivity and specificity by class, with 95 % intervals; NaN where a class has no image or prediction."
+    "Precision and F1 by class; sensitivity and specificity with 95 % intervals; NaN where a class has no image or prediction."
     from sklearn.metrics import precision_recall_fscore_support
 
     counts = confusion_table(table)

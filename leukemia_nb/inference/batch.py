@@ -281,7 +281,7 @@ def _write_cell_table(task: PredictionTask, rows: Sequence[dict[str, Any]]) -> N
     "Write cells.csv of all images without a problem. Raises OutputError."
     model = task.predictor()
     whole = ((row["path"], task.image_files(row)["geojson"]) for row in rows if not row["problem"])
-    write_cell_table(Path(task.cells, "cells.csv"), whole, model.info["classes"] if model.judges_cells else ())
+    write_cell_table(Path(task.cells, "cells.csv"), whole, model.info["classes"] if model.classifies_cells else ())
 
 # %% ../../nbs/06_inference/40_batch.ipynb #e71f5c4a
 def prediction_outcome(

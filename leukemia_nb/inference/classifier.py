@@ -56,7 +56,7 @@ class ModelSettings:
     mean: tuple[float, ...] = ()  # subtracted from each channel, in units of range
     std: tuple[float, ...] = ()  # by which each channel is divided afterwards
     channel_order: str = ""  # RGB or BGR (OpenCV)
-    output: str = ""  # probabilities, logits or sigmoid
+    output: str = ""  # probabilities, logits, or sigmoid: independent outputs, divided by their sum
     crop_mode: str = ""  # squash: the whole image, whatever its proportions; center: the central square
     crop_pct: float = 1.0  # side of the central part that the network sees: 0.875 for Resize(256), CenterCrop(224)
 
@@ -234,6 +234,8 @@ def _complete(network: _Network, given: ModelSettings, file: str) -> tuple[Model
     "All settings of a network but its output, and the assumptions among them. Raises ModelError."
     told = {name: value for name, value in network.found.items() if not getattr(given, name)}
     settings, notes = replace(given, **told), list[str]()
+    if "range" in told and network.kind != "ultralytics":  # whose own trainer has one range
+        notes.append(f"pixel range {told['range']}, concluded from its layers")
     if not network.shape:
         if settings != replace(ModelSettings(**network.found), classes=settings.classes):
             raise ModelError(f"{file}: a model file of leukemia_nb prepares its images itself. Leave out --model-setting.")

@@ -144,7 +144,7 @@ def _prediction_row(
     if probabilities is not None and not np.isfinite(probabilities).all():
         row["problem"], probabilities = "the probabilities are not finite. Train the model again.", None
     if probabilities is None:
-        return row | {"predicted": "", "abstains": True, "abstain_reasons": "could not be read"}
+        return row | {"predicted": "", "abstains": True, "abstain_reasons": "no prediction"}
     confidence = round(float(probabilities.max()), 6)
     reasons = abstain_reasons(confidence, distance, known["n_cells"], info["thresholds"])
     row |= {f"p_{name}": round(float(p), 6) for name, p in zip(classes, probabilities)}
@@ -277,7 +277,7 @@ class _Network:
         self.classes_ = np.array(self.info["classes"], dtype=str)
         self.image_size = self.info["image_size"]
         self.channels = ("original", "segmented") if self.info["input"] == "pair" else ("original",)
-        self.judges_cells = "cell_probabilities" in [output.name for output in self.session.get_outputs()]
+        self.classifies_cells = "cell_probabilities" in [output.name for output in self.session.get_outputs()]
 
     def _in_threads(self, function: Callable[[Sequence[Any]], Any], images: Sequence[Any]) -> Iterator[Any]:
         "Results for a few images at a time, in order, by two threads; one reads images while the network has the other's."
@@ -477,7 +477,7 @@ def _pixels(image: Any) -> np.ndarray:
 class ImageCells(NamedTuple):
     "The white blood cells of an image that a `Predictor` counts."
 
-    table: DataFrame  # of measure_cells; predicted and p_<class> where the model judges single cells
+    table: DataFrame  # of measure_cells; predicted and p_<class> where the model classifies single cells
     cells: np.ndarray  # int32 labels (H, W), 0 background
     nuclei: np.ndarray  # int32 labels (H, W), numbered as the cells
 
@@ -486,13 +486,13 @@ def predict_cells(
     model: Predictor,  # an exported model
     image: Any,  # a path, or uint8 (H, W, 3) RGB
 ) -> ImageCells:
-    "Measurements of each cell, and its class where the model judges single cells. Raises ImageError."
+    "Measurements of each cell, and its class where the model classifies single cells. Raises ImageError."
     pixels = _pixels(image)
     square = resize_square(pixels, model.image_size)
     found = find_cells_and_nuclei(square)
     cells, nuclei = (_to_image_size(labels, pixels) for labels in found)
     table = measure_cells(pixels, cells, nuclei)
-    if model.judges_cells:
+    if model.classifies_cells:
         table = table.merge(_judge_cells(model, square, found[0]), on="label", how="left").fillna({"predicted": ""})
     return ImageCells(table, cells, nuclei)
 

@@ -124,7 +124,7 @@ class _Settings(ClassifierMixin, BaseEstimator):
         epochs: int = 20,  # passes over the training images, at most
         batch_size: int = 32,  # images in a step
         learning_rate: float = 1e-3,  # of the optimiser: Adam, AdamW for YOLO
-        schedule: str = "cosine",  # of a Keras network trained whole: "cosine", after a warm-up down to 0, or "constant"
+        schedule: str = "cosine",  # of a Keras network trained end to end: "cosine", after a warm-up down to 0, or "constant"
         patience: int = 5,  # epochs without improvement on the validation images before training stops
         seed: int = 0,  # of new weights, of the order of images and of dropout
         segmentation: str = "kmeans",  # method for segmented images that are not given
@@ -205,7 +205,7 @@ class ImageClassifier(_Interface):
         dataset: str | Path,  # folder with original/ and segmented/, train, val and test in each
         feature_file: str | Path | None = None,  # features/<backbone>.npz of a frozen backbone; None: computed
     ) -> Self:
-        "Train on `train`, choose the epoch on `val`. Warns (RuntimeWarning) of a constant predictor. Raises `ModelError`."
+        "Train on `train`, select the epoch on `val`. Warns (RuntimeWarning) of a constant predictor. Raises `ModelError`."
         self.check_settings()
         train, val = (Pairs(dataset, subset, self.image_size) for subset in ("train", "val"))
         self.classes_ = _class_order(self.name, self.classes, train.labels, val.labels)

@@ -138,7 +138,7 @@ def _cell_frame(features: Sequence[dict[str, Any]], classes: Sequence[str]) -> D
 # %% ../../nbs/02_processing/17_measurements.ipynb #b8c866da
 def read_cells(
     file: str | os.PathLike,  # .geojson of write_cells
-    classes: Sequence[str] = (),  # class names, where a model judges the cells
+    classes: Sequence[str] = (),  # class names, where a model classifies the cells
 ) -> DataFrame:  # columns of measure_cells; with classes, also predicted and p_<class>
     "The table of an image's cells."
     return _cell_frame(json.loads(Path(file).read_text(encoding="utf-8"))["features"], classes)
@@ -147,7 +147,7 @@ def read_cells(
 def write_cell_table(
     file: str | os.PathLike,  # CSV
     images: Iterable[tuple[str, str | os.PathLike]],  # path of each image as the table gives it, and its .geojson
-    classes: Sequence[str] = (),  # class names, where a model judges the cells
+    classes: Sequence[str] = (),  # class names, where a model classifies the cells
 ) -> None:
     "Write the cells of all images as one table: path, then the columns of `read_cells`. Raises `OutputError`."
     found = itertools.chain([("", _cell_frame([], classes))], ((path, read_cells(each, classes)) for path, each in images))

@@ -395,7 +395,7 @@ def _audit(
     data: Annotated[Path, Argument(help="Folder with one folder of images per class; best the test images.", exists=True)],
     model: Annotated[Path, Option(help="Classifier: .onnx, .keras, .h5, a .pt of ultralytics, or RUN/exported/NAME.onnx.")],
     out: Annotated[Path | None, Option(help="Folder for report.html, audit.json, tables.  [default: audits/NAME]")] = None,
-    images: Annotated[int, Option(help="Images, as many of each class.", min=4)] = 150,
+    images: Annotated[int, Option(help="Number of images in all, equally many of each class.", min=4)] = 150,
     model_setting: Annotated[
         list[str] | None,
         Option(
