@@ -97,7 +97,7 @@ def test_the_command_of_a_measured_study_still_runs(file):
 
     kept = json.loads(file.read_text(encoding="utf-8"))
     known = {field.name for field in fields(StudySettings)} & kept.keys()
-    settings = StudySettings(**{name: kept[name] for name in known} | {"data": "", "per_class": 120})
+    StudySettings(**{name: kept[name] for name in known} | {"data": "", "per_class": 120})
     assert set(kept) - known <= {"versions", "steps"}
 
 
