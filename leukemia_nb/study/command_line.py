@@ -518,7 +518,7 @@ def _run_study(options: dict[str, Any], run: Path | None, cluster: str, redo: li
 
     from leukemia_nb.data.files import pluralise
     from leukemia_nb.data.manifest import fetch_kaggle
-    from leukemia_nb.study.driver import run_study, study_steps
+    from leukemia_nb.study.driver import run_study
     from leukemia_nb.study.settings import SYNTHETIC_STUDY, StudySettings
 
     data = options.get("data")
@@ -528,15 +528,8 @@ def _run_study(options: dict[str, Any], run: Path | None, cluster: str, redo: li
     options |= {name: _names(options[name]) for name in ("models", "classes") if name in options}
     options["model_settings"] = tuple(options.pop("model_setting", ()))
     settings = replace(StudySettings() if data else SYNTHETIC_STUDY, **options)
-    heading = [f"{pluralise(len(study_steps(settings)), 'step')} into {where}; each that is finished is kept."]
-
-    def log(line: str) -> None:
-        while heading:  # before the first line: run_study has checked the settings by then
-            _echo(heading.pop())
-        _echo(line)
-
     try:
-        run_study(settings, where, n_jobs=settings.n_jobs, redo=redo, log=log, cluster=cluster)
+        run_study(settings, where, n_jobs=settings.n_jobs, redo=redo, log=_echo, cluster=cluster)
     except KeyboardInterrupt:
         finished = len(list((where / "steps").glob("*.json")))
         kept = f"{pluralise(finished, 'step')} finished and kept in {where}"
