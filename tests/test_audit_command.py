@@ -96,6 +96,8 @@ def test_layouts_ranges_and_orders_give_the_same_pixels(tmp_path):
     scaled = open_classifier(network(tmp_path / "e.onnx"), {"mean": "0.5,0.5,0.5", "std": "0.5,0.5,0.5", "output": "logits"})
     minus = open_classifier(network(tmp_path / "f.onnx"), {"range": "-1-1", "output": "logits"})
     assert np.allclose(scaled.predict_proba(IMAGES), minus.predict_proba(IMAGES), atol=1e-5)
+    assert inside.assumptions[0] == "pixel range 0-255, concluded from its layers"
+    assert scaled.assumptions[0] == "pixel range 0-1, by the mean that is given"  # its layers tell nothing
 
 
 def test_a_fixed_batch_and_a_single_output(tmp_path):

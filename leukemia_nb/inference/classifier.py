@@ -233,7 +233,7 @@ _OPENERS = {".onnx": _open_onnx, ".keras": _open_keras, ".h5": _open_keras, ".pt
 # %% ../../nbs/06_inference/75_classifier.ipynb #ca6d4e37
 def _complete(network: _Network, given: ModelSettings, file: str) -> tuple[ModelSettings, list[str]]:
     "All settings of a network but its output, and the assumptions among them. Raises ModelError."
-    told = {name: value for name, value in network.found.items() if not getattr(given, name)}
+    told = {name: value for name, value in network.found.items() if value and not getattr(given, name)}
     settings, notes = replace(given, **told), list[str]()
     if "range" in told and network.kind != "ultralytics":  # whose own trainer has one range
         notes.append(f"pixel range {told['range']}, concluded from its layers")
