@@ -196,11 +196,11 @@ def measure(
 
 def kinds_of_distance(train: np.ndarray, labels: np.ndarray) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     "The distances that were compared, each a function of features (n, d)."
-    from leukemia_nb.inference.ood import fit_mahalanobis, mahalanobis_distance
+    from leukemia_nb.inference.ood import _fit_mahalanobis, _mahalanobis_distance
     from sklearn.neighbors import NearestNeighbors
 
-    fitted = fit_mahalanobis(train, labels)
-    one = fit_mahalanobis(train, np.zeros(len(labels)))
+    fitted = _fit_mahalanobis(train, labels)
+    one = _fit_mahalanobis(train, np.zeros(len(labels)))
     near = NearestNeighbors(n_neighbors=5).fit(train)
 
     def outside_axes(values: np.ndarray) -> np.ndarray:
@@ -208,8 +208,8 @@ def kinds_of_distance(train: np.ndarray, labels: np.ndarray) -> dict[str, Callab
         return (centred**2).sum(axis=1) - ((centred @ one["axes"]) ** 2).sum(axis=1)
 
     found = {
-        "mahalanobis, nearest class": lambda values: mahalanobis_distance(values, fitted),
-        "mahalanobis, one cloud": lambda values: mahalanobis_distance(values, one),
+        "mahalanobis, nearest class": lambda values: _mahalanobis_distance(values, fitted),
+        "mahalanobis, one cloud": lambda values: _mahalanobis_distance(values, one),
         "fifth nearest neighbour": lambda values: near.kneighbors(values)[0][:, -1],
     }
     return found | ({"outside the leading axes": outside_axes} if len(one["whitening"]) < train.shape[1] else {})
@@ -217,13 +217,14 @@ def kinds_of_distance(train: np.ndarray, labels: np.ndarray) -> dict[str, Callab
 
 def choose(run: Path, name: str) -> dict:
     "Proportion of changed training images beyond the reach of each kind of distance, which holds 97.5 % of validation."
-    from leukemia_nb.inference.export import _open_network, _run_exported, export_network
+    from leukemia_nb.inference.export import _run_exported, export_network
+    from leukemia_nb.inference.model_file import _start_session
     from leukemia_nb.models.interface import load_model
 
     model, dataset = load_model(run / "models" / name), run / "dataset"
     train, val = Pairs(dataset, "train"), Pairs(dataset, "val")
     train = Pairs(dataset, table=train.table.drop_duplicates("pair"))
-    session, kinds = _open_network(export_network(model)), ["features", "statistics"]
+    session, kinds = _start_session(export_network(model).SerializeToString(), model.name, None), ["features", "statistics"]
     fitted, held_out = _run_exported(session, model, train), _run_exported(session, model, val)
     changed = {title: _run_exported(session, model, np.stack(images)) for title, images in shifted(train).items()}
     table: dict = {}

@@ -30,7 +30,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from leukemia_nb.audit.cue_conflict import cue_conflict_rates, make_composites, paste_cells
+from leukemia_nb.audit.cue_conflict import cue_conflict_rates, make_composites, _paste_cells
 from leukemia_nb.data.images import read_image
 from leukemia_nb.data.manifest import CLASSES
 from leukemia_nb.evaluation.uncertainty import _sign_flip_test, korn_graubard_interval, two_way_interval
@@ -230,7 +230,7 @@ def main() -> None:
     made, about = composites(mine, masks, labels[test], kinds, 2)
     of_kind = {kind: (made[(about.kind == kind).to_numpy()], about[about.kind == kind].reset_index(drop=True)) for kind in kinds}
     (mixed, rows), (empty, _) = of_kind["mixed_next"], of_kind["only_bg"]
-    rims = np.stack([paste_cells(mine[r.row], masks[r.row], empty[r.donor], 0.3, 0) for r in rows.itertuples()])
+    rims = np.stack([_paste_cells(mine[r.row], masks[r.row], empty[r.donor], 0.3, 0) for r in rows.itertuples()])
     of_kind["mixed_next_old_rim"] = rims, rows.assign(kind="mixed_next_old_rim")
     lines = []
     for kind, (changed, table_of) in of_kind.items():

@@ -180,8 +180,7 @@ def audit(work: Path, only: list[str]) -> None:
         found = json.loads((out / "audit.json").read_text())
         result = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"models": {}}
         measures = {
-            key: found[key]
-            for key in ("rates", "differences", "lowest_under_corruption", "saliency", "scale_bars", "only_bg_without_cells")
+            key: found[key] for key in ("rates", "differences", "lowest_under_corruption", "saliency", "only_bg_without_cells")
         }
         described = {
             "description": BUILDERS[name].__doc__,

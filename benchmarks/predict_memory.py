@@ -99,7 +99,7 @@ def main(model: str, number: int) -> None:
         result = {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
             "load": round(os.getloadavg()[0], 1),
-            "model": open_model_file(file).info["title"],
+            "model": open_model_file(file)[1]["title"],
             "runs": runs,
             **growth,
         }

@@ -38,7 +38,7 @@ def ours(model: Path):
     def predict(files: list[str], count: bool) -> np.ndarray:
         if not count:
             return predictor.predict_proba(files)
-        rows = predictor.report(files, batch_size=len(files)).rows
+        rows = predictor.report(files).rows
         return np.array([[row[f"p_{name}"] for name in predictor.classes_] for row in rows])
 
     return predict
@@ -237,7 +237,7 @@ def steps_of(file: str) -> dict:
 
 def network_of(model: Path, file: str) -> dict:
     "The network beside this machine's matrix product, in processor time; with single images waiting threads count, too."
-    from leukemia_nb.inference.predictor import Predictor, prepare_image, run_network
+    from leukemia_nb.inference.predictor import Predictor, prepare_image, _run_network
 
     predictor = Predictor(model)
     one = prepare_image(file, predictor.info)
@@ -250,7 +250,7 @@ def network_of(model: Path, file: str) -> dict:
             if name == "product":
                 square @ square
             else:
-                run_network(predictor.session, [one] * int(name))
+                _run_network(predictor.session, [one] * int(name))
             times.append((time.process_time() - start) / (1 if name == "product" else int(name)))
     best = {name: min(times[1:]) * 1e3 for name, times in seconds.items()}
     peak, needed = 2 * 1536**3 / best.pop("product") / 1e6, operations(model) / 1e9  # GFLOP/s, GFLOP
@@ -310,7 +310,7 @@ def main(run: Path, exported: Path, repeats: int, python: str, models: list[str]
             if not file.is_file() or not folder.is_dir():
                 print(f"{model}: no exported file or no trained model, left out")
                 continue
-            temperature = float(open_model_file(file).info["temperature"])
+            temperature = float(open_model_file(file)[1]["temperature"])
             result["network"][model] = network_of(file, files["224x224"][1])
             result["first_prediction"][model] = first_prediction(python, file, files["1024x768"][1], 5)
             sides = Side("ours", file), Side(theirs, folder)

@@ -25,9 +25,9 @@ from scipy.special import logsumexp
 from leukemia_nb.data.files import atomic_path
 from leukemia_nb.data.images import read_image
 from leukemia_nb.data.near_duplicates import pairs_without_near_duplicates
-from leukemia_nb.inference.export import choose_thresholds
+from leukemia_nb.inference.export import _choose_thresholds
 from leukemia_nb.inference.model_file import open_model_file
-from leukemia_nb.inference.ood import fit_mahalanobis, image_statistics, mahalanobis_distance
+from leukemia_nb.inference.ood import _fit_mahalanobis, image_statistics, _mahalanobis_distance
 from leukemia_nb.inference.predictor import _network_inputs, prepare_image
 from leukemia_nb.processing.dataset import Pairs
 
@@ -112,7 +112,7 @@ def energy(arrays: Arrays, names: list[str]) -> Arrays | None:
 
 def neighbour(values: Arrays, names: list[str]) -> Arrays:
     "Distance to the fifth nearest training image (Sun et al. 2022) on 96 principal components of standardised values."
-    fitted = fit_mahalanobis(values["train"].astype(float), np.zeros(len(values["train"])), standardise=True)
+    fitted = _fit_mahalanobis(values["train"].astype(float), np.zeros(len(values["train"])), standardise=True)
     scores = {name: (values[name] - fitted["mean"]) / fitted["scale"] @ fitted["axes"] for name in names}
     return {name: np.sort(cdist(scores[name], scores["train"]), axis=1)[:, 4] for name in names}
 
@@ -125,9 +125,9 @@ def distances(arrays: Arrays, labels: np.ndarray, cells: bool) -> dict[str, Arra
         values = {name: arrays[f"{name}|{key}"] for name in names}
         predicted = {name: arrays[f"{name}|p"].argmax(axis=1) for name in names}
         standardise = cells and kind == "features"
-        shared, own = (fit_mahalanobis(values["train"].astype(float), labels, standardise, by_class=each) for each in (0, 1))
-        found[f"{kind} nearest"] = {name: mahalanobis_distance(values[name], shared) for name in names}
-        found[f"{kind} predicted"] = {name: mahalanobis_distance(values[name], own, predicted[name]) for name in names}
+        shared, own = (_fit_mahalanobis(values["train"].astype(float), labels, standardise, by_class=each) for each in (0, 1))
+        found[f"{kind} nearest"] = {name: _mahalanobis_distance(values[name], shared) for name in names}
+        found[f"{kind} predicted"] = {name: _mahalanobis_distance(values[name], own, predicted[name]) for name in names}
         found[f"{kind} neighbour"] = neighbour(values, names)
     numbers = sorted(int(key[7:]) for key in arrays if key.startswith("train|m"))[::2]
     layers = [{name: np.hstack([arrays[f"{name}|m{i}"], arrays[f"{name}|s{i}"]]) for name in names} for i in numbers]
@@ -153,7 +153,7 @@ def refused(parts: list[Arrays], confidence: Arrays, free: np.ndarray, one_score
     ratio = {name: np.max([units(part)[name] for part in parts], axis=0) for name in names}
     if all(part["val"].min() >= 0 for part in parts):  # distances: multiples of the percentile, as a model file has them
         ratio = {name: np.max([part[name] / np.quantile(part["val"][free], 0.975) for part in parts], axis=0) for name in names}
-    limits = choose_thresholds(confidence["val"][free], ratio["val"][free])
+    limits = _choose_thresholds(confidence["val"][free], ratio["val"][free])
     low = {name: (confidence[name] < limits["confidence"]) | (ratio[name] > limits["distance"]) for name in names}
     order = units(odds)
     return low, {name: np.maximum(ratio[name], order[name]) for name in names}

@@ -8,3 +8,8 @@ __all__ = ['LeukemiaError']
 # %% ../nbs/00_shared/10_errors.ipynb #a1b0e004
 class LeukemiaError(Exception):
     "A user error; the message names the file or option, and the remedy."
+
+# %% ../nbs/00_shared/10_errors.ipynb #7e582913
+def _first_line(error: Exception, most: int = 200) -> str:
+    "First line of an error's message, shortened; its class where it has no message."
+    return (str(error).splitlines() or [type(error).__name__])[0][:most]

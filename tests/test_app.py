@@ -156,7 +156,7 @@ def png_header(width, height):
 def test_no_upload_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(ImageError, match=r"^\.\./a/b\.png: not an image"):
-        app.read_upload("../a/b.png", b"nothing")
+        app._read_upload("../a/b.png", b"nothing")
     assert not list(tmp_path.iterdir())
 
 

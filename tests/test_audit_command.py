@@ -16,7 +16,7 @@ from leukemia_nb.errors import LeukemiaError
 from leukemia_nb.inference.classifier import ModelSettings, open_classifier, read_model_settings
 from leukemia_nb.inference.predictor import Predictor
 from leukemia_nb.models.interface import ModelError
-from leukemia_nb.study.audit import audit_settings, select_all_classes, match_classes, run_audit
+from leukemia_nb.study.audit import audit_settings, select_all_classes, _match_classes, run_audit
 from leukemia_nb.study.cards import render
 from leukemia_nb.study.command_line import app
 from leukemia_nb.testing import dummy_classifier_file, dummy_model_file
@@ -96,6 +96,8 @@ def test_layouts_ranges_and_orders_give_the_same_pixels(tmp_path):
     scaled = open_classifier(network(tmp_path / "e.onnx"), {"mean": "0.5,0.5,0.5", "std": "0.5,0.5,0.5", "output": "logits"})
     minus = open_classifier(network(tmp_path / "f.onnx"), {"range": "-1-1", "output": "logits"})
     assert np.allclose(scaled.predict_proba(IMAGES), minus.predict_proba(IMAGES), atol=1e-5)
+    assert inside.assumptions[0] == "pixel range 0-255, concluded from its layers"
+    assert scaled.assumptions[0] == "pixel range 0-1, by the mean that is given"  # its layers tell nothing
 
 
 def test_a_fixed_batch_and_a_single_output(tmp_path):
@@ -182,7 +184,7 @@ def test_classes_of_model_and_folders(folder, tmp_path):
     for name in ("Benign", "Pre"):
         shutil.copytree(folder / "images" / {"Benign": "Normal", "Pre": "Pre-B"}[name], images / name)
     model = open_classifier(folder / "colours.onnx", {"range": "0-1", "classes": ("Normal", "Early", "Pre")})
-    outputs, known, notes = match_classes(
+    outputs, known, notes = _match_classes(
         model, {"Normal": "Benign", "Pre-B": "Pre", "Pro-B": "Pro"}, named_classes(FOUR_CLASSES)
     )
     assert outputs == ("Normal", "Early Pre-B", "Pre-B") and known == ("Normal", "Pre-B")
@@ -198,7 +200,7 @@ def test_outputs_that_mean_one_class_are_added(tmp_path):
     each = open_classifier(tmp_path / "a.onnx", {"range": "0-1", "output": "logits"}).predict_proba(IMAGES)
     assert merged.classes_.tolist() == ["Normal", "Leukaemia"]
     assert np.allclose(merged.predict_proba(IMAGES), np.c_[each[:, 0], each[:, 1:].sum(axis=1)])
-    outputs, known, _ = match_classes(merged, {"Normal": "a", "Leukaemia": "b, c"}, named_classes(["Normal", "Leukaemia"]))
+    outputs, known, _ = _match_classes(merged, {"Normal": "a", "Leukaemia": "b, c"}, named_classes(["Normal", "Leukaemia"]))
     assert outputs == ("Normal", "Leukaemia", "Leukaemia") and known == ("Normal", "Leukaemia")
 
 

@@ -15,7 +15,7 @@ from leukemia_nb.models.interface import MODELS
 from leukemia_nb.study.cards import (
     MissingResultError,
     _Results,
-    model_card,
+    _model_card,
     render,
     reporting_items,
     write_cards,
@@ -60,7 +60,7 @@ def change(run, name, model, **values):
 
 
 def test_an_empty_run_gives_no_result_and_names_the_steps(tmp_path):
-    card = model_card(tmp_path, "yolo11")
+    card = _model_card(tmp_path, "yolo11")
     assert "%" not in re.sub("95 %|85 %|5 %", "", card) and "model-index" not in card
     for step in ("train", "split", "compare", "shortcut-audit"):
         assert f"*{step}" in card, step
@@ -76,7 +76,7 @@ def test_a_file_without_the_model_is_not_taken(run):
 def test_figures_are_those_of_the_files(run):
     change(run, "models.csv", "yolov8", n_correct=90, n_images=97)
     change(run, "grouped_accuracy.csv", "yolov8", grouped_low=0.123, grouped_high=0.987, groups=55)
-    card = " ".join(model_card(run, "yolov8").split())
+    card = " ".join(_model_card(run, "yolov8").split())
     assert "**Test accuracy:** 92.8 % (95 % CI 85.7–97.0; 90/97)." in card
     assert "(55 groups): 100.0 % (95 % CI 12.3–98.7, Korn-Graubard (ICC = 1))" in card
     assert "40 of 111 test images show" in card and "144/200" in card
@@ -88,7 +88,7 @@ def test_the_tables_of_the_dummy_run_agree(run):
     assert (split[split["subset"] == "test"]["group"].isin(seen).sum(), leakage.loc["test", "near_duplicates"]) == (40, 40)
     for file in (run / "predictions").glob("*.csv"):
         assert set(read_table(file)["pair"]) == set(split.loc[split["subset"] != "train", "pair"])
-    card = " ".join(model_card(run, "yolo11").split())
+    card = " ".join(_model_card(run, "yolo11").split())
     assert "; 71/71)" in card and "(91 groups)" in card and "with 36 flipped copies" in card
 
 
@@ -98,7 +98,7 @@ def test_a_constant_predictor_is_called_that(run):
 
 
 def test_first_lines_are_yaml_with_the_fields_of_hugging_face(run):
-    fields = yaml.safe_load(model_card(run, "yolo12").split("---")[1])
+    fields = yaml.safe_load(_model_card(run, "yolo12").split("---")[1])
     result = fields["model-index"][0]["results"][0]
     assert fields["license"] == "agpl-3.0" and fields["library_name"] == "ultralytics"
     assert result["dataset"]["split"] == "test"
@@ -112,13 +112,13 @@ def test_first_lines_are_yaml_with_the_fields_of_hugging_face(run):
     assert set(fields["metrics"]) == set(values)
     alone = fields["model-index"][0]["results"][1]
     assert alone["dataset"]["config"] == "without near-duplicates in training" and "71/71" in alone["metrics"][0]["name"]
-    other = yaml.safe_load(model_card(run, "mobilenet_v2").split("---")[1])
+    other = yaml.safe_load(_model_card(run, "mobilenet_v2").split("---")[1])
     assert (other["license"], other["library_name"]) == ("other", "keras")
 
 
 def test_hugging_faces_own_library_reads_the_card(run):
     """Required fields of the documented schema; and their library, where it is installed."""
-    content = model_card(run, "mobilenet_v2")
+    content = _model_card(run, "mobilenet_v2")
     for result in yaml.safe_load(content.split("---")[1])["model-index"][0]["results"]:
         assert {"type"} <= result["task"].keys() and {"type", "name"} <= result["dataset"].keys()
         assert all({"type", "value"} <= metric.keys() and isinstance(metric["value"], float) for metric in result["metrics"])
@@ -180,9 +180,9 @@ def test_licences(run):
 
 def test_random_initialisation_is_a_limitation(run):
     record = run / "models" / "yolo12" / "model.json"
-    assert "Random initialisation" in model_card(run, "yolo12")
+    assert "Random initialisation" in _model_card(run, "yolo12")
     record.write_text(json.dumps({"weights_source": "ImageNet classifier (a.pt)", "best_epoch": 1}))
-    assert "Random initialisation" not in model_card(run, "yolo12")
+    assert "Random initialisation" not in _model_card(run, "yolo12")
 
 
 def test_the_recorded_epoch_is_that_of_the_card(run):
@@ -190,7 +190,7 @@ def test_the_recorded_epoch_is_that_of_the_card(run):
     history.loc[3, ["val_loss", "val_accuracy"]] = [0.25, 0.625]
     write_table(run / "models" / "yolo11" / "history.csv", history)
     (run / "models" / "yolo11" / "model.json").write_text(json.dumps({"best_epoch": 4}))
-    card = " ".join(model_card(run, "yolo11").split())
+    card = " ".join(_model_card(run, "yolo11").split())
     assert "10 of at most 10; the weights of epoch 4 were kept, the one with the highest validation accuracy" in card
     assert "(validation loss 0.2500, validation accuracy 62.5 %)" in card
 
@@ -199,7 +199,7 @@ def test_a_model_without_epochs_or_exporter_has_a_card(run, monkeypatch):
     monkeypatch.setitem(MODELS, "mobilenet_v2", replace(MODELS["mobilenet_v2"], exporter=""))
     table = read_table(run / "models" / "mobilenet_v2" / "history.csv")
     write_table(run / "models" / "mobilenet_v2" / "history.csv", table.iloc[:0])
-    card = model_card(run, "mobilenet_v2")
+    card = _model_card(run, "mobilenet_v2")
     assert "none, it is not trained in epochs" in card and "has no exported file" in card
 
 
@@ -298,7 +298,7 @@ def test_synthetic_images_have_no_patients(run):
     status = reporting_items(run).set_index("Topic")["Status"]
     for topic in ("Treatment", "Ethics", "Blinding", "Who is in each subset", "Fairness"):
         assert status[topic] == "Not applicable", topic
-    assert "hematogone" not in model_card(run, "yolo11") and "apache-2.0" in model_card(run, "mobilenet_v2")
+    assert "hematogone" not in _model_card(run, "yolo11") and "apache-2.0" in _model_card(run, "mobilenet_v2")
 
 
 def test_missing_measurements_make_the_item_open(run):
@@ -338,7 +338,7 @@ def test_a_study_of_one_model(run):
     write_table(run / "metrics" / "pairs_of_models.csv", pairs.head(0))
     items = reporting_items(run).set_index("Topic")
     assert items.loc["Uncertainty", "Status"] == "Reported" and "Highest" not in items.loc["Performance", "Statement"]
-    assert "backbone" not in model_card(run, "yolo11").split("## Evaluation")[1]
+    assert "backbone" not in _model_card(run, "yolo11").split("## Evaluation")[1]
     assert "1 model, trained on 132 images" in render("summary.md.j2", run)
 
 

@@ -126,7 +126,7 @@ def test_a_single_worker_does_the_work_too_and_its_gpu_is_what_a_step_sees(tmp_p
         tmp_path / "gpu.ipynb",
         "import os\nfrom pathlib import Path\n(Path(run) / 'gpu.txt').write_text(os.environ['CUDA_VISIBLE_DEVICES'])",
     )
-    step, run = study.Step("gpu", "gpu.ipynb", writes=("gpu.txt",)), study.Run(tmp_path)
+    step, run = study.Step("gpu", str(notebook), writes=("gpu.txt",)), study.Run(tmp_path)
     with (
         distributed.LocalCluster(
             n_workers=1, threads_per_worker=1, dashboard_address=None, silence_logs="CRITICAL", env={"CUDA_VISIBLE_DEVICES": "1"}
@@ -134,7 +134,7 @@ def test_a_single_worker_does_the_work_too_and_its_gpu_is_what_a_step_sees(tmp_p
         parallel(cluster=cluster.scheduler_address) as workers,
     ):
         assert os.getpid() not in set(workers.map(_process_number, once((0,), (1,))))
-        list(workers.map(study.run_step, once((step, run, notebook))))
+        list(workers.map(study.run_step, once((step, run))))
     assert (tmp_path / "gpu.txt").read_text() == "1"
 
 

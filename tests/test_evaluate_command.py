@@ -147,10 +147,10 @@ def test_files_without_fingerprints_open_and_say_so(place, tmp_path):
     import onnx
 
     file = sorted((place / "models").glob("*.onnx"))[0]
-    opened = open_model_file(file)
-    constants = {name: value for name, value in opened.constants.items() if name != "fingerprints"}
+    _, info, constants = open_model_file(file)
+    constants.pop("fingerprints")
     network = onnx.load(file)
-    write_model_file(tmp_path / "old.onnx", network, {k: v for k, v in opened.info.items() if k != "sha256"}, constants)
+    write_model_file(tmp_path / "old.onnx", network, {k: v for k, v in info.items() if k != "sha256"}, constants)
     images = labelled_images(place / "hospital", CLASSES, log=silent)
     predict_labelled(images, [tmp_path / "old.onnx"], tmp_path / "out")
     assert json.loads((tmp_path / "out/models.json").read_text())["models"][0]["fingerprints"] == 0
@@ -206,9 +206,9 @@ def test_a_model_that_knows_no_class_of_the_images_is_named(place, tmp_path):
         shutil.copy(known, tmp_path / f"{name}.onnx")
     predict_labelled(images, [tmp_path / "MobileNetV2.onnx", tmp_path / "mobilenet_v2.onnx"], tmp_path / "out")
     assert list(read_evaluation(tmp_path / "out")) == ["MobileNetV2", "MobileNetV2-2"]
-    opened = open_model_file(known)
-    info = {key: value for key, value in opened.info.items() if key != "sha256"} | {"classes": ["Normal", "PreB", "ProB"]}
-    write_model_file(tmp_path / "spelled.onnx", onnx.load(known), info, opened.constants)
+    _, info, constants = open_model_file(known)
+    info = {key: value for key, value in info.items() if key != "sha256"} | {"classes": ["Normal", "PreB", "ProB"]}
+    write_model_file(tmp_path / "spelled.onnx", onnx.load(known), info, constants)
     done = run(
         "evaluate", tmp_path / "images", "--model", known, "--model", tmp_path / "spelled.onnx", "--out", tmp_path / "none"
     )

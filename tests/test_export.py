@@ -12,17 +12,17 @@ import pytest
 from conftest import ROOT
 
 from leukemia_nb.inference.export import (
-    choose_thresholds,
+    _choose_thresholds,
     _accepts,
     export_model,
     export_network,
     _fit_safe_temperature,
-    _open_network,
     _run_exported,
     _weights_version,
 )
 from leukemia_nb.data.images import resize_square
 from leukemia_nb.data.synthetic import make_smear
+from leukemia_nb.inference.model_file import _start_session
 from leukemia_nb.inference.predictor import Predictor, predict_cells
 from leukemia_nb.models.cell_model import _log_probabilities
 from leukemia_nb.models.interface import MODELS, ModelError, make_model
@@ -122,7 +122,7 @@ def test_each_cell_has_the_probabilities_of_the_cell_classifier(cells, dataset, 
     square = resize_square(image, SIZE)
     features = cell_table(square, find_cells(square))
     expected = np.exp(_log_probabilities(cells.cell_layers_, features[list(FEATURE_NAMES)].to_numpy())) - 1e-4
-    table = predict_cells(predictor, image).table.set_index("label")
+    table = predict_cells(predictor, image)[0].set_index("label")
     assert len(features) > 0 and len(table) == predictor.report(image).rows[0]["n_cells"]
     names = [f"p_{name}" for name in cells.classes_]
     assert np.allclose(table.loc[features["cell"], names], expected, atol=1e-5)
@@ -239,8 +239,9 @@ def test_the_exporter_is_the_entrys(cells, monkeypatch):
 
 def test_outputs_in_batches_are_those_of_single_images(cells, dataset):
     test, network = subsets(dataset)[2], export_network(cells)
-    whole = _run_exported(_open_network(network), cells, test)
-    one = _run_exported(_open_network(network), cells, Pairs(dataset, size=SIZE, table=test.table.iloc[4:5]))
+    session = _start_session(network.SerializeToString(), "cells.onnx", None)
+    whole = _run_exported(session, cells, test)
+    one = _run_exported(session, cells, Pairs(dataset, size=SIZE, table=test.table.iloc[4:5]))
     assert {name: values.shape for name, values in whole.items()} == {
         "probabilities": (9, 3),
         "features": (9, 78),
@@ -253,20 +254,20 @@ def test_outputs_in_batches_are_those_of_single_images(cells, dataset):
 def test_thresholds_reach_the_coverage(coverage):
     rng = np.random.default_rng(1)
     confidence, distance = rng.random(300), rng.random(300)
-    found = _accepts(confidence, distance, choose_thresholds(confidence, distance, coverage))
+    found = _accepts(confidence, distance, _choose_thresholds(confidence, distance, coverage))
     assert coverage <= found.mean() < coverage + 0.02
 
 
 def test_thresholds_by_hand():
     """Of 20 images the least confident and the farthest are the same: one may be given up at 95 %, none at 96 %."""
     confidence, distance = np.linspace(0.5, 0.9, 20), np.linspace(2, 1, 20)
-    assert choose_thresholds(confidence, distance, 0.95) == {"confidence": 0.521052, "distance": 1.9474}
-    assert choose_thresholds(confidence, distance, 0.96) == {"confidence": 0.5, "distance": 2.0}
+    assert _choose_thresholds(confidence, distance, 0.95) == {"confidence": 0.521052, "distance": 1.9474}
+    assert _choose_thresholds(confidence, distance, 0.96) == {"confidence": 0.5, "distance": 2.0}
 
 
 def test_thresholds_hold_after_rounding():
     confidence, distance = np.float32([0.99999994, 0.9999999, 0.7]), np.float32([1.23456, 0.5, 0.2])
-    limits = choose_thresholds(confidence, distance)
+    limits = _choose_thresholds(confidence, distance)
     assert all(round(float(value), 6) >= limits["confidence"] for value in confidence)
     assert all(round(float(value), 4) <= limits["distance"] for value in distance)
 

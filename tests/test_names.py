@@ -29,7 +29,7 @@ from leukemia_nb.evaluation.predictions import new_images_figure, new_images_tab
 from leukemia_nb.evaluation.uncertainty import compare_model_pairs, difference_figure
 from leukemia_nb.models import interface as models
 from leukemia_nb.plotting import plot_style
-from leukemia_nb.study.cards import markdown_text, model_card, render
+from leukemia_nb.study.cards import markdown_text, _model_card, render
 from leukemia_nb.study.report import build_report
 from leukemia_nb.testing import dummy_model_file, dummy_predictions, dummy_run
 
@@ -163,7 +163,7 @@ def test_a_run_and_a_model_of_any_name_give_a_whole_report_and_card(tmp_path, mo
     title = "Mine | `x` *y* <script>alert(1)</script> $z$"
     monkeypatch.setitem(models.MODELS, "yolo11", replace(models.MODELS["yolo11"], title=title))
     run = dummy_run(tmp_path / "a*b*_c_[d](e) <script>`$")
-    card = model_card(run, "yolo11")
+    card = _model_card(run, "yolo11")
     body = MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(card.split("---", 2)[2])
     assert "<script" not in body and "a*b*_c_[d](e)" in body and html.escape(title) in body
     page = build_report(run).read_text(encoding="utf-8")

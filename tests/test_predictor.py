@@ -20,17 +20,17 @@ from leukemia_nb.data.files import file_sha256
 from leukemia_nb.data.images import ImageError, read_image, resize_square, write_image
 from leukemia_nb.data.synthetic import write_smears
 from leukemia_nb.inference.model_file import _FORMAT, _add_checksum, _check_checksum, open_model_file
-from leukemia_nb.inference.ood import fit_mahalanobis, fit_ood, image_statistics, mahalanobis_distance, ood_distance
+from leukemia_nb.inference.ood import _fit_mahalanobis, fit_ood, image_statistics, _mahalanobis_distance, ood_distance
 from leukemia_nb.inference.predictor import (
     Predictor,
-    abstain_reasons,
+    _abstain_reasons,
     data_uri,
     describe_calibration,
     find_image_cells,
     format_confidence,
     format_row,
     overlay,
-    prediction_columns,
+    _prediction_columns,
     saliency,
 )
 from leukemia_nb.models.interface import ModelError
@@ -85,7 +85,7 @@ def test_the_checksum_is_metadata_that_others_can_read(file):
     onnx.checker.check_model(network)
     entries = {entry.key: entry.value for entry in network.metadata_props}
     assert entries["sha256"] == hashlib.sha256(file.read_bytes()[:-64]).hexdigest()
-    assert file_sha256(file) == _check_checksum(file.read_bytes()) == open_model_file(file).info["sha256"]
+    assert file_sha256(file) == _check_checksum(file.read_bytes()) == open_model_file(file)[1]["sha256"]
     assert json.loads(entries["leukemia_nb"])["classes"] == CLASSES
 
 
@@ -209,14 +209,14 @@ def test_image_statistics_by_hand():
 def test_distance_by_hand():
     """Two classes on a line with variance 1 around -10 and 10."""
     values = np.array([[-11.0], [-9], [-11], [-9], [9], [11], [9], [11]])
-    fitted = fit_mahalanobis(values, np.repeat(["a", "b"], 4))
+    fitted = _fit_mahalanobis(values, np.repeat(["a", "b"], 4))
     assert fitted["axes"].shape == (1, 1) and abs(float(fitted["residual"]) - 101 / 1000) < 1e-4  # the floor: total / 1000
     whitening = float(fitted["whitening"][0, 0])
     assert np.allclose(sorted(fitted["centroids"].ravel() / whitening), [-10, 10], atol=1e-4)
-    distance = mahalanobis_distance(np.array([[10.0], [12], [0]]), fitted)
+    distance = _mahalanobis_distance(np.array([[10.0], [12], [0]]), fitted)
     assert np.allclose(distance, np.abs([0, 2, 10]) * abs(whitening) / np.sqrt(2), atol=1e-4)
     with pytest.raises(ModelError, match="not finite"):
-        fit_mahalanobis(values * np.inf, np.repeat(["a", "b"], 4))
+        _fit_mahalanobis(values * np.inf, np.repeat(["a", "b"], 4))
 
 
 @pytest.mark.parametrize("by_class", [False, True])
@@ -224,32 +224,32 @@ def test_constant_features_are_an_error_and_those_of_one_class_are_not(by_class)
     random, labels = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32), np.repeat(["a", "b"], 30)
     for constant in (np.full_like(random, 0.1), np.where(labels == "a", 0.1, 0.7)[:, None] + 0 * random):
         with pytest.raises(ModelError, match="of one class are all the same.*Train the model again"):
-            fit_mahalanobis(constant, labels, by_class=by_class)
+            _fit_mahalanobis(constant, labels, by_class=by_class)
     half = np.where(labels[:, None] == "a", np.float32(0.3), random)
-    assert np.isfinite(mahalanobis_distance(half, fit_mahalanobis(half, labels, by_class=by_class))).all()
+    assert np.isfinite(_mahalanobis_distance(half, _fit_mahalanobis(half, labels, by_class=by_class))).all()
 
 
 def test_distance_to_the_predicted_class_by_hand():
     """Class a varies along x, class b along y; a small class has the covariance of all."""
     a, b = np.array([[-2.0, 0], [2, 0], [0, 1], [0, -1]] * 4), np.array([[0.0, -2], [0, 2], [1, 0], [-1, 0]] * 4) + [10, 0]
-    fitted = fit_mahalanobis(np.r_[a, b], [0] * 16 + [1] * 16, by_class=True)
+    fitted = _fit_mahalanobis(np.r_[a, b], [0] * 16 + [1] * 16, by_class=True)
     assert fitted["whitening"].shape == (2, 2, 2) and fitted["centroids"].shape == (2, 2)
     point = np.array([[4.0, 0]])
-    of_a, of_b = (mahalanobis_distance(point, fitted, np.array([place]))[0] for place in (0, 1))
-    assert of_a < of_b and mahalanobis_distance(point, fitted)[0] == of_a
-    along, across = (mahalanobis_distance(np.array([shift]), fitted, np.array([0]))[0] for shift in ([4.0, 0], [0, 4.0]))
+    of_a, of_b = (_mahalanobis_distance(point, fitted, np.array([place]))[0] for place in (0, 1))
+    assert of_a < of_b and _mahalanobis_distance(point, fitted)[0] == of_a
+    along, across = (_mahalanobis_distance(np.array([shift]), fitted, np.array([0]))[0] for shift in ([4.0, 0], [0, 4.0]))
     assert across > 1.5 * along  # class a hardly varies along y
-    small = fit_mahalanobis(np.r_[a, b[:3]], [0] * 16 + [1] * 3, by_class=True)
-    shared = fit_mahalanobis(np.r_[a, b[:3]], [0] * 16 + [1] * 3)
+    small = _fit_mahalanobis(np.r_[a, b[:3]], [0] * 16 + [1] * 3, by_class=True)
+    shared = _fit_mahalanobis(np.r_[a, b[:3]], [0] * 16 + [1] * 3)
     assert np.allclose(small["whitening"][1], shared["whitening"]) and not np.allclose(small["whitening"][0], shared["whitening"])
 
 
 def test_distance_of_more_features_than_images():
     rng = np.random.default_rng(0)
     values = rng.normal(size=(30, 300))
-    fitted = fit_mahalanobis(values, np.repeat(["a", "b"], 15), max_components=10)
+    fitted = _fit_mahalanobis(values, np.repeat(["a", "b"], 15), max_components=10)
     assert fitted["axes"].shape == (300, 7)  # one for four images, and not more than max_components
-    far, near = mahalanobis_distance(values + 20, fitted).min(), mahalanobis_distance(values, fitted).max()
+    far, near = _mahalanobis_distance(values + 20, fitted).min(), _mahalanobis_distance(values, fitted).max()
     assert far > 2 * near
 
 
@@ -258,9 +258,9 @@ def test_the_larger_distance_counts_relative_to_its_percentile():
     train = {"features": rng.normal(size=(80, 4)), "statistics": rng.normal(size=(80, 15)), "probabilities": rng.random((80, 2))}
     labels, predicted = np.repeat(["b", "a"], 40), train["probabilities"].argmax(axis=1)  # columns: b, a
     constants = fit_ood(train, labels, train, ["b", "a"])
-    features = mahalanobis_distance(train["features"], fit_mahalanobis(train["features"], labels))
-    fitted = fit_mahalanobis(train["statistics"], labels, by_class=True)
-    statistics = mahalanobis_distance(train["statistics"], fitted, 1 - predicted)  # rows of the centroids: a, b
+    features = _mahalanobis_distance(train["features"], _fit_mahalanobis(train["features"], labels))
+    fitted = _fit_mahalanobis(train["statistics"], labels, by_class=True)
+    statistics = _mahalanobis_distance(train["statistics"], fitted, 1 - predicted)  # rows of the centroids: a, b
     relative = [distance / np.quantile(distance, 0.975) for distance in (features, statistics)]
     assert np.allclose(ood_distance(train, constants), np.maximum(*relative), atol=1e-4)
 
@@ -280,12 +280,12 @@ def test_the_larger_distance_counts_relative_to_its_percentile():
     ],
 )
 def test_abstain_reasons(confidence, distance, n_cells, reasons):
-    assert abstain_reasons(confidence, distance, n_cells, {"confidence": 0.8, "distance": 1.5}) == reasons
+    assert _abstain_reasons(confidence, distance, n_cells, {"confidence": 0.8, "distance": 1.5}) == reasons
 
 
 def test_rows_have_all_columns_and_describe_the_image(model, paths):
     table = model.report(paths).table
-    assert list(table) == prediction_columns(CLASSES) and list(table["path"]) == paths and not any(table["problem"])
+    assert list(table) == _prediction_columns(CLASSES) and list(table["path"]) == paths and not any(table["problem"])
     cells, row = find_image_cells(read_image(paths[2])), table.iloc[2]
     assert row["n_cells"] == cells.max() > 0 and abs(row["cell_fraction"] - (cells > 0).mean()) < 0.01
     assert row["sha256"] == hashlib.sha256(Path(paths[2]).read_bytes()).hexdigest()
@@ -302,9 +302,7 @@ def test_batches_arrays_and_paths_agree(place, paths, kind):
     whole = model.predict_proba(paths)
     assert whole.shape == (6, 3) and model.extract_features(paths).shape == (6, {"image": 4, "pair": 8, "cells": 39}[kind])
     np.testing.assert_allclose(model.predict_proba([read_image(path) for path in paths]), whole, atol=1e-6)
-    parts = list(model.iter_report(paths, batch_size=4))
-    assert [len(part) for part in parts] == [4, 2]
-    np.testing.assert_allclose([row["p_Pre-B"] for part in parts for row in part.rows], whole[:, 1], atol=2e-6)
+    np.testing.assert_allclose([row["p_Pre-B"] for row in model.report(paths).rows], whole[:, 1], atol=2e-6)
     blank = model.report(np.full((96, 128, 3), 235, np.uint8)).rows[0]
     assert blank["abstains"] and "no cells found" in blank["abstain_reasons"] and blank["n_cells"] == 0
 
@@ -316,12 +314,13 @@ def test_reports_of_many_images_share_their_threads_and_read_only_a_little_ahead
     prepare, pool = module.prepare_image, module.ThreadPoolExecutor
     monkeypatch.setattr(module, "prepare_image", lambda image, info: prepared.append(image) or prepare(image, info))
     monkeypatch.setattr(module, "ThreadPoolExecutor", lambda *arguments: pools.append(arguments) or pool(*arguments))
-    reports = model.iter_report(paths * 20, batch_size=7)
-    first = next(reports)
-    assert len(first) == 7 and len(prepared) < 60
-    rows = [row["path"] for part in (first, *reports) for row in part.rows]
-    assert rows == paths * 20 and len(prepared) == 120
+    assert [row["path"] for row in model.report(paths * 20).rows] == paths * 20 and len(prepared) == 120
     assert len(pools) == 1
+    prepared.clear()
+    parts = model._in_threads(lambda part: [module.prepare_image(each, model.info) for each in part], paths * 20)
+    first = [next(parts), next(parts)]
+    assert [len(part) for part in first] == [1, 4] and len(prepared) < 60
+    assert [each.row["path"] for part in (*first, *parts) for each in part] == paths * 20 and len(prepared) == 120
 
 
 def test_temperature_divides_log_probabilities(file, paths, tmp_path):
@@ -345,7 +344,7 @@ def test_a_flagged_mask_is_reported_and_does_not_make_the_model_abstain(model, p
     row, plain = model.report([stained, read_image(paths[4])]).rows
     assert row["flag"] == check_mask(find_image_cells(resize_square(stained, 224)) > 0) and plain["flag"] == ""
     limits = model.info["thresholds"]
-    assert row["abstain_reasons"] == abstain_reasons(row["confidence"], row["ood_distance"], row["n_cells"], limits)
+    assert row["abstain_reasons"] == _abstain_reasons(row["confidence"], row["ood_distance"], row["n_cells"], limits)
     assert format_row(plain).startswith(plain["predicted"])  # an image in memory has no path
     assert "flagged mask" not in format_row(plain) and (not row["flag"] or row["flag"] in format_row(row) or not row["n_cells"])
 
@@ -387,7 +386,7 @@ def test_what_fails_in_any_other_way_stays_with_its_image(model, paths, monkeypa
     monkeypatch.setattr(predictor, "find_cells", failing)
     rows = model.report(paths).rows
     assert [bool(row["problem"]) for row in rows] == [False, True] + [False] * 4
-    assert "(RuntimeError: one)" in rows[1]["problem"] and paths[1] in rows[1]["problem"]
+    assert "(RuntimeError: one two)" in rows[1]["problem"] and paths[1] in rows[1]["problem"]
 
 
 @pytest.mark.parametrize("values", [np.nan, "failure"])
@@ -406,7 +405,7 @@ def test_a_network_that_fails_gives_errors_and_no_prediction(file, paths, values
 
     model.session = Session()
     rows = model.report(paths[:2]).rows
-    message = "MemoryError" if values == "failure" else "not finite"
+    message = "not enough memory" if values == "failure" else "not finite"
     assert all(row["predicted"] == "" and row["abstains"] and message in row["problem"] for row in rows)
     json.dumps(rows, allow_nan=False)
 
@@ -435,11 +434,9 @@ def test_texts_of_a_row():
 
 
 def test_calibration_is_described():
-    assert describe_calibration({"calibration": "", "temperature": 1.78}).startswith(
-        "Probabilities are calibrated with temperature 1.78"
-    )
     known = {"calibration": "", "temperature": 1.78, "calibration_images": {"n": 124, "note": ""}}
     text = "temperature 1.78, fitted on 124 validation images"
+    assert describe_calibration(known).startswith("Probabilities are calibrated with temperature 1.78")
     assert describe_calibration(known).endswith(f"{text} without a near-duplicate in training.")
     assert describe_calibration(known | {"calibration_images": {"n": 124, "note": "few"}}).endswith(f"{text}.")
     assert describe_calibration({"calibration": "", "temperature": 1}).endswith("not calibrated: the temperature is 1.")

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from leukemia_nb.data.classes import FOUR_CLASSES
 from leukemia_nb.data.files import mark_output_folder
 from leukemia_nb.data.synthetic import write_smears
-from leukemia_nb.models.interface import BACKBONES, MODELS
+from leukemia_nb.models.interface import BACKBONES, MODELS, ModelError
 from leukemia_nb.study import driver
 from leukemia_nb.study.command_line import _explanation, app
 from leukemia_nb.study.driver import (
@@ -38,9 +38,9 @@ from leukemia_nb.study.driver import (
     _study_notebook,
     run_step,
     run_study,
-    steps_beside,
+    _steps_beside,
     study_steps,
-    with_dependencies,
+    _with_dependencies,
 )
 from leukemia_nb.study.settings import Run, StudyError, StudySettings, check_study
 from leukemia_nb.testing import SMOKE
@@ -67,7 +67,7 @@ def counter(tmp_path):
     notebook = write_notebook(tmp_path / "counter.ipynb", code)
     run = Run(tmp_path / "run")
     run.path("in.txt").write_text("a")
-    return Step("counter", "counter.ipynb", {"value": 1}, ("in.txt",), ("out.txt",)), run, notebook
+    return Step("counter", str(notebook), {"value": 1}, ("in.txt",), ("out.txt",)), run, notebook
 
 
 def runs(run):
@@ -76,15 +76,15 @@ def runs(run):
 
 def test_a_finished_unchanged_step_is_skipped(counter):
     step, run, notebook = counter
-    assert not run_step(step, run, notebook)["skipped"]
-    assert run_step(step, run, notebook)["skipped"]
+    assert not run_step(step, run)["skipped"]
+    assert run_step(step, run)["skipped"]
     assert runs(run) == 1
 
 
 @pytest.mark.parametrize("change", ["parameter", "input", "output", "notebook", "executed", "redo"])
 def test_what_changes_makes_the_step_run_again(counter, change):
     step, run, notebook = counter
-    run_step(step, run, notebook)
+    run_step(step, run)
     if change == "parameter":
         step = replace(step, parameters={"value": 2})
     elif change == "input":
@@ -98,14 +98,14 @@ def test_what_changes_makes_the_step_run_again(counter, change):
             notebook,
             "from pathlib import Path\nopen(Path(run) / '.ran.txt', 'a').write('x')\n(Path(run) / 'out.txt').write_text('new')",
         )
-    assert not run_step(step, run, notebook, redo=change == "redo")["skipped"]
+    assert not run_step(step, run, redo=change == "redo")["skipped"]
     assert runs(run) == 2
 
 
 def test_an_unknown_parameter_is_refused_before_anything_runs(counter):
     step, run, notebook = counter
     with pytest.raises(StudyError, match="unknown parameter vaule; it knows run, value"):
-        run_step(replace(step, parameters={"vaule": 2}), run, notebook)
+        run_step(replace(step, parameters={"vaule": 2}), run)
     assert not (run.folder / ".ran.txt").exists()
 
 
@@ -117,10 +117,10 @@ def test_a_notebook_without_the_parameters_tag_is_refused(tmp_path):
 
 def test_a_failed_step_keeps_its_partial_notebook_and_leaves_no_record(counter):
     step, run, notebook = counter
-    run_step(step, run, notebook)
+    run_step(step, run)
     write_notebook(notebook, "print('before')\nraise ValueError('no cells in image 7')")
     with pytest.raises(StudyError, match=r"step counter failed: ValueError: no cells in image 7\n.*counter\.partial\.ipynb"):
-        run_step(step, run, notebook)
+        run_step(step, run)
     outputs = nbformat.read(run.folder / "notebooks/counter.partial.ipynb", 4).cells[-1].outputs
     assert any("no cells in image 7" in str(output) for output in outputs)
     assert not (run.folder / "steps/counter.json").exists()
@@ -129,22 +129,22 @@ def test_a_failed_step_keeps_its_partial_notebook_and_leaves_no_record(counter):
 def test_a_step_that_does_not_write_what_it_promised_fails(counter):
     step, run, notebook = counter
     with pytest.raises(StudyError, match="ended without writing other.csv"):
-        run_step(replace(step, writes=("out.txt", "other.csv")), run, notebook)
+        run_step(replace(step, writes=("out.txt", "other.csv")), run)
 
 
 def test_a_step_that_writes_what_it_does_not_declare_fails(counter):
     step, run, notebook = counter
     with pytest.raises(StudyError, match="step counter wrote out.txt, which it does not declare"):
-        run_step(replace(step, writes=("in.txt",)), run, notebook)
-    assert not run_step(replace(step, writes=("in.txt",)), run, notebook, others=("out.txt",))["skipped"]
+        run_step(replace(step, writes=("in.txt",)), run)
+    assert not run_step(replace(step, writes=("in.txt",)), run, others=("out.txt",))["skipped"]
     run.path("in.txt").write_text("b")
-    assert not run_step(step, run, notebook)["skipped"]  # what lay there before is not the step's
+    assert not run_step(step, run)["skipped"]  # what lay there before is not the step's
 
 
 def test_steps_follow_their_files():
     settings = StudySettings(weights="random")
     steps = study_steps(settings)
-    needed = {step.name: {each.name for each in with_dependencies(steps, [step.name])} for step in steps}
+    needed = {step.name: {each.name for each in _with_dependencies(steps, [step.name])} for step in steps}
     assert needed["cue-conflict"] == {"prepare", "split", "cue-conflict"}
     assert needed["audit-yolov8"] == {"prepare", "split", "cue-conflict", "train-yolov8", "audit-yolov8"}
     assert {f"train-{model}" for model in MODELS} | {"cross-validate"} < needed["cards"] and "efficientnet" not in needed["cards"]
@@ -152,12 +152,12 @@ def test_steps_follow_their_files():
     writes = [path for step in steps for path in step.writes]
     assert len(writes) == len(set(writes))
     with pytest.raises(StudyError, match="no step writes cell_features.csv"):
-        steps_beside(steps[1:])
+        _steps_beside(steps[1:])
 
 
 def test_steps_that_can_run_side_by_side_do_not_need_each_other():
     steps = study_steps(StudySettings(weights="random"))
-    beside = {name: {step.name for step in others} for name, others in steps_beside(steps).items()}
+    beside = {name: {step.name for step in others} for name, others in _steps_beside(steps).items()}
     assert not beside["prepare"] and not beside["split"] and not beside["report"]
     assert {"train-cells", "cross-validate", "efficientnet"} < beside["train-yolov8"]
     assert not {"train-yolov8", "audit-yolov8", "compare", "cards"} & beside["train-yolov8"]
@@ -184,7 +184,8 @@ def run_without_notebooks(monkeypatch, folder, settings, n_jobs, failing=""):
 def test_one_step_at_a_time_is_the_order_of_the_steps(tmp_path, monkeypatch):
     started, said = run_without_notebooks(monkeypatch, tmp_path / "run", EIGHT, 1)
     assert started == [step.name for step in study_steps(EIGHT)]
-    assert said[:2] == ["prepare …", f"[1/{len(started)}] prepare: 1 s"] and len(said) == 2 * len(started)
+    assert said[0] == f"{len(started)} steps into {tmp_path / 'run'}; each that is finished is kept."
+    assert said[1:3] == ["prepare …", f"[1/{len(started)}] prepare: 1 s"] and len(said) == 1 + 2 * len(started)
 
 
 def test_a_failed_step_stops_those_that_need_it_and_no_others(tmp_path, monkeypatch):
@@ -208,12 +209,12 @@ def test_frozen_backbones_are_computed_once_and_read_by_their_models():
 
 def test_a_step_is_selected_with_all_that_it_needs():
     steps = study_steps(StudySettings(weights="random"))
-    assert [step.name for step in with_dependencies(steps, ["cue-conflict"])] == ["prepare", "split", "cue-conflict"]
-    assert with_dependencies(steps, []) == steps
+    assert [step.name for step in _with_dependencies(steps, ["cue-conflict"])] == ["prepare", "split", "cue-conflict"]
+    assert _with_dependencies(steps, []) == steps
     assert _select_steps(steps, ["train"]) == {f"train-{model}" for model in MODELS}
     assert _select_steps(steps, ["train-cells"]) == {"train-cells"}
     with pytest.raises(StudyError, match="no step is called 'trian'"):
-        with_dependencies(steps, ["trian"])
+        _with_dependencies(steps, ["trian"])
 
 
 @pytest.mark.parametrize(
@@ -232,13 +233,13 @@ def test_weight_files_that_come_later_make_the_step_run_again(counter, tmp_path,
         "from pathlib import Path\n(Path(run) / 'out.txt').write_text('trained')",
         "run = ''\nmodel = ''\nbackbone = ''\nweights = ''\nsettings = {}",
     )
-    step = replace(step, parameters=parameters)
+    step = replace(step, notebook=str(notebook), parameters=parameters)
     monkeypatch.setenv("LEUKEMIA_NB_WEIGHTS", str(tmp_path))
-    assert not run_step(step, run, notebook)["skipped"]
+    assert not run_step(step, run)["skipped"]
     (tmp_path / "other.h5").write_text("weights of another network")
-    assert run_step(step, run, notebook)["skipped"]
+    assert run_step(step, run)["skipped"]
     (tmp_path / name).write_text("weights")
-    assert not run_step(step, run, notebook)["skipped"] and run_step(step, run, notebook)["skipped"]
+    assert not run_step(step, run)["skipped"] and run_step(step, run)["skipped"]
 
 
 @pytest.mark.slow
@@ -259,7 +260,7 @@ def test_the_fingerprint_of_outside_images_follows_their_change(tmp_path):
 
 def test_two_studies_cannot_share_a_folder(tmp_path):
     code = (
-        f"from leukemia_nb.study.driver import Run, _locked; import time\nwith _locked(Run({str(tmp_path)!r})):\n"
+        f"from leukemia_nb.study.driver import Run, _locked; from pathlib import Path; import time\nwith _locked(Run(Path({str(tmp_path)!r}))):\n"
         "    print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
@@ -399,6 +400,20 @@ def test_one_failing_model_loses_nothing(tmp_path, monkeypatch):
     assert (tmp_path / "run/predictions/cells.csv").is_file()
     assert json.loads((tmp_path / "run/steps/prepare.json").read_text())["step"] == "prepare"
     assert len(pd.read_csv(tmp_path / "run/pairs.csv")) == 72
+
+
+def test_a_folder_of_weights_below_the_home_folder(tmp_path, monkeypatch):
+    settings = replace(SMOKE, models=("cells",), weights="local")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LEUKEMIA_NB_WEIGHTS", "~/weights")
+    with pytest.raises(ModelError, match="LEUKEMIA_NB_WEIGHTS=.*weights is not a folder"):
+        check_study(settings, Run(tmp_path / "run"))
+    (tmp_path / "weights").mkdir()
+    with pytest.raises(StudyError, match="weights holds no weight files"):
+        check_study(settings, Run(tmp_path / "run"))
+    (tmp_path / "weights/some.h5").touch()
+    check_study(settings, Run(tmp_path / "run"))
+    assert driver._kernel_variables(1)["LEUKEMIA_NB_WEIGHTS"] == str(tmp_path / "weights")
 
 
 def test_mistakes_are_named_before_any_step(tmp_path):
@@ -712,7 +727,7 @@ def test_a_worker_of_a_killed_study_keeps_others_out(counter):
     with pytest.raises(StudyError, match="still being run by one of its workers"), _step_lock(run, step.name, patience=0):
         pass
     keeper.communicate(b"\n")
-    assert not run_step(step, run, notebook)["skipped"]
+    assert not run_step(step, run)["skipped"]
 
 
 @pytest.mark.parametrize(
@@ -720,22 +735,22 @@ def test_a_worker_of_a_killed_study_keeps_others_out(counter):
 )
 def test_a_step_with_a_broken_record_is_unfinished(counter, record):
     step, run, notebook = counter
-    whole = run_step(step, run, notebook)
+    whole = run_step(step, run)
     text = (
         json.dumps({"fingerprint": whole["fingerprint"], "outputs": {"out.txt": 3}, "seconds": 1})
         if "whole" in record
         else record
     )
     run.path("steps/counter.json").write_text(text)
-    assert not run_step(step, run, notebook)["skipped"]
-    assert run_step(step, run, notebook)["skipped"] and runs(run) == 2
+    assert not run_step(step, run)["skipped"]
+    assert run_step(step, run)["skipped"] and runs(run) == 2
 
 
 def test_a_kernel_that_is_killed_is_named_with_the_remedy(counter):
     step, run, notebook = counter
     write_notebook(notebook, "import os\nos.kill(os.getpid(), 9)")
     with pytest.raises(StudyError, match=r"step counter failed: its process was killed\. Memory may have run out") as caught:
-        run_step(step, run, notebook)
+        run_step(step, run)
     assert len(str(caught.value).splitlines()) <= 2
 
 
@@ -750,7 +765,7 @@ def test_an_error_of_the_machine_comes_with_its_remedy(counter, code, message):
     step, run, notebook = counter
     write_notebook(notebook, code)
     with pytest.raises(StudyError, match=message):
-        run_step(step, run, notebook)
+        run_step(step, run)
 
 
 def test_a_port_that_is_taken_meanwhile_is_another_try(counter, monkeypatch):
@@ -767,10 +782,10 @@ def test_a_port_that_is_taken_meanwhile_is_another_try(counter, monkeypatch):
         return real(*arguments, **more)
 
     monkeypatch.setattr(papermill, "execute_notebook", unlucky)
-    assert not run_step(step, run, notebook)["skipped"] and len(times) == 3
+    assert not run_step(step, run)["skipped"] and len(times) == 3
     monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **more: (_ for _ in ()).throw(zmq.ZMQError(zmq.EADDRINUSE)))
     with pytest.raises(StudyError, match="step counter: no Python kernel starts"):
-        run_step(step, run, notebook, redo=True)
+        run_step(step, run, redo=True)
 
 
 def test_a_kernel_is_this_python_in_an_environment_of_its_own(counter, monkeypatch, tmp_path):
@@ -783,7 +798,7 @@ def test_a_kernel_is_this_python_in_an_environment_of_its_own(counter, monkeypat
         "import os, sys, json\nfrom pathlib import Path\n(Path(run) / 'out.txt').write_text(json.dumps("
         "[sys.executable, sys.path, os.getcwd(), os.environ.get('X_OF_MINE')]))",
     )
-    run_step(step, run, notebook, environment={"X_OF_MINE": "1"})
+    run_step(step, run, environment={"X_OF_MINE": "1"})
     executable, path, folder, mine = json.loads(run.path("out.txt").read_text())
     assert executable == sys.executable and folder == str(run.folder) and mine == "1"
     assert "" not in path and "." not in path and str(run.folder) not in path and str(ROOT) in path

@@ -36,11 +36,10 @@ from ..processing.segmentation import original_study_mask
 def background_pixels(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
     cells: np.ndarray,  # int labels or bool mask (H, W) of the white blood cells
-    margin: float = 0.03,  # width of the margin, in heights of the image
 ) -> np.ndarray:  # bool (H, W)
     "Pixels away from everything that any segmentation labels a white blood cell, and from the corner of the scale bar."
     found = ((cells > 0) | original_study_mask(image)).astype(np.uint8)
-    size = 2 * max(1, round(margin * len(image))) + 1
+    size = 2 * max(1, round(0.03 * len(image))) + 1
     free = cv2.dilate(found, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))) == 0
     free[scale_bar_corner(image.shape)] = False
     return free
@@ -118,13 +117,17 @@ class Baseline:
     def estimator(self, seed: int = 0) -> Any:
         "Unfitted scikit-learn classifier with balanced class weights. Nothing is tuned."
         from sklearn.ensemble import RandomForestClassifier
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
 
-        if self.linear:
-            return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, class_weight="balanced"))
-        return RandomForestClassifier(150, class_weight="balanced", random_state=seed)
+        return _logistic() if self.linear else RandomForestClassifier(150, class_weight="balanced", random_state=seed)
+
+
+def _logistic() -> Any:
+    "Unfitted logistic regression of standardised features, with balanced class weights."
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, class_weight="balanced"))
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #ad359eab
 def _thumbnail(image: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -285,9 +288,8 @@ def cross_validate_baselines(
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #e27032e9
 def baseline_table(
-    predictions: Mapping[str, pd.DataFrame],  # baseline or model -> predictions, of a subset or cross-validated
-    groups: Mapping[str, object] | None = None,  # pair -> group, for predictions of a subset; None: images independent
-    subset: str = "test",  # rows to use, unless cross-validated
+    predictions: Mapping[str, pd.DataFrame],  # baseline or model -> predictions of test images, or cross-validated
+    groups: Mapping[str, object] | None = None,  # pair -> group, for predictions of test images; None: images independent
 ) -> pd.DataFrame:  # one row per baseline, then one per model
     "Accuracy with its 95 % interval, whose method the column interval names, and what each baseline is shown."
     if not predictions:
@@ -295,7 +297,7 @@ def baseline_table(
     rows = []
     for name, table in predictions.items():
         baseline = BASELINES.get(name)
-        part = table if "group" in table else take_subset(table, subset)
+        part = table if "group" in table else take_subset(table)
         found = _interval_of(part, groups, baseline is not None and baseline.permuted)
         row: dict[str, Any] = {"kind": "baseline" if baseline else "model", "name": name}
         row |= {"title": baseline.title, "cue": baseline.cue} if baseline else {"title": model_title(name), "cue": ""}

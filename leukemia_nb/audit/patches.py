@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from .baselines import background_pixels
+from .baselines import _logistic, background_pixels
 from ..data.images import resize_square
 from ..data.processes import die_with_parent
 from ..evaluation.cross_validation import cross_validated_accuracy, repeated_cross_val_predict
@@ -115,11 +115,7 @@ def cross_validate_regions(
     n_jobs: int | None = None,  # folds fitted at once
 ) -> pd.DataFrame:  # one row per family and region: accuracy with its 95 % interval, chance; n_without: images left out
     "Cross-validated accuracy of every feature family in every region; NaN where too few images have all regions for two folds."
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    logistic, rows = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, class_weight="balanced")), []
+    logistic, rows = _logistic(), []
     whole = np.logical_and.reduce([values.any(axis=1) for values in features.values()])
     group = _group_numbers(len(y), groups)[whole]
     labels, n_groups = y[whole], pd.Series(group).groupby(y[whole].to_numpy()).nunique().reindex(y.unique(), fill_value=0)

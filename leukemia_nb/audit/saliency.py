@@ -244,7 +244,6 @@ def randomisation_check(
     model: Any,  # a trained Keras or YOLO classifier of this library
     images: np.ndarray,  # uint8 (n, H, W, 3), or pairs (n, 2, H, W, 3)
     repeats: int = 3,  # permutations of the weights of each part; their mean is taken
-    seed: int = 0,  # of the permutations
 ) -> pd.DataFrame:  # one row per image: head_randomised, all_randomised
     "Spearman correlation of each Grad-CAM map with the one after randomising the weights; NaN where a map is flat."
     targets = [str(model.classes_[place]) for place in _target_places(model, images, None)]
@@ -252,7 +251,7 @@ def randomisation_check(
     for part in ("head", "all"):
         values = []
         for repeat in range(repeats):
-            with _randomised_weights(model, part, seed + repeat):
+            with _randomised_weights(model, part, repeat):
                 other = grad_cam(model, images, targets)
             values.append([_rank_correlation(*pair) for pair in zip(maps, other)])
         found[f"{part}_randomised"] = pd.DataFrame(values).mean()  # leaves out NaN

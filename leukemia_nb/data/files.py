@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,6 +163,7 @@ _MAX_NAME_BYTES = 255  # bytes of one file name on common file systems
 def check_output(
     path: str | os.PathLike,  # file or folder that is to be written in the end
     folder: bool = False,  # it is a folder
+    inputs: Mapping[str, str] | None = None,  # paths of files that are read, and must not be replaced -> what they are
 ) -> None:
     "Find out before the work whether its result can be written. Raises `OutputError`."
     path = Path(path)
@@ -178,6 +179,9 @@ def check_output(
         raise _output_error(path, errno.ENOTDIR)
     if not os.access(there, os.W_OK | os.X_OK):
         raise _output_error(path, errno.EACCES)
+    for file, what in (inputs or {}).items() if path.exists() else ():
+        if os.path.exists(file) and os.path.samefile(file, path):
+            raise OutputError(f"{path}: is {what}. Choose another name.")
 
 # %% ../../nbs/01_data/10_files.ipynb #0227b7d4
 _OUTPUT_MARKER = ".leukemia_nb-output"  # file name

@@ -385,14 +385,14 @@ def image_problem(
     error: Exception,  # raised while it was read or worked on
 ) -> str:  # one line
     "What is wrong with one image, and the remedy, for the column problem of a table."
-    if isinstance(error, ImageError):
+    if isinstance(error, LeukemiaError):
         return str(error)
     if isinstance(error, OSError):
         return f"{path}: {error.strerror or error}. Put it back or remove it."
     if isinstance(error, MemoryError) or getattr(error, "code", 0) == cv2.Error.StsNoMem:
         return f"{path}: not enough memory for it. Use fewer processes (--n-jobs), or scale the image down."
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return f"{path}: cannot be processed ({reason}). Cut out fields of it, or remove it."
+    return f"{path}: cannot be processed ({reason}). Save the image as PNG, cut out fields of it, or remove it."
 
 # %% ../../nbs/01_data/20_images.ipynb #5a35ee9e
 def as_rgb(

@@ -42,18 +42,14 @@ else:  # loaded when they are used; the names are for the documentation
     Widget = Any
 
 # %% auto #0
-__all__ = ['read_upload', 'App', 'app', 'serve']
+__all__ = ['App', 'app', 'serve']
 
 # %% ../../nbs/06_inference/60_app.ipynb #deaf59ba
 _MAX_UPLOAD = 64  # megabytes
 
 # %% ../../nbs/06_inference/60_app.ipynb #1956ddb7
-def read_upload(
-    name: str,  # the file's name
-    content: bytes | memoryview | None,  # the file; None: the browser found it too large to send
-    megabytes: float = 0.0,  # its size, where it was not sent
-) -> np.ndarray:  # uint8 (H, W, 3) RGB
-    "Read an image that came as bytes. Raises ImageError."
+def _read_upload(name: str, content: bytes | memoryview | None, megabytes: float = 0.0) -> np.ndarray:
+    "Read an image that came as bytes; None, and its size, where the browser found it too large to send. Raises ImageError."
     megabytes = megabytes if content is None else len(content) / 1e6
     if content is None or megabytes > _MAX_UPLOAD:
         raise ImageError(f"{name}: {megabytes:.0f} MB, over the limit of {_MAX_UPLOAD} MB. Save it as PNG, or scale it down.")
@@ -224,7 +220,7 @@ class App(_Layout):
     def receive(self, name: str, content: bytes | memoryview | None, megabytes: float = 0.0) -> None:
         "A file has arrived: show it, or say what is wrong with it."
         try:
-            self.show(name, read_upload(name, content, megabytes))
+            self.show(name, _read_upload(name, content, megabytes))
         except Exception as error:  # a page that stays silent would be worse
             failed = f"{name}: the software failed ({type(error).__name__}: {error}). Try another image."
             self.clear(str(error) if isinstance(error, ImageError) else failed)

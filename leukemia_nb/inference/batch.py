@@ -33,26 +33,18 @@ from leukemia_nb.data.files import (
     write_table,
     report_write_errors,
 )
-from ..data.images import ImageError, read_image, write_image
+from ..data.images import ImageError, image_problem, read_image, write_image
 from ..data.classes import named_classes, read_class_map
 from ..data.manifest import ImageSearch, check_not_inside, check_folder, search_images
 from ..data.processes import ClusterError, die_with_parent
-from leukemia_nb.inference.predictor import (
-    Predictor,
-    describe_failure,
-    find_image_cells,
-    overlay,
-    predict_cells,
-    prediction_columns,
-    saliency,
-)
+from .predictor import Predictor, find_image_cells, overlay, predict_cells, _prediction_columns, saliency
 from ..models.interface import MODELS, ModelError
 from ..plotting import class_colours
 from ..processing.measurements import write_cell_table, write_cells
 
 # %% auto #0
-__all__ = ['find_inputs', 'PredictionTask', 'unfinished_file', 'prediction_outcome', 'predict_files', 'predictions_by_group',
-           'exported_models', 'open_predictors', 'format_comparison', 'compare_files']
+__all__ = ['find_inputs', 'PredictionTask', 'prediction_outcome', 'predict_files', 'predictions_by_group', 'exported_models',
+           'open_predictors', 'format_comparison', 'compare_files']
 
 # %% ../../nbs/06_inference/40_batch.ipynb #9a752a31
 def find_inputs(
@@ -135,30 +127,31 @@ def _open_predictor(file: str, threads: int | None, modified: float) -> Predicto
 def _write_image_files(task: PredictionTask, row: dict[str, Any]) -> None:
     "Write overlays and cells of the image of a row. Raises ImageError, OutputError."
     model, image, files = task.predictor(), read_image(row["path"]), task.image_files(row)
-    found = predict_cells(model, image) if task.cells else None
-    cells = found.cells if found else find_image_cells(image, model.image_size)
+    if task.cells:
+        table, cells, nuclei = predict_cells(model, image)
+    else:
+        cells = find_image_cells(image, model.image_size)
     for kind in ("cells", "saliency"):
         if kind in files:
             heat = saliency(model, image)[0] if kind == "saliency" else None
             write_image(files[kind], overlay(image, heat, cells))
-    if found:
+    if task.cells:
         classes = model.info["classes"]
         colours = {name: tuple(bytes.fromhex(colour[1:])) for name, colour in zip(classes, class_colours(classes))}
-        write_cells((files["labels"], files["geojson"]), found.table, found.cells, found.nuclei, colours)
+        write_cells((files["labels"], files["geojson"]), table, cells, nuclei, colours)
 
 # %% ../../nbs/06_inference/40_batch.ipynb #17c6333b
 def _predict_batch(task: PredictionTask, paths: Sequence[str]) -> list[dict[str, Any]]:
     "Predict one batch, write its overlays and cells; gives one row per file, in order. Raises ModelError, OutputError."
     die_with_parent()
-    predictor = task.predictor()
-    rows = [row for part in predictor.iter_report(list(paths), max(1, len(paths))) for row in part.rows]
+    rows = task.predictor().report(list(paths)).rows
     for row in (row for row in rows if task.folders and not row["problem"]):
         try:
             _write_image_files(task, row)
         except OutputError:
             raise  # a full disk, say, which would hinder all that follow
         except Exception as failure:
-            row["problem"] = describe_failure(row["path"], failure)
+            row["problem"] = image_problem(row["path"], failure)
     return rows
 
 # %% ../../nbs/06_inference/40_batch.ipynb #97a923ff
@@ -173,19 +166,12 @@ def _check_outputs(
     for file, suffix in ((out, ".csv"), (json_file, ".json")):
         if file and Path(file).suffix.lower() != suffix:
             raise OutputError(f"{file}: is written as {suffix[1:].upper()} and must end in {suffix}. Choose such a name.")
-    for file in (*wanted, *([unfinished_file(out, json_file)] if wanted else [])):
-        check_output(file)
-        for read in (task.model, *paths) if os.path.exists(file) else ():
-            if os.path.exists(read) and os.path.samefile(file, read):
-                what = "the model file" if read == task.model else "one of the images"
-                raise OutputError(f"{file}: is {what}. Choose another name for the predictions.")
+    read = dict.fromkeys(paths, "one of the images") | {task.model: "the model file"}
+    for file in (*wanted, *([_unfinished_file(out, json_file)] if wanted else [])):
+        check_output(file, inputs=read)
 
-# %% ../../nbs/06_inference/40_batch.ipynb #8c1fdc5c
-def unfinished_file(
-    out: str | os.PathLike | None,  # CSV file that is wanted
-    json_file: str | os.PathLike | None = None,  # JSON file that is wanted
-) -> Path:
-    "The log of a run: its rows until all are there."
+
+def _unfinished_file(out: str | os.PathLike | None, json_file: str | os.PathLike | None) -> Path:
     return Path(f"{out or json_file}.unfinished")
 
 # %% ../../nbs/06_inference/40_batch.ipynb #9ee7cae9
@@ -213,7 +199,7 @@ def _read_unfinished(unfinished: str | os.PathLike, model_sha256: str) -> dict[s
 def _resume(unfinished: Path, paths: Sequence[str], task: PredictionTask) -> dict[str, dict[str, Any]]:
     "Reduce a log to the rows that still hold, and return them by path."
     info = task.predictor().info
-    rows, columns = _read_unfinished(unfinished, info["sha256"]), set(prediction_columns(info["classes"]))
+    rows, columns = _read_unfinished(unfinished, info["sha256"]), set(_prediction_columns(info["classes"]))
     kept = [rows[path] for path in paths if path in rows and rows[path].keys() == columns and _still_holds(rows[path], task)]
     with atomic_path(unfinished) as temporary:
         temporary.write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in kept))
@@ -228,26 +214,20 @@ def _still_holds(row: dict[str, Any], task: PredictionTask) -> bool:
 
 # %% ../../nbs/06_inference/40_batch.ipynb #a2d9f910
 def _write_tables(
-    unfinished: Path,
-    paths: Sequence[str],
-    task: PredictionTask,
-    out: str | os.PathLike | None,
-    json_file: str | os.PathLike | None,
+    rows: Sequence[dict[str, Any]], task: PredictionTask, out: str | os.PathLike | None, json_file: str | os.PathLike | None
 ) -> None:
-    "Turn a log into the tables, in the order of the files. Raises OutputError."
+    "Write the predictions of all files, and cells.csv of those without a problem. Raises OutputError."
     import pandas as pd
 
-    info = task.predictor().info
-    rows = _read_unfinished(unfinished, info["sha256"])
-    if missing := [path for path in paths if path not in rows]:
-        raise OutputError(f"{unfinished}: has no row of {missing[0]}: it was changed meanwhile. Give the same command again.")
-    columns = prediction_columns(info["classes"])
-    ordered = [{name: rows[path].get(name) for name in columns} for path in paths]
+    model = task.predictor()
+    if task.cells:
+        whole = ((row["path"], task.image_files(row)["geojson"]) for row in rows if not row["problem"])
+        write_cell_table(Path(task.cells, "cells.csv"), whole, model.info["classes"] if model.classifies_cells else ())
     if out:
-        write_table(out, pd.DataFrame(ordered, columns=columns).astype({"n_cells": "Int64"}), excel=True)
+        table = pd.DataFrame(rows, columns=_prediction_columns(model.info["classes"])).astype({"n_cells": "Int64"})
+        write_table(out, table, excel=True)
     if json_file:
-        write_json(json_file, ordered)
-    unfinished.unlink()
+        write_json(json_file, rows)
 
 # %% ../../nbs/06_inference/40_batch.ipynb #bc3a0c0e
 def _run_batches(paths: Sequence[str], task: PredictionTask, size: int, n_jobs: int | None) -> Iterator[list[dict[str, Any]]]:
@@ -276,13 +256,6 @@ def _locked_outputs(task: PredictionTask, outputs: Sequence[str | os.PathLike]) 
             mark_output_folder(folder)
         yield
 
-# %% ../../nbs/06_inference/40_batch.ipynb #79a32256
-def _write_cell_table(task: PredictionTask, rows: Sequence[dict[str, Any]]) -> None:
-    "Write cells.csv of all images without a problem. Raises OutputError."
-    model = task.predictor()
-    whole = ((row["path"], task.image_files(row)["geojson"]) for row in rows if not row["problem"])
-    write_cell_table(Path(task.cells, "cells.csv"), whole, model.info["classes"] if model.classifies_cells else ())
-
 # %% ../../nbs/06_inference/40_batch.ipynb #e71f5c4a
 def prediction_outcome(
     row: dict[str, Any],  # a prediction
@@ -309,25 +282,23 @@ def predict_files(
     task.predictor()  # an unusable model file is the first thing to be known
     _check_outputs(paths, task, out, json_file)
     with _locked_outputs(task, outputs):
-        unfinished = unfinished_file(out, json_file)
-        kept = _resume(unfinished, paths, task) if outputs else {}
-        finished = dict(kept)
-        left = [path for path in paths if path not in kept]
+        unfinished = _unfinished_file(out, json_file)
+        finished = _resume(unfinished, paths, task) if outputs else {}
+        left = [path for path in paths if path not in finished]
         try:
             for rows in _run_batches(left, task, batch_size, n_jobs):
                 if outputs:
                     _append(unfinished, rows)
-                finished |= {row["path"]: row for row in rows} if task.cells else {}
+                finished |= {row["path"]: row for row in rows}
                 if log:
                     log(rows)
-            if task.cells:
-                _write_cell_table(task, [finished[path] for path in paths])
+            _write_tables([finished[path] for path in paths], task, out, json_file)
             if outputs:
-                _write_tables(unfinished, paths, task, out, json_file)
-        except (OutputError, ClusterError) as error:
+                unfinished.unlink()
+        except (OutputError, ClusterError, KeyboardInterrupt) as error:
             hint = f"Predictions so far are kept in {unfinished}: the same command resumes from there." if outputs else ""
-            raise type(error)(f"{error} {hint}".strip()) from error
-    return len(kept)
+            raise type(error)(f"{str(error) or 'stopped.'} {hint}".strip()) from error
+    return len(paths) - len(left)
 
 # %% ../../nbs/06_inference/40_batch.ipynb #81c592d1
 def predictions_by_group(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
+from ..errors import _first_line
 from .model_file import _read_content, _start_session
 from ..models.interface import ModelError
 
@@ -189,9 +190,8 @@ def _open_keras(file: str, threads: int | None) -> _Network:
     try:
         model = keras.saving.load_model(file, compile=False)
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ModelError(
-            f"{file}: Keras cannot open it in safe mode ({reason}). Export it: model.export('x.onnx', 'onnx')."
+            f"{file}: Keras cannot open it in safe mode ({_first_line(error)}). Export it: model.export('x.onnx', 'onnx')."
         ) from None
     if isinstance(model.input_shape, list) or len(model.input_shape) != 4:
         raise ModelError(f"{file}: takes {model.input_shape}; an image classifier takes one batch of images.")
@@ -213,8 +213,9 @@ def _open_yolo(file: str, threads: int | None) -> _Network:
         model = network.model.float().eval()
         classify = network.task == "classify"
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"{file}: not a model of ultralytics ({reason}). Export it with torch.onnx.export.") from None
+        raise ModelError(
+            f"{file}: not a model of ultralytics ({_first_line(error)}). Export it with torch.onnx.export."
+        ) from None
     if not classify:
         raise ModelError(f"{file}: its task is {network.task}, and a classifier is needed.")
 
@@ -232,7 +233,7 @@ _OPENERS = {".onnx": _open_onnx, ".keras": _open_keras, ".h5": _open_keras, ".pt
 # %% ../../nbs/06_inference/75_classifier.ipynb #ca6d4e37
 def _complete(network: _Network, given: ModelSettings, file: str) -> tuple[ModelSettings, list[str]]:
     "All settings of a network but its output, and the assumptions among them. Raises ModelError."
-    told = {name: value for name, value in network.found.items() if not getattr(given, name)}
+    told = {name: value for name, value in network.found.items() if value and not getattr(given, name)}
     settings, notes = replace(given, **told), list[str]()
     if "range" in told and network.kind != "ultralytics":  # whose own trainer has one range
         notes.append(f"pixel range {told['range']}, concluded from its layers")
@@ -350,7 +351,7 @@ def _first_outputs(predict: Callable[[np.ndarray], np.ndarray], file: str) -> np
     try:
         return predict(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8))
     except Exception as error:  # each framework has its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = _first_line(error)
         raise ModelError(f"{file}: does not take images as they are given ({reason}). Check layout and image_size.") from error
 
 # %% ../../nbs/06_inference/75_classifier.ipynb #9ee502cc

@@ -20,9 +20,9 @@ import numpy as np
 from ..data.files import file_sha256, set_sha256
 from ..data.near_duplicates import image_fingerprints
 from ..evaluation.uncertainty import clopper_pearson
-from .model_file import write_model_file
+from .model_file import _start_session, write_model_file
 from .ood import fit_ood, ood_distance
-from .predictor import calibrate, prepare_images, run_network
+from .predictor import _calibrate, _prepare_images, _run_network
 from ..models.interface import MODELS, ModelError, package_versions
 from ..processing.cells import FEATURE_NAMES
 
@@ -36,7 +36,7 @@ else:  # loaded when they are used; the names are for the documentation
     ModelProto = InferenceSession = ImageClassifier = Pairs = Any
 
 # %% auto #0
-__all__ = ['export_keras', 'export_yolo', 'export_cells', 'export_network', 'choose_thresholds', 'export_model']
+__all__ = ['export_keras', 'export_yolo', 'export_cells', 'export_network', 'export_model']
 
 # %% ../../nbs/06_inference/50_export.ipynb #c9c5a4b6
 _OPSET = 18  # version of ONNX' operators
@@ -187,23 +187,16 @@ def export_network(
         raise ModelError(f"{model.name} cannot be exported: {error}. Install it: pip install '.[train]'.") from error
 
 # %% ../../nbs/06_inference/50_export.ipynb #4e234da5
-def _open_network(network: ModelProto) -> InferenceSession:
-    "An exported network in ONNX Runtime."
-    import onnxruntime
-
-    return onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
-
-
 def _run_exported(
     session: InferenceSession, model: ImageClassifier, pairs: Pairs | np.ndarray, count: bool = False
 ) -> dict[str, np.ndarray]:
-    "`run_network` for an opened network and image pairs, or images uint8 (n, H, W, 3); with `count`, also n_cells (n,)."
+    "Probabilities, features and statistics of image pairs, or images uint8 (n, H, W, 3); with `count`, also n_cells (n,)."
     info = {"input": MODELS[model.name].input, "image_size": model.image_size, "seed": model.seed, "segmentation": "kmeans"}
     parts = []
     for start in range(0, len(pairs), 32):
-        for batch in prepare_images(pairs[start : start + 32], info, count=count):
-            n_cells = {"n_cells": np.array([each.row["n_cells"] for each in batch])} if count else {}
-            parts.append(run_network(session, batch) | n_cells)
+        batch = _prepare_images(pairs[start : start + 32], info, count)
+        n_cells = {"n_cells": np.array([each.row["n_cells"] for each in batch])} if count else {}
+        parts.append(_run_network(session, batch) | n_cells)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 # %% ../../nbs/06_inference/50_export.ipynb #cec22b36
@@ -228,12 +221,8 @@ def _accepts(confidence: np.ndarray, distance: np.ndarray, thresholds: Mapping[s
     return (confidence >= thresholds["confidence"]) & (distance <= thresholds["distance"])
 
 # %% ../../nbs/06_inference/50_export.ipynb #2b9c9e79
-def choose_thresholds(
-    confidence: np.ndarray,  # float (n,), of the validation images
-    distance: np.ndarray,  # float (n,)
-    coverage: float = 0.95,  # proportion of the validation images to be predicted, at least
-) -> dict[str, float]:  # confidence: at least; distance: at most
-    "The strictest pair of thresholds, at one quantile, with this coverage."
+def _choose_thresholds(confidence: np.ndarray, distance: np.ndarray, coverage: float = 0.95) -> dict[str, float]:
+    "The strictest pair of thresholds, at one quantile, by which at least this proportion of n validation images is predicted."
     confidence_sorted, distance_sorted = np.sort(np.float64(confidence)), np.sort(np.float64(distance))[::-1]
     chosen: dict[str, float] = {}
     for lowest, farthest in zip(confidence_sorted, distance_sorted):  # abstains from all that are worse than these two
@@ -286,19 +275,13 @@ def _describe_model(model: ImageClassifier, train: Pairs, val: Pairs, segmentati
 # %% ../../nbs/06_inference/50_export.ipynb #c0ffee12
 def _threshold_and_cover(seen: dict[str, Any], temperature: float, constants: Any) -> tuple[dict[str, float], dict[str, float]]:
     "Thresholds chosen on the images of val with cells, and the coverage of val and test by all three rules."
-    confidence = {name: calibrate(part["probabilities"], temperature).max(axis=1) for name, part in seen.items()}
+    confidence = {name: _calibrate(part["probabilities"], temperature).max(axis=1) for name, part in seen.items()}
     distance = {name: ood_distance(part, constants) for name, part in seen.items()}
     cells = {name: part["n_cells"] > 0 for name, part in seen.items()}
     on = cells["val"] if cells["val"].any() else ~cells["val"]
-    thresholds = choose_thresholds(confidence["val"][on], distance["val"][on])
+    thresholds = _choose_thresholds(confidence["val"][on], distance["val"][on])
     covered = {name: _accepts(confidence[name], distance[name], thresholds) & cells[name] for name in seen}
     return thresholds, {name: float(part.mean()) for name, part in covered.items()}
-
-# %% ../../nbs/06_inference/50_export.ipynb #ac9918c4
-def _fingerprints(*parts: Pairs) -> np.ndarray:
-    "Fingerprints of prepared images, read one after the other, float16 (n, 8, 8)."
-    images = (pairs.read(slice(place, place + 1))[0] for pairs in parts for place in range(len(pairs)))
-    return image_fingerprints(images)
 
 # %% ../../nbs/06_inference/50_export.ipynb #257fc731
 def export_model(
@@ -318,7 +301,7 @@ def export_model(
 ) -> dict[str, Any]:  # the description in the file, and difference, bytes
     "Write a model file. Raises ModelError where its probabilities (or features) differ by 1e-4 (1e-3) from those expected."
     network = network or export_network(model)
-    session = _open_network(network)
+    session = _start_session(network.SerializeToString(), file, None)
     seen = {name: _run_exported(session, model, pairs, count=True) for name, pairs in (("val", val), ("test", test))}
     expected = model.predict_proba(test) if expected is None else expected
     difference = float(np.abs(seen["test"]["probabilities"] - expected).max())
@@ -338,5 +321,6 @@ def export_model(
     info = _describe_model(model, train, val, segmentation, card) | {"coverage": coverage, "test": tested}
     info |= {"calibration_images": {"n": len(val), "note": note}}
     info |= {"version": _weights_version(network), "temperature": temperature, "calibration": reason, "thresholds": thresholds}
-    info["sha256"] = write_model_file(file, network, info, constants | {"fingerprints": _fingerprints(train, every_val or val)})
+    images = (pairs.read([row])[0] for pairs in (train, every_val or val) for row in range(len(pairs)))
+    info["sha256"] = write_model_file(file, network, info, constants | {"fingerprints": image_fingerprints(images)})
     return info | {"difference": difference, "bytes": Path(file).stat().st_size}

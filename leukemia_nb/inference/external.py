@@ -73,7 +73,8 @@ def labelled_images(
         log(f"{left_out} in folders that the class map leaves out")
     found = pd.DataFrame({"class": [labels[path] or "" for path in paths], "path": list(map(str, paths))})
     found.insert(0, "pair", _name_pairs(found["class"], paths))
-    found["problem"] = [problems.get(path, "" if labels[path] else _outside(path)) for path in paths]
+    outside = "lies in no folder of a class. Move it into one."
+    found["problem"] = [problems.get(path, "" if labels[path] else escape_text(f"{path}: {outside}")) for path in paths]
     if not found["class"].isin(classes).any():
         there = ", ".join(sorted(set(found["class"]) - {""})) or "none"
         raise ImageError(
@@ -84,11 +85,6 @@ def labelled_images(
     if groups and groups != "parent":
         found["group"] = image_groups(groups, paths, folder, log)
     return found
-
-# %% ../../nbs/06_inference/70_external.ipynb #50b1bb23
-def _outside(path: Path) -> str:
-    "The problem of an image without a label."
-    return escape_text(f"{path}: lies in no folder of a class. Move it into one.")
 
 # %% ../../nbs/06_inference/70_external.ipynb #814b2c79
 def _is_finished(file: Path, paths: Sequence[str], task: PredictionTask) -> bool:
@@ -232,7 +228,6 @@ def coverage_table(
 def error_gallery(
     predictions: Mapping[str, DataFrame],  # model -> from read_evaluation
     max_images: int = 200,  # thumbnails at most
-    width: int = 150,  # of a thumbnail, pixels
 ) -> str:  # HTML
     "Thumbnails of the images that any model gets wrong: true class, predictions, confidence, whether it abstains."
     import pandas as pd
@@ -246,7 +241,7 @@ def error_gallery(
         first = next(iter(rows.values()))
         predicted = [(model_title(name), row["predicted"], row["confidence"], row["abstains"]) for name, row in rows.items()]
         try:
-            image = data_uri(read_image(first["path"]), width)
+            image = data_uri(read_image(first["path"]), 150)
         except (ImageError, OSError):
             image = ""  # it was moved meanwhile
         name = escape_text(os.path.basename(first["path"]))

@@ -23,20 +23,17 @@ from .predictor import Predictor, data_uri, format_confidence, render_template
 from ..plotting import class_colours
 
 # %% auto #0
-__all__ = ['select_rows', 'Gallery']
+__all__ = ['Gallery']
 
 # %% ../../nbs/06_inference/55_gallery.ipynb #faa44423
 _ALL, _LEAST_CONFIDENT = "all", "least confident first"
 _OUTCOMES, _ORDERS = (_ALL, "predicted", "abstained", "not read"), ("by name", _LEAST_CONFIDENT)
 
 
-def select_rows(
-    rows: Sequence[dict[str, Any]],  # predictions
-    predicted: str = _ALL,  # a class, also where the model abstains
-    outcome: str = _ALL,  # predicted, abstained or not read
-    least_confident_first: bool = False,  # those without a prediction come first
-) -> list[dict[str, Any]]:  # of the same rows
-    "The predictions that the filters of the gallery leave."
+def _select_rows(
+    rows: Sequence[dict[str, Any]], predicted: str = _ALL, outcome: str = _ALL, least_confident_first: bool = False
+) -> list[dict[str, Any]]:
+    "The predictions that the filters leave; those of a class also where the model abstains."
     chosen = [row for row in rows if predicted in (_ALL, row["predicted"]) and outcome in (_ALL, prediction_outcome(row))]
     return sorted(chosen, key=lambda row: row["confidence"] or 0.0) if least_confident_first else chosen
 
@@ -79,7 +76,7 @@ class _GalleryLayout:
 # %% ../../nbs/06_inference/55_gallery.ipynb #0df49c17
 def _show(gallery: _GalleryLayout) -> None:
     "See `Gallery.show`."
-    chosen = select_rows(gallery.rows, gallery.predicted.value, gallery.outcome.value, gallery.order.value == _LEAST_CONFIDENT)
+    chosen = _select_rows(gallery.rows, gallery.predicted.value, gallery.outcome.value, gallery.order.value == _LEAST_CONFIDENT)
     classes = gallery.predicted.options[1:]
     colours = dict(zip(classes, class_colours(classes)))
     shown = [

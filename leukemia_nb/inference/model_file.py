@@ -13,11 +13,12 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..data.files import atomic_path
+from ..errors import _first_line
 from ..models.interface import ModelError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ else:  # loaded when they are used; the names are for the documentation
     ModelProto = InferenceSession = Any
 
 # %% auto #0
-__all__ = ['write_model_file', 'ModelFile', 'open_model_file']
+__all__ = ['write_model_file', 'open_model_file']
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #7a4b97b2
 _FORMAT = 5  # of model files; files of another format are refused
@@ -56,7 +57,7 @@ _INPUTS = ("image", "pair", "cells")  # what a network takes: an image, an image
 _ENTRIES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("name", "title", "version", "input", "segmentation", "calibration", "weights_source", "licence"), str),
     **dict.fromkeys(("research_use", "card"), str),
-    **dict.fromkeys(("thresholds", "coverage", "training", "test"), dict),
+    **dict.fromkeys(("thresholds", "coverage", "training", "test", "calibration_images"), dict),
     "classes": list,
     "image_size": int,
     "temperature": (int, float),
@@ -103,19 +104,11 @@ def write_model_file(
         temporary.write_bytes(content)
     return _check_checksum(content, path)
 
-# %% ../../nbs/06_inference/20_model_file.ipynb #97d009de
-class ModelFile(NamedTuple):
-    "An opened model file."
-
-    session: InferenceSession  # takes the arrays that `info["input"]` says, gives probabilities and features
-    info: dict[str, Any]  # the description, and `sha256` of the whole file
-    constants: dict[str, np.ndarray]  # float32 arrays
-
 # %% ../../nbs/06_inference/20_model_file.ipynb #d3c7b0ca
 def open_model_file(
     file: str | os.PathLike,  # an exported .onnx file
     threads: int | None = None,  # of the network; None: as many as there are cores
-) -> ModelFile:
+) -> tuple[InferenceSession, dict[str, Any], dict[str, np.ndarray]]:  # network; description, with sha256; constants
     "Check a model file and start its network. Raises ModelError."
     content = _read_content(file)
     digest = _check_checksum(content, file)
@@ -132,7 +125,7 @@ def open_model_file(
     if list(outputs) != expected_outputs or outputs["probabilities"] != len(info["classes"]):
         expected = f"probabilities of {len(info['classes'])} classes and features"
         raise ModelError(f"{file}: its network gives {outputs}, not {expected}. {_AGAIN}")
-    return ModelFile(session, info | {"sha256": digest}, constants)
+    return session, info | {"sha256": digest}, constants
 
 # %% ../../nbs/06_inference/20_model_file.ipynb #e37348fd
 def _read_content(file: str | os.PathLike) -> bytes:
@@ -161,5 +154,5 @@ def _start_session(content: bytes | str, file: str | os.PathLike, threads: int |
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no base class
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = _first_line(error, 1000)
         raise ModelError(f"{file}: cannot be started ({reason}). Export the model again, or update onnxruntime.") from error

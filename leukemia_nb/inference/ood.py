@@ -12,7 +12,7 @@ import numpy as np
 from ..models.interface import ModelError
 
 # %% auto #0
-__all__ = ['image_statistics', 'fit_mahalanobis', 'mahalanobis_distance', 'fit_ood', 'ood_distance']
+__all__ = ['image_statistics', 'fit_ood', 'ood_distance']
 
 # %% ../../nbs/06_inference/10_ood.ipynb #4c67df13
 def image_statistics(
@@ -43,14 +43,14 @@ def _edge_strength(images: np.ndarray) -> np.ndarray:
 _NOTHING = 1e-12  # of a sum of squares: rounding errors
 
 
-def fit_mahalanobis(
+def _fit_mahalanobis(
     values: np.ndarray,  # float (n, d), vectors of the training images
     labels: Sequence | np.ndarray,  # n classes; sorted, they are the rows of the centroids
     standardise: bool = False,  # divide each column by its standard deviation, for columns of different units
     max_components: int = 96,  # principal components kept
     by_class: bool = False,  # a covariance for each class: whitening (k, r, r)
 ) -> dict[str, np.ndarray]:  # float32: mean (d,), scale (d,), axes (d, r), whitening (r, r), centroids (k, r), residual ()
-    "Fit the constants of `mahalanobis_distance`. Needs scikit-learn. Raises ModelError for values not finite or all the same."
+    "Constants of the distance. Raises ModelError for values not finite or all the same."
     from scipy.linalg import eigh
 
     if not np.isfinite(values).all():
@@ -87,12 +87,10 @@ def _whitening(residuals: np.ndarray, index: np.ndarray | None) -> np.ndarray:
     return np.stack([np.linalg.cholesky(LedoitWolf(assume_centered=True).fit(part).precision_) for part in parts])
 
 # %% ../../nbs/06_inference/10_ood.ipynb #5eac3ff9
-def mahalanobis_distance(
-    values: np.ndarray,  # float (n, d)
-    fitted: Mapping[str, np.ndarray],  # from fit_mahalanobis
-    predicted: np.ndarray | None = None,  # int (n,), row of the centroid to measure from; None: the nearest
-) -> np.ndarray:  # float (n,), about 1 for a training image
-    "Distance to a class centroid, as a root mean square over the components."
+def _mahalanobis_distance(
+    values: np.ndarray, fitted: Mapping[str, np.ndarray], predicted: np.ndarray | None = None
+) -> np.ndarray:
+    "Root mean square over the components (n,) to the centroid of the predicted row (n,), or the nearest; about 1 in training."
     centred = (values - fitted["mean"]) / fitted["scale"]
     scores, (n_classes, r) = centred @ fitted["axes"], fitted["centroids"].shape
     outside = np.maximum((centred**2).sum(axis=1) - (scores**2).sum(axis=1), 0) / fitted["residual"]
@@ -112,27 +110,29 @@ def fit_ood(
     classes: Sequence[str] | np.ndarray,  # class names, in the order of the probabilities
     standardise: bool = False,  # the features have different units, as those of the single-cell model
 ) -> dict[str, np.ndarray]:  # float32 arrays named features_mean, …, statistics_percentile
-    "Fit both distances on training images and their percentiles on validation images."
+    "Fit both distances on training images and their percentiles on validation images. Needs scikit-learn. Raises ModelError."
     constants: dict[str, np.ndarray] = {}
     index = np.array([list(classes).index(label) for label in labels])
     for kind in _DISTANCES:
         of_statistics = kind == "statistics"
-        fitted = fit_mahalanobis(train[kind], index, standardise and not of_statistics, by_class=of_statistics)
+        fitted = _fit_mahalanobis(train[kind], index, standardise and not of_statistics, by_class=of_statistics)
         predicted = validation["probabilities"].argmax(axis=1) if of_statistics else None
-        percentile = np.quantile(mahalanobis_distance(validation[kind], fitted, predicted), 0.975)
+        percentile = np.quantile(_mahalanobis_distance(validation[kind], fitted, predicted), 0.975)
         fitted["percentile"] = np.asarray(max(percentile, 1e-6), np.float32)
         constants |= {f"{kind}_{name}": value for name, value in fitted.items()}
     return constants
 
 # %% ../../nbs/06_inference/10_ood.ipynb #411fff96
 def ood_distance(
-    found: Mapping[str, np.ndarray],  # features (n, d), statistics (n, 15) and probabilities (n, k), as run_network gives them
+    found: Mapping[
+        str, np.ndarray
+    ],  # features (n, d), statistics (n, 15) and probabilities (n, k), of the network and of image_statistics
     constants: Mapping[str, np.ndarray],  # from fit_ood
 ) -> np.ndarray:  # float (n,): at most about 1 for an image like the training images
     "The larger of two distances (features: nearest class; statistics: predicted class), each over its 97.5th percentile."
     distances, predicted = [], found["probabilities"].argmax(axis=1)
     for kind in _DISTANCES:
         fitted = {name.removeprefix(f"{kind}_"): value for name, value in constants.items() if name.startswith(f"{kind}_")}
-        distance = mahalanobis_distance(found[kind], fitted, predicted if kind == "statistics" else None)
+        distance = _mahalanobis_distance(found[kind], fitted, predicted if kind == "statistics" else None)
         distances.append(distance / fitted["percentile"])
     return np.maximum(*distances)

@@ -19,8 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.files import DataFrame, pluralise, file_sha256, escape_text
-from ..data.images import ImageError, as_rgb, read_image, resize_square
-from ..errors import LeukemiaError
+from ..data.images import ImageError, as_rgb, image_problem, read_image, resize_square
 from .model_file import open_model_file
 from .ood import image_statistics, ood_distance
 from ..plotting import class_colours
@@ -37,10 +36,8 @@ from ..processing.measurements import measure_cells
 from ..processing.segmentation import apply_mask, check_mask, draw_outlines, segment
 
 # %% auto #0
-__all__ = ['PreparedImage', 'describe_failure', 'prepare_image', 'abstain_reasons', 'prediction_columns', 'format_confidence',
-           'format_row', 'describe_calibration', 'prepare_images', 'run_network', 'calibrate', 'Predictor',
-           'Predictions', 'render_template', 'data_uri', 'find_image_cells', 'overlay', 'saliency', 'ImageCells',
-           'predict_cells']
+__all__ = ['PreparedImage', 'prepare_image', 'format_confidence', 'format_row', 'describe_calibration', 'Predictor',
+           'Predictions', 'render_template', 'data_uri', 'find_image_cells', 'overlay', 'saliency', 'predict_cells']
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #e3489002
 class PreparedImage(NamedTuple):
@@ -50,18 +47,6 @@ class PreparedImage(NamedTuple):
     square: np.ndarray | None = None  # uint8 (S, S, 3) RGB; None where the image could not be read
     segmented: np.ndarray | None = None  # uint8 (S, S, 3) RGB, for models of pairs
     cells: np.ndarray | None = None  # float32 (m, 39), features of the cells, for the single-cell model
-
-# %% ../../nbs/06_inference/30_predictor.ipynb #49e1daf5
-def describe_failure(
-    path: str,  # of the image, "" for one in memory
-    failure: Exception,  # what happened
-) -> str:  # one line
-    "An exception as the row of its image gives it."
-    if isinstance(failure, LeukemiaError):
-        return str(failure)
-    reason = (str(failure).splitlines() or ["no message"])[0]
-    remedy = "Save the image as PNG, predict fewer at a time (--batch-size, --n-jobs), or report this."
-    return f"{path or 'image'}: the software failed ({type(failure).__name__}: {reason}). {remedy}"
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #33984db5
 def _prepare_pixels(pixels: Any, info: dict[str, Any], count: bool, row: dict[str, Any]) -> PreparedImage:
@@ -107,16 +92,11 @@ def prepare_image(
             pixels = image
         return _prepare_pixels(pixels, info, count, row)
     except Exception as failure:  # one image must not end the prediction of the others
-        return PreparedImage(row | {"problem": describe_failure(row["path"], failure)})
+        return PreparedImage(row | {"problem": image_problem(row["path"] or "image", failure)})
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #b8047329
-def abstain_reasons(
-    confidence: float,  # highest probability
-    distance: float,  # OOD distance
-    n_cells: int | None,  # white blood cells found; None: not counted
-    thresholds: dict[str, float],  # confidence: at least; distance: at most
-) -> str:  # "" where the model predicts; else the reasons, joined by "; "
-    "Why a model abstains from an image."
+def _abstain_reasons(confidence: float, distance: float, n_cells: int | None, thresholds: dict[str, float]) -> str:
+    "Why a model abstains from an image, joined by semicolons; empty where it predicts. n_cells None: not counted."
     reasons = {
         "out of distribution": not distance <= thresholds["distance"],
         "low confidence": not confidence >= thresholds["confidence"],
@@ -125,10 +105,8 @@ def abstain_reasons(
     return "; ".join(text for text, holds in reasons.items() if holds)
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #fc679759
-def prediction_columns(
-    classes: Sequence[str],  # class names
-) -> list[str]:  # column names, in order
-    "Columns of a table of predictions of new images."
+def _prediction_columns(classes: Sequence[str]) -> list[str]:
+    "Columns of a table of predictions of new images, in order."
     judged = ["confidence", "ood_distance", "abstains", "abstain_reasons", "n_cells", "cell_fraction", "flag"]
     probabilities = [f"p_{name}" for name in classes]
     return ["path", "predicted", *probabilities, *judged, "sha256", "model", "model_version", "model_sha256", "problem"]
@@ -139,14 +117,14 @@ def _prediction_row(
 ) -> dict[str, Any]:
     "The row of an image: what is known of it, and the prediction, if there is one."
     classes = info["classes"]
-    row = dict.fromkeys(prediction_columns(classes)) | known
+    row = dict.fromkeys(_prediction_columns(classes)) | known
     row |= {"model": info["name"], "model_version": info["version"], "model_sha256": info["sha256"]}
     if probabilities is not None and not np.isfinite(probabilities).all():
         row["problem"], probabilities = "the probabilities are not finite. Train the model again.", None
     if probabilities is None:
         return row | {"predicted": "", "abstains": True, "abstain_reasons": "no prediction"}
     confidence = round(float(probabilities.max()), 6)
-    reasons = abstain_reasons(confidence, distance, known["n_cells"], info["thresholds"])
+    reasons = _abstain_reasons(confidence, distance, known["n_cells"], info["thresholds"])
     row |= {f"p_{name}": round(float(p), 6) for name, p in zip(classes, probabilities)}
     return row | {
         "predicted": classes[int(probabilities.argmax())],
@@ -195,42 +173,31 @@ def describe_calibration(
     "Whether a model's probabilities are calibrated."
     if info["calibration"] or info["temperature"] == 1:
         return f"Probabilities are {info['calibration'] or 'not calibrated: the temperature is 1'}."
-    used = info.get("calibration_images", {"n": "", "note": "the file does not say which"})
-    alone = "" if used["note"] else " without a near-duplicate in training"
-    number = f"{used['n']} ".lstrip()
-    return f"Probabilities are calibrated with temperature {info['temperature']:.3g}, fitted on {number}validation images{alone}."
+    used = f"{info['calibration_images']['n']} validation images"
+    used += "" if info["calibration_images"]["note"] else " without a near-duplicate in training"
+    return f"Probabilities are calibrated with temperature {info['temperature']:.3g}, fitted on {used}."
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #ae83d713
 def _image_list(images: Any) -> list[Any]:
-    "Paths, arrays and Pillow images, one for each image, of what `prepare_images` takes."
+    "One path, array or Pillow image each, of one or several, or of an array (n, H, W, 3) or (n, 2, H, W, 3)."
     if isinstance(images, np.ndarray):
         return list(images) if images.ndim in (4, 5) else [images]
     single = isinstance(images, str | os.PathLike | Image.Image) or not isinstance(images, Iterable)
     return [images] if single else list(images)
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #ea8df02f
-def prepare_images(
-    images: Any,  # a path, a uint8 array (H, W, 3), (H, W), (n, H, W, 3) or (n, 2, H, W, 3), a Pillow image, or several
-    info: dict[str, Any],  # description of the model
-    batch_size: int = 32,  # images in memory at a time
-    count: bool = False,  # find and count the white blood cells
-) -> Iterator[list[PreparedImage]]:
-    "Images in batches as the network takes them. Raises ImageError for one that cannot be read."
-    every = _image_list(images)
-    if not every:
+def _prepare_images(images: Any, info: dict[str, Any], count: bool = False) -> list[PreparedImage]:
+    "Images as the network takes them, with `count` their cells counted. Raises ImageError for one that cannot be read."
+    prepared = [prepare_image(image, info, count) for image in _image_list(images)]
+    if not prepared:
         raise ImageError("no images. Give paths or arrays.")
-    for start in range(0, len(every), batch_size):
-        batch = [prepare_image(image, info, count) for image in every[start : start + batch_size]]
-        if problems := [each.row["problem"] for each in batch if each.row["problem"]]:
-            raise ImageError(problems[0])
-        yield batch
+    if problems := [each.row["problem"] for each in prepared if each.row["problem"]]:
+        raise ImageError(problems[0])
+    return prepared
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #75c54ada
-def run_network(
-    session: Any,  # onnxruntime session of a model file
-    prepared: Sequence[PreparedImage],  # n images that could be read
-) -> dict[str, np.ndarray]:  # float32: probabilities (n, k), not calibrated, features (n, d), statistics (n, 15)
-    "What a network computes of some images, and the statistics of the images."
+def _run_network(session: Any, prepared: Sequence[PreparedImage]) -> dict[str, np.ndarray]:
+    "Of n images that could be read, float32: probabilities (n, k), not calibrated, features (n, d), statistics (n, 15)."
     outputs = [session.run(["probabilities", "features"], feed) for feed in _network_inputs(session, prepared)]
     probabilities, features = (np.concatenate(parts) for parts in zip(*outputs))
     statistics = image_statistics(np.stack([each.square for each in prepared if each.square is not None]))
@@ -254,11 +221,8 @@ def _network_inputs(session: Any, prepared: Sequence[PreparedImage]) -> Iterator
         yield {name: np.stack([getattr(each, field) for each in batch]).astype(dtype, copy=False) for name, field in fields}
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #ba22a16a
-def calibrate(
-    probabilities: np.ndarray,  # float (n, k), of a network
-    temperature: float,  # above 1: less confident
-) -> np.ndarray:  # float (n, k)
-    "Probabilities after temperature scaling."
+def _calibrate(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    "A network's probabilities (n, k) after temperature scaling; a temperature above 1 makes them less confident."
     bounded = np.maximum(probabilities, 1e-12)
     odds = (bounded / bounded.max(axis=1, keepdims=True)) ** (1 / temperature)
     return odds / odds.sum(axis=1, keepdims=True)
@@ -293,18 +257,18 @@ class _Network:
 
     def _judge(self, prepared: Sequence[PreparedImage]) -> tuple[np.ndarray, np.ndarray]:
         "Calibrated probabilities (n, k) and OOD distances (n,)."
-        found = run_network(self.session, prepared)
-        probabilities = calibrate(found["probabilities"], self.info["temperature"])
+        found = _run_network(self.session, prepared)
+        probabilities = _calibrate(found["probabilities"], self.info["temperature"])
         return probabilities, ood_distance(found, self.constants)
 
     def predict_proba(self, images: Any) -> np.ndarray:
         "Calibrated probabilities (n, k), columns as `classes_`. Raises ImageError."
-        parts = self._in_threads(lambda part: self._judge(*prepare_images(part, self.info))[0], _image_list(images))
+        parts = self._in_threads(lambda part: self._judge(_prepare_images(part, self.info))[0], _image_list(images))
         return np.concatenate(list(parts))
 
     def extract_features(self, images: Any) -> np.ndarray:
         "Features float32 (n, d), the input of the last layers. Raises ImageError."
-        parts = self._in_threads(lambda part: run_network(self.session, *prepare_images(part, self.info)), _image_list(images))
+        parts = self._in_threads(lambda part: _run_network(self.session, _prepare_images(part, self.info)), _image_list(images))
         return np.concatenate([part["features"] for part in parts])
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #2e9bf0ed
@@ -315,13 +279,15 @@ def _rows(network: _Network, prepared: Sequence[PreparedImage]) -> list[dict[str
         found = iter(zip(*network._judge(readable)) if readable else ())
     except Exception as failure:  # of the network; without it there is no prediction
         found = iter(())
-        prepared = [PreparedImage(each.row | {"problem": describe_failure(each.row["path"], failure)}) for each in prepared]
+        prepared = [
+            PreparedImage(each.row | {"problem": image_problem(each.row["path"] or "image", failure)}) for each in prepared
+        ]
     judged = [(None, np.nan) if each.square is None else next(found) for each in prepared]
     return [_prediction_row(each.row, values, distance, network.info) for each, (values, distance) in zip(prepared, judged)]
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #2ca7867c
 class Predictor(_Network):
-    "An exported model: `classes_`, `predict`, `predict_proba`, `score`, `report`, `iter_report`, `extract_features`, `info`."
+    "An exported model: `classes_`, `predict`, `predict_proba`, `score`, `report`, `extract_features`, `info`."
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Predictor, (self.file, self.threads)
@@ -329,19 +295,11 @@ class Predictor(_Network):
     def __repr__(self) -> str:
         return f"Predictor({self.info['title']}, version {self.info['version']}, classes {', '.join(self.classes_)})"
 
-    def iter_report(self, images: Any, batch_size: int = 32) -> Iterator[Predictions]:
-        "Reports batch by batch; an image that cannot be read is a row with its problem."
+    def report(self, images: Any) -> Predictions:
+        "Predictions of all images with what is known of them; an image that cannot be read is a row with its problem."
         every = _image_list(images)
         parts = self._in_threads(lambda part: _rows(self, [prepare_image(each, self.info) for each in part]), every)
-        rows = itertools.chain.from_iterable(parts)
-        for start in range(0, len(every), batch_size):
-            batch = every[start : start + batch_size]
-            yield Predictions(list(itertools.islice(rows, len(batch))), self.info, batch)
-
-    def report(self, images: Any, batch_size: int = 32) -> Predictions:
-        "Predictions of all images with what is known of them; no more than a few of the images are opened at a time."
-        every = _image_list(images)
-        return Predictions([row for part in self.iter_report(every, batch_size) for row in part.rows], self.info, every)
+        return Predictions(list(itertools.chain.from_iterable(parts)), self.info, every)
 
     def predict(self, images: Any) -> np.ndarray:
         "The most probable class of each image, str (n,); abstaining is ignored. Raises ImageError."
@@ -357,7 +315,7 @@ class Predictions:
 
     def __init__(
         self,
-        rows: list[dict[str, Any]],  # one per image, keys as in prediction_columns
+        rows: list[dict[str, Any]],  # one per image, the columns of its table
         info: dict[str, Any],  # description of the model
         images: Sequence[Any] = (),  # paths or arrays of the same images, for the display
     ):
@@ -368,7 +326,7 @@ class Predictions:
         "The rows as a pandas table."
         import pandas as pd
 
-        return pd.DataFrame(self.rows, columns=prediction_columns(self.info["classes"]))
+        return pd.DataFrame(self.rows, columns=_prediction_columns(self.info["classes"]))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -456,15 +414,14 @@ def overlay(
 def saliency(
     model: Predictor,  # an exported model
     images: Any,  # paths or uint8 arrays
-    grid: int = 7,  # squares along a side: grid * grid + 1 predictions per image
 ) -> np.ndarray:  # float32 (n, S, S), 0..1
-    "Occlusion maps of the model's predictions. Raises ImageError."
+    "Occlusion maps of the model's predictions, 50 predictions per image. Raises ImageError."
     from leukemia_nb.audit.saliency import occlusion_map
 
-    prepared = [each for batch in prepare_images(images, model.info) for each in batch]
+    prepared = _prepare_images(images, model.info)
     fields = ("square", "segmented")[: len(model.channels)]
     arrays = np.stack([[getattr(each, field) for field in fields] for each in prepared])
-    return occlusion_map(model, arrays if len(fields) == 2 else arrays[:, 0], grid=grid)
+    return occlusion_map(model, arrays if len(fields) == 2 else arrays[:, 0])
 
 # %% ../../nbs/06_inference/30_predictor.ipynb #67770cc4
 def _pixels(image: Any) -> np.ndarray:
@@ -473,20 +430,12 @@ def _pixels(image: Any) -> np.ndarray:
         return read_image(image)
     return as_rgb(image[0] if isinstance(image, np.ndarray) and image.ndim == 4 else image)
 
-# %% ../../nbs/06_inference/30_predictor.ipynb #8a6e5438
-class ImageCells(NamedTuple):
-    "The white blood cells of an image that a `Predictor` counts."
-
-    table: DataFrame  # of measure_cells; predicted and p_<class> where the model classifies single cells
-    cells: np.ndarray  # int32 labels (H, W), 0 background
-    nuclei: np.ndarray  # int32 labels (H, W), numbered as the cells
-
 # %% ../../nbs/06_inference/30_predictor.ipynb #51414559
 def predict_cells(
     model: Predictor,  # an exported model
     image: Any,  # a path, or uint8 (H, W, 3) RGB
-) -> ImageCells:
-    "Measurements of each cell, and its class where the model classifies single cells. Raises ImageError."
+) -> tuple[DataFrame, np.ndarray, np.ndarray]:  # measure_cells' table; int32 labels (H, W) of cells and of their nuclei
+    "The cells that a `Predictor` counts, with predicted and p_<class> of a model of single cells. Raises ImageError."
     pixels = _pixels(image)
     square = resize_square(pixels, model.image_size)
     found = find_cells_and_nuclei(square)
@@ -494,7 +443,7 @@ def predict_cells(
     table = measure_cells(pixels, cells, nuclei)
     if model.classifies_cells:
         table = table.merge(_judge_cells(model, square, found[0]), on="label", how="left").fillna({"predicted": ""})
-    return ImageCells(table, cells, nuclei)
+    return table, cells, nuclei
 
 
 def _judge_cells(model: Predictor, square: np.ndarray, cells: np.ndarray) -> DataFrame:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.files import file_sha256
-from ..errors import LeukemiaError
+from ..errors import LeukemiaError, _first_line
 
 if TYPE_CHECKING:
     from leukemia_nb.models.classifier import ImageClassifier
@@ -199,11 +199,6 @@ def local_weights(
         raise ModelError(f"{WEIGHTS_FOLDER}={folder} is not a folder. Correct it, or unset it.")
     return next((folder / name for name in names if name and (folder / name).is_file()), None)
 
-# %% ../../nbs/03_models/10_interface.ipynb #b5c0e8f2
-def _one_line(error: Exception) -> str:
-    "First line of an error's message, shortened."
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-
 # %% ../../nbs/03_models/10_interface.ipynb #6ad0e02a
 def _read_facts(folder: Path) -> dict[str, Any]:
     "Content of `model.json`, its entries of the expected types and its files unchanged. Raises `ModelError`."
@@ -217,7 +212,9 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         if wrong:
             raise ValueError(f"{wrong[0]} is of another type")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ModelError(f"{path} is damaged ({_one_line(error)}). Train the model again.") from error
+        raise ModelError(
+            f"{path} is damaged ({type(error).__name__}: {_first_line(error, 120)}). Train the model again."
+        ) from error
     for file, digest in facts["files"].items():
         if not (folder / file).is_file() or file_sha256(folder / file) != digest:
             raise ModelError(f"{folder / file} is missing or was changed. Train the model again.")
@@ -246,7 +243,8 @@ def load_model(
     except (ModelError, ImportError, MemoryError):
         raise
     except Exception as error:  # a framework's own error about a file that was changed together with its checksum
-        raise ModelError(f"{folder} does not hold a complete model ({_one_line(error)}). Train it again.") from error
+        reason = f"{type(error).__name__}: {_first_line(error, 120)}"
+        raise ModelError(f"{folder} does not hold a complete model ({reason}). Train it again.") from error
     return model
 
 # %% ../../nbs/03_models/10_interface.ipynb #5a0a0925

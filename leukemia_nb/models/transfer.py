@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.files import atomic_path, file_sha256
+from ..errors import _first_line
 from .classifier import HISTORY_COLUMNS, ImageClassifier
 from .interface import BACKBONES, WEIGHTS_FOLDER, Backbone, ModelEntry, ModelError, local_weights
 from ..processing.dataset import Pairs
@@ -88,7 +89,7 @@ def _download(backbone: Backbone) -> Path:
     try:
         return Path(keras.utils.get_file(backbone.files[-1], backbone.url, cache_subdir="models", file_hash=backbone.md5 or None))
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0].rsplit("-- ", 1)[-1][:100]
+        reason = _first_line(error, 1000).rsplit("-- ", 1)[-1][:100]
         raise ModelError(
             f"ImageNet weights of {backbone.application} could not be downloaded ({reason}). Put {backbone.files[0]} from "
             f"{backbone.url} into a folder and set {WEIGHTS_FOLDER} to it, or choose weights='random'."
@@ -138,9 +139,8 @@ def _build_application(backbone: Backbone, file: Path | None, scaled: Any) -> "M
     except Exception as error:  # HDF5 files can be wrong in many ways
         if file is None:
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ModelError(
-            f"{file}: not the weights of {backbone.application} without top ({reason}). "
+            f"{file}: not the weights of {backbone.application} without top ({_first_line(error, 120)}). "
             f"Get {backbone.files[0]} again from {backbone.url}."
         ) from error
 

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.files import file_sha256
+from ..errors import _first_line
 from .classifier import HISTORY_COLUMNS, ImageClassifier
 from .interface import WEIGHTS_FOLDER, ModelError, local_weights
 
@@ -86,10 +87,9 @@ def build_network(
     try:
         network = ultralytics.YOLO(file) if classifier_file else ultralytics.YOLO(scratch).load(file)
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ModelError(
-            f"{file}: not a complete ultralytics weight file, or not downloaded ({reason}). Put it, from {_DOWNLOADS}, "
-            f"into the folder that {WEIGHTS_FOLDER} names, or choose weights='random'."
+            f"{file}: not a complete ultralytics weight file, or not downloaded ({_first_line(error, 120)}). Put it, from "
+            f"{_DOWNLOADS}, into the folder that {WEIGHTS_FOLDER} names, or choose weights='random'."
         ) from error
     kind = "ImageNet classifier" if classifier_file else "COCO detector's backbone"
     return network, f"{kind} ({file.name}, sha256 {file_sha256(file)[:12]})"
@@ -135,8 +135,7 @@ def _train(model: "YoloClassifier", network: Any, data: Path, work: Path) -> Pat
     try:
         network.train(data=str(data), project=str(work), name="train", **training_arguments(model, len(network.model.model)))
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"{model.name}: training stopped ({reason}). Check its data and settings.") from error
+        raise ModelError(f"{model.name}: training stopped ({_first_line(error)}). Check its data and settings.") from error
     finally:
         _remove_caches(data)
     return work / "train"

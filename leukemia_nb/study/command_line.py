@@ -307,13 +307,11 @@ def _groups_of(paths: list[str], by: str) -> list[str]:
 # %% ../../nbs/07_study/50_command_line.ipynb #4a59b5f1
 def _group_table(out: Path, by: str) -> Path:
     "The file of the predictions of groups, beside those of the images. Raises OutputError."
-    from leukemia_nb.data.files import OutputError, check_output
+    from leukemia_nb.data.files import check_output
 
     file = out.with_name(f"{out.stem}_by_group.csv")
-    check_output(file)
     for written in (out, file):
-        if by != "folder" and written.exists() and os.path.samefile(written, by):
-            raise OutputError(f"{written}: would be written, and is the table of the groups. Choose another name with --out.")
+        check_output(written, inputs={} if by == "folder" else {by: "the table of the groups"})
     return file
 
 
@@ -338,7 +336,7 @@ def _predict_inputs(
     from tqdm import tqdm
 
     from leukemia_nb.data.files import pluralise
-    from leukemia_nb.inference.batch import predict_files, prediction_outcome, unfinished_file
+    from leukemia_nb.inference.batch import predict_files, prediction_outcome
     from leukemia_nb.inference.predictor import format_row
     from leukemia_nb.study.cluster import parallel
 
@@ -351,12 +349,8 @@ def _predict_inputs(
             _echo(format_row(row))
 
     bar = tqdm(total=len(paths), unit="image", disable=None if to_file else True)
-    try:
-        with parallel(n_jobs, cluster) as workers, bar:
-            resumed = predict_files(paths, task, out, json, batch_size, workers.n_jobs, log)
-    except KeyboardInterrupt:
-        kept = f" Predictions so far are in {unfinished_file(out, json)}; run the same command to resume." if to_file else ""
-        raise KeyboardInterrupt(f"stopped.{kept}") from None
+    with parallel(n_jobs, cluster) as workers, bar:
+        resumed = predict_files(paths, task, out, json, batch_size, workers.n_jobs, log)
     if to_file:
         kept = f" ({resumed} of them before)" if resumed else ""
         _echo(f"{pluralise(len(paths), 'image')} in {' and '.join(str(file) for file in (out, json) if file)}{kept}")
@@ -524,7 +518,7 @@ def _run_study(options: dict[str, Any], run: Path | None, cluster: str, redo: li
 
     from leukemia_nb.data.files import pluralise
     from leukemia_nb.data.manifest import fetch_kaggle
-    from leukemia_nb.study.driver import run_study, study_steps
+    from leukemia_nb.study.driver import run_study
     from leukemia_nb.study.settings import SYNTHETIC_STUDY, StudySettings
 
     data = options.get("data")
@@ -534,15 +528,8 @@ def _run_study(options: dict[str, Any], run: Path | None, cluster: str, redo: li
     options |= {name: _names(options[name]) for name in ("models", "classes") if name in options}
     options["model_settings"] = tuple(options.pop("model_setting", ()))
     settings = replace(StudySettings() if data else SYNTHETIC_STUDY, **options)
-    heading = [f"{pluralise(len(study_steps(settings)), 'step')} into {where}; each that is finished is kept."]
-
-    def log(line: str) -> None:
-        while heading:  # before the first line: run_study has checked the settings by then
-            _echo(heading.pop())
-        _echo(line)
-
     try:
-        run_study(settings, where, n_jobs=settings.n_jobs, redo=redo, log=log, cluster=cluster)
+        run_study(settings, where, n_jobs=settings.n_jobs, redo=redo, log=_echo, cluster=cluster)
     except KeyboardInterrupt:
         finished = len(list((where / "steps").glob("*.json")))
         kept = f"{pluralise(finished, 'step')} finished and kept in {where}"

@@ -61,9 +61,8 @@ def report_notebook(
 # %% ../../nbs/07_study/40_report.ipynb #b3643270
 def build_report(
     folder: str | os.PathLike,  # run folder
-    path: str | os.PathLike | None = None,  # HTML file; None: report.html in the run folder
     only: str = "",  # one executed notebook that is the whole report; empty: those of a study
-) -> Path:  # the file
+) -> Path:  # report.html in it
     "Write the report of a run as one file that needs no network. Raises FileNotFoundError if the folder is not there."
     from nbconvert import HTMLExporter
     from traitlets.config import Config
@@ -81,7 +80,7 @@ def build_report(
     )
     exporter.register_preprocessor("nbconvert.preprocessors.TagRemovePreprocessor", enabled=True)
     page, _ = exporter.from_notebook_node(report_notebook(folder, only))
-    path = Path(path or Path(folder) / "report.html")
+    path = Path(folder) / "report.html"
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path

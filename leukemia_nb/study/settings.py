@@ -33,7 +33,7 @@ from leukemia_nb.data.manifest import (
     select_classes,
 )
 from ..errors import LeukemiaError
-from ..models.interface import MODELS, ModelError, make_model
+from ..models.interface import MODELS, WEIGHTS_FOLDER, ModelError, local_weights, make_model
 from ..processing.segmentation import SEGMENTATION_METHODS
 from leukemia_nb.processing.splitting import (
     SplitError,
@@ -57,9 +57,6 @@ class Run:
 
     folder: Path  # usually runs/<name>
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", Path(self.folder))
-
     def path(self, *parts: str) -> Path:
         "A path below the run folder; its parent folder is made."
         path = self.folder.joinpath(*parts)
@@ -67,11 +64,8 @@ class Run:
         return path
 
     def table(self, *parts: str) -> pd.DataFrame:
-        "A CSV of the run; empty cells are empty texts. Raises StudyError where the file is not there yet."
-        path = self.folder.joinpath(*parts)
-        if not path.is_file():
-            raise StudyError(f"{path}: not there yet. Run the step that writes it: leukemia_nb study --run {self.folder}")
-        return read_table(path)
+        "A CSV of the run; empty cells are empty texts. Raises TableError where the file is not there yet."
+        return read_table(self.folder.joinpath(*parts))
 
     def json(self, *parts: str) -> Any:
         "The content of a JSON file of the run."
@@ -92,9 +86,7 @@ class Run:
 
     @property
     def class_map(self) -> ClassMap:
-        "Which folders were taken for which class. Raises StudyError where the images are not prepared yet."
-        if not (self.folder / "class_map.toml").is_file():
-            raise StudyError(f"{self.folder}: no class_map.toml yet, which the step prepare writes.")
+        "Which folders were taken for which class, as the step *prepare* writes it. Raises ClassMapError where it has not run."
         return read_class_map(self.folder / "class_map.toml")
 
     @property
@@ -210,7 +202,7 @@ def check_study(
     settings: StudySettings,  # what is to be done
     run: Run,  # where; need not exist yet
 ) -> list[str]:  # lines on what was found, such as which folder was taken for which class
-    "Raise StudyError, ImageError, ClassMapError, SplitError or OutputError for a study that would fail; nothing is written."
+    "Raise StudyError, or the error of weights, images, classes, split or output, for a study that would fail; writes nothing."
     _check_packages(settings)
     for model in settings.models:
         _check_model(settings, model)
@@ -269,16 +261,15 @@ def _check_model(settings: StudySettings, model: str) -> None:
 
 # %% ../../nbs/07_study/18_settings.ipynb #3d08e5cc
 def _check_weights(settings: StudySettings) -> None:
-    "Raise StudyError where local weights are asked for and there are none."
-    folder = os.environ.get("LEUKEMIA_NB_WEIGHTS")
+    "Raise ModelError, StudyError where local weights are asked for and there are none."
     weights = {settings.settings_of(model)["weights"] for model in settings.models}
     if weights == {"random"}:
         return
-    if folder and not Path(folder).is_dir():
-        raise StudyError(f"LEUKEMIA_NB_WEIGHTS={folder} is not a folder. Correct it, or unset it.")
-    if "local" in weights and not (folder and any(file.suffix in (".h5", ".pt") for file in Path(folder).iterdir())):
+    local_weights()  # raises where the variable names no folder
+    folder = os.path.expanduser(os.environ.get(WEIGHTS_FOLDER, ""))
+    if "local" in weights and not (folder and any(name.endswith((".h5", ".pt")) for name in os.listdir(folder))):
         found = f"{folder} holds no weight files (.h5, .pt)" if folder else "names no folder"
-        raise StudyError(f"weights local: LEUKEMIA_NB_WEIGHTS {found}. Put weight files there, or choose --weights random.")
+        raise StudyError(f"weights local: {WEIGHTS_FOLDER} {found}. Put weight files there, or choose --weights random.")
 
 # %% ../../nbs/07_study/18_settings.ipynb #ddf632bb
 def _check_run_folder(folders: Sequence[str], run: Run) -> None:
@@ -304,12 +295,13 @@ def _check_images(settings: StudySettings, every: ImageSearch, classes: ClassMap
             remedy = "Add images, or merge the class with another or leave it out: --class-map"
             raise ImageError(f"{settings.data}: {few}. {remedy} ({search.summary()}; {selection.classes}).")
     lines.append(selection.classes)
+    subsets = folder_subsets(search.paths, settings.data)
     if settings.split == "folders" and not settings.split_file:
         paths, labels = zip(*[row for row in selection.rows if row[0] in found])
         folder_split(pd.DataFrame({"pair": paths, "class": labels, "path": paths}), settings.data)
-        if "val" not in folder_subsets(paths, settings.data):
+        if "val" not in subsets:
             lines.append("no folder of validation images: about a tenth of the training images are for validation")
-    elif numbers := Counter(filter(None, folder_subsets(search.paths, settings.data))):
+    elif numbers := Counter(filter(None, subsets)):
         seen = ", ".join(f"{name} ({number})" for name, number in numbers.items())
         lines.append(f"folders of subsets were seen, {seen}: their images are split anew; --split folders takes them as they are")
     if settings.groups_from:
