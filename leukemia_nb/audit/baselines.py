@@ -258,11 +258,11 @@ def permutation_table(
 
 
 def _permuted_accuracy(predictions: pd.DataFrame) -> Interval:
-    "Mean accuracy over permutations of the labels, and the central 95 % of them, or their range if there are fewer than 40."
+    "Mean accuracy over permutations of the labels, and the central 95 % of them, or their range up to 40."
     accuracy, pairs = permutation_table(predictions)["accuracy"], predictions.drop_duplicates("pair")
     groups = pairs["group"].nunique() if "group" in pairs else len(pairs)
     low, high = np.quantile(accuracy, 0.025, method="lower"), np.quantile(accuracy, 0.975, method="higher")
-    method = f"{'central 95 %' if len(accuracy) >= 40 else 'range'} of {len(accuracy)} label permutations"
+    method = f"{'central 95 %' if len(accuracy) > 40 else 'range'} of {len(accuracy)} label permutations"
     return Interval(float(accuracy.mean()), float(low), float(high), len(pairs), groups, float(groups), method)
 
 # %% ../../nbs/05_audit/10_baselines.ipynb #be4e6c6a
