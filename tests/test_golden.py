@@ -147,7 +147,7 @@ def near_duplicates(folder, smears):
     for name, image in images.items():
         write_image(folder / f"{name}.png", np.ascontiguousarray(image))
     paths = [folder / f"{name}.png" for name in images]
-    pairs = find_near_duplicates(paths, progress=False)
+    pairs = find_near_duplicates(paths)
     split = pd.DataFrame({"pair": [str(path) for path in paths], "subset": ["train", "test", "train", "val", "test", "test"]})
     split["group"] = group_images(paths, pairs)
     short = pairs.assign(a=pairs["a"].map(lambda path: Path(path).stem), b=pairs["b"].map(lambda path: Path(path).stem))
