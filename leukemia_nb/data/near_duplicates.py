@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 from scipy.cluster.vq import kmeans2
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .files import file_sha256, report_write_errors
 from .images import read_image, resize_square, scale_bar_corner
@@ -187,7 +187,7 @@ def _check_copies(paths: Sequence, described: Sequence[tuple[np.ndarray, np.ndar
         return _cross_correlation(_band_pass(first), _band_pass(second), 0, 0, whole & _orient(whole, row.orientation))
 
     means, details = (np.array([each[part] for each in described]) for part in (0, 1))
-    table = _similar_means(means.reshape(-1, 8, 8), 0.9, details=details)
+    table = _similar_means(means.reshape(-1, 8, 8), details=details)
     checked = list(_run(check, list(table.itertuples()), "copies", n_jobs))
     table[["ncc", "overlap"]] = np.array(checked, float).reshape(-1, 2)
     table = table[table["ncc"] >= 0.95].sort_values("ncc", ascending=False, kind="stable")
