@@ -34,7 +34,7 @@ from leukemia_nb.audit.cue_conflict import cue_conflict_rates, make_composites, 
 from leukemia_nb.data.images import read_image
 from leukemia_nb.data.manifest import CLASSES
 from leukemia_nb.evaluation.uncertainty import _sign_flip_test, korn_graubard_interval, two_way_interval
-from leukemia_nb.models.cell_model import COLOURS, CellClassifier, Cells, augment_colours, aggregate_cells, describe_cells
+from leukemia_nb.models.cell_model import COLOURS, CellClassifier, Cells, _augment_colours, aggregate_cells, describe_cells
 from leukemia_nb.models.cell_model import _fit_cell_layers, _fit_image_layers, _fit_temperature
 from leukemia_nb.processing.cells import cell_crops, find_cells
 from taleqani import GROUPED_BY, check_apart, known_images
@@ -90,7 +90,7 @@ def describe_fold(images: np.ndarray, y: np.ndarray) -> tuple[list[Cells], list[
     "Of one fold: the cells in each of `COLOURS`, and the versions that training uses."
     cv2.setNumThreads(1)
     cropped = [cell_crops(image) for image in images]
-    return [describe_cells(cropped, colours) for colours in COLOURS], augment_colours(cropped, y)
+    return [describe_cells(cropped, colours) for colours in COLOURS], _augment_colours(cropped, y)
 
 
 def predict_cells(model: CellClassifier, images: np.ndarray) -> np.ndarray:

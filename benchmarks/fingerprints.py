@@ -16,10 +16,16 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from leukemia_nb.data.near_duplicates import find_duplicates, image_fingerprints, similar_fingerprints
+from leukemia_nb.data.near_duplicates import _similar_means, find_duplicates, image_fingerprints
 
 SHARED = Path(os.environ.get("LEUKEMIA_NB_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 THRESHOLDS = (0.9, 0.93, 0.95, 0.97, 0.99)
+
+
+def similar_fingerprints(fingerprints: np.ndarray, min_correlation: float = 0.95) -> pd.DataFrame:
+    """Pairs of images whose fingerprints are those of copies, each pair once."""
+    found = _similar_means(np.asarray(fingerprints, np.float32), min_correlation)
+    return found.drop_duplicates(["a", "b"]).sort_values(["a", "b"], ignore_index=True)
 
 
 def main() -> None:
@@ -30,7 +36,7 @@ def main() -> None:
     fields = pd.read_csv(args.data / "taleqani_fields.csv")
     paths, group = [args.data / "taleqani" / file for file in fields["file"]], fields["overlap_group"].to_numpy()
     place = {str(path): number for number, path in enumerate(paths)}
-    copies = {(place[a], place[b]) for a, b in find_duplicates(paths, progress=False)[["a", "b"]].to_numpy()}
+    copies = {(place[a], place[b]) for a, b in find_duplicates(paths)[["a", "b"]].to_numpy()}
     known, rows = image_fingerprints(paths), []
     for threshold in THRESHOLDS:
         found = similar_fingerprints(known, threshold)

@@ -90,7 +90,7 @@ def measure_near_duplicates(folder: Path) -> dict:
         setattr(finder, function, timed(name, getattr(finder, function)))
     files = sorted(map(str, (folder / "images").rglob("*.jpg")), key=lambda path: path[-10:])
     start = cpu_seconds()
-    found = finder.find_near_duplicates(files, n_jobs=1, progress=False)
+    found = finder.find_near_duplicates(files, n_jobs=1)
     seconds["description"] = cpu_seconds() - start - sum(seconds.values())
     number = [sorted(int(name[-10:-4]) for name in both) for both in zip(found["a"], found["b"])]
     shifted = [[place - 1, place] for place in range(49, len(files), 50)]
@@ -227,18 +227,18 @@ def measure_points(number: int) -> dict:
     random = np.random.default_rng(0)
     kinds = random.gamma(0.5, 30, (500, 128))  # points look alike, as those of cells do
     finder._POINTS_AT_ONCE //= 10
+    finder._N_KEYPOINTS = 15
 
     def points() -> tuple:
         values = kinds[random.integers(0, len(kinds), 15)] * random.uniform(0.4, 1.6, (15, 128))
         return random.uniform(0, 224, (15, 3)).astype(np.float32), np.clip(values, 0, 255).astype(np.uint8)
 
     described = [points()[1] for _ in range(300)]
-    finder._read_green, finder._keypoints = (lambda path: path), (lambda place, _: (None, described[place % 300]))
+    finder._read_green, finder._keypoints = (lambda path: path), (lambda place: (None, described[place % 300]))
     with tempfile.TemporaryDirectory() as folder:
-        store = finder._Points(Path(folder), finder._part_centres(range(number), 15, seed=0))
+        store = finder._Points(Path(folder), finder._part_centres(range(number), seed=0))
         for _ in range(number):
             store.add(*points())
-        store.write()
         return {"n_parts": len(store.centres), "pairs": len(finder._propose_overlaps(store, Path(folder)))}
 
 

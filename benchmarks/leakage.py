@@ -77,6 +77,12 @@ def split_leakage(classes: np.ndarray, groups: np.ndarray, repeats: int = 200) -
     }
 
 
+def find_overlaps(paths: list[str] | list[Path], n_jobs: int) -> pd.DataFrame:
+    """Overlapping fields alone, also those that are copies."""
+    points = leakage._run(lambda path: leakage._keypoints(leakage._read_green(path)), paths, "points", n_jobs)
+    return leakage._check_overlaps(paths, leakage._match_images(paths, points, seed=0), n_jobs)
+
+
 def crops_of_single_cells(data: Path, n_jobs: int) -> dict:
     """Overlaps found among crops of single cells, which share none, with and without the rule on the points of large overlaps."""
     holds, found = leakage._is_overlap, {}
@@ -90,7 +96,7 @@ def crops_of_single_cells(data: Path, n_jobs: int) -> dict:
             pairs = []
             for rule in (holds, lambda votes, ncc, overlap: holds(votes, ncc, np.minimum(overlap, 0.59))):
                 leakage._is_overlap = rule
-                pairs.append(len(leakage.find_overlaps(paths, n_jobs=n_jobs, progress=False)))
+                pairs.append(len(find_overlaps(paths, n_jobs)))
             leakage._is_overlap = holds
             found[name] = {"images": len(paths), "overlaps_kept": pairs[0], "overlaps_without_the_rule": pairs[1]}
     return found
@@ -108,7 +114,7 @@ def main() -> None:
     truth, classes = fields["overlap_group"].to_numpy(), fields["file"].str.split("/").str[0].to_numpy()
 
     times, load, start = {}, os.getloadavg()[0], time.perf_counter()
-    list(leakage._run(leakage._read_green, paths, "images", args.n_jobs, True))
+    list(leakage._run(leakage._read_green, paths, "images", args.n_jobs))
     times["reading"] = time.perf_counter() - start
     duplicates = leakage.find_duplicates(paths, n_jobs=args.n_jobs)
     times["duplicates"] = time.perf_counter() - start - times["reading"]
@@ -120,7 +126,7 @@ def main() -> None:
         return np.ones(len(votes), bool)
 
     leakage._is_overlap = note
-    proposed = leakage.find_overlaps(paths, n_jobs=args.n_jobs)
+    proposed = find_overlaps(paths, args.n_jobs)
     leakage._is_overlap = holds
     times["overlaps"] = time.perf_counter() - start - times["reading"] - times["duplicates"]
     times["all"] = time.perf_counter() - start
@@ -198,7 +204,7 @@ def main() -> None:
     }
     originals = pd.read_csv(args.data / "kaggle_fullres/matches.csv")
     full = [str(args.data / "kaggle_fullres" / file) for file in originals["file"]]
-    start, found = time.perf_counter(), leakage.find_duplicates(full + paths, progress=False)
+    start, found = time.perf_counter(), leakage.find_duplicates(full + paths)
     copies = set(zip(found["a"], found["b"]))
     expected = [(a, str(args.data / "taleqani" / b)) for a, b in zip(full, originals["taleqani_match"])]
     hits = sum(pair in copies for pair in expected if pair[1] in place)

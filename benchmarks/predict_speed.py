@@ -221,7 +221,7 @@ def operations(model: Path) -> float:
 def steps_of(file: str) -> dict:
     "Reading, resizing and finding the cells of one image, and the study's segmentation and count at full size, each alone."
     from leukemia_nb.data.images import read_image, resize_square
-    from leukemia_nb.processing.cells import count_cells, find_cells
+    from leukemia_nb.processing.cells import find_cells, label_cells
     from leukemia_nb.processing.segmentation import segment
 
     image = read_image(file)
@@ -231,7 +231,7 @@ def steps_of(file: str) -> dict:
         "find_cells_ms": median_ms(lambda: find_cells(square)),
         "resize_ms": median_ms(lambda: resize_square(image, 224)),
         "segment_full_size_ms": median_ms(lambda: segment(image)),
-        "count_full_size_ms": median_ms(lambda: count_cells(mask)),
+        "count_full_size_ms": median_ms(lambda: label_cells(mask)),
     }
 
 

@@ -45,9 +45,9 @@ def prepare(folder: str, out: str, workers: int, times: int) -> None:
     rows = [manifest.assign(pair=manifest["pair"] + f"_{copy}") for copy in range(times)]
     many = type(manifest)({name: np.concatenate([part[name] for part in rows]) for name in manifest.columns})
     if workers > 1:
-        prepare_pairs(manifest[:workers], f"{out}/warm", n_jobs=workers, images=folder, progress=False)
+        prepare_pairs(manifest[:workers], f"{out}/warm", n_jobs=workers)
     start = time.perf_counter()
-    table = prepare_pairs(many, out, n_jobs=workers, images=folder, progress=False)
+    table = prepare_pairs(many, out, n_jobs=workers)
     seconds = time.perf_counter() - start
     assert (table["problem"] == "").all() and len(table) == len(manifest) * times
     peak = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -177,9 +177,9 @@ def main(number: int) -> None:
         }
         result["prepare"] = [run(work / "smears", work / "pairs", workers, times) for workers in (1, 2) for times in (1, 4)]
         manifest = build_manifest(work / "smears")
-        table = prepare_pairs(manifest, work / "read", images=work / "smears", progress=False)
+        table = prepare_pairs(manifest, work / "read")
         start = time.perf_counter()
-        prepare_pairs(manifest, work / "read", images=work / "smears", progress=False)
+        prepare_pairs(manifest, work / "read")
         result["resume_images_per_second"] = round(len(table) / (time.perf_counter() - start))
         result["reading"] = reading(table, work / "read")
         result["segment_to_saved_pair"] = compare([work / "smears" / path for path in manifest["path"][:24]], work / "compared")

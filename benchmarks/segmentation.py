@@ -33,9 +33,10 @@ from leukemia_nb.processing.segmentation import (
     cluster_mask,
     apply_mask,
     check_mask,
+    clean_mask,
+    drop_small,
     flag_mask,
     original_study_mask,
-    kmeans_mask,
     mask_quality,
     segment,
 )
@@ -101,26 +102,39 @@ def save_pair(image: np.ndarray, mask: np.ndarray, folder: Path, level: int | No
             cv2.imwrite(str(path), cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, level])
 
 
+def kmeans_mask(channel: np.ndarray) -> np.ndarray:
+    "The cluster of the higher mean by cv2.kmeans with K = 2, the best of ten random starts, as the original study computes it."
+    cv2.setRNGSeed(0)
+    stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 100, 0.2)
+    _, labels, centres = cv2.kmeans(channel.reshape(-1, 1).astype(np.float32), 2, None, stop, 10, cv2.KMEANS_RANDOM_CENTERS)
+    return (labels == centres.argmax()).reshape(channel.shape)
+
+
+def kmeans_study_mask(image: np.ndarray) -> np.ndarray:
+    "`original_study_mask` with cv2.kmeans."
+    return drop_small(clean_mask(kmeans_mask(a_channel(image))))
+
+
 def times(image: np.ndarray, folder: Path) -> dict:
     "Seconds for each step on one image, and whether the two recipes give equal masks."
     channel, mask = a_channel(image), original_study_mask(image)
-
-    def slow():
-        return original_study_mask(image, cluster=kmeans_mask)
 
     row = {
         "cluster_exact": fastest(lambda: cluster_mask(channel), 30),
         "cluster_kmeans": fastest(lambda: kmeans_mask(channel), 2),
         "kmeans": fastest(lambda: original_study_mask(image), 15),
-        "study_kmeans": fastest(slow, 2),
+        "study_kmeans": fastest(lambda: kmeans_study_mask(image), 2),
         "pair": fastest(lambda: save_pair(image, original_study_mask(image), folder), 15),
-        "pair_kmeans": fastest(lambda: save_pair(image, slow(), folder), 2),
+        "pair_kmeans": fastest(lambda: save_pair(image, kmeans_study_mask(image), folder), 2),
         "nucleus": fastest(lambda: find_cells(image), 2),
         "save_png_study": fastest(lambda: save_pair(image, mask, folder), 5),
         "save_png_3": fastest(lambda: save_pair(image, mask, folder, 3), 5),
         "save_png_9": fastest(lambda: save_pair(image, mask, folder, 9), 5),
     }
-    return row | {"equal": float((mask == slow()).all()), "iou": mask_quality(mask, slow())["iou"]}
+    return row | {
+        "equal": float((mask == kmeans_study_mask(image)).all()),
+        "iou": mask_quality(mask, kmeans_study_mask(image))["iou"],
+    }
 
 
 def speed(images: list[np.ndarray]) -> dict:
@@ -149,10 +163,7 @@ def agreement(paths: list[Path]) -> dict:
     for path in paths:
         image = read_image(path)
         channel = a_channel(image)
-        pairs = (
-            (cluster_mask(channel), kmeans_mask(channel)),
-            (original_study_mask(image), original_study_mask(image, cluster=kmeans_mask)),
-        )
+        pairs = ((cluster_mask(channel), kmeans_mask(channel)), (original_study_mask(image), kmeans_study_mask(image)))
         rows.append([value for one, two in pairs for value in ((one == two).all(), mask_quality(one, two)["iou"])])
     same, iou, same_clean, iou_clean = np.array(rows, float).T
     return {

@@ -29,7 +29,7 @@ def found_pairs(files: list[Path], folder: Path) -> pd.DataFrame:
     digests = [file_sha256(leakage.__file__), *map(file_sha256, files)]
     kept = Path(tempfile.gettempdir()) / f"leukemia_nb_pairs_{hashlib.sha256(''.join(digests).encode()).hexdigest()[:16]}.csv"
     if not kept.is_file():
-        pairs = leakage.find_near_duplicates(files, progress=False)
+        pairs = leakage.find_near_duplicates(files)
         with atomic_path(kept) as temporary:
             pairs.to_csv(temporary, index=False)
     pairs = pd.read_csv(kept)

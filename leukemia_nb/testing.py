@@ -11,8 +11,10 @@ import inspect
 import json
 import os
 import re
+import shutil
+import tempfile
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -23,14 +25,19 @@ import pandas as pd
 from filelock import FileLock
 
 from .data.files import read_table, write_table
+from .data.images import write_image
 from .data.near_duplicates import image_fingerprints, leakage_report
-from .data.synthetic import make_smear
+from .data.synthetic import make_smear, write_smears
 from .evaluation.calibration import calibration_table
 from .evaluation.metrics import ORIGINAL_ACCURACY, class_table, compare_models, grouped_accuracy
 from .evaluation.predictions import model_title, read_all_predictions, take_subset, write_predictions
 from .evaluation.uncertainty import clopper_pearson, compare_model_pairs
 from .processing.dataset import oversample_with_flips, save_pair, write_dataset
 from .inference.classifier import ModelSettings
+from .inference.external import labelled_images, predict_labelled
+from .inference.model_file import write_model_file
+from .inference.ood import fit_ood, image_statistics
+from .inference.predictor import prepare_image, render_template
 from .study.audit import audit_settings, run_audit
 from .study.driver import _library_digest, run_study
 from .study.settings import StudySettings
@@ -43,7 +50,6 @@ def dummy_dataset(
     per_class: int = 8,  # images of each class
     size: int = 64,  # side of the images, pixels
     classes: tuple[str, ...] = ("Normal", "Pre-B", "Pro-B"),
-    seed: int = 0,  # of the smears
 ) -> Path:  # the folder
     "A dataset folder of synthetic smears, and its table beside it."
     folder = Path(folder)
@@ -52,9 +58,9 @@ def dummy_dataset(
     for label in classes:
         for i in range(per_class):
             pair = f"{label}/{i:03}"
-            save_pair(make_smear(label, seed=seed + i, height=size, width=size).image, pair, prepared, size)
+            save_pair(make_smear(label, seed=i, height=size, width=size).image, pair, prepared, size)
             rows.append({"pair": pair, "class": label, "subset": subsets[i % 4]})
-    write_dataset(pd.DataFrame(rows), prepared, folder, seed)
+    write_dataset(pd.DataFrame(rows), prepared, folder)
     return folder
 
 # %% ../nbs/00_shared/30_testing.ipynb #38775bce
@@ -101,8 +107,6 @@ def _dummy_network(kind: str, size: int, means: np.ndarray, scale: np.ndarray) -
     "ONNX model: `_dummy_features` divided by `scale`, and the softmax of the negative squared distances to `means` (k, d)."
     import onnx.parser
 
-    from leukemia_nb.inference.predictor import render_template
-
     k, d = means.shape
     names = {"image": ["original"], "pair": ["original", "segmented"], "cells": []}[kind]
     inputs = [f"uint8[n, {size}, {size}, 3] {name}" for name in names] or [f"float[m, {d}] cells"]
@@ -118,11 +122,6 @@ def dummy_model_file(
     smears: int = 6,  # synthetic smears of each class that it is fitted on
 ) -> Path:  # the file
     "Write a model file of the class whose synthetic smears are nearest, in a moment. Needs `onnx` and scikit-learn."
-    from leukemia_nb.data.synthetic import make_smear
-    from leukemia_nb.inference.model_file import write_model_file
-    from leukemia_nb.inference.ood import fit_ood, image_statistics
-    from leukemia_nb.inference.predictor import prepare_image
-
     info = {"name": f"dummy_{kind}", "title": f"Dummy ({kind})", "classes": list(classes), "input": kind, "image_size": size}
     info |= _DUMMY["model_file"] | {"training": {"images": smears * len(classes), "validation": 0}}
     labels = [name for name in classes for _ in range(smears)]
@@ -143,21 +142,16 @@ def dummy_model_file(
 # %% ../nbs/00_shared/30_testing.ipynb #915e084f
 def dummy_classifier_file(
     path: str | os.PathLike,  # file to be written
-    classes: Sequence[str] = ("Normal", "Pre-B", "Pro-B"),  # in alphabetical order
-    size: int = 224,  # side of the images that it takes
-    smears: int = 6,  # synthetic smears of each class that it is fitted on
 ) -> Path:  # the file
-    "Write an ONNX classifier of the mean colour of the image. Needs `onnx`."
+    "Write an ONNX classifier of Normal, Pre-B and Pro-B by the mean colour of the image. Needs `onnx`."
     import onnx.parser
 
-    from leukemia_nb.inference.predictor import render_template
-
-    drawn = [[make_smear(name, seed, 192, 256).image / 255 for seed in range(smears)] for name in classes]
-    colours = np.array(drawn).mean(axis=(2, 3))  # (k, smears, 3)
+    drawn = [[make_smear(name, seed, 192, 256).image / 255 for seed in range(6)] for name in ("Normal", "Pre-B", "Pro-B")]
+    colours = np.array(drawn).mean(axis=(2, 3))  # (3, 6, 3)
     means, variance = colours.mean(axis=1), colours.var(axis=1).mean()
     weights, bias = 2 * means.T / variance, -(means**2).sum(axis=1) / variance
     arrays = {"weights": weights.ravel().tolist(), "bias": bias.tolist()}
-    text = render_template("dummy_classifier.j2", k=len(classes), size=size, **arrays)
+    text = render_template("dummy_classifier.j2", k=3, size=224, **arrays)
     onnx.save(onnx.parser.parse_model(text), os.fspath(path))
     return Path(path)
 
@@ -258,9 +252,6 @@ def dummy_evaluation(
     per_class: int = 12,  # images of each class
 ) -> Path:  # folder of the predictions, for the notebook 50_evaluate
     "A labelled folder of synthetic smears, `hospital`, and the predictions of two dummy models for it."
-    from leukemia_nb.data.images import write_image
-    from leukemia_nb.inference.external import labelled_images, predict_labelled
-
     folder = Path(folder)
     models = [dummy_model_file(folder / "models" / f"dummy_{kind}.onnx", kind) for kind in ("image", "cells")]
     for number, label in enumerate(np.repeat(["Normal", "Early Pre-B", "Pre-B", "Pro-B"], per_class)):
@@ -283,36 +274,39 @@ EXAMPLE = replace(
 )
 
 
+def _copy_of(name: str, make: Callable[[Path], Path]) -> str:
+    "A copy of the folder that `make` makes, or has made with the same code, in a folder for temporary files."
+    cache = Path(tempfile.gettempdir(), f"leukemia_nb-{name}-{_library_digest()[:16]}")
+    with FileLock(f"{cache}.lock"):
+        return str(shutil.copytree(make(cache), Path(tempfile.mkdtemp(), name)))
+
+
 def example_run(
     *until: str,  # steps or kinds of step to run, with all they need; none: the split
 ) -> str:  # path of the run
     "A copy of the example study, run up to some steps; what an earlier call with the same code has run is not run again."
-    import shutil
-    import tempfile
 
-    cache = Path(tempfile.gettempdir(), f"leukemia_nb-example-{_library_digest()[:16]}")
-    with FileLock(f"{cache}.lock"):
+    def make(cache: Path) -> Path:
         run_study(EXAMPLE, cache, until=until or ("split",), log=lambda line: None)
-        return str(shutil.copytree(cache, Path(tempfile.mkdtemp(), "example")))
+        return cache
+
+    return _copy_of("example", make)
 
 # %% ../nbs/00_shared/30_testing.ipynb #a6baecc1
 def example_audit(
     *until: str,  # steps to run, with all they need; none: the whole audit
 ) -> str:  # path of the audit's folder
     "A copy of an audit of a dummy classifier on synthetic smears, run up to some steps."
-    import shutil
-    import tempfile
 
-    from leukemia_nb.data.synthetic import write_smears
-
-    cache = Path(tempfile.gettempdir(), f"leukemia_nb-audit-{_library_digest()[:16]}")
-    with FileLock(f"{cache}.lock"):
+    def make(cache: Path) -> Path:
         if not (cache / "colours.onnx").is_file():
             write_smears(cache / "smears", 8, height=224, width=224)
             dummy_classifier_file(cache / "colours.onnx")
         settings = audit_settings(cache / "smears", cache / "colours.onnx", ModelSettings(range="0-1"), audit_images=24)
         run_audit(settings, cache / "audit", until=until, log=lambda line: None)
-        return str(shutil.copytree(cache / "audit", Path(tempfile.mkdtemp(), "audit")))
+        return cache / "audit"
+
+    return _copy_of("audit", make)
 
 # %% ../nbs/00_shared/30_testing.ipynb #ec06ae1e
 def show_symbol(

@@ -42,32 +42,32 @@ def test_pairs(cell_dataset):
 
 
 def test_grey_and_normalised_cells_have_no_colour_of_their_own():
-    from leukemia_nb.models.cell_model import recolour_cell
+    from leukemia_nb.models.cell_model import _recolour_cell
 
     random = np.random.default_rng(0)
     for crop, mask in zip(*crops_of("Pro-B", 3)):
-        assert np.ptp(recolour_cell(crop, mask, "grey", random).astype(int), axis=2).max() <= 3
-        lab = cv2.cvtColor(recolour_cell(crop, mask, "normalised", random), cv2.COLOR_RGB2LAB)[mask].mean(axis=0)
+        assert np.ptp(_recolour_cell(crop, mask, "grey", random).astype(int), axis=2).max() <= 3
+        lab = cv2.cvtColor(_recolour_cell(crop, mask, "normalised", random), cv2.COLOR_RGB2LAB)[mask].mean(axis=0)
         assert np.abs(lab - (135, 158, 100)).max() < 8
-        assert np.array_equal(recolour_cell(crop, mask, "own", random), crop)
+        assert np.array_equal(_recolour_cell(crop, mask, "own", random), crop)
     with pytest.raises(ValueError, match="unknown colours 'blue'"):
-        recolour_cell(crop, mask, "blue", random)
+        _recolour_cell(crop, mask, "blue", random)
 
 
 def test_transferred_colours_are_the_others_and_differences_between_cells_stay():
-    from leukemia_nb.models.cell_model import transfer_colours
+    from leukemia_nb.models.cell_model import _transfer_colours
     from leukemia_nb.processing.colour import colour_statistics
 
     def statistics(crops, masks):
         return colour_statistics(np.concatenate(crops), np.concatenate(masks))
 
     (crops, masks), donor = crops_of("Pre-B", 3), crops_of("Normal", 3)
-    moved = transfer_colours(crops, masks, donor)
+    moved = _transfer_colours(crops, masks, donor)
     assert moved.dtype == np.uint8 and moved.shape == crops.shape
     np.testing.assert_allclose(statistics(moved, masks), statistics(*donor), atol=3)
     lightness = [[cv2.cvtColor(c, cv2.COLOR_RGB2LAB)[m][:, 0].mean() for c, m in zip(some, masks)] for some in (crops, moved)]
     assert np.corrcoef(*lightness)[0, 1] > 0.95
-    assert np.abs(transfer_colours(crops, masks, (crops, masks)).astype(int) - crops)[masks].mean() < 2
+    assert np.abs(_transfer_colours(crops, masks, (crops, masks)).astype(int) - crops)[masks].mean() < 2
 
 
 def test_colour_statistics_and_transfer_of_two_pixels():
@@ -83,11 +83,11 @@ def test_colour_statistics_and_transfer_of_two_pixels():
 
 
 def test_training_gives_each_class_in_the_colours_of_every_class():
-    from leukemia_nb.models.cell_model import augment_colours
+    from leukemia_nb.models.cell_model import _augment_colours
 
     seen = [crops_of(label, seed) for label in CLASSES for seed in (4, 5)]
     nothing = np.zeros((0, 48, 48, 3), np.uint8), np.zeros((0, 48, 48), bool)
-    found = augment_colours([*seen, nothing], np.array([0, 0, 1, 1, 2, 2, 2]))
+    found = _augment_colours([*seen, nothing], np.array([0, 0, 1, 1, 2, 2, 2]))
     assert len(found) == 3 + 3 + 3 and all(cells.n_images == 7 for cells in found)
     assert np.bincount(found[3].image_index).max() <= 5
     means = [[cells.features[cells.image_index // 2 == k][:, -6:-3].mean(axis=0) for k in range(3)] for cells in found]

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 from leukemia_nb.data import manifest as data
 from leukemia_nb.data.classes import CLASSES, read_class_map
-from leukemia_nb.data.manifest import build_manifest, check_not_inside, check_manifest, fetch_kaggle, find_images, search_images
+from leukemia_nb.data.manifest import build_manifest, check_not_inside, check_manifest, fetch_kaggle, search_images
 from leukemia_nb.data.files import (
     _OUTPUT_MARKER,
     OutputError,
@@ -138,10 +139,6 @@ def test_copies_within_a_class_are_no_problem_here(hospital):
     assert (build_manifest(hospital)["problem"] == "").all()
 
 
-def test_threads_change_nothing(hospital):
-    pd.testing.assert_frame_equal(build_manifest(hospital), build_manifest(hospital, n_jobs=3))
-
-
 def test_a_name_that_is_no_utf8_is_opened_and_escaped(tmp_path):
     path = tmp_path / "Pre" / os.fsdecode(b"caf\xe9.png")
     write_image(path, noise(0))
@@ -229,7 +226,7 @@ def test_real_full_size_images(shared_data):
 
 
 def test_real_set(shared_data):
-    manifest = build_manifest(shared_data / "taleqani", n_jobs=2)
+    manifest = build_manifest(shared_data / "taleqani")
     assert manifest["class"].value_counts().to_dict() == {"Normal": 463, "Pre-B": 885, "Pro-B": 739}
     assert (manifest["problem"] == "").all() and manifest["pair"].is_unique and set(manifest["width"]) == {224}
 
@@ -248,7 +245,7 @@ def test_tables_come_back_as_they_were(tmp_path, hospital):
 
 
 def names(folder: Path, **settings: object) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in find_images(folder, **settings)}
+    return {path.relative_to(folder).as_posix() for path in search_images(folder, **settings).paths}
 
 
 PREPARE = """
@@ -290,11 +287,11 @@ def test_what_leukemia_nb_wrote_is_no_data_at_any_depth(hospital):
 def test_a_folder_that_leukemia_nb_wrote_is_refused_with_the_remedy(tmp_path, inner):
     write_image(tmp_path / "seg/masks/Pre/a.png", noise(0))
     mark_output_folder(tmp_path / "seg")
-    for search in (find_images, search_images, build_manifest):
+    for search in (search_images, build_manifest):
         with pytest.raises(ImageError, match=r"was written by leukemia_nb.*delete .*/seg/\.leukemia_nb-output\.$"):
             search(tmp_path / "seg" / inner)
     (tmp_path / "seg" / _OUTPUT_MARKER).unlink()
-    assert len(find_images(tmp_path / "seg")) == 0 and len(find_images(tmp_path / "seg/masks")) == 1
+    assert len(search_images(tmp_path / "seg").paths) == 0 and len(search_images(tmp_path / "seg/masks").paths) == 1
 
 
 def test_the_folder_of_the_results_is_left_out_by_whatever_way(hospital, monkeypatch):
@@ -303,8 +300,8 @@ def test_the_folder_of_the_results_is_left_out_by_whatever_way(hospital, monkeyp
     before = names(hospital, exclude=hospital / "out")
     assert len(before) == 5 and len(names(hospital)) == 6
     monkeypatch.chdir(hospital)
-    assert {str(path) for path in find_images(".", "out")} == before
-    assert {str(path) for path in find_images(".", "./Pro/../out/")} == before
+    assert {str(path) for path in search_images(".", "out").paths} == before
+    assert {str(path) for path in search_images(".", "./Pro/../out/").paths} == before
     for out in (".", "..", hospital):
         with pytest.raises(OutputError, match="holds the images that are read"):
             check_not_inside(".", out)
@@ -314,8 +311,8 @@ def test_the_folder_of_the_results_is_left_out_by_whatever_way(hospital, monkeyp
 def test_synthetic_smears_in_a_run_folder_are_data(tmp_path):
     write_smears(tmp_path / "run/images", 1, height=64, width=64)
     mark_output_folder(tmp_path / "run")
-    assert len(build_manifest(tmp_path / "run/images")) == 3 == len(find_images(tmp_path / "run/images/Pre-B")) * 3
-    assert not find_images(tmp_path)  # from above they are part of the run
+    assert len(build_manifest(tmp_path / "run/images")) == 3 == len(search_images(tmp_path / "run/images/Pre-B").paths) * 3
+    assert not search_images(tmp_path).paths  # from above they are part of the run
 
 
 def test_links_are_followed_once_and_loops_end(hospital, tmp_path_factory):
@@ -362,21 +359,23 @@ def test_whatever_is_left_out_is_counted_in_one_line(hospital):
         (hospital / place).parent.mkdir(parents=True, exist_ok=True)
         (hospital / place).touch()
     os.mkfifo(hospital / "Pre" / "pipe.png")
-    said = search_images(hospital).summary(max_reasons=20)
+    search = search_images(hospital)
+    said = search.summary()
     assert said.startswith(f"{hospital}: 5 images found, 13 left out (") and "\n" not in said
-    for part in (
-        ".avif files: 2",
-        ".jp2 files: 1",
-        ".heic files: 1",
-        ".svs files: 1",
-        "hidden: 2",
-        "files without a suffix: 1",
-        ".zip archives, to be unpacked: 1",
-        ".gz archives, to be unpacked: 1",
-        "named truth, segmented, masks: 2",
-        "devices or pipes: 1",
-    ):
-        assert part in said
+    reasons = {
+        ".avif files": 2,
+        ".jp2 files": 1,
+        ".heic files": 1,
+        ".svs files": 1,
+        "hidden": 2,
+        "files without a suffix": 1,
+        ".zip archives, to be unpacked": 1,
+        ".gz archives, to be unpacked": 1,
+        "named truth, segmented, masks": 2,
+        "devices or pipes": 1,
+    }
+    assert Counter(reason for _, reason in search.left_out) == reasons and "other reasons: 2" in said
+    assert sum(f"{reason}: {number}" in said for reason, number in reasons.items()) == 8
     write_image(hospital / "holiday" / "x.png", noise(9))
     write_image(hospital / "Early" / "x.png", noise(10))
     lines: list[str] = []

@@ -53,7 +53,7 @@ def manifest(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(manifest, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
-    return prepare_pairs(manifest, folder, SIZE, progress=False), folder
+    return prepare_pairs(manifest, folder, SIZE), folder
 
 
 @pytest.fixture(scope="module")
@@ -97,14 +97,14 @@ def test_pixels_are_segment_mask_resize_in_that_order(prepared):
 
 def test_same_table_and_files_with_two_workers(manifest, prepared, tmp_path):
     table, folder = prepared
-    again = prepare_pairs(manifest, tmp_path, SIZE, n_jobs=2, progress=False)
+    again = prepare_pairs(manifest, tmp_path, SIZE, n_jobs=2)
     pd.testing.assert_frame_equal(again, table)
     for name in table["segmented"][table["problem"] == ""]:
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_only_what_is_not_finished_is_done(manifest, tmp_path):
-    first = prepare_pairs(manifest, tmp_path, SIZE, progress=False)
+    first = prepare_pairs(manifest, tmp_path, SIZE)
     good = first[first["problem"] == ""].reset_index(drop=True)
     dates = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
     damaged = [tmp_path / good["original"][0], tmp_path / good["segmented"][1], tmp_path / good["cells"][2]]
@@ -112,10 +112,10 @@ def test_only_what_is_not_finished_is_done(manifest, tmp_path):
     damaged[1].unlink()
     damaged[2].write_bytes(b"")
     (tmp_path / "records" / f"{good['pair'][3]}.json").write_text("{")
-    pd.testing.assert_frame_equal(prepare_pairs(manifest, tmp_path, SIZE, progress=False), first)
+    pd.testing.assert_frame_equal(prepare_pairs(manifest, tmp_path, SIZE), first)
     changed = {path for path, date in dates.items() if path.stat().st_mtime_ns != date}
     assert changed == {tmp_path / name for pair in good["pair"][:4] for name in _pair_files(pair).values()}
-    prepare_pairs(manifest, tmp_path, 32, progress=False)  # other settings
+    prepare_pairs(manifest, tmp_path, 32)  # other settings
     assert all(path.stat().st_mtime_ns != date for path, date in dates.items())
 
 
@@ -124,10 +124,10 @@ def test_image_that_changed_or_went_bad_is_a_row_and_keeps_no_files(manifest, tm
     copy = work.assign(path=[str(tmp_path / Path(path).name) for path in work["path"]])
     for source, target in zip(work["path"], copy["path"]):
         Path(target).write_bytes(Path(source).read_bytes())
-    prepare_pairs(copy, tmp_path / "out", SIZE, progress=False)
+    prepare_pairs(copy, tmp_path / "out", SIZE)
     Path(copy["path"][0]).write_bytes(Path(copy["path"][1]).read_bytes())
     Path(copy["path"][1]).unlink()
-    table = prepare_pairs(copy, tmp_path / "out", SIZE, progress=False)
+    table = prepare_pairs(copy, tmp_path / "out", SIZE)
     assert "changed since the manifest was made" in table["problem"][0] and "No such file" in table["problem"][1]
     assert (table["problem"][2:] == "").all() and (table.loc[:1, ["original", "mask_flag"]] == "").all(axis=None)
     for pair in copy["pair"][:2]:
@@ -139,7 +139,7 @@ def test_any_error_on_one_image_is_its_row(manifest, tmp_path, monkeypatch):
         raise RuntimeError("two\nlines")
 
     monkeypatch.setattr(dataset, "segment", fail)
-    table = prepare_pairs(manifest[:3], tmp_path, SIZE, progress=False)
+    table = prepare_pairs(manifest[:3], tmp_path, SIZE)
     assert (
         table["problem"].str.contains(r"cannot be processed \(RuntimeError: two lines\)").sum()
         == 3 - (manifest["problem"][:3] != "").sum()
@@ -158,15 +158,15 @@ def test_errors_of_the_output_end_the_run_and_say_what_is_done(manifest, tmp_pat
     monkeypatch.setattr(dataset, "_save_png", full)
     good = manifest[manifest["problem"] == ""]
     with pytest.raises(OutputError, match="No space left on device. 2 of 16 pairs are done and kept"):
-        prepare_pairs(good, tmp_path / "out", SIZE, progress=False)
+        prepare_pairs(good, tmp_path / "out", SIZE)
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="0 of 16 pairs are done and kept"):
-        prepare_pairs(good, tmp_path / "file", SIZE, progress=False)
+        prepare_pairs(good, tmp_path / "file", SIZE)
 
 
 @pytest.mark.filterwarnings("error")
 def test_no_pair_is_usable_and_pandas_says_nothing(manifest, tmp_path):
-    table = prepare_pairs(manifest[:2].assign(problem="not today"), tmp_path, SIZE, progress=False)
+    table = prepare_pairs(manifest[:2].assign(problem="not today"), tmp_path, SIZE)
     assert (table["problem"] == "not today").all() and (table[["original", "cells", "mask_flag", "pixels"]] == "").all(axis=None)
     assert table["mask_fraction"].isna().all() and table["n_cells"].isna().all()
 
@@ -226,7 +226,7 @@ def test_a_cell_without_a_pixel_in_its_window_and_a_fault_in_one_image_do_not_en
     assert list(read_table(tmp_path / "again/pairs.csv")["problem"]) == list(pairs["problem"])
 
 
-@given(arrays(np.uint8, (3, 4, 3)), st.sampled_from(_FLIPS))
+@given(arrays(np.uint8, (3, 4, 3)), st.sampled_from(list(_FLIPS)))
 def test_pixel_hash_is_equal_for_mirror_images(image, kind):
     assert _pixel_hash(flip(image, kind)) == _pixel_hash(image)
     other = image.copy()
@@ -394,5 +394,5 @@ def test_segmentation_commutes_with_flips_on_real_images(shared_data):
     for path in sorted((shared_data / "taleqani").glob("*/*.jpg"))[::400]:
         image = read_image(path)
         mask = segment(image)
-        for kind in _FLIPS[1:]:
+        for kind in list(_FLIPS)[1:]:
             assert (segment(flip(image, kind)) != flip(mask, kind)).mean() < 0.002

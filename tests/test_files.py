@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from leukemia_nb.data import files
-from leukemia_nb.data.manifest import find_images
+from leukemia_nb.data.manifest import search_images
 from leukemia_nb.data.files import OutputError, atomic_path, check_output, read_table, set_sha256, escape_text, write_table
 from leukemia_nb.data.images import write_image
 
@@ -101,7 +101,7 @@ def test_killed_while_writing(tmp_path):
     root = Path(files.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "Pre" / "x.png"], env=os.environ | {"PYTHONPATH": str(root)})
     assert done.returncode == -9 and not (tmp_path / "Pre" / "x.png").exists()
-    assert list((tmp_path / "Pre").iterdir()) and not find_images(tmp_path)  # the leftover is no image
+    assert list((tmp_path / "Pre").iterdir()) and not search_images(tmp_path).paths  # the leftover is no image
 
 
 @given(st.binary(max_size=20).filter(lambda name: b"\0" not in name))
@@ -405,7 +405,7 @@ def test_json_comes_back_as_it_was_with_names_in_bytes(tmp_path_factory, content
 def test_a_lock_makes_the_folders_it_needs_and_is_no_data(tmp_path):
     with files.file_lock(tmp_path / "new" / "x.png"):
         (tmp_path / "new" / "x.png").write_bytes(b"1")
-    assert [path.name for path in find_images(tmp_path)] == ["x.png"]
+    assert [path.name for path in search_images(tmp_path).paths] == ["x.png"]
     assert all(name.startswith(".") for name in os.listdir(tmp_path / "new") if name != "x.png")
 
 

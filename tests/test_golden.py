@@ -94,7 +94,6 @@ def cells(smears):
         FEATURE_NAMES,
         cell_crops,
         cell_table,
-        count_cells,
         count_quality,
         find_cells,
         label_cells,
@@ -113,7 +112,7 @@ def cells(smears):
     truth = smears["large"].cells > 0
     found["divided"] = {
         "areas": sorted(areas(label_cells(truth))),
-        "count": count_cells(truth),
+        "count": int(label_cells(truth).max()),
         "deep": areas(label_cells(truth, 0.3, 0.97)),
     }
     for name in ("large", "seen"):
@@ -147,7 +146,7 @@ def near_duplicates(folder, smears):
     for name, image in images.items():
         write_image(folder / f"{name}.png", np.ascontiguousarray(image))
     paths = [folder / f"{name}.png" for name in images]
-    pairs = find_near_duplicates(paths, progress=False)
+    pairs = find_near_duplicates(paths)
     split = pd.DataFrame({"pair": [str(path) for path in paths], "subset": ["train", "test", "train", "val", "test", "test"]})
     split["group"] = group_images(paths, pairs)
     short = pairs.assign(a=pairs["a"].map(lambda path: Path(path).stem), b=pairs["b"].map(lambda path: Path(path).stem))

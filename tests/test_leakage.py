@@ -67,7 +67,7 @@ def test_too_little_to_compare_is_no_agreement():
 @pytest.mark.parametrize("left, top", [(0, 190), (250, 0), (200, 150), (330, 180)])
 def test_shift_is_found(field, others, tmp_path, left, top):
     paths = save(tmp_path, a=field[:480, :640], b=field[top : top + 480, left : left + 640], c=others[0], d=others[1])
-    pairs = leakage.find_overlaps(paths, progress=False)
+    pairs = leakage.find_near_duplicates(paths).query("kind == 'overlap'")
     assert names(pairs) == {("a.png", "b.png")}
     assert pairs["dx"][0] == pytest.approx(left / 640, abs=0.01) and pairs["dy"][0] == pytest.approx(top / 480, abs=0.01)
 
@@ -79,10 +79,7 @@ def test_unrelated_smears_with_the_same_scale_bar_do_not_match(others, tmp_path)
         image[-40:, -100:] = 255
         cv2.putText(image, "200 px", (548, 470), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 2)
         barred.append(image)
-    assert (
-        len(leakage.find_near_duplicates(save(tmp_path, **{f"p{i}": image for i, image in enumerate(barred)}), progress=False))
-        == 0
-    )
+    assert leakage.find_near_duplicates(save(tmp_path, **{f"p{i}": image for i, image in enumerate(barred)})).empty
 
 
 @pytest.mark.parametrize("orientation", leakage._ORIENTATIONS[1:])
@@ -91,7 +88,7 @@ def test_flipped_resized_and_saved_again(field, others, tmp_path, orientation):
     changed = cv2.resize(np.ascontiguousarray(leakage._orient(image, orientation)), (300, 300), interpolation=cv2.INTER_AREA)
     save(tmp_path, a=image, c=others[0])
     write_image(tmp_path / "b.jpg", changed, quality=60)
-    pairs = leakage.find_duplicates(sorted(tmp_path.glob("*.*")), progress=False)
+    pairs = leakage.find_duplicates(sorted(tmp_path.glob("*.*")))
     assert names(pairs) == {("a.png", "b.jpg")} and pairs["kind"][0] == "flipped copy"
     back = {"turned left": "turned right", "turned right": "turned left"}.get(orientation, orientation)
     assert pairs["orientation"][0] == back  # what has to be done to b to lie on a
@@ -100,37 +97,37 @@ def test_flipped_resized_and_saved_again(field, others, tmp_path, orientation):
 def test_same_file_under_a_name_outside_ascii(field, tmp_path):
     (first,) = save(tmp_path, a=field[:240, :320])
     (tmp_path / "Präparat 血.png").write_bytes(first.read_bytes())
-    pairs = leakage.find_near_duplicates(sorted(tmp_path.glob("*.*")), progress=False)
+    pairs = leakage.find_near_duplicates(sorted(tmp_path.glob("*.*")))
     assert pairs["kind"].tolist() == ["same file"]
 
 
 def test_empty_images_are_similar_to_nothing(tmp_path):
     paths = save(tmp_path, a=np.full((60, 80, 3), 240, np.uint8), b=np.full((60, 80, 3), 250, np.uint8))
-    assert len(leakage.find_near_duplicates(paths, progress=False)) == 0
-    assert list(leakage.find_near_duplicates([], progress=False).columns) == list(leakage._COLUMNS)
+    assert len(leakage.find_near_duplicates(paths)) == 0
+    assert list(leakage.find_near_duplicates([]).columns) == list(leakage._COLUMNS)
 
 
 def test_torn_image_is_named(tmp_path):
     (tmp_path / "torn.png").write_bytes(b"\x89PNG")
     with pytest.raises(ImageError, match="torn.png"):
-        leakage.find_near_duplicates([tmp_path / "torn.png"], progress=False)
+        leakage.find_near_duplicates([tmp_path / "torn.png"])
 
 
 def test_same_pairs_again_and_with_more_threads(field, others, tmp_path):
     paths = save(tmp_path, a=field[:480, :640], b=field[100:580, 200:840], c=others[2])
-    first = leakage.find_near_duplicates(paths, n_jobs=1, progress=False)
-    pd.testing.assert_frame_equal(first, leakage.find_near_duplicates(paths, n_jobs=2, progress=False))
+    first = leakage.find_near_duplicates(paths, n_jobs=1)
+    pd.testing.assert_frame_equal(first, leakage.find_near_duplicates(paths, n_jobs=2))
 
 
 def test_points_in_parts_lead_to_the_same_pairs(field, others, tmp_path, monkeypatch):
     """More points than one index holds are divided into parts, and images into blocks."""
     views = {f"v{i}": field[:480, left : left + 640] for i, left in enumerate((0, 150, 300))}
     paths = save(tmp_path, **views, **{f"o{i}": image for i, image in enumerate(others)})
-    whole = leakage.find_near_duplicates(paths, n_jobs=1, progress=False)
+    whole = leakage.find_near_duplicates(paths, n_jobs=1)
     monkeypatch.setattr(leakage, "_POINTS_AT_ONCE", 400)
     monkeypatch.setattr(leakage, "_IMAGES_AT_ONCE", 3)
-    centres = leakage._part_centres(paths, 150, seed=0)
-    parts = leakage.find_near_duplicates(paths, n_jobs=1, progress=False)
+    centres = leakage._part_centres(paths, seed=0)
+    parts = leakage.find_near_duplicates(paths, n_jobs=1)
     assert centres.shape == (6, 128) and len(whole) == 3 and names(parts) == names(whole)
     np.testing.assert_allclose(parts[["dx", "dy", "ncc"]], whole[["dx", "dy", "ncc"]])
 
@@ -289,7 +286,7 @@ def test_listed_groups_of_real_images(shared_data):
     alone = np.random.default_rng(2).choice(sizes.index[sizes == 1].sort_values(), 60, replace=False)
     fields = fields[fields["overlap_group"].isin([*listed, *alone])].reset_index(drop=True)
     paths = [str(shared_data / "taleqani" / file) for file in fields["file"]]
-    pairs = leakage.find_near_duplicates(paths, progress=False)
+    pairs = leakage.find_near_duplicates(paths)
     groups, truth = leakage.group_images(paths, pairs), fields["overlap_group"].to_numpy()
     i, j = np.triu_indices(len(paths), 1)
     wanted = truth[i] == truth[j]
@@ -302,7 +299,7 @@ def test_originals_find_their_small_copies(shared_data):
     matches = pd.read_csv(shared_data / "kaggle_fullres/matches.csv")
     full = [str(shared_data / "kaggle_fullres" / file) for file in matches["file"]]
     small = [str(shared_data / "taleqani" / file) for file in matches["taleqani_match"]]
-    pairs = leakage.find_duplicates(full + small, progress=False)
+    pairs = leakage.find_duplicates(full + small)
     assert set(zip(full, small)) <= set(zip(pairs["a"], pairs["b"]))
 
 
@@ -314,4 +311,4 @@ def test_overlaps_of_sparse_images_are_found():
 
 def test_crops_of_different_cells_are_no_near_duplicates(shared_data):
     crops = sorted((shared_data / "pbc_lymphocyte").glob("*.jpg"))
-    assert len(crops) > 50 and len(leakage.find_near_duplicates(crops, progress=False)) <= 1
+    assert len(crops) > 50 and len(leakage.find_near_duplicates(crops)) <= 1

@@ -13,7 +13,7 @@ from skimage.measure import label, regionprops_table
 from leukemia_nb.data.images import read_image, write_image
 from leukemia_nb.data.synthetic import make_smear
 from leukemia_nb.processing.cells import find_cells, find_cells_and_nuclei
-from leukemia_nb.processing.measurements import cells_geojson, mask_polygon, measure_cells, read_cells, write_cells
+from leukemia_nb.processing.measurements import _cells_geojson, _mask_polygon, measure_cells, _read_cells, write_cells
 from leukemia_nb.processing.quality_control import segment_folder
 
 MASKS = arrays(bool, strategies.tuples(strategies.integers(1, 9), strategies.integers(1, 9)), elements=strategies.booleans())
@@ -43,7 +43,7 @@ def twice_the_area(ring):
 def test_polygons_redraw_any_mask_and_have_its_area(mask):
     if not mask.any():
         return
-    geometry = mask_polygon(mask, (0, 0))
+    geometry = _mask_polygon(mask, (0, 0))
     assert (fill(geometry, mask.shape) == mask).all()
     rings = [ring for rings in polygons(geometry) for ring in rings]
     assert sum(map(twice_the_area, rings)) == 2 * mask.sum()
@@ -58,7 +58,7 @@ def test_polygons_redraw_any_mask_and_have_its_area(mask):
 def test_polygons_are_valid_for_a_library_of_geometry(mask):
     shapely = pytest.importorskip("shapely.geometry", exc_type=ImportError)
     if mask.any():
-        shape = shapely.shape(mask_polygon(mask))
+        shape = shapely.shape(_mask_polygon(mask))
         assert shape.is_valid and shape.area == mask.sum()
 
 
@@ -86,7 +86,7 @@ def test_cells_at_the_border_are_flagged():
 def test_an_image_without_cells_and_a_grey_one_have_tables():
     empty = measure_cells(np.zeros((20, 30), np.uint8), np.zeros((20, 30), np.int32))
     assert len(empty) == 0 and "nc_ratio" in empty
-    assert cells_geojson(empty, np.zeros((20, 30), np.int32)) == {"type": "FeatureCollection", "features": []}
+    assert _cells_geojson(empty, np.zeros((20, 30), np.int32)) == {"type": "FeatureCollection", "features": []}
     with pytest.raises(ValueError, match="one size"):
         measure_cells(np.zeros((20, 30), np.uint8), np.zeros((30, 20), np.int32))
 
@@ -103,7 +103,7 @@ def segmented(request, tmp_path_factory):
     for number, name in enumerate(("a.png", "Pre/=b.jpg")):
         write_image(folder / "in" / name, make_smear("Pre-B", number, 192, 256).image)
     (folder / "in" / "broken.png").write_bytes(b"")
-    segment_folder(folder / "in", folder / "out", request.param, progress=False)
+    segment_folder(folder / "in", folder / "out", request.param)
     return folder / "out", request.param
 
 
@@ -131,5 +131,5 @@ def test_the_table_stays_when_the_folder_is_segmented_again(segmented):
     before = (out / "cells.csv").read_bytes()
     file = next((out / "geojson").rglob("*.geojson"))
     file.write_text("{}")
-    segment_folder(out.parent / "in", out, method, progress=False)
-    assert (out / "cells.csv").read_bytes() == before and len(read_cells(file)) > 0
+    segment_folder(out.parent / "in", out, method)
+    assert (out / "cells.csv").read_bytes() == before and len(_read_cells(file)) > 0

@@ -164,10 +164,10 @@ def test_one_image_is_not_taken_for_many(trained):
     ],
 )
 def test_a_constant_predictor_is_named_unless_the_images_are_like_that(predicted, true, described):
-    from leukemia_nb.models.classifier import describe_constant_predictor
+    from leukemia_nb.models.classifier import _describe_constant_predictor
 
     names = np.array(["Normal", "Pre-B"])
-    found = describe_constant_predictor(np.eye(2)[np.array(predicted, int)], names[np.array(true, int)], names)
+    found = _describe_constant_predictor(np.eye(2)[np.array(predicted, int)], names[np.array(true, int)], names)
     assert described in found and bool(found) == bool(described)
 
 

@@ -165,7 +165,7 @@ def test_an_image_that_changed_since_the_manifest_is_a_row(tmp_path):
     (data / "Pro/s0.png").write_bytes((data / "Benign/s0.png").read_bytes())
     (data / "Pro/s1.png").unlink()
     (data / "Pro/s1.png").mkdir()
-    table = prepare_pairs(manifest, tmp_path / "prepared", size=32, progress=False)
+    table = prepare_pairs(manifest, tmp_path / "prepared", size=32)
     assert table["class"][table["problem"] != ""].tolist() == ["Pro-B"] * 2
     assert len(Pairs(tmp_path / "prepared", table=table)) == 4
 

@@ -53,7 +53,7 @@ def call(images, _, out, *jobs, cwd=None, **more):
     lines: list[str] = []
     with chdir(cwd or "."):
         try:
-            table = segment_folder(images, out, n_jobs=jobs[1] if jobs else None, progress=False, log=lines.append)
+            table = segment_folder(images, out, n_jobs=jobs[1] if jobs else None, log=lines.append)
         except (LeukemiaError, OSError) as error:
             return 1, "", "\n".join([*lines, str(error)])
     bad = int((table["problem"] != "").sum())
@@ -159,17 +159,17 @@ def test_an_old_mask_is_never_taken_for_that_of_another_image(tmp_path, drawn):
 def test_a_torn_file_counts_as_not_done(tmp_path, drawn):
     for name, image in zip("abc", drawn):
         write_image(tmp_path / "in" / f"{name}.png", image)
-    segment_folder(tmp_path / "in", tmp_path / "out", progress=False)
+    segment_folder(tmp_path / "in", tmp_path / "out")
     files = [tmp_path / "out" / name for name in ("overlays/a.png", "masks/b.png", "records/c.png.json", "qc.csv")]
     before = [file.read_bytes() for file in files]
     files[0].write_bytes(before[0][:300])
     files[1].write_bytes(b"")
     files[2].write_bytes(b"[]")
-    segment_folder(tmp_path / "in", tmp_path / "out", progress=False)
+    segment_folder(tmp_path / "in", tmp_path / "out")
     assert [file.read_bytes() for file in files] == before
     (tmp_path / "out/records/c.png.json").write_bytes(b"junk")
     (tmp_path / "out/masks/.part-1-abc.png").write_bytes(b"what a killed run left")
-    segment_folder(tmp_path / "in", tmp_path / "out", progress=False)
+    segment_folder(tmp_path / "in", tmp_path / "out")
     assert [file.read_bytes() for file in files] == before and not list(tmp_path.rglob(".part-*"))
 
 
@@ -235,7 +235,7 @@ def test_any_error_on_one_image_is_its_row(tmp_path, drawn, monkeypatch, trouble
         return real(image, *more)
 
     monkeypatch.setattr(quality_control, "segment", failing)
-    segment_folder(tmp_path / "in", tmp_path / "out", progress=False)
+    segment_folder(tmp_path / "in", tmp_path / "out")
     table = table_of(tmp_path / "out").set_index("path")
     assert (table.problem != "").tolist() == [False, True, False] and "in/b.png: " in table.problem["b.png"]
     assert "\n" not in table.problem["b.png"] and len(list((tmp_path / "out").rglob("*.png"))) == 6
@@ -282,7 +282,7 @@ def test_a_second_writer_is_refused_and_the_first_one_loses_nothing(tmp_path, ma
 @pytest.mark.slow
 def test_a_killed_run_leaves_no_workers_and_is_gone_on_with(tmp_path, many):
     psutil = pytest.importorskip("psutil")
-    segment_folder(many, tmp_path / "whole", progress=False)
+    segment_folder(many, tmp_path / "whole")
     with begun(tmp_path / "out", many, "--out", tmp_path / "out", "--n-jobs", 2) as run:
         workers = psutil.Process(run.pid).children(recursive=True)
         assert len(workers) >= 2

@@ -19,7 +19,6 @@ from leukemia_nb.processing.cells import (
     cell_crops,
     cell_features,
     cell_table,
-    count_cells,
     count_quality,
     find_cells,
     label_cells,
@@ -36,7 +35,6 @@ from leukemia_nb.processing.segmentation import (
     _cluster_overlay,
     drop_small,
     draw_outlines,
-    kmeans_mask,
     mask_quality,
     segment,
     segmentation_steps,
@@ -81,10 +79,19 @@ def test_otsu_threshold_of_constant_and_unusable_values():
         otsu_threshold(np.zeros(3))
 
 
+def kmeans_mask(channel: np.ndarray) -> np.ndarray:
+    "The cluster of the higher mean by cv2.kmeans with K = 2, the best of ten random starts, as the original study computes it."
+    cv2.setRNGSeed(0)
+    stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 100, 0.2)
+    _, labels, centres = cv2.kmeans(channel.reshape(-1, 1).astype(np.float32), 2, None, stop, 10, cv2.KMEANS_RANDOM_CENTERS)
+    return (labels == centres.argmax()).reshape(channel.shape)
+
+
 def test_study_mask_equals_kmeans_on_smears(smears):
     for drawn in smears:
         small = np.ascontiguousarray(drawn.image[::2, ::2])
-        assert mask_quality(original_study_mask(small), original_study_mask(small, cluster=kmeans_mask))["iou"] > 0.98
+        slow = drop_small(clean_mask(kmeans_mask(a_channel(small))))
+        assert mask_quality(original_study_mask(small), slow)["iou"] > 0.98
 
 
 @settings(max_examples=40, deadline=None)
@@ -108,9 +115,9 @@ def test_image_is_not_changed_and_result_repeats(method, smears):
 
 def test_unusable_images_and_methods():
     for wrong in (np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros(4, np.uint8)):
-        with pytest.raises(ValueError, match="expected a uint8 image"):
+        with pytest.raises(ValueError, match="must be uint8 RGB"):
             segment(wrong)
-        with pytest.raises(ValueError, match="expected a uint8 image"):
+        with pytest.raises(ValueError, match="must be uint8 RGB"):
             segment(wrong, "nucleus")
     with pytest.raises(ValueError, match="choose one of kmeans, nucleus"):
         segment(np.zeros((4, 4, 3), np.uint8), "Kmeans")
@@ -164,7 +171,7 @@ def test_touching_cells_are_separated():
         labels = label_cells(mask > 0)
         assert labels.dtype == np.int32 and labels.max() == 2 and ((labels > 0) == (mask > 0)).all()
     oval = cv2.ellipse(np.zeros((120, 200), np.uint8), (100, 60), (60, 35), 20, 0, 360, 1, -1) > 0
-    assert count_cells(oval) == 1
+    assert label_cells(oval).max() == 1
 
 
 @given(arrays(bool, sizes))
@@ -394,12 +401,12 @@ def test_touching_cells_are_separated_as_peak_by_peak(seed):
     rows, columns = (slice(places.min(), places.max() + 1) for places in np.nonzero(mask))
     found = label_cells(mask, min_solidity=2)  # no component is left whole
     np.testing.assert_array_equal(found[rows, columns], slow_label_cells(mask[rows, columns]))
-    assert count_cells(mask) in (1, found.max())
+    assert label_cells(mask).max() in (1, found.max())
 
 
 def test_cells_of_a_grainy_field_are_counted_in_one_pass():
     """Its mask is one ragged component of a thousand peaks, each of which once cost a pass of its own."""
     grain = cv2.GaussianBlur(np.random.default_rng(0).normal(size=(800, 800)), (0, 0), 3)
     start = time.process_time()
-    assert count_cells(grain > grain.mean()) > 800
+    assert label_cells(grain > grain.mean()).max() > 800
     assert time.process_time() - start < 4

@@ -498,7 +498,7 @@ def split_step(tmp_path_factory):
     manifest = build_manifest(data, CLASSES)
     run.write_table(manifest, "manifest.csv")
     pre[9].unlink()  # vanishes before it is prepared
-    run.write_table(prepare_pairs(manifest, run.folder / "prepared", size=96, progress=False), "pairs.csv")
+    run.write_table(prepare_pairs(manifest, run.folder / "prepared", size=96), "pairs.csv")
     run.write_json({"data": str(data), "classes": 3}, "study.json")
     notebook = Path(__file__).parents[1] / "nbs/study/15_split.ipynb"
     parameters = {"run": str(run.folder), "split": "grouped", "groups": str(folder / "patients.csv")}

@@ -107,14 +107,14 @@ def test_same_seed_same_predictions(dataset, test_pairs):
 
 
 def test_ultralytics_is_given_the_settings():
-    from leukemia_nb.models.yolo import training_arguments
+    from leukemia_nb.models.yolo import _training_arguments
 
-    plain = training_arguments(make_model("yolov8", augmentation="default"), layers=10)
+    plain = _training_arguments(make_model("yolov8", augmentation="default"), layers=10)
     assert not {"scale", "erasing", "auto_augment", "flipud"} & set(plain)  # ultralytics' defaults, as in the original study
     assert (plain["optimizer"], plain["lr0"], plain["nbs"], plain["momentum"]) == ("AdamW", 1e-3, 32, 0.9)
-    assert training_arguments(make_model("yolov8", preprocessing="rescale"), 10) == training_arguments(make_model("yolov8"), 10)
+    assert _training_arguments(make_model("yolov8", preprocessing="rescale"), 10) == _training_arguments(make_model("yolov8"), 10)
     own = {"fine_tune": False, "epochs": 7, "batch_size": 5, "patience": 3, "seed": 4, "device": "0,1", "learning_rate": 0.02}
-    found = training_arguments(make_model("yolov8", **own, train_arguments={"epochs": 8}), layers=10)
+    found = _training_arguments(make_model("yolov8", **own, train_arguments={"epochs": 8}), layers=10)
     expected = {
         "epochs": 8,
         "batch": 5,
@@ -136,9 +136,9 @@ def test_whole_images_are_shown_flipped():
     from PIL import Image
     from ultralytics.data.augment import classify_augmentations
 
-    from leukemia_nb.models.yolo import training_arguments
+    from leukemia_nb.models.yolo import _training_arguments
 
-    given = training_arguments(make_model("yolov8"), layers=10)
+    given = _training_arguments(make_model("yolov8"), layers=10)
     settings = {
         "hflip": given["fliplr"],
         "vflip": given["flipud"],
@@ -160,9 +160,9 @@ def test_settings_that_ultralytics_cannot_use_are_named(dataset):
 
 # ---------------------------------------------------------------- weights
 def opened(name, weights):
-    from leukemia_nb.models.yolo import build_network
+    from leukemia_nb.models.yolo import _build_network
 
-    return build_network(name, MODELS[name].weight_files, weights)
+    return _build_network(name, MODELS[name].weight_files, weights)
 
 
 def test_weights_come_from_the_folder(tmp_path, monkeypatch):

@@ -27,8 +27,8 @@ else:  # loaded when they are used; the names are for the documentation
 
 # %% auto #0
 __all__ = ['escape_text', 'pluralise', 'OutputError', 'report_write_errors', 'atomic_path', 'check_output', 'mark_output_folder',
-           'is_output_folder', 'unique_names', 'file_lock', 'file_sha256', 'make_once', 'restore_cell', 'write_table',
-           'TableError', 'read_table', 'escape_table', 'write_json', 'read_json', 'set_sha256']
+           'is_output_folder', 'unique_names', 'file_lock', 'file_sha256', 'restore_cell', 'write_table', 'TableError',
+           'read_table', 'escape_table', 'write_json', 'read_json', 'set_sha256']
 
 # %% ../../nbs/01_data/10_files.ipynb #90aebfab
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
@@ -217,9 +217,9 @@ def _shorten(name: str, ending: str, max_bytes: int) -> str:
 # %% ../../nbs/01_data/10_files.ipynb #b3c7a813
 def unique_names(
     names: Iterable[str],  # wanted file names without prefix and ending, such as the stems of the inputs
-    max_bytes: int = 200,  # of a name, so that prefixes and endings fit as well
 ) -> list[str]:  # as many, in order; no two the same, whatever the case
     "File names of which no two are the same on any disk: -2, -3 … where one is taken, a hash at the end of a long one."
+    max_bytes = 200  # so that prefixes and endings fit as well
     found: list[str] = []
     used: set[str] = set()
     numbers: dict[str, int] = {}  # the last one tried, so that many equal names are not counted through again and again
@@ -260,10 +260,10 @@ def file_lock(
 
 # %% ../../nbs/01_data/10_files.ipynb #3652e6dc
 @contextmanager
-def _output_folder(table: Path) -> Iterator[None]:
-    "Hold the lock of a table's folder, which is marked, and rid of what a killed run left half-written. Raises `OutputError`."
-    with file_lock(table.parent):
-        for path in mark_output_folder(table.parent).rglob(".part-*"):
+def _output_folder(folder: Path) -> Iterator[None]:
+    "Hold the lock of a folder, which is marked, and rid of what a killed run left half-written. Raises `OutputError`."
+    with file_lock(folder):
+        for path in mark_output_folder(folder).rglob(".part-*"):
             if path.is_file():
                 path.unlink(missing_ok=True)
         yield
@@ -275,25 +275,6 @@ def file_sha256(
     "SHA-256 of a file, read in pieces."
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-# %% ../../nbs/01_data/10_files.ipynb #a1d1d4a9
-def make_once(
-    record: str | os.PathLike,  # JSON file of what is finished, read and written
-    folder: str | os.PathLike,  # folder that the files of the record lie in
-    provenance: dict,  # SHA-256 of the source, and the settings
-    make: Callable[[], tuple[dict, dict[str, str]]],  # returns the row, and the SHA-256 of each file by its name
-) -> dict:  # row of the table
-    "Row of finished work, if its files are whole and of the same provenance; else make it. Raises `OutputError`."
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        content = json.loads(Path(record).read_text(encoding="utf-8"))
-        whole = all(file_sha256(Path(folder) / name) == digest for name, digest in content["files"].items())
-        if content["provenance"] == provenance and whole:
-            return dict(content["row"])
-    row, files = make()
-    text = json.dumps({"provenance": provenance, "files": files, "row": row}, indent=1)
-    with atomic_path(record, durable=False) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return row
 
 # %% ../../nbs/01_data/10_files.ipynb #a08b36e4
 _FORMULA = r"'*[=+\-@\t\r\n＝＋－＠]"
@@ -314,11 +295,11 @@ def restore_cell(
 # %% ../../nbs/01_data/10_files.ipynb #4fba9392
 def _map_text(table: DataFrame, change: Callable[[Any], Any]) -> DataFrame:
     "A copy with a function applied to every cell of the text columns."
-    from pandas.api.types import is_bool_dtype, is_numeric_dtype
+    from pandas.api.types import is_numeric_dtype
 
     table = table.copy()
     for place, kind in enumerate(table.dtypes):
-        if not (is_numeric_dtype(kind) or is_bool_dtype(kind)):
+        if not is_numeric_dtype(kind):
             table.isetitem(place, table.iloc[:, place].map(change))
     return table
 

@@ -23,14 +23,13 @@ from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImage
 
 from .files import atomic_path, escape_text
 from ..errors import LeukemiaError
-from ..plotting import blank_figure, plot_style
+from ..plotting import Figure, panel_grid, styled
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from PIL.ImageCms import ImageCmsTransform
     from tifffile import TiffFile, TiffPage
 else:  # loaded when they are used; the names are for the documentation
-    Figure = ImageCmsTransform = TiffFile = TiffPage = Any
+    ImageCmsTransform = TiffFile = TiffPage = Any
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'ImageError', 'scale_bar_corner', 'read_image', 'show_images', 'image_problem', 'as_rgb', 'resize_square',
@@ -361,22 +360,19 @@ def read_image(
         return _to_rgb(_decode(_content(path)))
 
 # %% ../../nbs/01_data/20_images.ipynb #dc9a425f
+@styled
 def show_images(
     images: dict[str, np.ndarray],  # title: (H, W), or uint8 (H, W, 3) RGB
     columns: int | None = None,  # images per row; None: all
     height: float = 2.2,  # of an image, inches
 ) -> Figure:
     "Figure of images side by side, each with its title."
-    columns = columns or len(images)
-    rows = -(-len(images) // columns)
     ratio = max(image.shape[1] / image.shape[0] for image in images.values())
-    with plot_style():
-        figure, axes = blank_figure(rows, columns, (columns * height * ratio, rows * (height + 0.3)))
-        for axis in axes.flat:
-            axis.axis("off")
-        for axis, (title, image) in zip(axes.flat, images.items()):
-            axis.imshow(image, cmap="gray", interpolation="nearest")
-            axis.set_title(title, fontsize=8)
+    figure, axes = panel_grid(len(images), (height * ratio, height + 0.3), most=columns or len(images))
+    for axis, (title, image) in zip(axes.flat, images.items()):
+        axis.imshow(image, cmap="gray", interpolation="nearest")
+        axis.set_title(title, fontsize=8)
+        axis.axis("off")
     return figure
 
 # %% ../../nbs/01_data/20_images.ipynb #3652e6db
@@ -419,13 +415,18 @@ def as_rgb(
     return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
 
 # %% ../../nbs/01_data/20_images.ipynb #dc9a425e
+def _check_rgb(image: np.ndarray) -> None:
+    "Raise `ImageError` for an array that is no uint8 image, RGB or grey."
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        raise ImageError(f"an image must be uint8 RGB (height, width, 3), not {image.dtype} {image.shape}. Use read_image.")
+
+
 def resize_square(
     image: np.ndarray,  # uint8 (H, W) or (H, W, 3)
     size: int = 224,  # side of the square, pixels
 ) -> np.ndarray:  # uint8 (size, size) or (size, size, 3)
     "Resize to a square, whatever the proportions. Raises `ImageError` for other arrays."
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
-        raise ImageError(f"an image must be uint8 RGB (height, width, 3), not {image.dtype} {image.shape}. Use read_image.")
+    _check_rgb(image)
     if image.shape[:2] == (size, size):
         return image
     height, width = (min(side, size) for side in image.shape[:2])

@@ -30,7 +30,7 @@ from leukemia_nb.data.files import (
 from .images import SUFFIXES, ImageError, read_image
 
 # %% auto #0
-__all__ = ['NO_IMAGES', 'ImageSearch', 'check_folder', 'check_not_inside', 'search_images', 'find_images', 'merge_groups',
+__all__ = ['NO_IMAGES', 'ImageSearch', 'check_folder', 'check_not_inside', 'search_images', 'merge_groups',
            'mark_conflicting_labels', 'resolve_classes', 'ClassSelection', 'select_classes', 'build_manifest',
            'check_manifest', 'fetch_kaggle']
 
@@ -48,16 +48,13 @@ class ImageSearch:
     left_out: list[tuple[Path, str]] = field(default_factory=list)  # file or folder, and why it is left out
     unreachable: list[tuple[Path, str]] = field(default_factory=list)  # file or folder, and a line for its row
 
-    def summary(
-        self,
-        max_reasons: int = 8,  # the most frequent ones
-    ) -> str:
+    def summary(self) -> str:
         "One line: how many images were found, how many files and folders left out and why, how many not reached."
         text = f"{self.folder}: {pluralise(len(self.paths), 'image')} found"
         if self.left_out:
             reasons = Counter(reason for _, reason in self.left_out).most_common()
-            texts = [f"{reason}: {number}" for reason, number in reasons[:max_reasons]]
-            if rest := sum(number for _, number in reasons[max_reasons:]):
+            texts = [f"{reason}: {number}" for reason, number in reasons[:8]]
+            if rest := sum(number for _, number in reasons[8:]):
                 texts.append(f"other reasons: {rest}")
             text += f", {len(self.left_out)} left out ({'; '.join(texts)})"
         if self.unreachable:
@@ -174,14 +171,6 @@ def search_images(
     for found in (search.paths, search.left_out, search.unreachable):
         found.sort()
     return search
-
-# %% ../../nbs/01_data/30_manifest.ipynb #3c7a6182
-def find_images(
-    folder: str | os.PathLike,  # searched with all that is below it
-    exclude: str | os.PathLike = "",  # a folder left out where it lies in the other, such as the one to write to
-) -> list[Path]:  # in an order that does not depend on the disk
-    "The images that `search_images` finds."
-    return search_images(folder, exclude).paths
 
 # %% ../../nbs/01_data/30_manifest.ipynb #678e64e6
 _COLUMNS = ("pair", "class", "path", "sha256", "width", "height", "problem")
@@ -349,13 +338,11 @@ def _nothing_found(selection: ClassSelection, class_map: ClassMap) -> str:
 def build_manifest(
     folder: str | os.PathLike,  # holds a folder for each class, at any depth
     classes: Sequence[str] | ClassMap = CLASSES,  # names of classes, or their class map; others are left out
-    n_jobs: int = 1,  # images opened side by side, in threads
     exclude: str | os.PathLike = "",  # a folder that is left out where it lies in the other
     log: Callable[[str], object] | None = None,  # gets lines: found, left out, why; classes; None: warnings
 ) -> DataFrame:  # pair, class, path, sha256, width, height, problem; path absolute; width and height upright, 0 where unreadable
     "Open every image once and describe it in a row. Raises `ImageError` where there is nothing to describe."
     import pandas as pd
-    from joblib import Parallel, delayed
     from tqdm import tqdm
 
     folder = Path(folder).absolute()
@@ -366,10 +353,7 @@ def build_manifest(
     elif selection.unknown:
         warnings.warn(f"{folder}: images in {', '.join(selection.unknown)} left out: no class has that name", stacklevel=2)
     unreachable, (paths, labels) = dict(selection.search.unreachable), zip(*selection.rows)
-    jobs = Parallel(n_jobs=n_jobs, prefer="threads", return_as="generator")(
-        delayed(_examine)(path, unreachable.get(path, "")) for path in paths
-    )
-    found = list(tqdm(jobs, total=len(paths), desc="reading images", disable=None))
+    found = [_examine(path, unreachable.get(path, "")) for path in tqdm(paths, "reading images", disable=None)]
     manifest = pd.DataFrame(found, columns=["sha256", "width", "height", "problem"])
     manifest = manifest.assign(**{"pair": _name_pairs(labels, paths), "class": labels, "path": [str(path) for path in paths]})
     return mark_conflicting_labels(manifest)[list(_COLUMNS)]
@@ -396,16 +380,16 @@ def check_manifest(
 _KAGGLE_SET = "mohammadamireshraghi/blood-cell-cancer-all-4class"
 
 # %% ../../nbs/01_data/30_manifest.ipynb #769eeb3e
-def fetch_kaggle(
-    name: str = _KAGGLE_SET,  # owner/name of a Kaggle data set
-) -> Path:  # folder with the images, for build_manifest
+def fetch_kaggle() -> Path:  # folder with the images, for build_manifest
     "Download the public images with kagglehub, or find them in its cache. Raises ConnectionError with the remedy."
-    by_hand = f"Download https://www.kaggle.com/datasets/{name} with a browser, unpack it, and give the unpacked folder instead"
+    by_hand = (
+        f"Download https://www.kaggle.com/datasets/{_KAGGLE_SET} with a browser, unpack it, and give the unpacked folder instead"
+    )
     try:
         import kagglehub
 
-        return Path(kagglehub.dataset_download(name))
+        return Path(kagglehub.dataset_download(_KAGGLE_SET))
     except Exception as error:  # not installed, no network, no such set, licence not accepted, disk full: each has its own class
         missing = "kagglehub is not installed. pip install kagglehub, or:"
         why = missing if isinstance(error, ImportError) else f"cannot be fetched from Kaggle ({type(error).__name__})."
-        raise ConnectionError(f"{name}: {why} {by_hand} (make study DATA=folder).") from error
+        raise ConnectionError(f"{_KAGGLE_SET}: {why} {by_hand} (make study DATA=folder).") from error

@@ -8,17 +8,19 @@ __all__ = ['die_with_parent', 'ClusterError', 'run_tasks', 'image_row', 'other_i
 # %% ../../nbs/01_data/60_processes.ipynb #3e3d7dee
 import errno
 import functools
+import json
 import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .files import OutputError, file_sha256, make_once, pluralise
+from .files import OutputError, atomic_path, file_sha256, pluralise
 from .images import ImageError, image_problem, read_image
 from ..errors import LeukemiaError
 
@@ -53,7 +55,6 @@ def run_tasks(
     out: str | os.PathLike,  # folder that is written to, named in messages
     what: str = "image",  # what a task makes, in the singular, for progress bar and messages
     n_jobs: int | None = None,  # worker processes; None: joblib's configuration, else 1
-    progress: bool = True,  # show a bar, where there is a terminal
 ) -> list[Any]:  # results in the order of the calls
     "Call a function many times. Raises `OutputError`, `ClusterError` or KeyboardInterrupt, each of which says what is done."
     from concurrent.futures.process import BrokenProcessPool
@@ -69,7 +70,7 @@ def run_tasks(
     try:
         tasks = (delayed(_call)(place, function, each) for place, each in enumerate(calls))
         done = Parallel(n_jobs=n_jobs, return_as="generator_unordered")(tasks)
-        results.update(tqdm(done, what, len(calls), unit=what, disable=None if progress else True))
+        results.update(tqdm(done, what, len(calls), unit=what, disable=None))
     except BrokenProcessPool:
         raise ClusterError(
             f"{out}: a worker process was killed; memory may have run out. {progress_kept()}, with fewer processes (--n-jobs)."
@@ -81,6 +82,20 @@ def run_tasks(
         raise KeyboardInterrupt(f"{out}: stopped. {progress_kept()}.") from None
     return [results[place] for place in range(len(calls))]
 
+# %% ../../nbs/01_data/60_processes.ipynb #a1d1d4a9
+def _make_once(record: Path, folder: Path, provenance: dict, make: Callable[[], tuple[dict, dict[str, str]]]) -> dict:
+    "Row of a record, if its files in the folder are whole and of the same provenance; else make it. Raises `OutputError`."
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        content = json.loads(record.read_text(encoding="utf-8"))
+        whole = all(file_sha256(folder / name) == digest for name, digest in content["files"].items())
+        if content["provenance"] == provenance and whole:
+            return dict(content["row"])
+    row, files = make()
+    text = json.dumps({"provenance": provenance, "files": files, "row": row}, indent=1)
+    with atomic_path(record, durable=False) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return row
+
 # %% ../../nbs/01_data/60_processes.ipynb #dc3b7cc9
 def image_row(
     source: str | os.PathLike,  # the image
@@ -91,12 +106,12 @@ def image_row(
     sha256: str = "",  # expected of the source; empty: any
     problem: str = "",  # why the image cannot be used, where that is known
 ) -> dict[str, Any]:  # row; where the image cannot be used its problem alone, and no files
-    "Row of one image, made or found finished (`make_once`). Raises `OutputError` and OSError for what is written."
+    "Row of one image, made or found finished. Raises `OutputError` and OSError for what is written."
     try:
         if problem:
             raise ImageError(problem)
         provenance = {"sha256": _source_sha256(source, sha256)} | settings
-        return make_once(out / files[0], out, provenance, lambda: make(read_image(source)))
+        return _make_once(out / files[0], out, provenance, lambda: make(read_image(source)))
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise

@@ -121,21 +121,8 @@ def _balanced_accuracy(sensitivities: pd.DataFrame, groups: int) -> pd.DataFrame
     return pd.DataFrame([row | {"interval": "" if np.isnan(below) else f"Zou ({found['interval'].iloc[0]})"}])
 
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #869840cd
-def _roc_auc(table: pd.DataFrame) -> pd.Series:
-    "One-vs-rest ROC-AUC of each class that has images. Raises `PredictionsError` if only one has."
-    from sklearn.metrics import roc_auc_score
-
-    return _by_class(table, roc_auc_score)
-
-
-def _average_precision(table: pd.DataFrame) -> pd.Series:
-    "One-vs-rest average precision of each class that has images. Raises `PredictionsError` if only one has."
-    from sklearn.metrics import average_precision_score
-
-    return _by_class(table, average_precision_score)
-
-
 def _by_class(table: pd.DataFrame, score: Callable[..., float]) -> pd.Series:
+    "One-vs-rest score of each class that has images. Raises `PredictionsError` if only one has."
     there, probabilities = set(table["class"]), zip(classes_of(table), probabilities_of(table).T)
     if len(there) < 2:
         raise PredictionsError(f"images of {', '.join(there)} only: this metric needs images of two classes in the subset.")
@@ -165,11 +152,13 @@ def compare_models(
 
 def _summary_metrics(table: pd.DataFrame) -> dict[str, Any]:
     "Means over classes, and the class of a constant predictor."
+    from sklearn.metrics import roc_auc_score
+
     predicted, by_class = predicted_labels(table), class_table(table)
     present = by_class[by_class["n_images"] > 0]
     constant = len(table) > 1 and len(set(predicted)) == 1 and len(present) > 1
     found: dict[str, Any] = {"macro_f1": float(present["f1"].mean()), "balanced_accuracy": float(present["sensitivity"].mean())}
-    found["auc"] = float(_roc_auc(table).mean()) if len(present) == len(by_class) else np.nan
+    found["auc"] = float(_by_class(table, roc_auc_score).mean()) if len(present) == len(by_class) else np.nan
     return found | {"constant_class": predicted[0] if constant else ""}
 
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #bc6bddfd
@@ -199,12 +188,11 @@ def readable_comparison(
 def grouped_accuracy(
     predictions: Mapping[str, pd.DataFrame],  # model name -> predictions
     groups: Mapping[str, object] | None = None,  # pair -> group (field, slide, patient)
-    subset: str = "test",  # rows to use
 ) -> pd.DataFrame:  # one row per model
     "Accuracy of each model with the exact interval and the Korn-Graubard interval over groups."
     rows = []
     for name, table in predictions.items():
-        part = take_subset(table, subset)
+        part = take_subset(table)
         correct = (predicted_labels(part) == part["class"]).to_numpy()
         found = korn_graubard_interval(correct, group_labels(part["pair"], groups))
         exact_low, exact_high = clopper_pearson(int(correct.sum()), len(part))
@@ -310,8 +298,7 @@ def _long_histories(histories: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #0fa781b4
 @styled
 def confusion_figure(
-    predictions: Mapping[str, pd.DataFrame],  # model name -> predictions
-    subset: str = "test",  # rows to use
+    predictions: Mapping[str, pd.DataFrame],  # model name -> predictions; those of the test set are used
 ) -> "Figure":
     "Confusion matrix of every model, rows true classes, columns predicted classes."
     import seaborn as sns
@@ -322,7 +309,7 @@ def confusion_figure(
     style = {"vmin": 0, "vmax": 1, "cmap": "Blues", "fmt": "", "cbar": False, "square": True, "linewidths": gap}
     style |= {"annot_kws": {"fontsize": font + 1}, "xticklabels": True, "yticklabels": True}
     for axis, (name, table) in zip(axes.flat, predictions.items()):
-        counts = confusion_table(take_subset(table, subset))
+        counts = confusion_table(take_subset(table))
         proportions = counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
         sns.heatmap(proportions, annot=counts.astype(str).where(counts > 0, ""), ax=axis, **style)
         axis.set(title=model_title(name), ylabel="true class" if axis in axes[:, 0] else "", xlabel="predicted class")
@@ -334,51 +321,43 @@ def confusion_figure(
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #3a662cdb
 @styled
 def roc_figure(
-    predictions: Mapping[str, pd.DataFrame],  # model name -> predictions
-    subset: str = "test",  # rows to use
+    predictions: Mapping[str, pd.DataFrame],  # model name -> predictions; those of the test set are used
     negative: str = "",  # class without the disease: of two classes, only the other's curve is drawn
 ) -> "Figure":
     "One-vs-rest ROC curves, one panel per model with its mean area; of classes that have images. Raises `PredictionsError`."
-    from sklearn.metrics import roc_curve
+    from sklearn.metrics import roc_auc_score, roc_curve
 
     def points(truth: pd.Series, score: pd.Series) -> dict[str, np.ndarray]:
         false, true, _ = roc_curve(truth, score, drop_intermediate=False)
         return {"1 − specificity": false, "sensitivity": true}
 
-    return _curve_panels(predictions, subset, negative, points, _roc_auc, "AUC", "default")
+    return _curve_panels(predictions, negative, points, roc_auc_score, "AUC", "default")
 
 
 @styled
 def precision_recall_figure(
-    predictions: Mapping[str, pd.DataFrame],  # model name -> predictions
-    subset: str = "test",  # rows to use
+    predictions: Mapping[str, pd.DataFrame],  # model name -> predictions; those of the test set are used
     negative: str = "",  # class without the disease: of two classes, only the other's curve is drawn
 ) -> "Figure":
     "One-vs-rest precision-recall curves of classes that have images, a panel per model. Raises `PredictionsError`."
-    from sklearn.metrics import precision_recall_curve
+    from sklearn.metrics import average_precision_score, precision_recall_curve
 
     def points(truth: pd.Series, score: pd.Series) -> dict[str, np.ndarray]:
         precision, recall, _ = precision_recall_curve(truth, score)
         return {"recall": recall, "precision": precision}
 
-    return _curve_panels(predictions, subset, negative, points, _average_precision, "AP", "steps-post")
+    return _curve_panels(predictions, negative, points, average_precision_score, "AP", "steps-post")
 
 # %% ../../nbs/04_evaluation/30_metrics.ipynb #2140b054
 def _curve_panels(
-    predictions: Mapping[str, pd.DataFrame],
-    subset: str,
-    negative: str,
-    points: Callable,
-    area: Callable,
-    short: str,
-    drawstyle: str,
+    predictions: Mapping[str, pd.DataFrame], negative: str, points: Callable, area: Callable, short: str, drawstyle: str
 ) -> "Figure":
     import seaborn as sns
 
     parts: list[pd.DataFrame] = []
     for name, table in predictions.items():
-        part = take_subset(table, subset)
-        areas = area(part).reindex(_drawn(part, negative)).dropna()
+        part = take_subset(table)
+        areas = _by_class(part, area).reindex(_drawn(part, negative)).dropna()
         for label in areas.index:
             curve = pd.DataFrame(points(part["class"] == label, part[f"p_{label}"]))
             parts.append(curve.assign(panel=f"{model_title(name)}\n{short} {areas.mean():.3f}", **{"class": label}))

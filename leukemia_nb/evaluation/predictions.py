@@ -17,10 +17,10 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
-from ..data.files import restore_cell, write_table
+from ..data.files import TableError, read_table, write_table
 from ..data.images import ImageError, read_image
 from ..data.classes import ClassMap, named_classes
-from ..data.manifest import find_images
+from ..data.manifest import search_images
 from ..errors import LeukemiaError
 from ..models.interface import MODELS
 from ..plotting import GREY, Figure, panel_grid, styled
@@ -119,14 +119,9 @@ def read_predictions(
 ) -> pd.DataFrame:  # valid predictions table
     "Read and check the predictions of one model. Raises `PredictionsError`."
     try:
-        table = pd.read_csv(path, keep_default_na=False, dtype=dict.fromkeys(_KEYS, str))
-    except FileNotFoundError:
-        raise PredictionsError(f"{os.fspath(path)}: not there. Run the model's training step first.") from None
-    except ValueError as error:
-        raise PredictionsError(f"{os.fspath(path)}: not a CSV table ({error}).") from None
-    for name in table.columns.intersection(_KEYS):
-        table[name] = table[name].map(restore_cell)
-    return _check_predictions(table, path)
+        return _check_predictions(read_table(path), path)
+    except TableError as error:
+        raise PredictionsError(str(error)) from None
 
 # %% ../../nbs/04_evaluation/10_predictions.ipynb #71afcab2
 def read_all_predictions(
@@ -177,7 +172,7 @@ def predict_new_images(
     class_map: ClassMap | None = None,  # which folders mean which class; None: those of the model's names
 ) -> pd.DataFrame:  # predictions, subset new, path below the folder
     "Predictions of one model for every image of a folder. Raises `PredictionsError` if none can be read."
-    classes, files = [str(name) for name in model.classes_], [Path(file) for file in find_images(folder)]
+    classes, files = [str(name) for name in model.classes_], [Path(file) for file in search_images(folder).paths]
     names, values = [], []
     for start in range(0, len(files), batch):
         images = _readable(files[start : start + batch])

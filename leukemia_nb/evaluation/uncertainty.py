@@ -26,14 +26,13 @@ CLOPPER_PEARSON = "Clopper-Pearson"
 def clopper_pearson(
     n_correct: int,  # number of correct predictions
     n: int,  # number of images
-    confidence_level: float = 0.95,  # nominal coverage probability of the interval
 ) -> tuple[float, float]:  # lower and upper bound
-    "Exact binomial interval (Clopper and Pearson 1934), from SciPy. Raises ValueError for impossible counts."
+    "Exact binomial 95 % interval (Clopper and Pearson 1934), from SciPy. Raises ValueError for impossible counts."
     from scipy.stats import binomtest
 
     if not 0 <= n_correct <= n or n == 0:
         raise ValueError(f"{n_correct} correct of {n} images is not possible.")
-    interval = binomtest(int(n_correct), int(n)).proportion_ci(confidence_level, "exact")
+    interval = binomtest(int(n_correct), int(n)).proportion_ci(method="exact")
     return float(interval.low), float(interval.high)
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #6f78f73f
@@ -80,23 +79,22 @@ class Interval:
 def korn_graubard_interval(
     values: Sequence[float] | np.ndarray,  # (n,) between 0 and 1, such as correct (1) or wrong (0)
     groups: Sequence | np.ndarray | None = None,  # (n,) group of each image; None: each its own
-    confidence_level: float = 0.95,  # nominal coverage probability of the interval
 ) -> Interval:
     "A proportion with its Korn-Graubard interval for an ICC of 1; 0 to 1 for a single group. Raises ValueError."
     values, group = _grouped_values(values, groups)
     n_groups, n_effective = int(group.max()) + 1, _effective_sample_size(group)
-    return _effective_interval(values, n_groups, n_effective, n_effective - 1, confidence_level, _KORN_GRAUBARD)
+    return _effective_interval(values, n_groups, n_effective, n_effective - 1, _KORN_GRAUBARD)
 
 
 def _effective_interval(
-    values: np.ndarray, n_groups: int, n_effective: float, degrees_of_freedom: float, confidence_level: float, method: str
+    values: np.ndarray, n_groups: int, n_effective: float, degrees_of_freedom: float, method: str
 ) -> Interval:
-    "Clopper-Pearson interval on an effective sample size whose variance is known with some degrees of freedom; 0 to 1 for none."
+    "Clopper-Pearson interval on an effective sample size whose variance has some degrees of freedom; 0 to 1 for none."
     from scipy.stats import beta, t
 
     if values.min() < 0 or values.max() > 1:
         raise ValueError("a proportion needs values between 0 and 1.")
-    mean, n, tail = values.mean(), len(values), (1 - confidence_level) / 2
+    mean, n, tail = values.mean(), len(values), 0.025
     ratio = t.isf(tail, n - 1) / t.isf(tail, degrees_of_freedom) if degrees_of_freedom > 0 else float(n == 1)
     trials = max(1e-6, n_effective * ratio**2)
     correct = mean * trials
@@ -137,7 +135,6 @@ def two_way_interval(
     values: Sequence[float] | np.ndarray,  # (n,) between 0 and 1, such as correct (1) or wrong (0)
     rows: Sequence | np.ndarray,  # (n,) group of the one part, such as the image of the cells
     columns: Sequence | np.ndarray,  # (n,) group of the other part, such as the image of the background
-    confidence_level: float = 0.95,  # nominal coverage probability of the interval
 ) -> Interval:
     "A proportion with its interval where two kinds of groups cross; 0 to 1 where one kind has a single group. Raises ValueError."
     (values, row), column = _grouped_values(values, rows), _grouped_values(values, columns)[1]
@@ -148,10 +145,10 @@ def two_way_interval(
     spread = mean * (1 - mean)
     n_effective = min(float(len(values)), spread / max(variance, 1e-12)) if spread > 0 else float(n_groups)
     method = "Clopper-Pearson (two-way clusters)"
-    found = _effective_interval(values, n_groups, n_effective, n_groups - 1, confidence_level, method)
+    found = _effective_interval(values, n_groups, n_effective, n_groups - 1, method)
     if min(values.sum(), (1 - values).sum()) > 3:
         return found
-    limit = _effective_interval(np.ones(len(values)), n_groups, n_groups, n_groups - 1, confidence_level, method).low
+    limit = _effective_interval(np.ones(len(values)), n_groups, n_groups, n_groups - 1, method).low
     return replace(found, low=min(found.low, limit), high=max(found.high, 1 - limit))
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #1589fe07
@@ -179,7 +176,6 @@ def format_difference(
 def cluster_bootstrap(
     values: Sequence[float] | np.ndarray,  # (n,) one value per image
     groups: Sequence | np.ndarray | None = None,  # (n,) group of each image; None: each its own
-    n_resamples: int = 4000,  # bootstrap resamples
     seed: int = 0,  # of the resampling
 ) -> Interval:
     "A mean with the 95 % percentile bootstrap of whole groups; for proportions use `korn_graubard_interval`. Raises ValueError."
@@ -194,7 +190,7 @@ def cluster_bootstrap(
         return sums.sum(axis=axis) / sizes.sum(axis=axis)
 
     rng, batch = np.random.default_rng(seed), max(1, min(500, 2_000_000 // len(sizes)))  # of resamples in memory
-    found = bootstrap((sums, sizes), mean, paired=True, n_resamples=n_resamples, method="percentile", batch=batch, rng=rng)
+    found = bootstrap((sums, sizes), mean, paired=True, n_resamples=4000, method="percentile", batch=batch, rng=rng)
     low, high = (float(bound) for bound in found.confidence_interval)
     method = "percentile bootstrap of groups"
     return Interval(float(values.mean()), low, high, len(values), len(sizes), _effective_sample_size(group), method)
@@ -218,20 +214,18 @@ def _holm(p_values: Sequence[float]) -> np.ndarray:
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #9ca5e9db
 def compare_model_pairs(
-    predictions: Mapping[str, pd.DataFrame],  # model name -> predictions of the same images
-    subset: str = "test",  # rows to use
+    predictions: Mapping[str, pd.DataFrame],  # model name -> predictions of the same images; those of the test set are used
     groups: Mapping[str, object] | None = None,  # pair -> group; None: McNemar's exact test
     alpha: float = 0.05,  # adjusted p value below which a difference is significant
-    seed: int = 0,  # of the permutations of signs
 ) -> pd.DataFrame:  # one row per model pair
     "Test each model pair, Holm-adjusted. Raises `PredictionsError` if they predicted different images."
-    correct, rows = _correct_images(predictions, subset), []
+    correct, rows = _correct_images(predictions), []
     pairs = next(iter(correct.values())).index
     labels = None if groups is None else group_labels(pairs, groups)
     for first, second in combinations(correct, 2):
         difference = correct[first].to_numpy(int) - correct[second].to_numpy(int)
         only_first, only_second = int((difference > 0).sum()), int((difference < 0).sum())
-        p = _mcnemar(only_first, only_second) if labels is None else _sign_flip_test(difference, labels, seed)
+        p = _mcnemar(only_first, only_second) if labels is None else _sign_flip_test(difference, labels)
         rows.append((first, second, len(pairs), only_first, only_second, float(difference.mean()), p))
     columns = ["first", "second", "n_images", "only_first_correct", "only_second_correct", "difference", "p"]
     table = pd.DataFrame(rows, columns=columns)
@@ -240,20 +234,20 @@ def compare_model_pairs(
     return table.assign(test="McNemar's exact test" if labels is None else "sign-flip permutation test")
 
 # %% ../../nbs/04_evaluation/20_uncertainty.ipynb #4c433587
-def _correct_images(predictions: Mapping[str, pd.DataFrame], subset: str) -> dict[str, pd.Series]:
+def _correct_images(predictions: Mapping[str, pd.DataFrame]) -> dict[str, pd.Series]:
     "Whether each model is correct, by pair, for models that predicted the same images."
     correct: dict[str, pd.Series] = {}
     for name, table in predictions.items():
-        part = take_subset(table, subset).sort_values("pair").set_index("pair")
+        part = take_subset(table).sort_values("pair").set_index("pair")
         correct[name] = part["class"] == predicted_labels(part)
         if not correct[name].index.equals(next(iter(correct.values())).index):
-            raise PredictionsError(f"{name}: its {subset} images are not those of the other models.")
+            raise PredictionsError(f"{name}: its test images are not those of the other models.")
     if len(correct) < 2:
         raise PredictionsError("at least two models are needed for a comparison.")
     return correct
 
 
-def _sign_flip_test(difference: np.ndarray, groups: Sequence[str], seed: int) -> float:
+def _sign_flip_test(difference: np.ndarray, groups: Sequence[str]) -> float:
     "p value of the permutation test that flips the signs of group sums, two-sided; 1 where at most one of them is not 0."
     from scipy.stats import permutation_test
 
@@ -261,7 +255,7 @@ def _sign_flip_test(difference: np.ndarray, groups: Sequence[str], seed: int) ->
     sums = sums[sums != 0]
     if len(sums) < 2:
         return 1.0
-    options = {"n_resamples": 9999, "batch": max(1, min(2000, 4_000_000 // len(sums))), "rng": np.random.default_rng(seed)}
+    options = {"n_resamples": 9999, "batch": max(1, min(2000, 4_000_000 // len(sums))), "rng": np.random.default_rng(0)}
     found = permutation_test((sums,), np.sum, permutation_type="samples", vectorized=True, **options)
     return float(found.pvalue)
 

@@ -111,7 +111,7 @@ def _find_copies(images: DataFrame, predictors: Mapping[str, Predictor]) -> tupl
     import pandas as pd
 
     read = images[images["sha256"] != ""].reset_index(drop=True)
-    copies = group_images(read["path"], find_duplicates(read["path"].tolist(), progress=False))
+    copies = group_images(read["path"], find_duplicates(read["path"].tolist()))
     fingerprints = image_fingerprints(read["path"])
     ambiguous = has_similar_fingerprint(fingerprints, fingerprints, (copies, copies))  # crops of cells, or overlapping fields
     names = images["path"].map(dict(zip(read["path"], map(str, copies)))).fillna("")

@@ -5,18 +5,16 @@
 # %% ../../nbs/02_processing/15_cells.ipynb #8650fcc8
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import cv2
 import numpy as np
 
 from ..data.files import DataFrame
-from ..data.images import resize_square, scale_bar_corner
-from .segmentation import _check_rgb, _connected, _smallest_area, a_channel, otsu_threshold
+from ..data.images import _check_rgb, resize_square, scale_bar_corner
+from .segmentation import _connected, _smallest_area, a_channel, otsu_threshold
 
 # %% auto #0
-__all__ = ['SIDE', 'FEATURE_NAMES', 'label_cells', 'typical_area', 'find_cells_and_nuclei', 'find_cells', 'count_cells',
-           'count_quality', 'cell_crops', 'cell_features', 'cell_table']
+__all__ = ['SIDE', 'FEATURE_NAMES', 'label_cells', 'typical_area', 'find_cells_and_nuclei', 'find_cells', 'count_quality',
+           'cell_crops', 'cell_features', 'cell_table']
 
 # %% ../../nbs/02_processing/15_cells.ipynb #5741240b
 def _whiten_background(image: np.ndarray) -> np.ndarray:
@@ -60,15 +58,6 @@ def _solidity(contour: np.ndarray) -> float:
     hull = cv2.contourArea(cv2.convexHull(contour))
     return cv2.contourArea(contour) / hull if hull > 6 else 1.0
 
-# %% ../../nbs/02_processing/15_cells.ipynb #3e0bd331
-def _components(mask: np.ndarray, min_solidity: float) -> Iterator[tuple[tuple[slice, slice], np.ndarray, bool]]:
-    "Window, pixels in it, and whether it is left whole, of each component."
-    labels, stats = _connected(mask)
-    for label, (x, y, width, height, area) in enumerate(stats[1:].tolist(), 1):
-        window = slice(y, y + height), slice(x, x + width)
-        part = labels[window] == label
-        yield window, part, area < 12 or _solidity(_contour(part)) >= min_solidity
-
 # %% ../../nbs/02_processing/15_cells.ipynb #bae1da10
 def _h_maxima(mask: np.ndarray, depth: float) -> tuple[int, np.ndarray, np.ndarray]:
     "Number of h-maxima of one component's distance transform, the maxima numbered, and the distance; depth: h as a proportion."
@@ -99,8 +88,11 @@ def label_cells(
     min_solidity: float = 0.93,  # components of at least this solidity are one cell
 ) -> np.ndarray:  # int32 (H, W), 0 background, 1..n cells
     "Number the cells of a mask, touching ones separated by a watershed of the distance transform."
-    cells, number = np.zeros(mask.shape, np.int32), 0
-    for window, part, whole in _components(mask, min_solidity):
+    (components, stats), cells, number = _connected(mask), np.zeros(mask.shape, np.int32), 0
+    for component, (x, y, width, height, area) in enumerate(stats[1:].tolist(), 1):
+        window = slice(y, y + height), slice(x, x + width)
+        part = components[window] == component
+        whole = area < 12 or _solidity(_contour(part)) >= min_solidity
         labels = part.astype(np.int32) if whole else _watershed_split(part, depth)
         cells[window][part] = np.where(labels[part] > 0, labels[part] + number, 0)
         number += int(labels.max())
@@ -269,7 +261,6 @@ def _smooth_outlines(
 def find_cells_and_nuclei(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
     min_area: float = 500,  # smallest nucleus, in pixels of a 1024x768 image
-    opening: float = 0.45,  # tails and bridges thinner than this many radii of a nucleus are cut
 ) -> tuple[np.ndarray, np.ndarray]:  # int32 (H, W) each, 0 background; the nuclei of a cell have its number
     "Label images of the white blood cells, as `find_cells`, and of their nuclei."
     _check_rgb(image)
@@ -280,7 +271,7 @@ def find_cells_and_nuclei(
     if not nuclei.any():
         return nuclei, nuclei
     cells = _grow_cells(white, nuclei)
-    size = max(3, round(opening * (typical_area(nuclei) / np.pi) ** 0.5)) | 1
+    size = max(3, round(0.45 * (typical_area(nuclei) / np.pi) ** 0.5)) | 1  # thinner tails and bridges are cut
     ellipse = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
     cells[cv2.morphologyEx((cells > 0).view(np.uint8), cv2.MORPH_OPEN, ellipse) == 0] = 0
     cells = _smooth_outlines(_join_lobes(cells, nuclei))
@@ -290,19 +281,9 @@ def find_cells_and_nuclei(
 def find_cells(
     image: np.ndarray,  # uint8 (H, W, 3) RGB
     min_area: float = 500,  # smallest nucleus, in pixels of a 1024x768 image
-    opening: float = 0.45,  # tails and bridges thinner than this many radii of a nucleus are cut
 ) -> np.ndarray:  # int32 (H, W), 0 background, 1..n cells
     "Label image of the white blood cells: grown from their nuclei, touching cells separated, lobed nuclei in one cell."
-    return find_cells_and_nuclei(image, min_area, opening)[0]
-
-# %% ../../nbs/02_processing/15_cells.ipynb #3a227ad2
-def count_cells(
-    cells: np.ndarray,  # bool (H, W) mask, or int32 (H, W) labels of find_cells
-) -> int:
-    "Number of cells; touching cells of a mask are counted as `label_cells` separates them."
-    if cells.dtype != bool:
-        return int(cells.max(initial=0))
-    return sum(1 if whole else _h_maxima(part, 0.1)[0] for _, part, whole in _components(cells, 0.93))
+    return find_cells_and_nuclei(image, min_area)[0]
 
 # %% ../../nbs/02_processing/15_cells.ipynb #a7f26834
 def count_quality(
@@ -417,7 +398,7 @@ def _convex_area(mask: np.ndarray) -> float:
 
 # %% ../../nbs/02_processing/15_cells.ipynb #cedff485
 def _cell_shape(mask: np.ndarray) -> list[float]:
-    contour = max(cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0], key=len)
+    contour = _contour(mask)
     area, moments = float(mask.sum()), cv2.moments(mask.astype(np.uint8), True)
     spread = np.array([[moments["mu20"], moments["mu11"]], [moments["mu11"], moments["mu02"]]]) / area
     short, long = np.sqrt(np.maximum(np.linalg.eigvalsh(spread), 0.01))

@@ -37,7 +37,7 @@ def _pair_files(pair: str) -> dict[str, str]:
     return {channel: str(PurePosixPath(channel) / label / f"{prefix}_{stem}.png") for channel, prefix in _PREFIXES.items()}
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #6fbe9672
-_FLIPS = ("none", "horizontal", "vertical", "both")
+_FLIPS = {"none": (), "horizontal": (1,), "vertical": (0,), "both": (0, 1)}  # axes that are mirrored
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #f4cb4d0a
 def flip(
@@ -47,9 +47,7 @@ def flip(
     "Mirror an image left-right (horizontal), top-bottom (vertical) or both. Raises ValueError."
     if kind not in _FLIPS:
         raise ValueError(f"flip {kind!r} is none of {', '.join(_FLIPS)}")
-    rows = slice(None, None, -1 if kind in ("vertical", "both") else 1)
-    columns = slice(None, None, -1 if kind in ("horizontal", "both") else 1)
-    return np.ascontiguousarray(image[rows, columns])
+    return np.ascontiguousarray(np.flip(image, _FLIPS[kind]))
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #ccaf2b31
 def _pixel_hash(image: np.ndarray) -> str:
@@ -111,7 +109,7 @@ def save_pair(
 _VERSION = 4  # grows when the pixels or columns that these steps make change, so that older pairs are made again
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #3e1f80c7
-def _prepare_pair(row: dict, folder: Path, size: int, segmentation: str, images: Path) -> dict:
+def _prepare_pair(row: dict, folder: Path, size: int, segmentation: str) -> dict:
     "Row of the pairs table: made, found finished, or with a problem and without files. Raises `OutputError`."
 
     def make(image: np.ndarray) -> tuple[dict, dict[str, str]]:
@@ -125,7 +123,7 @@ def _prepare_pair(row: dict, folder: Path, size: int, segmentation: str, images:
     settings = {"size": size, "segmentation": segmentation, "version": _VERSION}
     base = {name: row[name] for name in ("pair", "class", "path", "sha256")}
     problem = row.get("problem") or ""
-    return base | image_row(images / row["path"], folder, names, settings, make, sha256=row["sha256"], problem=problem)
+    return base | image_row(row["path"], folder, names, settings, make, sha256=row["sha256"], problem=problem)
 
 # %% ../../nbs/02_processing/30_dataset.ipynb #91eddebe
 _PAIR_COLUMNS = ("pair", "class", "path", "sha256", *_CHANNELS, "pixels", "mask_fraction", "n_cells", "mask_flag", "problem")
@@ -137,14 +135,12 @@ def prepare_pairs(
     size: int = 224,  # side of the saved images, pixels
     segmentation: str = "kmeans",  # method, one of SEGMENTATION_METHODS
     n_jobs: int | None = None,  # worker processes; None: joblib's configuration, else 1
-    images: str | os.PathLike = ".",  # folder that paths start from, where they are not absolute
-    progress: bool = True,  # show a bar
 ) -> pd.DataFrame:  # the pairs table, in the order of the manifest
     "Make the pairs of a manifest, but for those that are finished. Raises ValueError for a name twice, and as `run_tasks`."
     if manifest["pair"].duplicated().any():
         raise ValueError(f"two rows named {manifest['pair'][manifest['pair'].duplicated()].iloc[0]}: names must be unique")
-    calls = [(row, Path(folder), size, segmentation, Path(images)) for row in manifest.fillna("").to_dict("records")]
-    rows = run_tasks(_prepare_pair, calls, folder, "pair", n_jobs, progress)
+    calls = [(row, Path(folder), size, segmentation) for row in manifest.fillna("").to_dict("records")]
+    rows = run_tasks(_prepare_pair, calls, folder, "pair", n_jobs)
     table = pd.DataFrame(rows, columns=list(_PAIR_COLUMNS)).astype({"n_cells": "Int64"})
     texts = [*_CHANNELS, "pixels", "mask_flag", "problem"]
     table[texts] = table[texts].astype(object).fillna("")
@@ -191,7 +187,7 @@ def prepare_folder(
     class_map = classes if isinstance(classes, ClassMap) else named_classes(classes)
     manifest = build_manifest(data, class_map, exclude=out, log=log)
     check_manifest(manifest, minimum=1, classes=class_map.classes)
-    with _output_folder(out / "pairs.csv"):
+    with _output_folder(out):
         write_class_map(out / "class_map.toml", class_map)
         write_table(out / "manifest.csv", manifest)
         pairs = prepare_pairs(manifest, out / "prepared", size, segmentation, n_jobs)
@@ -205,9 +201,9 @@ def prepare_folder(
 def _sample_flips(pairs: list[str], n_copies: int, generator: np.random.Generator) -> pd.DataFrame:
     "Flipped copies of one class at random (pair, flip, repeat), none twice until every flip is used."
     drawn: list[tuple[str, str, int]] = []
-    rounds = [(_FLIPS[1:3], 0), (_FLIPS[3:], 0)]
+    rounds = [(["horizontal", "vertical"], 0), (["both"], 0)]
     while len(drawn) < n_copies:
-        kinds, repeat = rounds.pop(0) if rounds else (_FLIPS, drawn[-1][2] + 1)
+        kinds, repeat = rounds.pop(0) if rounds else (list(_FLIPS), drawn[-1][2] + 1)
         fresh = [(pair, kind, repeat) for pair in pairs for kind in kinds]
         drawn += [fresh[place] for place in generator.permutation(len(fresh))]
     return pd.DataFrame(drawn[:n_copies], columns=["pair", "flip", "repeat"])

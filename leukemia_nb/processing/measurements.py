@@ -19,7 +19,7 @@ from ..data.files import DataFrame, atomic_path, write_table
 from ..data.images import write_image
 
 # %% auto #0
-__all__ = ['measure_cells', 'mask_polygon', 'cells_geojson', 'write_cells', 'read_cells', 'write_cell_table']
+__all__ = ['measure_cells', 'write_cells', 'write_cell_table']
 
 # %% ../../nbs/02_processing/17_measurements.ipynb #5250e55c
 _SHAPE = ("area", "perimeter", "axis_major_length", "axis_minor_length", "eccentricity", "solidity", "extent")
@@ -64,11 +64,8 @@ def _ring(contour: np.ndarray, offset: tuple[int, int]) -> list[list[int]]:
     return [*corners.tolist(), corners[0].tolist()]
 
 # %% ../../nbs/02_processing/17_measurements.ipynb #e4921208
-def mask_polygon(
-    mask: np.ndarray,  # bool (H, W), not empty
-    offset: tuple[int, int] = (0, 0),  # column and row of the mask in the image
-) -> dict[str, Any]:  # GeoJSON geometry: Polygon, or MultiPolygon of a mask in several pieces
-    "Outline of a mask in pixel coordinates: (0, 0) is the upper left corner of the image."
+def _mask_polygon(mask: np.ndarray, offset: tuple[int, int] = (0, 0)) -> dict[str, Any]:
+    "GeoJSON geometry of a mask, bool (H, W), in pixel coordinates; offset: column and row of the mask in the image."
     number, pieces = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
     polygons = []
     for piece in range(1, number):
@@ -82,20 +79,17 @@ def mask_polygon(
 _WBC, _WBC_COLOUR = "White blood cell", (0, 190, 0)
 
 
-def cells_geojson(
-    table: DataFrame,  # of measure_cells; with predicted, the class of a cell, if there is one
-    cells: np.ndarray,  # int32 labels (H, W)
-    nuclei: np.ndarray | None = None,  # int32 labels (H, W), numbered as the cells
-    colours: Mapping[str, Sequence[int]] | None = None,  # RGB of each class
-) -> dict[str, Any]:  # FeatureCollection
-    "The cells of an image as GeoJSON for QuPath."
+def _cells_geojson(
+    table: DataFrame, cells: np.ndarray, nuclei: np.ndarray | None = None, colours: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, Any]:
+    "FeatureCollection of the cells of an image for QuPath; parameters as of `write_cells`."
     features = []
     for row in table.to_dict("records"):
         window = slice(int(row["bbox-0"]), int(row["bbox-2"])), slice(int(row["bbox-1"]), int(row["bbox-3"]))
         corner, name = (window[1].start, window[0].start), row.pop("predicted", "") or _WBC
-        feature: dict[str, Any] = {"type": "Feature", "geometry": mask_polygon(cells[window] == row["label"], corner)}
+        feature: dict[str, Any] = {"type": "Feature", "geometry": _mask_polygon(cells[window] == row["label"], corner)}
         if nuclei is not None and (nucleus := nuclei[window] == row["label"]).any():
-            feature["nucleusGeometry"] = mask_polygon(nucleus, corner)
+            feature["nucleusGeometry"] = _mask_polygon(nucleus, corner)
         colour = [int(value) for value in (colours or {}).get(name, _WBC_COLOUR)]
         measured = {key: float(value) for key, value in row.items() if key != "label" and not np.isnan(value)}
         kind = "detection" if nuclei is None else "cell"
@@ -107,7 +101,7 @@ def cells_geojson(
 # %% ../../nbs/02_processing/17_measurements.ipynb #6488d666
 def write_cells(
     files: Sequence[str | os.PathLike],  # label image .png, and .geojson
-    table: DataFrame,  # of measure_cells
+    table: DataFrame,  # of measure_cells; with predicted, the class of a cell, if there is one
     cells: np.ndarray,  # int32 labels (H, W)
     nuclei: np.ndarray | None = None,  # int32 labels (H, W), numbered as the cells
     colours: Mapping[str, Sequence[int]] | None = None,  # RGB of each class
@@ -116,13 +110,13 @@ def write_cells(
     if cells.max(initial=0) > np.iinfo(np.uint16).max:
         raise ValueError(f"{cells.max()} cells: a label image of 16 bits holds 65,535")
     write_image(files[0], cells.astype(np.uint16))
-    text = json.dumps(cells_geojson(table, cells, nuclei, colours), allow_nan=False)
+    text = json.dumps(_cells_geojson(table, cells, nuclei, colours), allow_nan=False)
     with atomic_path(files[1]) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 # %% ../../nbs/02_processing/17_measurements.ipynb #d32f6677
 def _cell_frame(features: Sequence[dict[str, Any]], classes: Sequence[str]) -> DataFrame:
-    "The table of the features of `cells_geojson`."
+    "The table of the features of `_cells_geojson`."
     import pandas as pd
 
     rows = []
@@ -136,11 +130,8 @@ def _cell_frame(features: Sequence[dict[str, Any]], classes: Sequence[str]) -> D
     return table.astype(whole | {"touches_border": bool, "nucleus_area": "Int64"})
 
 # %% ../../nbs/02_processing/17_measurements.ipynb #b8c866da
-def read_cells(
-    file: str | os.PathLike,  # .geojson of write_cells
-    classes: Sequence[str] = (),  # class names, where a model classifies the cells
-) -> DataFrame:  # columns of measure_cells; with classes, also predicted and p_<class>
-    "The table of an image's cells."
+def _read_cells(file: str | os.PathLike, classes: Sequence[str] = ()) -> DataFrame:
+    "The columns of `measure_cells` from a GeoJSON of `write_cells`; with classes, also predicted and p_<class>."
     return _cell_frame(json.loads(Path(file).read_text(encoding="utf-8"))["features"], classes)
 
 # %% ../../nbs/02_processing/17_measurements.ipynb #210e50f0
@@ -149,6 +140,6 @@ def write_cell_table(
     images: Iterable[tuple[str, str | os.PathLike]],  # path of each image as the table gives it, and its .geojson
     classes: Sequence[str] = (),  # class names, where a model classifies the cells
 ) -> None:
-    "Write the cells of all images as one table: path, then the columns of `read_cells`. Raises `OutputError`."
-    found = itertools.chain([("", _cell_frame([], classes))], ((path, read_cells(each, classes)) for path, each in images))
+    "Write the cells of all images as one table: path, columns of `measure_cells`, predictions. Raises `OutputError`."
+    found = itertools.chain([("", _cell_frame([], classes))], ((path, _read_cells(each, classes)) for path, each in images))
     write_table(file, (table.assign(path=path)[["path", *table.columns]] for path, table in found))

@@ -19,7 +19,7 @@ from ..data.files import _output_folder, check_output, escape_text, file_sha256,
 from ..data.images import SUFFIXES, ImageError, write_image
 from ..data.manifest import NO_IMAGES, ImageSearch, check_not_inside, search_images
 from ..data.processes import image_row, other_images, run_tasks
-from .cells import count_cells, find_cells_and_nuclei, label_cells
+from .cells import find_cells_and_nuclei, label_cells
 from .measurements import measure_cells, write_cell_table, write_cells
 from .segmentation import draw_outlines, flag_mask, segment
 
@@ -69,7 +69,7 @@ def _segment_file(path: str | os.PathLike, name: str, out: str | os.PathLike, me
         write_image(paths["mask"], mask.astype(np.uint8) * 255)
         write_image(paths["overlay"], draw_outlines(image, cells))
         write_cells((paths["labels"], paths["geojson"]), measure_cells(image, cells, nuclei), cells, nuclei)
-        row = {"width": mask.shape[1], "height": mask.shape[0], "n_cells": count_cells(cells)}
+        row = {"width": mask.shape[1], "height": mask.shape[0], "n_cells": int(cells.max(initial=0))}
         row |= {"flag": flag_mask(image, mask, method), "cell_fraction": round(float(mask.mean()), 5)} | files
         return row, {file: file_sha256(paths[kind]) for kind, file in files.items()}
 
@@ -82,7 +82,6 @@ def segment_folder(
     out: str | os.PathLike,  # folder for masks/, overlays/, labels/, geojson/, records/, qc.csv and cells.csv
     method: str = "kmeans",  # one of SEGMENTATION_METHODS
     n_jobs: int | None = None,  # worker processes; None: joblib's configuration
-    progress: bool = True,  # show a bar
     log: Callable[[str], object] | None = None,  # gets a line: how many images were found, how many left out, why
 ) -> pd.DataFrame:  # path, width, height, n_cells, cell_fraction, flag, mask, overlay, labels, geojson, problem; a row per image
     "Segment every image but for those finished; write qc.csv and cells.csv. Raises `ImageError`, and as `run_tasks`."
@@ -95,11 +94,11 @@ def segment_folder(
     check_output(out, folder=True)
     check_not_inside(search.paths, out)
     names = [path.name if root.is_file() else path.relative_to(root).as_posix() for path in search.paths]
-    with _output_folder(table_file):
+    with _output_folder(Path(out)):
         for file in (table_file, cell_file):
             file.unlink(missing_ok=True)  # of masks that may now change
         calls = [(path, name, out, method, saved) for path, name, saved in zip(search.paths, names, _mask_names(names))]
-        rows = run_tasks(_segment_file, calls, out, "image", n_jobs, progress)
+        rows = run_tasks(_segment_file, calls, out, "image", n_jobs)
         rows += [_BLANK | {"path": path.relative_to(root).as_posix(), "problem": why} for path, why in search.unreachable]
         whole = dict.fromkeys(("width", "height", "n_cells"), "Int64")  # may be missing
         table = pd.DataFrame(rows, columns=list(_QC_COLUMNS)).astype(whole)

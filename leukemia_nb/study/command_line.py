@@ -195,7 +195,7 @@ def _synth(
     "Write synthetic blood smears with the true cell masks beside them."
     from leukemia_nb.data.files import OutputError, check_output, file_lock, is_output_folder, pluralise
     from leukemia_nb.data.classes import CLASSES
-    from leukemia_nb.data.manifest import find_images
+    from leukemia_nb.data.manifest import search_images
     from leukemia_nb.data.synthetic import write_smears
 
     check_output(out, folder=True)
@@ -203,7 +203,7 @@ def _synth(
         raise OutputError(f"{out}: holds results, so no search would take its images for data. Choose another folder.")
     with file_lock(out):
         table = write_smears(out, per_class, _names(classes) or CLASSES, seed, height, width)
-    before = len(find_images(out)) - len(table)
+    before = len(search_images(out).paths) - len(table)
     more = f"; {pluralise(before, 'other image')} lay there before" if before > 0 else ""
     _echo(f"{pluralise(len(table), 'smear')} in {out}{more}")
 

@@ -27,7 +27,6 @@ from leukemia_nb.data.manifest import (
     NO_IMAGES,
     check_not_inside,
     check_folder,
-    find_images,
     resolve_classes,
     search_images,
     select_classes,
@@ -279,7 +278,7 @@ def _check_run_folder(folders: Sequence[str], run: Run) -> None:
         check_not_inside(folder, run.folder)
     if is_output_folder(run.folder) or (run.folder / "study.json").is_file() or not run.folder.is_dir():
         return
-    if found := find_images(run.folder):  # they would count as output from now on
+    if found := search_images(run.folder).paths:  # they would count as output from now on
         raise StudyError(f"{run.folder}: holds images that no study wrote ({found[0]}). Choose another folder with --run.")
 
 # %% ../../nbs/07_study/18_settings.ipynb #eb806b0a
@@ -312,7 +311,7 @@ def _check_images(settings: StudySettings, every: ImageSearch, classes: ClassMap
 def _check_new_images(settings: StudySettings, run: Run) -> None:
     "Raise ImageError where a folder of new images has none that can be read."
     problems = []
-    for path in find_images(settings.new_images, run.folder):
+    for path in search_images(settings.new_images, run.folder).paths:
         try:
             read_image(path)
             return
