@@ -301,9 +301,7 @@ def cue_conflict_rates(
     table: pd.DataFrame,  # from make_composites; only its usable rows count
     predicted: Sequence[str] | np.ndarray,  # class name for each row
     groups: Sequence[object] | None = None,  # group of near-duplicates of each row; None: each its own
-) -> (
-    pd.DataFrame
-):  # one row per kind and cue (foreground, other_cue, neither): n_images (composites), count, proportion, low, high, interval
+) -> pd.DataFrame:  # one row per kind and cue, or neither: n_images (composites), count, proportion, low, high, interval
     "Proportion of composites predicted as the class of each cue; worst_background: of images, on all theirs. Raises ValueError."
     predicted = np.asarray(predicted, dtype=str)
     if len(predicted) != len(table):

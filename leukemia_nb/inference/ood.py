@@ -124,9 +124,7 @@ def fit_ood(
 
 # %% ../../nbs/06_inference/10_ood.ipynb #411fff96
 def ood_distance(
-    found: Mapping[
-        str, np.ndarray
-    ],  # features (n, d), statistics (n, 15) and probabilities (n, k), of the network and of image_statistics
+    found: Mapping[str, np.ndarray],  # features (n, d) and probabilities (n, k) of a network, statistics (n, 15)
     constants: Mapping[str, np.ndarray],  # from fit_ood
 ) -> np.ndarray:  # float (n,): at most about 1 for an image like the training images
     "The larger of two distances (features: nearest class; statistics: predicted class), each over its 97.5th percentile."
