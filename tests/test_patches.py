@@ -48,6 +48,17 @@ def test_only_masks_that_fit_are_kept_and_the_seed_chooses_the_places(smear):
     assert (first == again).all() and (first != other).any()
 
 
+@pytest.mark.parametrize("corner", [(slice(0, 6), slice(0, 6)), (slice(42, 48), slice(42, 48)), (slice(0, 6), slice(42, 48))])
+def test_an_outline_at_the_edge_of_its_window_is_cut_anywhere_in_the_image(corner):
+    """A large cell's outline need not be in the middle of its window, so that the window reaches far beyond the image."""
+    image = np.full((60, 60, 3), 200, np.uint8)
+    mask = np.zeros((300, 48, 48), bool)
+    mask[:, *corner] = True
+    crops, kept = background_patches(image, np.zeros((60, 60), np.int32), mask)
+    assert crops.shape == (300, 48, 48, 3) and (kept == mask).all()
+    assert (crops[kept] == 200).all() and (crops == 0).any()  # nothing from outside in the outline, some around it
+
+
 def test_features_of_cells_and_rims_by_hand(smear):
     image, cells, _ = smear
     found = region_features([image, make_smear("Normal", 4, 224, 224).image])

@@ -40,13 +40,14 @@ def background_patches(
 ) -> tuple[np.ndarray, np.ndarray]:  # uint8 (m, S, S, 3) and bool (m, S, S); m at most n, 0 in an image full of cells
     "Patches of the background, each in the outline of a cell of another image."
     half, rng = masks.shape[-1] // 2, np.random.default_rng(seed)
-    border = ((half, half), (half, half))
-    free, padded = np.pad(background_pixels(image, cells), border).view(np.uint8), np.pad(image, (*border, (0, 0)))
+    free = np.pad(background_pixels(image, cells), half).view(np.uint8)
+    around = (2 * half, 2 * half)  # the outline may lie anywhere in its window
+    padded = np.pad(image, (around, around, (0, 0)))
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for mask in masks:
         places = np.argwhere(cv2.erode(free, mask.view(np.uint8), anchor=(half, half), borderValue=0))
         if len(places):
-            row, column = rng.choice(places) - half
+            row, column = rng.choice(places)
             found.append((padded[row : row + 2 * half, column : column + 2 * half], mask))
     crops, shape = np.array([crop for crop, _ in found], np.uint8), (len(found), 2 * half, 2 * half)
     return crops.reshape(*shape, 3), np.array([mask for _, mask in found], bool).reshape(shape)
