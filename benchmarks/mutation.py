@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ COMPARE = {
 }
 ARITHMETIC = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "*", ast.Pow: "*"}
 CHECKED: set[tuple[str, ...]] = set()  # commands that pass on the unchanged checkout
-CHECKING = threading.Lock()
+CHECKING: defaultdict[tuple[str, ...], threading.Lock] = defaultdict(threading.Lock)
 SKIPPED = re.compile(r"figure|plot|panel|style|overlay|outlines", re.IGNORECASE)
 
 
@@ -141,24 +142,25 @@ def survives(mutant: Mutant, copy: Path) -> bool:
         head, _, source = "".join(cell["source"]).partition("\n")
         if source == mutant.cell:
             cell["source"] = f"{head}\n{mutant.changed_cell()}"
-    commands = [[str(programs / "nbdev_test"), "--path", mutant.notebook, "--n_workers", "0"]]
-    if tests := tests_of(mutant.module):
-        commands.append([sys.executable, "-m", "pytest", "-x", "-q", "--timeout", "1500", *tests])
-    with CHECKING:  # what fails without a mutant kills none
-        for command in commands:
-            if tuple(command) not in CHECKED and not passes(command, copy, environment):
-                raise SystemExit(f"fails without any mutant: {' '.join(command)}")
-            CHECKED.add(tuple(command))
-    try:
-        (copy / mutant.notebook).write_text(json.dumps(book), encoding="utf-8")
-        exported = mutant.cell.strip()
-        assert files[mutant.module].count(exported) == 1, f"{mutant.module} is not what nbdev_export writes"
-        changed = files[mutant.module].replace(exported, mutant.changed_cell().strip())
-        (copy / mutant.module).write_text(changed, encoding="utf-8")
-        return all(passes(command, copy, environment) for command in commands)
-    finally:
-        for name, text in files.items():
-            (copy / name).write_text(text, encoding="utf-8")
+    tests = [[sys.executable, "-m", "pytest", "-x", "-q", "--timeout", "1500", name] for name in tests_of(mutant.module)]
+    exported = mutant.cell.strip()
+    assert files[mutant.module].count(exported) == 1, f"{mutant.module} is not what nbdev_export writes"
+    changed = files[mutant.module].replace(exported, mutant.changed_cell().strip())
+    for command in [[str(programs / "nbdev_test"), "--path", mutant.notebook, "--n_workers", "0"], *tests]:
+        try:
+            (copy / mutant.notebook).write_text(json.dumps(book), encoding="utf-8")
+            (copy / mutant.module).write_text(changed, encoding="utf-8")
+            killed = not passes(command, copy, environment)
+        finally:
+            for name, text in files.items():
+                (copy / name).write_text(text, encoding="utf-8")
+        if killed:
+            with CHECKING[tuple(command)]:  # what fails without a mutant kills none
+                if tuple(command) not in CHECKED and not passes(command, copy, environment):
+                    raise SystemExit(f"fails without any mutant: {' '.join(command)}")
+                CHECKED.add(tuple(command))
+            return False
+    return True
 
 
 def passes(command: list[str], folder: Path, environment: dict[str, str]) -> bool:
