@@ -451,6 +451,15 @@ def test_camera_bits_in_16_that_are_not_declared(tmp_path, photo, depth, scale_b
         assert "16-bit samples use less than a quarter" in outcome(tmp_path / name, content, photo), name
 
 
+@pytest.mark.parametrize(("grey", "proportion", "read"), [(64, 0.05, True), (63, 1, False), (64, 0, False)])
+def test_what_a_quarter_of_the_range_is(tmp_path, grey, proportion, read):
+    """From 64 of 256 on, in at least 5 % of the samples."""
+    true = np.zeros((20, 20, 3), np.uint8)
+    true[: round(20 * proportion)] = grey  # in whole rows, a twentieth each
+    found = outcome(tmp_path / "x.tif", tiff(true.astype(np.uint16) << 8), true)
+    assert found == "read" if read else "less than a quarter" in found
+
+
 @pytest.mark.parametrize("depth", [9, 10, 12, 14, 15])
 def test_camera_bits_declared_by_max_sample_value(tmp_path, photo, depth):
     stored, true = photo.astype(np.uint16) << (depth - 8), np.repeat(photo[..., 1:2], 3, axis=2)

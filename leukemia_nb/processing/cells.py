@@ -185,7 +185,7 @@ def _grow_cells(
     far = away & stained & (green < 225)
     full = far.sum() > min_coverage * away.sum()
     ring = near & (distance < 0.3 * limit) if full else near
-    scale = ring.sum() / max(1, far.sum()) if full else 1
+    scale = ring.sum() / far.sum() if full else 1
     reddish = scale * _colour_histogram(colour, far) > min_ratio * _colour_histogram(colour, ring)
     return np.where(inside | (near & ~reddish.take(colour)), nearest, 0)
 
