@@ -2,7 +2,7 @@
 
 A mutant is one comparison, arithmetic operation, number or condition changed in one exported cell, in a copy of the checkout.
 Its notebook runs first, then the tests of its module; a mutant that both let pass has survived. Figures are not mutated, and
-the tests of whole studies and of the app in a browser are left out: they take too long. They may kill some of the survivors.
+tests marked as slow, such as those of whole studies, are left out. They may kill some of the survivors.
 The sample is that of the smallest hashes, so that it stays the same where the code does. Each mutant is written as soon as it
 is judged; another run goes on there, and judges again the mutants of changed cells and those that survived.
 """
@@ -119,15 +119,11 @@ def cell_mutants(cell: str, notebook: Path, module: str) -> Iterator[Mutant]:
 
 
 def tests_of(module: str) -> list[str]:
-    """The four test files that name a module most often, its own first; no studies, browsers, project files."""
+    """The four test files that name a module most often, its own first; none of the project's own files."""
     name, room = Path(module).stem, Path(module).parent.name
     named = re.compile(rf"\b{room}\.{name}\b|from leukemia_nb\.{room} import [^\n]*\b{name}\b")
     times = {path: len(named.findall(path.read_text(encoding="utf-8"))) for path in sorted((ROOT / "tests").glob("test_*.py"))}
-    found = [
-        path
-        for path in times
-        if times[path] and path.stem not in ("test_study", "test_cluster", "test_app", "test_project", "test_site")
-    ]
+    found = [path for path in times if times[path] and path.stem not in ("test_cluster", "test_project", "test_site")]
     found.sort(key=lambda path: (path.stem != f"test_{name}", -times[path]))
     return [f"tests/{path.name}" for path in found[:4]]
 
@@ -142,7 +138,10 @@ def survives(mutant: Mutant, copy: Path) -> bool:
         head, _, source = "".join(cell["source"]).partition("\n")
         if source == mutant.cell:
             cell["source"] = f"{head}\n{mutant.changed_cell()}"
-    tests = [[sys.executable, "-m", "pytest", "-x", "-q", "--timeout", "1500", name] for name in tests_of(mutant.module)]
+    tests = [
+        [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "--timeout", "1500", name]
+        for name in tests_of(mutant.module)
+    ]
     exported = mutant.cell.strip()
     assert files[mutant.module].count(exported) == 1, f"{mutant.module} is not what nbdev_export writes"
     changed = files[mutant.module].replace(exported, mutant.changed_cell().strip())
