@@ -244,6 +244,13 @@ def test_distance_to_the_predicted_class_by_hand():
     assert np.allclose(small["whitening"][1], shared["whitening"]) and not np.allclose(small["whitening"][0], shared["whitening"])
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_distance_does_not_depend_on_the_unit_of_the_features(scale):
+    values, labels = np.random.default_rng(1).normal(size=(40, 5)) * [5, 4, 3, 2, 1], np.repeat(["a", "b"], 20)
+    expected = _mahalanobis_distance(values, _fit_mahalanobis(values, labels))
+    assert np.allclose(_mahalanobis_distance(values * scale, _fit_mahalanobis(values * scale, labels)), expected, rtol=1e-3)
+
+
 def test_distance_of_more_features_than_images():
     rng = np.random.default_rng(0)
     values = rng.normal(size=(30, 300))

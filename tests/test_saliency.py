@@ -187,6 +187,14 @@ def test_occlusion_finds_the_cue_and_only_for_the_class_it_supports(red_corner):
         np.testing.assert_allclose(occlusion_map(Corner(), images, "yes", grid=2), maps, atol=0.02)
 
 
+def test_an_image_full_of_cells_is_covered_in_its_own_colour(monkeypatch):
+    monkeypatch.setattr(saliency, "find_cells", lambda image: np.ones(image.shape[:2], np.int32))
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[:, 3:] = 10, 20, 30  # more than half
+    copies = saliency._occluded(image, 2)
+    assert (copies[0][:4, :4] == (10, 20, 30)).all() and (copies[0][4:] == image[4:]).all()
+
+
 def test_every_pixel_is_occluded_once_whatever_the_grid():
     pair = np.random.default_rng(0).integers(1, 200, (2, 30, 30, 3), dtype=np.uint8)
     copies = saliency._occluded(pair, grid=7)

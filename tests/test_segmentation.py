@@ -330,6 +330,21 @@ def test_cells_of_a_smear_one_row_each():
 # ---- real images
 
 
+@pytest.mark.parametrize(("row", "column", "whole"), [(0, 60, False), (60, 0, False), (1, 60, True), (60, 1, True)])
+def test_a_cell_is_cut_where_it_reaches_the_first_row_or_column(row, column, whole):
+    cells = np.zeros((224, 224), np.int32)
+    cells[100:120, 100:120], cells[row : row + 20, column : column + 20] = 1, 2
+    assert len(cell_crops(np.full((224, 224, 3), 150, np.uint8), cells)[0]) == 1 + whole
+
+
+@pytest.mark.parametrize(("end", "whole"), [(224, False), (223, True)])
+def test_a_cell_is_cut_where_it_reaches_the_last_row_or_column(end, whole):
+    for box in ((slice(end - 20, end), slice(60, 80)), (slice(60, 80), slice(end - 20, end))):
+        cells = np.zeros((224, 224), np.int32)
+        cells[100:120, 100:120], cells[box] = 1, 2
+        assert len(cell_crops(np.full((224, 224, 3), 150, np.uint8), cells)[0]) == 1 + whole
+
+
 def masks(shared_data, rest):
     "Image and true whole cell of every second image of wbc_masks (rest 1: odd numbers, for development)."
     for path in sorted((shared_data / "wbc_masks").glob("*.bmp")):

@@ -42,7 +42,7 @@ def measure_cells(
 
     if image.shape[:2] != cells.shape or (nuclei is not None and nuclei.shape != cells.shape):
         raise ValueError(f"image {image.shape[:2]}, cells {cells.shape} and nuclei must have one size")
-    colours = image if image.ndim == 3 else np.dstack([image] * 3)
+    colours = image if image.ndim == 3 else cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     table = pd.DataFrame(regionprops_table(cells, colours, properties=_PROPERTIES))
     ends = (
         table[["bbox-0", "bbox-1"]].eq(0).any(axis=1) | (table["bbox-2"] == cells.shape[0]) | (table["bbox-3"] == cells.shape[1])
@@ -107,7 +107,7 @@ def write_cells(
     colours: Mapping[str, Sequence[int]] | None = None,  # RGB of each class
 ) -> None:
     "Write the label image and the GeoJSON of an image. Raises `OutputError`, and ValueError for more than 65,535 cells."
-    if cells.max(initial=0) > np.iinfo(np.uint16).max:
+    if (cells > np.iinfo(np.uint16).max).any():
         raise ValueError(f"{cells.max()} cells: a label image of 16 bits holds 65,535")
     write_image(files[0], cells.astype(np.uint16))
     text = json.dumps(_cells_geojson(table, cells, nuclei, colours), allow_nan=False)
