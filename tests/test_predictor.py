@@ -244,6 +244,14 @@ def test_distance_to_the_predicted_class_by_hand():
     assert np.allclose(small["whitening"][1], shared["whitening"]) and not np.allclose(small["whitening"][0], shared["whitening"])
 
 
+def test_a_class_that_is_constant_but_for_rounding_shares_the_covariance_of_all():
+    random = np.random.default_rng(2)
+    values = np.r_[random.normal(size=(20, 3)) * 1e-9, random.normal(size=(20, 3)) + 5]
+    labels = np.repeat(["a", "b"], 20)
+    of_class, shared = (_fit_mahalanobis(values, labels, by_class=by_class)["whitening"] for by_class in (True, False))
+    assert np.allclose(of_class[0], shared) and not np.allclose(of_class[1], shared)
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_distance_does_not_depend_on_the_unit_of_the_features(scale):
     values, labels = np.random.default_rng(1).normal(size=(40, 5)) * [5, 4, 3, 2, 1], np.repeat(["a", "b"], 20)

@@ -159,7 +159,8 @@ def test_mask_quality_properties(one, two):
 def test_apply_mask_is_the_bitwise_and(smears):
     image, mask = smears[0].image, smears[0].cells > 0
     assert (apply_mask(image, mask) == image * mask[..., None]).all()
-    with pytest.raises(ValueError, match="differ in size"):
+    sizes = rf"image \({mask.shape[0]}, {mask.shape[1]}\) and mask \({mask.shape[0] - 1}, {mask.shape[1]}\) differ in size"
+    with pytest.raises(ValueError, match=sizes):
         apply_mask(image, mask[:-1])
 
 

@@ -136,7 +136,7 @@ def _blend(template: np.ndarray, piece: np.ndarray, known: np.ndarray, soft: flo
     rim = (cv2.dilate(unknown, np.ones((9, 9))) > 0) & known
     if rim.sum() > 20:
         piece = piece + np.clip((template - piece)[rim].mean(axis=0), -12, 12)
-    alpha = np.clip(1 - cv2.distanceTransform(1 - unknown, cv2.DIST_L2, 5) / soft, 0, 1)[..., None]
+    alpha = np.maximum(1 - cv2.distanceTransform(1 - unknown, cv2.DIST_L2, 5) / soft, 0)[..., None]
     return alpha * piece + (1 - alpha) * template
 
 # %% ../../nbs/05_audit/20_cue_conflict.ipynb #4de1d4b2
