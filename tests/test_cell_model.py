@@ -34,6 +34,13 @@ def model(cell_dataset):
     return make_model("cells", classes=CLASSES, epochs=6, seed=3).fit(cell_dataset)
 
 
+def test_no_images_have_no_cells():
+    from leukemia_nb.models.cell_model import describe_cells
+
+    found = describe_cells([])
+    assert found.features.shape == (0, 39) and found.image_index.shape == (0,) and found.n_images == 0
+
+
 @pytest.fixture(scope="module")
 def test_pairs(cell_dataset):
     from leukemia_nb.processing.dataset import Pairs
