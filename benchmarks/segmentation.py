@@ -29,6 +29,7 @@ from leukemia_nb.evaluation.uncertainty import clopper_pearson
 from leukemia_nb.processing.cells import count_quality, find_cells, label_cells
 from leukemia_nb.processing.segmentation import (
     SEGMENTATION_METHODS,
+    _kmeans_mask,
     a_channel,
     cluster_mask,
     apply_mask,
@@ -102,17 +103,9 @@ def save_pair(image: np.ndarray, mask: np.ndarray, folder: Path, level: int | No
             cv2.imwrite(str(path), cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, level])
 
 
-def kmeans_mask(channel: np.ndarray) -> np.ndarray:
-    "The cluster of the higher mean by cv2.kmeans with K = 2, the best of ten random starts, as the original study computes it."
-    cv2.setRNGSeed(0)
-    stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 100, 0.2)
-    _, labels, centres = cv2.kmeans(channel.reshape(-1, 1).astype(np.float32), 2, None, stop, 10, cv2.KMEANS_RANDOM_CENTERS)
-    return (labels == centres.argmax()).reshape(channel.shape)
-
-
 def kmeans_study_mask(image: np.ndarray) -> np.ndarray:
     "`original_study_mask` with cv2.kmeans."
-    return drop_small(clean_mask(kmeans_mask(a_channel(image))))
+    return drop_small(clean_mask(_kmeans_mask(a_channel(image))))
 
 
 def times(image: np.ndarray, folder: Path) -> dict:
@@ -121,7 +114,7 @@ def times(image: np.ndarray, folder: Path) -> dict:
 
     row = {
         "cluster_exact": fastest(lambda: cluster_mask(channel), 30),
-        "cluster_kmeans": fastest(lambda: kmeans_mask(channel), 2),
+        "cluster_kmeans": fastest(lambda: _kmeans_mask(channel), 2),
         "kmeans": fastest(lambda: original_study_mask(image), 15),
         "study_kmeans": fastest(lambda: kmeans_study_mask(image), 2),
         "pair": fastest(lambda: save_pair(image, original_study_mask(image), folder), 15),
@@ -163,7 +156,7 @@ def agreement(paths: list[Path]) -> dict:
     for path in paths:
         image = read_image(path)
         channel = a_channel(image)
-        pairs = ((cluster_mask(channel), kmeans_mask(channel)), (original_study_mask(image), kmeans_study_mask(image)))
+        pairs = ((cluster_mask(channel), _kmeans_mask(channel)), (original_study_mask(image), kmeans_study_mask(image)))
         rows.append([value for one, two in pairs for value in ((one == two).all(), mask_quality(one, two)["iou"])])
     same, iou, same_clean, iou_clean = np.array(rows, float).T
     return {

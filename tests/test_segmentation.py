@@ -28,6 +28,7 @@ from leukemia_nb.processing.cells import (
 from leukemia_nb.processing.segmentation import (
     SEGMENTATION_METHODS,
     _smallest_area,
+    _kmeans_mask,
     a_channel,
     apply_mask,
     check_mask,
@@ -79,18 +80,10 @@ def test_otsu_threshold_of_constant_and_unusable_values():
         otsu_threshold(np.zeros(3))
 
 
-def kmeans_mask(channel: np.ndarray) -> np.ndarray:
-    "The cluster of the higher mean by cv2.kmeans with K = 2, the best of ten random starts, as the original study computes it."
-    cv2.setRNGSeed(0)
-    stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 100, 0.2)
-    _, labels, centres = cv2.kmeans(channel.reshape(-1, 1).astype(np.float32), 2, None, stop, 10, cv2.KMEANS_RANDOM_CENTERS)
-    return (labels == centres.argmax()).reshape(channel.shape)
-
-
 def test_study_mask_equals_kmeans_on_smears(smears):
     for drawn in smears:
         small = np.ascontiguousarray(drawn.image[::2, ::2])
-        slow = drop_small(clean_mask(kmeans_mask(a_channel(small))))
+        slow = drop_small(clean_mask(_kmeans_mask(a_channel(small))))
         assert mask_quality(original_study_mask(small), slow)["iou"] > 0.98
 
 
@@ -357,7 +350,7 @@ def test_study_mask_equals_kmeans_on_real_images(shared_data):
     same, lowest = [], 1.0
     for path in sorted((shared_data / "taleqani").glob("*/*.jpg"))[::100]:
         channel = a_channel(read_image(path))
-        exact, attempts = channel > otsu_threshold(channel), kmeans_mask(channel)
+        exact, attempts = channel > otsu_threshold(channel), _kmeans_mask(channel)
         same.append((exact == attempts).all())
         lowest = min(lowest, mask_quality(exact, attempts)["iou"])
     assert len(same) >= 20 and np.mean(same) >= 0.9 and lowest > 0.95

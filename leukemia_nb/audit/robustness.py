@@ -188,29 +188,24 @@ def robustness_figure(
 ) -> "Figure":
     "One row per model, one column per corruption; bands: 95 % CI, dotted: clean images, dashed: majority-class baseline."
     import seaborn as sns
-    from matplotlib.artist import Artist
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
     from matplotlib.ticker import PercentFormatter
 
     columns = table["corruption"].map({name: f"{one.title}\n{one.unit}" for name, one in CORRUPTIONS.items()})
     shown = table.assign(column=columns, rank=table.groupby(["model", "corruption"])["severity"].rank() - 1)
     facets = {"sharex": False, "margin_titles": True, "height": 1.35, "aspect": 0.95, "ylim": (0, 1.02)}
-    grid = sns.FacetGrid(shown, row="title", col="column", **facets)
+    grid, blue = sns.FacetGrid(shown, row="title", col="column", **facets), CLASS_COLOURS["Normal"]
     for (title, column), axis in grid.axes_dict.items():
         part = shown[(shown["title"] == title) & (shown["column"] == column)].sort_values("severity")
-        axis.fill_between(part["rank"], part["low"], part["high"], color=CLASS_COLOURS["Normal"], alpha=0.15, linewidth=0)
-        sns.lineplot(part, x="rank", y="accuracy", marker="o", color=CLASS_COLOURS["Normal"], clip_on=False, ax=axis)
-        axis.axvline(part.loc[part["clean"], "rank"].iloc[0], color=GREY, linewidth=0.8, linestyle=":")
-        axis.axhline(part["chance"].mean(), color=GREY, linewidth=0.8, linestyle="--")
+        axis.fill_between(part["rank"], part["low"], part["high"], color=blue, alpha=0.15, linewidth=0, label="95 % CI")
+        sns.lineplot(part, x="rank", y="accuracy", marker="o", color=blue, clip_on=False, legend=False, ax=axis)
+        clean = part.loc[part["clean"], "rank"].iloc[0]
+        axis.axvline(clean, color=GREY, linewidth=0.8, linestyle=":", label="unchanged image")
+        axis.axhline(part["chance"].mean(), color=GREY, linewidth=0.8, linestyle="--", label="majority-class baseline")
         axis.set_xticks(part["rank"], [f"{severity:g}" for severity in part["severity"]], fontsize=7)
         axis.grid(axis="y", color=PALE)
         axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     grid.set_titles(row_template="", col_template="{col_name}", size=8).set_axis_labels("", "")
     for title, axis in zip(grid.row_names, grid.axes[:, 0]):
         axis.set_ylabel(f"{title}\naccuracy", fontsize=8)
-    handles: list[Artist] = [Patch(color=CLASS_COLOURS["Normal"], alpha=0.15, linewidth=0, label="95 % CI")]
-    handles += [Line2D([], [], color=GREY, linewidth=0.8, linestyle=":", label="unchanged image")]
-    handles += [Line2D([], [], color=GREY, linewidth=0.8, linestyle="--", label="majority-class baseline")]
-    grid.figure.legend(handles=handles, loc="outside upper right", ncols=3, fontsize=7)
+    grid.figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=7)
     return grid.figure

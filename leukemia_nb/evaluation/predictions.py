@@ -172,7 +172,7 @@ def predict_new_images(
     class_map: ClassMap | None = None,  # which folders mean which class; None: those of the model's names
 ) -> pd.DataFrame:  # predictions, subset new, path below the folder
     "Predictions of one model for every image of a folder. Raises `PredictionsError` if none can be read."
-    classes, files = [str(name) for name in model.classes_], [Path(file) for file in search_images(folder).paths]
+    classes, files = [str(name) for name in model.classes_], search_images(folder).paths
     names, values = [], []
     for start in range(0, len(files), batch):
         images = _readable(files[start : start + batch])

@@ -188,16 +188,22 @@ def make_model(
 WEIGHTS_FOLDER = "LEUKEMIA_NB_WEIGHTS"  # environment variable
 
 
+def _weights_folder() -> Path | None:
+    "The folder that `LEUKEMIA_NB_WEIGHTS` names; None where it is unset. Raises `ModelError` where that is no folder."
+    if not (named := os.environ.get(WEIGHTS_FOLDER)):
+        return None
+    folder = Path(named).expanduser()
+    if not folder.is_dir():
+        raise ModelError(f"{WEIGHTS_FOLDER}={folder} is not a folder. Correct it, or unset it.")
+    return folder
+
+
 def local_weights(
     *names: str,  # file names, the first that is there is taken
 ) -> Path | None:  # None: not there, or no folder named
     "A file of the folder that `LEUKEMIA_NB_WEIGHTS` names. Raises `ModelError` where that is no folder."
-    if not os.environ.get(WEIGHTS_FOLDER):
-        return None
-    folder = Path(os.environ[WEIGHTS_FOLDER]).expanduser()
-    if not folder.is_dir():
-        raise ModelError(f"{WEIGHTS_FOLDER}={folder} is not a folder. Correct it, or unset it.")
-    return next((folder / name for name in names if name and (folder / name).is_file()), None)
+    folder = _weights_folder()
+    return next((folder / name for name in names if name and (folder / name).is_file()), None) if folder else None
 
 # %% ../../nbs/03_models/10_interface.ipynb #6ad0e02a
 def _read_facts(folder: Path) -> dict[str, Any]:

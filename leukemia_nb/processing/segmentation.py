@@ -43,6 +43,14 @@ def otsu_threshold(
     score = s[t].astype(float) ** 2 / n[t] + (s[-1] - s[t]).astype(float) ** 2 / (n[-1] - n[t])
     return int(t[score >= score.max() * (1 - 1e-12)][0])
 
+# %% ../../nbs/02_processing/10_segmentation.ipynb #1f7e71d4
+def _kmeans_mask(channel: np.ndarray) -> np.ndarray:
+    "The cluster of the higher mean by cv2.kmeans with K = 2, the best of ten random starts: for comparison only, it is slow."
+    cv2.setRNGSeed(0)
+    stop = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 100, 0.2)
+    _, labels, centres = cv2.kmeans(channel.reshape(-1, 1).astype(np.float32), 2, None, stop, 10, cv2.KMEANS_RANDOM_CENTERS)
+    return (labels == centres.argmax()).reshape(channel.shape)
+
 # %% ../../nbs/02_processing/10_segmentation.ipynb #5cf2189c
 def cluster_mask(
     channel: np.ndarray,  # uint8 (H, W), from a_channel

@@ -32,7 +32,7 @@ from leukemia_nb.data.manifest import (
     select_classes,
 )
 from ..errors import LeukemiaError
-from ..models.interface import MODELS, WEIGHTS_FOLDER, ModelError, local_weights, make_model
+from ..models.interface import MODELS, WEIGHTS_FOLDER, ModelError, _weights_folder, make_model
 from ..processing.segmentation import SEGMENTATION_METHODS
 from leukemia_nb.processing.splitting import (
     SplitError,
@@ -264,9 +264,8 @@ def _check_weights(settings: StudySettings) -> None:
     weights = {settings.settings_of(model)["weights"] for model in settings.models}
     if weights == {"random"}:
         return
-    local_weights()  # raises where the variable names no folder
-    folder = os.path.expanduser(os.environ.get(WEIGHTS_FOLDER, ""))
-    if "local" in weights and not (folder and any(name.endswith((".h5", ".pt")) for name in os.listdir(folder))):
+    folder = _weights_folder()
+    if "local" in weights and not (folder and any(file.suffix in (".h5", ".pt") for file in folder.iterdir())):
         found = f"{folder} holds no weight files (.h5, .pt)" if folder else "names no folder"
         raise StudyError(f"weights local: {WEIGHTS_FOLDER} {found}. Put weight files there, or choose --weights random.")
 
