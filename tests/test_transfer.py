@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from leukemia_nb.models import transfer
 from leukemia_nb.models.interface import ModelError, load_model, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*constant predictor:RuntimeWarning")
@@ -252,16 +253,61 @@ def test_train_arguments_and_device_are_passed_on(tiny_weights, dataset):
         make_model("mobilenet_v2", **SMALL, train_arguments={"no_such": 1}).fit(dataset)
 
 
+@pytest.fixture
+def compiled(monkeypatch):
+    """The networks that are trained, which are copies."""
+    found, compile_fused = [], transfer.compile_fused
+    monkeypatch.setattr(transfer, "compile_fused", lambda *given: found.append(compile_fused(*given)) or found[-1])
+    return found
+
+
 @pytest.mark.parametrize(("schedule", "last"), [("cosine", 0), ("constant", 0.02)])
-def test_a_network_trained_whole_ends_at_the_schedules_learning_rate(tiny_weights, dataset, schedule, last):
+def test_a_network_trained_whole_ends_at_the_schedules_learning_rate(tiny_weights, dataset, compiled, schedule, last):
     settings = SMALL | {"weights": "random", "schedule": schedule, "patience": 1 if schedule == "cosine" else 9}
     model = make_model("mobilenet_v2", **settings).fit(dataset)
-    assert len(model.history_) == 3 and float(model.network_.optimizer.learning_rate) == pytest.approx(last, abs=1e-6)
+    assert len(model.history_) == 3 and float(compiled[0].optimizer.learning_rate) == pytest.approx(last, abs=1e-6)
 
 
 def test_the_head_of_a_frozen_backbone_keeps_its_learning_rate(tiny_weights, dataset):
     model = make_model("mobilenet_v2", **SMALL).fit(dataset)
     assert float(model.network_.get_layer("head").optimizer.learning_rate) == pytest.approx(0.02)
+
+
+def test_fused_operations_train_as_keras_own(tiny_weights):
+    """Weights, moving averages and predictions after some steps, batch normalisation trained and frozen."""
+    import keras
+
+    random = np.random.default_rng(0)
+    images, targets = random.uniform(0, 255, (6, 32, 32, 3)).astype(np.float32), np.array([0, 1, 2, 0, 1, 2])
+
+    def trained(fused, frozen):
+        keras.utils.set_random_seed(0)
+        maps = tiny(input_tensor=keras.Input((32, 32, 3)))
+        maps.set_weights(tiny_weights)
+        maps.get_layer("norm").trainable = not frozen
+        inner = keras.Model(maps.input, maps.get_layer("norm").output)
+        outputs = keras.layers.Dense(3, "softmax")(keras.layers.GlobalAveragePooling2D()(inner(maps.input)))
+        network = keras.Model(maps.input, outputs)
+        before = network.get_weights()
+        if fused:
+            copy = transfer.compile_fused(network, 0.01)
+            np.testing.assert_allclose(copy.predict(images, verbose=0), network.predict(images, verbose=0), atol=1e-6)
+        else:
+            copy = network
+            copy.compile(keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy", jit_compile=False)
+        for _ in range(3):
+            copy.train_on_batch(images, targets)
+        assert not fused or all(np.array_equal(*each) for each in zip(before, network.get_weights()))
+        return before, [*copy.get_weights(), copy.predict(images, verbose=0)]
+
+    for frozen in (False, True):
+        (before, found), (same, expected) = trained(True, frozen), trained(False, frozen)
+        for each in zip(before, same, strict=True):
+            np.testing.assert_array_equal(*each)
+        for each in zip(found, expected, strict=True):
+            np.testing.assert_allclose(*each, rtol=1e-3, atol=1e-4)
+        kernel, _, gamma, beta, mean, variance = [not np.allclose(*each) for each in zip(before[:6], found)]
+        assert kernel and [gamma, beta, mean, variance] == [not frozen] * 4
 
 
 # ---------------------------------------------------------------- files and predictions

@@ -58,17 +58,26 @@ def _solidity(contour: np.ndarray) -> float:
     hull = cv2.contourArea(cv2.convexHull(contour))
     return cv2.contourArea(contour) / hull if hull > 6 else 1.0
 
+# %% ../../nbs/02_processing/15_cells.ipynb #a2d95e60
+_SQUARE = np.ones((3, 3), np.uint8)
+
+
+def _reconstruct(seed: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    "Morphological reconstruction by dilation of `seed`, float32 (H, W), under `limit`, which is nowhere lower."
+    while not np.array_equal(seed, grown := cv2.min(cv2.dilate(seed, _SQUARE), limit)):
+        seed = grown
+    return seed
+
 # %% ../../nbs/02_processing/15_cells.ipynb #bae1da10
 def _h_maxima(mask: np.ndarray, depth: float) -> tuple[int, np.ndarray, np.ndarray]:
     "Number of h-maxima of one component's distance transform, the maxima numbered, and the distance; depth: h as a proportion."
-    from skimage.morphology import local_maxima, reconstruction
-
     padded = cv2.copyMakeBorder(mask.view(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT)
     distance = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
     distance = np.sqrt(np.rint(np.square(distance, dtype=np.float64)))  # exact: OpenCV's last bit differs from call to call
     distance = cv2.GaussianBlur(distance, (0, 0), max(0.5, 0.04 * distance.max())).astype(np.float32) * mask
-    lowered = reconstruction(distance * (1 - depth), distance, footprint=np.ones((3, 3)))
-    number, markers = cv2.connectedComponents((local_maxima(lowered, connectivity=2) & mask).view(np.uint8))
+    lowered = _reconstruct(distance * np.float32(1 - depth), distance)
+    maxima = _reconstruct(np.nextafter(lowered, np.float32(-np.inf)), lowered) < lowered
+    number, markers = cv2.connectedComponents((maxima & mask).view(np.uint8))
     return number - 1, markers, distance
 
 # %% ../../nbs/02_processing/15_cells.ipynb #64248c93
@@ -302,7 +311,6 @@ def count_quality(
 
 # %% ../../nbs/02_processing/15_cells.ipynb #9b5bfee6
 SIDE, _WINDOW = 224, 48  # side of the image, and of the window around a cell
-_SQUARE = np.ones((3, 3), np.uint8)
 
 # %% ../../nbs/02_processing/15_cells.ipynb #0a0426c1
 def _grow(mask: np.ndarray, steps: int) -> np.ndarray:
