@@ -97,7 +97,7 @@ class PredictionTask:
     model: str  # the model file
     overlays: str = ""  # folder for images with their cells outlined; "": none
     saliency: bool = False  # write saliency maps there too
-    threads: int | None = None  # of the network; None: as many as there are cores
+    threads: int | None = None  # of the network; None: OMP_NUM_THREADS, or as many as there are cores
     cells: str = ""  # folder for cells.csv, labels/ and geojson/; "": none
 
     def predictor(self) -> Predictor:

@@ -403,7 +403,7 @@ def open_classifier(
     file: str | os.PathLike,  # .onnx, .keras, .h5, or .pt of ultralytics
     settings: ModelSettings | Mapping[str, Any] | None = None,  # what is known of it, as from read_model_settings
     allow_pickle: bool = False,  # open a .pt file, which can execute code of whoever made it
-    threads: int | None = None,  # of ONNX Runtime; None: as many as there are cores
+    threads: int | None = None,  # of ONNX Runtime; None: OMP_NUM_THREADS, or as many as there are cores
 ) -> FileClassifier:
     "Open an image classifier of any origin. Raises ModelError that says which setting is missing, or why it cannot be opened."
     path = os.fspath(file)

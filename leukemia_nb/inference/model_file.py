@@ -107,7 +107,7 @@ def write_model_file(
 # %% ../../nbs/06_inference/20_model_file.ipynb #d3c7b0ca
 def open_model_file(
     file: str | os.PathLike,  # an exported .onnx file
-    threads: int | None = None,  # of the network; None: as many as there are cores
+    threads: int | None = None,  # of the network; None: OMP_NUM_THREADS, or as many as there are cores
 ) -> tuple[InferenceSession, dict[str, Any], dict[str, np.ndarray]]:  # network; description, with sha256; constants
     "Check a model file and start its network. Raises ModelError."
     content = _read_content(file)
@@ -148,7 +148,7 @@ def _start_session(content: bytes | str, file: str | os.PathLike, threads: int |
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
     options.add_session_config_entry("session.intra_op.spin_duration_us", "50")  # longer, waiting threads take the processor
     options.add_session_config_entry("session.intra_op.spin_backoff_max", "8")
     try:

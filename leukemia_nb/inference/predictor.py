@@ -234,7 +234,7 @@ class _Network:
     def __init__(
         self,
         file: str | os.PathLike,  # an exported .onnx file; open only files from people you trust
-        threads: int | None = None,  # of the network; None: as many as there are cores
+        threads: int | None = None,  # of the network; None: OMP_NUM_THREADS, or as many as there are cores
     ):
         self.file, self.threads = os.path.abspath(file), threads
         self.session, self.info, self.constants = open_model_file(file, threads)

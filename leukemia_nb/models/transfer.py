@@ -158,7 +158,13 @@ def _fuse_batch_normalisation(network: "Model") -> "Model":
             scale = self.gamma if self.scale else tf.ones_like(self.moving_mean)
             given = [[], []] if updated else moving
             normal, *batch = tf.raw_ops.FusedBatchNormV3(
-                x=inputs, scale=scale, offset=self.beta, mean=given[0], variance=given[1], epsilon=self.epsilon, is_training=updated
+                x=inputs,
+                scale=scale,
+                offset=self.beta,
+                mean=given[0],
+                variance=given[1],
+                epsilon=self.epsilon,
+                is_training=updated,
             )[:3]
             if updated:
                 n = tf.cast(tf.size(inputs) / tf.shape(inputs)[-1], batch[1].dtype)

@@ -8,6 +8,7 @@ __all__ = ['import_ultralytics', 'YoloClassifier']
 # %% ../../nbs/03_models/40_yolo.ipynb #01763c56
 import atexit
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -111,6 +112,15 @@ def _training_arguments(model: ImageClassifier, layers: int) -> dict[str, Any]:
     arguments |= {"warmup_epochs": 1.0, "warmup_bias_lr": 0.0, "amp": False, "plots": False, "verbose": False}
     return arguments | (_FLIPS if model.augmentation == "flips" else {}) | (model.train_arguments or {})
 
+# %% ../../nbs/03_models/40_yolo.ipynb #1396e266
+def _channels_last(trainer: Any) -> None:
+    "The memory format in which oneDNN is faster, for a network that is trained on an x86 processor."
+    import torch
+
+    if trainer.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
+        for network in filter(None, (trainer.model, getattr(trainer.ema, "ema", None))):
+            network.to(memory_format=torch.channels_last)
+
 # %% ../../nbs/03_models/40_yolo.ipynb #264744bd
 def _read_results(path: Path) -> tuple[pd.DataFrame, int]:
     "Ultralytics' results.csv as a training history, and the epoch of best.pt: the last of highest fitness."
@@ -125,6 +135,7 @@ def _read_results(path: Path) -> tuple[pd.DataFrame, int]:
 def _train(model: "YoloClassifier", network: Any, data: Path, work: Path) -> Path:
     "Train in a folder, and give the folder of the results. Raises `ModelError`."
     _remove_caches(data)
+    network.add_callback("on_train_start", _channels_last)
     try:
         network.train(data=str(data), project=str(work), name="train", **_training_arguments(model, len(network.model.model)))
     except Exception as error:

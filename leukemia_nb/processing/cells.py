@@ -415,11 +415,12 @@ def _cell_shape(mask: np.ndarray) -> list[float]:
 
 # %% ../../nbs/02_processing/15_cells.ipynb #e85a27fa
 def _cell_texture(z: np.ndarray, mask: np.ndarray, core: np.ndarray) -> list[float]:
-    features, weight = [], core.astype(np.float32)
+    weight, maps = core.astype(np.float32), []
     for scale in (0.7, 1, 2, 4):
         smooth = cv2.GaussianBlur(z, (0, 0), scale) / np.maximum(cv2.GaussianBlur(weight, (0, 0), scale), 0.05)
-        slope = np.hypot(cv2.Sobel(smooth, cv2.CV_32F, 1, 0), cv2.Sobel(smooth, cv2.CV_32F, 0, 1))
-        features += [smooth[core].std(), slope[core].mean()]
+        maps += [smooth, np.hypot(cv2.Sobel(smooth, cv2.CV_32F, 1, 0), cv2.Sobel(smooth, cv2.CV_32F, 0, 1))]
+    inside = np.stack([each[core] for each in maps])
+    features = np.stack([inside[::2].std(axis=1), inside[1::2].mean(axis=1)], axis=1).ravel().tolist()
     depth = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1]
     parts = [core & (depth > 0.6 * depth.max()), core & (depth < 0.35 * depth.max())]
     features += [z[part].mean() if part.any() else 0.0 for part in parts]
@@ -441,8 +442,10 @@ def cell_features(
     normal = (values - mean) / (deviation + 0.5)
     z = np.where(core, (light - mean[0]) / (deviation[0] + 0.5), 0).astype(np.float32)
     dark = (values[:, 0] <= otsu_threshold(values[:, 0].astype(np.uint8))).mean()
-    flat = np.where(core, light, mean[0]).astype(np.uint8)
-    patterns = np.bincount(local_binary_pattern(flat, 8, 1, "uniform").astype(int)[core], minlength=10) / core.sum()
+    x, y, width, height = cv2.boundingRect(core.view(np.uint8))  # with a margin for the patterns' neighbours
+    near = slice(max(y - 1, 0), y + height + 1), slice(max(x - 1, 0), x + width + 1)
+    flat = np.where(core[near], light[near], mean[0]).astype(np.uint8)
+    patterns = np.bincount(local_binary_pattern(flat, 8, 1, "uniform").astype(int)[core[near]], minlength=10) / core.sum()
     together = [(normal[:, 0] * normal[:, i]).mean() for i in (1, 2)]
     moments = [(normal[:, 0] ** 3).mean(), (normal[:, 0] ** 4).mean()]
     texture = _cell_texture(z, mask, core)

@@ -517,6 +517,7 @@ def _kernel_variables(threads: int) -> dict[str, str]:
     "Environment variables of a step's kernel."
     found = {"KERAS_BACKEND": "tensorflow", "TF_USE_LEGACY_KERAS": "0", "OMP_NUM_THREADS": str(threads)}
     found |= {"TF_NUM_INTRAOP_THREADS": str(threads), "TF_NUM_INTEROP_THREADS": "1"}
+    found |= {"OPENCV_FOR_THREADS_NUM": "1"}  # images of this size are no work for two
     weights = os.environ.get("LEUKEMIA_NB_WEIGHTS")
     return found | ({"LEUKEMIA_NB_WEIGHTS": os.path.abspath(os.path.expanduser(weights))} if weights else {})
 
