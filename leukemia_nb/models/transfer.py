@@ -152,7 +152,7 @@ def _fuse_batch_normalisation(network: "Model") -> "Model":
         return network
     import tensorflow as tf
 
-    class Fused(keras.layers.BatchNormalization):  # type: ignore[misc]
+    class Fused(keras.layers.BatchNormalization):  # type: ignore[misc, name-defined]
         def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
             updated, moving = bool(training) and self.trainable, (self.moving_mean, self.moving_variance)
             scale = self.gamma if self.scale else tf.ones_like(self.moving_mean)
@@ -189,7 +189,7 @@ def _make_adam(rate: Any) -> Any:
         return keras.optimizers.Adam(rate)
     import tensorflow as tf
 
-    class Adam(keras.optimizers.Adam):  # type: ignore[misc]
+    class Adam(keras.optimizers.Adam):  # type: ignore[misc, name-defined]
         def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
             step = tf.cast(self.iterations, tf.float32) + 1
             self.powers = {"beta1_power": self.beta_1**step, "beta2_power": self.beta_2**step}
