@@ -89,6 +89,12 @@ def test_the_checksum_is_metadata_that_others_can_read(file):
     assert json.loads(entries["leukemia_nb"])["classes"] == CLASSES
 
 
+def test_a_network_has_as_many_threads_as_the_environment_says(file, monkeypatch):
+    for variable, threads, expected in (("1", None, 1), ("1", 2, 2), ("", None, 0)):
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+        assert open_model_file(file, threads)[0].get_session_options().intra_op_num_threads == expected
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import runpy
 import subprocess
 import sys
@@ -104,6 +105,26 @@ def test_same_seed_same_predictions(dataset, test_pairs):
         model = make_model("yolo11", **SMALL, seed=seed).fit(dataset)
         found.append(model.predict_proba(test_pairs))
     assert np.array_equal(found[0], found[1]) and not np.allclose(found[0], found[2], atol=1e-6)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="channels-last is chosen on x86 processors")
+def test_networks_are_trained_channels_last_and_kept_in_the_usual_format(dataset, monkeypatch):
+    import torch
+    from ultralytics.engine.trainer import BaseTrainer
+
+    def channels_last(network):
+        weights = [part.weight for part in network.modules() if isinstance(part, torch.nn.Conv2d) and part.weight.shape[2] > 1]
+        return [each.shape[1] > 1 and not each.is_contiguous() for each in weights if each.shape[1] > 1]
+
+    seen, step = [], BaseTrainer.optimizer_step
+
+    def noted(trainer):
+        seen.extend(channels_last(trainer.model) + channels_last(trainer.ema.ema))
+        step(trainer)
+
+    monkeypatch.setattr(BaseTrainer, "optimizer_step", noted)
+    model = make_model("yolov8", **SMALL | {"epochs": 1}).fit(dataset)
+    assert len(seen) > 20 and all(seen) and not any(channels_last(model.network_.model))
 
 
 def test_ultralytics_is_given_the_settings():

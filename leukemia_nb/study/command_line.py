@@ -113,6 +113,7 @@ def _prepare_process() -> None:
             stream.reconfigure(errors="backslashreplace")
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     os.environ.update(PYTHONIOENCODING=f"{encoding}:backslashreplace", PYTHONSAFEPATH="1")  # for worker processes
+    os.environ.setdefault("OPENCV_FOR_THREADS_NUM", "1")  # images are read side by side
     sys.unraisablehook = _interrupt_again
     _prepare_home()
 
