@@ -6,8 +6,8 @@ head: a head on features that are computed once, against `fit` through the froze
 train MobileNetV2's head on the same dataset folder, with the same batch size, learning rate and number of epochs, one after the
 other in one process; the time runs from building the network to the trained network.
 keras, yolo: processor time of a training step of 32 images of 224 x 224 pixels on one thread. Keras networks with fused batch
-normalisation and Adam against Keras' own, YOLO networks in the channels-last memory format against PyTorch's default; both sides
-in turns in one process, medians. For Keras also the first step, in which TensorFlow traces and optimises the graph.
+normalisation and Adam against Keras' own, each in its process, YOLO networks in the channels-last memory format against PyTorch's
+default, in turns in one process; medians. For Keras also the first step, in which TensorFlow traces and optimises the graph.
 Writes benchmarks/results/training.json.
 """
 
@@ -73,48 +73,50 @@ def processor_seconds(step) -> float:
     return time.process_time() - began
 
 
-def compare(one, other, repeats: int) -> dict:
-    """Median processor time of two steps, taken in turns."""
-    times = np.array([[processor_seconds(one), processor_seconds(other)] for _ in range(repeats)])
-    ours, plain = np.median(times, axis=0)
-    return {
-        "seconds": round(ours, 3),
-        "plain_seconds": round(plain, 3),
-        "times_faster": round(plain / ours, 2),
-        "repeats": repeats,
-    }
+def summary(ours: float, plain: float, repeats: int) -> dict:
+    """Both processor times and their ratio."""
+    faster = round(float(plain / ours), 2)
+    return {"seconds": round(float(ours), 3), "plain_seconds": round(float(plain), 3), "times_faster": faster, "repeats": repeats}
 
 
 def keras_steps(name: str, repeats: int) -> dict:
-    """A network of random weights trained whole, compiled by `compile_fused` and by Keras' `compile`."""
+    """A network of random weights trained whole, compiled by `compile_fused` and by Keras' `compile`, in a process each."""
+    command = [sys.executable, __file__, "--repeats", str(repeats), "--only"]
+    run = [
+        subprocess.run([*command, f"{side} {name}"], check=True, capture_output=True, text=True) for side in ("fused", "plain")
+    ]
+    ours, plain = [json.loads(each.stdout.splitlines()[-1]) for each in run]
+    return {
+        "network": name,
+        "building_and_first_step": summary(ours["first"], plain["first"], 1),
+        "step": summary(ours["step"], plain["step"], repeats),
+    }
+
+
+def keras_side(side: str, name: str, repeats: int) -> dict:
+    """Processor time of building a network with its first step, and of a step."""
     import keras
 
     random = np.random.default_rng(0)
     images, targets = random.integers(0, 256, (32, SIZE, SIZE, 3)).astype(np.float32), random.integers(0, 3, 32)
+    made = []
 
-    def network() -> Any:
+    def first() -> None:
         backbone, _ = build_backbone(name, weights="random", image_size=SIZE)
         pooled = keras.layers.GlobalAveragePooling2D()(backbone.output)
-        return keras.Model(backbone.input, keras.layers.Dense(3, activation="softmax")(pooled))
+        network = keras.Model(backbone.input, keras.layers.Dense(3, activation="softmax")(pooled))
+        if side == "fused":
+            network = compile_fused(network, 1e-3)
+        else:
+            adam = keras.optimizers.Adam(1e-3)
+            network.compile(adam, "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False)
+            adam.build(network.trainable_variables)
+        network.train_on_batch(images, targets)
+        made.append(network)
 
-    def fused() -> Any:
-        return compile_fused(network(), 1e-3)
-
-    def plain() -> Any:
-        found = network()
-        found.compile(keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False)
-        found.optimizer.build(found.trainable_variables)
-        return found
-
-    made: list[Any] = []
-
-    def first(make) -> None:
-        made.append(make())
-        made[-1].train_on_batch(images, targets)
-
-    begun = compare(lambda: first(fused), lambda: first(plain), 1)
-    steps = [lambda each=each: each.train_on_batch(images, targets) for each in made]
-    return {"network": name, "building_and_first_step": begun, "step": compare(*steps, repeats)}
+    begun = processor_seconds(first)
+    steps = [processor_seconds(lambda: made[0].train_on_batch(images, targets)) for _ in range(repeats)]
+    return {"first": begun, "step": float(np.median(steps))}
 
 
 def yolo_steps(name: str, repeats: int) -> dict:
@@ -137,7 +139,9 @@ def yolo_steps(name: str, repeats: int) -> dict:
         one()
         return one
 
-    return {"network": name, "step": compare(step(torch.channels_last), step(torch.contiguous_format), repeats)}
+    both = step(torch.channels_last), step(torch.contiguous_format)
+    times = np.median([[processor_seconds(each) for each in both] for _ in range(repeats)], axis=0)
+    return {"network": name, "step": summary(*times, repeats)}
 
 
 def train_head(options: argparse.Namespace) -> dict:
@@ -160,6 +164,7 @@ def train_head(options: argparse.Namespace) -> dict:
         print(rows[-1], flush=True)
     return {
         "model": "mobilenet_v2",
+        "dataset": str(Path(*options.dataset.parts[-3:])),
         "epochs": options.epochs,
         **{subset: len(pairs) for subset, pairs in subsets.items()},
         "rows": rows,
@@ -173,7 +178,7 @@ def main() -> None:
     parser.add_argument("dataset", type=Path, nargs="?", default=Path("runs/taleqani/dataset"), help="dataset folder of a study")
     parser.add_argument("--epochs", type=int, default=20, help="of the head")
     parser.add_argument("--repeats", type=int, default=5, help="of a step")
-    parser.add_argument("--only", choices=("head", "keras", "yolo"), help="one part; what is known of the others is kept")
+    parser.add_argument("--only", help="one part; what is known of the others is kept")
     options = parser.parse_args()
     if options.only is None:  # TensorFlow and PyTorch cannot share a process
         for part in ("head", "keras", "yolo"):
@@ -182,6 +187,9 @@ def main() -> None:
     if options.only != "head" and "TF_NUM_INTRAOP_THREADS" not in os.environ:
         one_thread = dict.fromkeys(("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"), "1")
         subprocess.run([sys.executable, *sys.argv], env=os.environ | one_thread, check=True)
+        return
+    if " " in options.only:  # one side of keras
+        print(json.dumps(keras_side(*options.only.split(), options.repeats)))
         return
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "load_before": round(os.getloadavg()[0], 1)}
     machine["versions"] = package_versions("keras", "tensorflow", "torch", "ultralytics", "numpy")
