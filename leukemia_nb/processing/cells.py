@@ -31,6 +31,9 @@ def _whiten_background(image: np.ndarray) -> np.ndarray:
     return cv2.LUT(image, table)
 
 # %% ../../nbs/02_processing/15_cells.ipynb #dd9446e3
+_SQUARE = np.ones((3, 3), np.uint8)
+
+
 def _purple_pixels(white: np.ndarray, min_a: int = 140, max_b: int = 116) -> np.ndarray:
     "Pixels stained like nuclei, bool (H, W): redder than Otsu's threshold of stained pixels and min_a, bluer than max_b."
     lab = cv2.cvtColor(white, cv2.COLOR_RGB2LAB)
@@ -39,7 +42,7 @@ def _purple_pixels(white: np.ndarray, min_a: int = 140, max_b: int = 116) -> np.
         return stained
     threshold = otsu_threshold(lab[..., 1][stained])
     purple = ((lab[..., 1] > max(min_a, threshold)) & (lab[..., 2] < max_b)).view(np.uint8)
-    return cv2.morphologyEx(purple, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)).view(bool)
+    return cv2.morphologyEx(purple, cv2.MORPH_OPEN, _SQUARE).view(bool)
 
 # %% ../../nbs/02_processing/15_cells.ipynb #ab9e3a2f
 def _contour(mask: np.ndarray) -> np.ndarray:
@@ -59,9 +62,6 @@ def _solidity(contour: np.ndarray) -> float:
     return cv2.contourArea(contour) / hull if hull > 6 else 1.0
 
 # %% ../../nbs/02_processing/15_cells.ipynb #a2d95e60
-_SQUARE = np.ones((3, 3), np.uint8)
-
-
 def _reconstruct(seed: np.ndarray, limit: np.ndarray) -> np.ndarray:
     "Morphological reconstruction by dilation of `seed`, float32 (H, W), under `limit`, which is nowhere lower."
     while not np.array_equal(seed, grown := cv2.min(cv2.dilate(seed, _SQUARE), limit)):
@@ -442,8 +442,7 @@ def cell_features(
     normal = (values - mean) / (deviation + 0.5)
     z = np.where(core, (light - mean[0]) / (deviation[0] + 0.5), 0).astype(np.float32)
     dark = (values[:, 0] <= otsu_threshold(values[:, 0].astype(np.uint8))).mean()
-    x, y, width, height = cv2.boundingRect(core.view(np.uint8))  # with a margin for the patterns' neighbours
-    near = slice(max(y - 1, 0), y + height + 1), slice(max(x - 1, 0), x + width + 1)
+    near = tuple(slice(max(part.start - 1, 0), part.stop + 1) for part in _window(core))  # the patterns' neighbours, too
     flat = np.where(core[near], light[near], mean[0]).astype(np.uint8)
     patterns = np.bincount(local_binary_pattern(flat, 8, 1, "uniform").astype(int)[core[near]], minlength=10) / core.sum()
     together = [(normal[:, 0] * normal[:, i]).mean() for i in (1, 2)]
