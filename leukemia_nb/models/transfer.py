@@ -145,8 +145,8 @@ def _build_application(backbone: Backbone, file: Path | None, scaled: Any) -> "M
         ) from error
 
 # %% ../../nbs/03_models/20_transfer.ipynb #ef9eade9
-def _fuse_batch_normalisation(network: "Model") -> "Model":
-    "A copy whose batch normalisation is TensorFlow's fused operation; with another backend the network itself."
+def _fuse_operations(network: "Model") -> "Model":
+    "A copy with TensorFlow's fused batch normalisation, and slices that crop; with another backend the network itself."
     keras = import_keras()
     if keras.config.backend() != "tensorflow":
         return network
@@ -155,17 +155,10 @@ def _fuse_batch_normalisation(network: "Model") -> "Model":
     class Fused(keras.layers.BatchNormalization):  # type: ignore[misc, name-defined]
         def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
             updated, moving = bool(training) and self.trainable, (self.moving_mean, self.moving_variance)
-            scale = self.gamma if self.scale else tf.ones_like(self.moving_mean)
             given = [[], []] if updated else moving
-            normal, *batch = tf.raw_ops.FusedBatchNormV3(
-                x=inputs,
-                scale=scale,
-                offset=self.beta,
-                mean=given[0],
-                variance=given[1],
-                epsilon=self.epsilon,
-                is_training=updated,
-            )[:3]
+            values = {"offset": self.beta, "mean": given[0], "variance": given[1], "epsilon": self.epsilon}
+            values["scale"] = self.gamma if self.scale else tf.ones_like(self.moving_mean)
+            normal, *batch = tf.raw_ops.FusedBatchNormV3(x=inputs, is_training=updated, **values)[:3]
             if updated:
                 n = tf.cast(tf.size(inputs) / tf.shape(inputs)[-1], batch[1].dtype)
                 batch[1] *= (n - 1) / n  # Keras' variance is that of the batch itself
@@ -173,9 +166,15 @@ def _fuse_batch_normalisation(network: "Model") -> "Model":
                     average.assign(average * self.momentum + value * (1 - self.momentum))
             return normal
 
+    class Slice(keras.layers.Cropping2D):  # type: ignore[misc, name-defined]
+        def call(self, inputs: Any) -> Any:
+            kept = self.compute_output_shape(inputs.shape)[1:3]
+            return tf.slice(inputs, [0, *(before for before, _ in self.cropping), 0], [-1, *kept, -1])
+
+    faster: dict[Any, Any] = {keras.layers.BatchNormalization: Fused, keras.layers.Cropping2D: Slice}
+
     def copy(layer: Any) -> Any:
-        plain = type(layer) is keras.layers.BatchNormalization
-        return (Fused if plain else type(layer)).from_config(layer.get_config())
+        return faster.get(type(layer), type(layer)).from_config(layer.get_config())
 
     fused = keras.models.clone_model(network, clone_function=copy, recursive=True)
     fused.set_weights(network.get_weights())
@@ -210,7 +209,7 @@ def compile_fused(
     rate: Any,  # learning rate, or a schedule
 ) -> "Model":  # a compiled copy, to be trained; its weights can be set in the network, which is to be saved
     "A copy of a network for `fit`, with Adam, cross-entropy and accuracy, its operations fused."
-    trained, adam = _fuse_batch_normalisation(network), _make_adam(rate)
+    trained, adam = _fuse_operations(network), _make_adam(rate)
     # XLA takes longer to compile these networks than a short training takes
     trained.compile(adam, "sparse_categorical_crossentropy", metrics=["accuracy"], jit_compile=False)
     adam.build(trained.trainable_variables)
@@ -254,7 +253,7 @@ def _image_batches(
 def _compute_features(pairs: Pairs, backbone: "Model", channels: tuple[str, ...]) -> list[np.ndarray]:
     "Feature maps of a backbone averaged over the image (global average pooling), float32 (n, d) for each channel."
     keras = import_keras()
-    backbone = _fuse_batch_normalisation(backbone)
+    backbone = _fuse_operations(backbone)
     pooled = keras.Model(backbone.input, keras.layers.GlobalAveragePooling2D()(backbone.output))
     return [pooled.predict(_image_batches(pairs, channels=(channel,)), verbose=0) for channel in channels]
 
