@@ -140,7 +140,7 @@ def test_a_single_worker_does_the_work_too_and_its_gpu_is_what_a_step_sees(tmp_p
 
 @pytest.mark.parametrize(
     ("bad", "message"),
-    [("tcp://127.0.0.1:1", r"no Dask scheduler answers there.*dask scheduler"), ("tcp://127.0.0.1:x", "correct the address")],
+    [("tcp://127.0.0.1:1", r"no Dask scheduler responds there.*dask scheduler"), ("tcp://127.0.0.1:x", "correct the address")],
 )
 def test_no_scheduler_is_one_clear_line(tmp_path, bad, message):
     answer = CliRunner().invoke(app, ["study", "--run", str(tmp_path / "run"), "--cluster", bad])

@@ -286,6 +286,8 @@ def _check_files(folder: Path, table: pd.DataFrame) -> None:
 # %% ../../nbs/02_processing/30_dataset.ipynb #34a91065
 def _read_pngs(paths: list[Path], size: int | None) -> np.ndarray:
     "Images of one size, (n, S, S, 3) or (n, S, S). Raises `ImageError`."
+    if len(paths) == 1:
+        return _read_png(paths[0], size)[None]
     with ThreadPoolExecutor(2) as pool:
         images = list(pool.map(_read_png, paths, [size] * len(paths)))
     if len({image.shape for image in images}) > 1:

@@ -113,6 +113,6 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((parts.hostname, parts.port or 8786), timeout=10).close()
     except (OSError, ValueError) as error:
         raise ClusterError(
-            f"{address}: no Dask scheduler answers there ({error}). "
+            f"{address}: no Dask scheduler responds there ({error}). "
             "Start one with `dask scheduler`, or correct the address (tcp://host:8786)."
         ) from None
