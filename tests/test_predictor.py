@@ -491,10 +491,17 @@ def test_overlays_and_saliency(place, paths):
     assert (with_cells == small).all() and (with_cells != drawn).any()
 
 
-def test_the_predict_path_loads_nothing_heavy(file, paths):
+@pytest.mark.parametrize(
+    "predict",
+    [
+        "from leukemia_nb.inference.predictor import Predictor\nPredictor(model).report([image])",
+        "from leukemia_nb.study.command_line import app\n"
+        "with contextlib.redirect_stdout(None): app(['predict', image, '--model', model], standalone_mode=False)",
+    ],
+)
+def test_the_predict_path_loads_nothing_heavy(file, paths, predict):
     code = (
-        "import sys\nfrom leukemia_nb.inference.predictor import Predictor\n"
-        f"Predictor({str(file)!r}).report([{paths[0]!r}])\n"
+        f"import contextlib, sys\nmodel, image = {str(file)!r}, {paths[0]!r}\n{predict}\n"
         "heavy = ('tensorflow', 'torch', 'keras', 'onnx', 'sklearn', 'matplotlib', 'seaborn', 'jinja2', 'pandas')\n"
         "print([name for name in heavy if name in sys.modules])"
     )

@@ -217,13 +217,13 @@ def _write_tables(
     rows: Sequence[dict[str, Any]], task: PredictionTask, out: str | os.PathLike | None, json_file: str | os.PathLike | None
 ) -> None:
     "Write the predictions of all files, and cells.csv of those without a problem. Raises OutputError."
-    import pandas as pd
-
     model = task.predictor()
     if task.cells:
         whole = ((row["path"], task.image_files(row)["geojson"]) for row in rows if not row["problem"])
         write_cell_table(Path(task.cells, "cells.csv"), whole, model.info["classes"] if model.classifies_cells else ())
     if out:
+        import pandas as pd  # takes longer to import than an image to predict
+
         table = pd.DataFrame(rows, columns=_prediction_columns(model.info["classes"])).astype({"n_cells": "Int64"})
         write_table(out, table, excel=True)
     if json_file:
