@@ -203,6 +203,25 @@ def test_weights_come_from_the_folder(tmp_path, monkeypatch):
         opened("yolo11", "local")
 
 
+@pytest.mark.parametrize("name", ["yolov8", "yolo11", "yolo12"])
+def test_the_same_seed_gives_the_same_network_from_a_detectors_weights(dataset, tmp_path, monkeypatch, name):
+    """Whatever random numbers were taken before: the file lacks the classifying layers."""
+    import torch
+    from ultralytics import YOLO
+
+    monkeypatch.setenv("LEUKEMIA_NB_WEIGHTS", str(tmp_path))
+    YOLO(f"{name}n.yaml").save(tmp_path / f"{name}n.pt")
+
+    def trained(before, seed=0):
+        torch.manual_seed(before)
+        model = make_model(name, **SMALL | {"weights": "local", "seed": seed}).fit(dataset)
+        assert model.weights_source_.startswith("COCO detector")
+        return torch.cat([each.float().ravel() for each in model.network_.model.state_dict().values()])
+
+    first = trained(before=1)
+    assert torch.equal(first, trained(before=2)) and not torch.equal(first, trained(before=1, seed=1))
+
+
 def test_without_a_network_one_line_names_the_file_and_the_variable(tmp_path, monkeypatch):
     monkeypatch.setenv("LEUKEMIA_NB_WEIGHTS", str(tmp_path))
 

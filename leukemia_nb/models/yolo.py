@@ -69,9 +69,12 @@ def import_ultralytics() -> ModuleType:
 _DOWNLOADS = "https://github.com/ultralytics/assets/releases"
 
 
-def _build_network(name: str, weight_files: tuple[str, ...], weights: str) -> tuple["YOLO", str]:
+def _build_network(name: str, weight_files: tuple[str, ...], weights: str, seed: int = 0) -> tuple["YOLO", str]:
     "A nano classifier and the source of its weights; weight_files: classifier and detector, or empty. Raises `ModelError`."
     ultralytics = import_ultralytics()
+    import torch
+
+    torch.manual_seed(seed)  # layers that a file lacks are made here, before ultralytics sets the seed
     scratch, (classifier, detector) = f"{name}n-cls.yaml", weight_files
     classifier_file = None if weights == "random" else local_weights(classifier)
     detector_file = None if weights != "local" else local_weights(detector)
@@ -163,7 +166,7 @@ class YoloClassifier(ImageClassifier):
         return self
 
     def _fit(self, dataset: Path, feature_file: Path | None) -> None:
-        network, self.weights_source_ = _build_network(self.name, self.entry.weight_files, self.weights)
+        network, self.weights_source_ = _build_network(self.name, self.entry.weight_files, self.weights, self.seed)
         with tempfile.TemporaryDirectory(prefix="leukemia_nb_yolo_") as work:
             results = _train(self, network, dataset / "original", Path(work))
             self.history_, self.best_epoch_ = _read_results(results / "results.csv")
