@@ -81,10 +81,8 @@ def summary(ours: float, plain: float, repeats: int) -> dict:
 
 def keras_steps(name: str, repeats: int) -> dict:
     """A network of random weights trained whole, compiled by `compile_fused` and by Keras' `compile`, in a process each."""
-    command = [sys.executable, __file__, "--repeats", str(repeats), "--only"]
-    run = [
-        subprocess.run([*command, f"{side} {name}"], check=True, capture_output=True, text=True) for side in ("fused", "plain")
-    ]
+    command = [sys.executable, __file__, "--repeats", str(repeats), "--inside"]
+    run = [subprocess.run([*command, side, name], check=True, capture_output=True, text=True) for side in ("fused", "plain")]
     ours, plain = [json.loads(each.stdout.splitlines()[-1]) for each in run]
     return {
         "network": name,
@@ -178,8 +176,11 @@ def main() -> None:
     parser.add_argument("dataset", type=Path, nargs="?", default=Path("runs/taleqani/dataset"), help="dataset folder of a study")
     parser.add_argument("--epochs", type=int, default=20, help="of the head")
     parser.add_argument("--repeats", type=int, default=5, help="of a step")
-    parser.add_argument("--only", help="one part; what is known of the others is kept")
+    parser.add_argument("--only", choices=("head", "keras", "yolo"), help="one part; what is known of the others is kept")
+    parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)  # one side of keras
     options = parser.parse_args()
+    if options.inside:
+        return print(json.dumps(keras_side(*options.inside, options.repeats)))
     if options.only is None:  # TensorFlow and PyTorch cannot share a process
         for part in ("head", "keras", "yolo"):
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", part], check=True)
@@ -187,9 +188,6 @@ def main() -> None:
     if options.only != "head" and "TF_NUM_INTRAOP_THREADS" not in os.environ:
         one_thread = dict.fromkeys(("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"), "1")
         subprocess.run([sys.executable, *sys.argv], env=os.environ | one_thread, check=True)
-        return
-    if " " in options.only:  # one side of keras
-        print(json.dumps(keras_side(*options.only.split(), options.repeats)))
         return
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "load_before": round(os.getloadavg()[0], 1)}
     machine["versions"] = package_versions("keras", "tensorflow", "torch", "ultralytics", "numpy")
